@@ -1,0 +1,122 @@
+"""From a NumPy model and a batch to the record that the core works on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from array_api_compat import numpy as xp
+
+from lnp import losses
+from lnp.backends import Options
+from lnp.batches import check_lengths, check_outputs, select, unpack
+from lnp.linearization import Linearization
+from lnp.structure import map_leaves
+from lnp_numpy.losses import value_and_gradient
+from lnp_numpy.models import JacobianModel, LinearModel, OperatorModel
+
+
+def accepts(model: Any) -> bool:
+    """Whether this is one of this package's models."""
+    return isinstance(model, JacobianModel | LinearModel | OperatorModel)
+
+
+def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
+    """Run the computation on the linearised batches; NumPy arrays of shape () become floats."""
+    if "update" in operands:
+        operands["update"] = _checked_update(model, operands["update"])
+    records = [linearize(model, batch, options) for batch in batches]
+    for record in records:
+        for violated, message in record.violations:
+            if violated:
+                raise ValueError(message)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        return map_leaves(_to_float, computation(*records, **operands))
+
+
+def linearize(model: Any, batch: Any, options: Options) -> Linearization:
+    """The record for one batch."""
+    inputs, targets = unpack(batch)
+    with np.errstate(invalid="ignore", over="ignore"):
+        local = model.linearize(inputs)
+    samples = check_outputs([local.outputs.shape])
+    shape, flat = local.outputs.shape, (samples, -1)
+    targets = np.asarray(targets)
+    integer = np.issubdtype(targets.dtype, np.integer)
+    loss = losses.resolve(options.loss, shape, targets.shape, integer)
+    check_lengths(samples, targets.shape)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        value, gradient = value_and_gradient(loss, local.outputs, targets)
+    terms, violations, notes = _terms(loss, shape, targets, integer, options.loss_terms)
+    if not (np.all(np.isfinite(local.outputs)) and np.isfinite(value)):
+        notes = (*notes, "outputs or loss are not finite: what they touch is nan")
+    chosen = select(model.parameters, options.parameters)
+    keep = _restrict(chosen)
+
+    def sample_square_norms(v: np.ndarray) -> Mapping[str, np.ndarray]:
+        return keep(local.sample_square_norms(v.reshape(shape)))
+
+    return Linearization(
+        xp=xp,
+        outputs=local.outputs.reshape(flat),
+        loss=value,
+        loss_gradient=gradient.reshape(flat),
+        loss_terms=terms,
+        vjp=lambda v: keep(local.vjp(v.reshape(shape))),
+        inner_products=lambda u, w: {name: np.sum(u[name] * w[name]) for name in chosen},
+        signs=_signs(options.seed, (samples, math.prod(shape[1:])), local.outputs.dtype),
+        jvp=lambda u: local.jvp(_padded(model, u)).reshape(flat),
+        sample_square_norms=sample_square_norms if options.split and local.sample_square_norms else None,
+        loss_along=lambda u, step: value_and_gradient(loss, local.moved(u, step), targets)[0],
+        violations=violations,
+        notes=notes,
+    )
+
+
+def _terms(loss: Any, shape: tuple, targets: np.ndarray, integer: bool, given: int | None) -> tuple[Any, tuple, tuple]:
+    """(loss_terms, violations, notes)."""
+    violations: tuple = ()
+    if loss == "cross_entropy" and integer:
+        violations = (losses.labels_out_of_range(xp, targets, shape[-1]),)
+        terms = losses.label_terms(xp, targets)
+    elif loss == "cross_entropy":
+        terms = math.prod(shape[:-1])
+    elif loss == "mse":
+        terms = math.prod(shape)
+    elif given is None:
+        terms, note = losses.assumed_terms(xp, shape, targets, integer)
+        return terms, (), (note,)
+    return (terms if given is None else given), violations, ()
+
+
+def _signs(seed: int, shape: tuple[int, int], dtype: Any) -> Callable[[int], np.ndarray]:
+    def signs(index: int) -> np.ndarray:
+        generator = np.random.default_rng((seed, index))
+        return (2 * generator.integers(0, 2, size=shape) - 1).astype(dtype)
+
+    return signs
+
+
+def _restrict(chosen: list[str]) -> Callable[[Mapping], dict]:
+    return lambda vector: {name: vector[name] for name in chosen}
+
+
+def _padded(model: Any, u: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A vector on every parameter, zero on those that were not selected."""
+    return {name: u.get(name, np.zeros_like(p)) for name, p in model.parameters.items()}
+
+
+def _checked_update(model: Any, update: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    for name, parameter in model.parameters.items():
+        if not isinstance(update, Mapping) or name not in update or np.shape(update[name]) != np.shape(parameter):
+            raise ValueError(
+                f"update= does not match the model's parameters. Expected a dictionary with an array of shape "
+                f"{np.shape(parameter)} for {name!r}."
+            )
+    return update
+
+
+def _to_float(value: Any) -> Any:
+    return value.item() if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0 else value

@@ -1,0 +1,26 @@
+"""lnp: where in the spectrum of the neural tangent kernel a network learns.
+
+`lnp.decompose(model, batch)` splits the speed at which the loss falls into loss scale, network scale and spectral
+position, for PyTorch, JAX and NumPy models.
+"""
+
+from lnp.backends import Options, load
+from lnp.cross import CrossResponse
+from lnp.decomposition import Decomposition, Layer
+from lnp.linearization import Linearization
+from lnp.measure import cross_response, decompose, measured_loss_change, predicted_loss_change
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossResponse",
+    "Decomposition",
+    "Layer",
+    "Linearization",
+    "Options",
+    "cross_response",
+    "decompose",
+    "load",
+    "measured_loss_change",
+    "predicted_loss_change",
+]

@@ -1,0 +1,115 @@
+"""Finds the backend of a model. Nothing is imported that the user has not imported.
+
+A backend is a module that a distribution names under the entry-point group `lnp.backends`, with the import name of its framework as the
+entry's name. It offers
+
+    accepts(model) -> bool
+    evaluate(computation, model, batches, options, *, learning_rate=None, update=None) -> Any
+    linearize(model, batch, options) -> Linearization
+
+`evaluate` linearises the model on each batch, calls `computation(*linearizations, **operands)`, compiled where the framework
+compiles, and leaves no trace on the model. It raises the errors of the records' `violations`, and returns what the computation
+returned with every array of shape () as a float, brought to the host in one transfer; inside a compiled function, where arrays have no
+value yet, it returns them as they are. `linearize` hands out the record itself, for eager work.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+GROUP = "lnp.backends"
+BATCH_STATISTICS = ("frozen", "coupled")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is linearised; what `lnp.decompose` was told, for the backend.
+
+    Attributes
+    ----------
+    loss:
+        Callable, name, or None to infer it.
+    forward:
+        (model, inputs) -> outputs, or None to call the model itself.
+    parameters:
+        Which parameters to differentiate with respect to: a predicate on names, a glob, names, or None for all trainable ones.
+    seed:
+        Of the random signs; in JAX also a PRNG key.
+    loss_terms:
+        The user's own n, or None.
+    microbatch:
+        Samples that are in memory at a time, or None for the whole batch.
+    batch_statistics:
+        "frozen" (batch normalisation in training mode keeps this batch's statistics) or "coupled".
+    split:
+        Whether the samples may be taken one at a time.
+    """
+
+    loss: str | Callable | None = None
+    forward: Callable | None = None
+    parameters: Any = None
+    seed: Any = 0
+    loss_terms: int | None = None
+    microbatch: int | None = None
+    batch_statistics: str = "frozen"
+    split: bool = True
+
+
+def find(model: Any) -> Any:
+    """The backend that accepts the model.
+
+    Raises
+    ------
+    TypeError
+        If none does. The message says which frameworks are loaded and which extra is missing.
+    """
+    entries = entry_points(group=GROUP)
+    loaded = [entry for entry in entries if entry.name in sys.modules]
+    for entry in sorted(loaded, key=lambda entry: entry.name == "numpy"):
+        backend = _load(entry)
+        if backend.accepts(model):
+            return backend
+    raise TypeError(_unknown(model, [entry.name for entry in entries], [entry.name for entry in loaded]))
+
+
+def load(framework: str) -> Any:
+    """The backend of a framework by its import name, for tools that choose the framework themselves.
+
+    Raises
+    ------
+    ValueError
+        If lnp has no such backend.
+    ImportError
+        If the framework is not installed.
+    """
+    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if framework not in entries:
+        raise ValueError(f"No lnp backend for {framework!r}. Expected one of {', '.join(sorted(entries))}.")
+    return _load(entries[framework])
+
+
+def _load(entry: EntryPoint) -> Any:
+    return entry.load()
+
+
+def _unknown(model: Any, names: list[str], loaded: list[str]) -> str:
+    root = type(model).__module__.partition(".")[0]
+    received = f"lnp.decompose received a model of type {type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, tuple):
+        received += f" with items of types {', '.join(type(item).__name__ for item in model)}"
+    expected = (
+        "Expected a torch.nn.Module, a Flax NNX or Equinox module, a bound Flax Linen module, a model of lnp_numpy, or "
+        "(apply, parameters) with a function apply(parameters, inputs) and its framework's arrays."
+    )
+    missing = [name for name in names if name not in loaded]
+    remedy = f"Loaded frameworks: {', '.join(loaded) or 'none'}; "
+    if root in missing:
+        return f"{received}. {expected} {remedy}import {root} before calling lnp, or install it: pip install 'lnp[{root}]'."
+    return (
+        f"{received}, which no backend accepts. {expected} {remedy}lnp has backends for {', '.join(sorted(names))}. "
+        "A framework has to be installed (pip install 'lnp[torch]') and imported before its models are recognised."
+    )

@@ -1,0 +1,123 @@
+"""The record that every backend builds and the core works on.
+
+A model with trainable parameters theta and a batch of N samples has outputs f of shape (N, K). Around theta the record
+offers the Jacobian J = df/dtheta (N*K rows, one column per parameter) as operators, never as a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Array = Any
+"""An array of the backend's framework; the core uses it through the array API alone."""
+
+Vector = Any
+"""A vector in parameter space, in whatever form the backend keeps it; the core never looks into it."""
+
+
+def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
+    """Repeat `state = body(state)` while `condition(state)`; a compiling backend supplies its own."""
+    while condition(state):
+        state = body(state)
+    return state
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """A network and its loss around the current parameters, for one batch.
+
+    Let f be the outputs of shape (N, K), theta the trainable parameters and J[n, k, p] = d f[n, k] / d theta[p].
+
+    Attributes
+    ----------
+    xp:
+        Array-API namespace of the arrays below.
+    outputs:
+        f, shape (N, K).
+    loss:
+        L(f), shape ().
+    loss_gradient:
+        g = dL/df, shape (N, K).
+    loss_terms:
+        Number of terms that the loss's mean reduction averages; an int or an array of shape ().
+    vjp:
+        v (N, K) -> J^T v, a vector in parameter space (vector-Jacobian product with cotangent v).
+    inner_products:
+        (u, w) -> {parameter name: <u_l, w_l>}, each of shape (), accumulated in float32 or better.
+    signs:
+        probe index -> (N, K) independent random signs in the outputs' dtype, on their device. The same index gives
+        the same signs.
+    jvp:
+        u -> J u of shape (N, K) (Jacobian-vector product), or None.
+    sample_square_norms:
+        v -> {parameter name: (N,) array of ||J_nl^T v_n||^2}, without N x P memory. None where it cannot be had.
+    coupled:
+        Array of shape (), True if the samples turn out to interact although they are taken apart: a sample's output, or the
+        gradient, changes when the others are left out. The core's numbers are nan then. None where the backend has
+        looked already.
+    group_square_norms:
+        v -> {parameter name: (G,) array of ||J_gl^T v_g||^2} for the G groups of samples that the batch was split into
+        (micro-batches), or None.
+    groups:
+        G.
+    loss_along:
+        (u, step) -> L at theta + step * u, shape (): the loss after a step that is really taken. Nothing is changed.
+    violations:
+        (array of shape () that is True when a check of values fails, error message) pairs. The core's numbers are nan where one is
+        True; a backend that can read it raises the error.
+    notes:
+        What the user should know about how the record was made.
+    while_loop:
+        (condition, body, state) -> state; a compiling framework's own loop, otherwise Python's.
+    """
+
+    xp: Any
+    outputs: Array
+    loss: Array
+    loss_gradient: Array
+    loss_terms: Any
+    vjp: Callable[[Array], Vector]
+    inner_products: Callable[[Vector, Vector], Mapping[str, Array]]
+    signs: Callable[[Any], Array]
+    jvp: Callable[[Vector], Array] | None = None
+    sample_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
+    coupled: Array | None = None
+    group_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
+    groups: int = 1
+    loss_along: Callable[[Vector, Any], Array] | None = None
+    violations: tuple[tuple[Array, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    while_loop: Callable = while_loop
+
+
+def accumulation_dtype(xp: Any, dtype: Any) -> Any:
+    """Where sums are taken: float64 for float64, float32 for everything narrower."""
+    return xp.float64 if dtype == xp.float64 else xp.float32
+
+
+def square_norm(xp: Any, array: Array) -> Array:
+    """||array||^2 over all elements, accumulated in float32 or better. Shape ()."""
+    wide = xp.astype(array, accumulation_dtype(xp, array.dtype), copy=False)
+    return xp.sum(wide * wide)
+
+
+def coupling_tolerance(xp: Any, dtype: Any) -> float:
+    """The relative difference up to which a sample alone and in its batch are the same: 4 sqrt(eps), at most 0.05."""
+    return min(4.0 * float(xp.finfo(dtype).eps) ** 0.5, 0.05)
+
+
+def valid(lin: Linearization, value: Array) -> Array:
+    """The value, or nan where a check of the record failed. Shape ()."""
+    flags = [flag for flag, _ in lin.violations]
+    for flag in flags if lin.coupled is None else [*flags, lin.coupled]:
+        value = lin.xp.where(flag, value * float("nan"), value)
+    return value
+
+
+def ratio(xp: Any, numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, and nan for 0/0 without the framework's warning."""
+    zero = denominator == 0
+    safe = xp.where(zero, xp.ones_like(denominator), denominator)
+    return xp.where(zero, xp.full_like(denominator, float("nan")), numerator / safe)

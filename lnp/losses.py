@@ -1,0 +1,140 @@
+"""Which loss is meant, and how many terms its mean reduction averages.
+
+The values of the losses are computed by the backends, in their own framework, so that they can be differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+NAMES = ("cross_entropy", "mse")
+IGNORE_INDEX = -100
+"""Class labels of this value (PyTorch's and Hugging Face's convention) take no part in the cross-entropy."""
+
+
+def resolve(
+    loss: str | Callable | None, outputs: Sequence[int], targets: Sequence[int] | None, integer_targets: bool
+) -> str | Callable:
+    """The loss that the user means: the callable itself, or one of `NAMES`.
+
+    `outputs` and `targets` are shapes. With `loss=None`: cross-entropy for integer targets, mean squared error for float
+    targets of the outputs' shape.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, and where the loss cannot be inferred from the shapes.
+    TypeError
+        If `loss` is neither a name, a callable nor None.
+    """
+    if callable(loss):
+        return loss
+    if isinstance(loss, str):
+        if loss not in NAMES:
+            raise ValueError(
+                f"Unknown loss {loss!r}. Expected one of {', '.join(map(repr, NAMES))}, or a callable "
+                "loss(outputs, targets) -> scalar. Pass one of these as loss=."
+            )
+        return loss
+    if loss is not None:
+        raise TypeError(
+            f"loss is {loss!r} of type {type(loss).__name__}. Expected a name ({', '.join(map(repr, NAMES))}), a callable "
+            "loss(outputs, targets) -> scalar, or None to infer it."
+        )
+    if targets is None:
+        raise ValueError(
+            "The outputs or the targets are not one array each, so that the loss cannot be inferred. "
+            "Pass loss=, a callable loss(outputs, targets) -> scalar."
+        )
+    if integer_targets:
+        return "cross_entropy"
+    if tuple(outputs) == tuple(targets):
+        return "mse"
+    raise ValueError(
+        f"The loss cannot be inferred from float targets of shape {tuple(targets)} and outputs of shape {tuple(outputs)}. "
+        "Expected integer class labels, or float targets of the outputs' shape. Reshape the targets, or pass loss=."
+    )
+
+
+def class_axis(
+    outputs: Sequence[int], targets: Sequence[int], integer_targets: bool, *, second_axis: bool = False
+) -> int:
+    """The axis of the outputs that runs over classes, for the cross-entropy.
+
+    Labels (integers) have the outputs' shape without the class axis, which is the last one, or with
+    `second_axis=True` (PyTorch's convention) the second one where only that fits. Soft and one-hot targets have the outputs' shape and
+    their classes on the last axis.
+
+    Raises
+    ------
+    ValueError
+        Where the shapes do not match, and where both axes would fit.
+    """
+    outputs, targets = tuple(outputs), tuple(targets)
+    last = len(outputs) - 1
+    if len(outputs) < 2:
+        raise ValueError(
+            f"The outputs have shape {outputs}, without an axis for classes. Cross-entropy expects outputs of shape "
+            "(samples, ..., classes). For one output per sample pass another loss=, such as 'mse' or a callable."
+        )
+    if not integer_targets:
+        if outputs == targets:
+            return 1 if second_axis and len(outputs) > 2 else last
+        raise ValueError(
+            f"Soft targets of shape {targets} do not match outputs of shape {outputs}. Cross-entropy expects class "
+            "probabilities of the outputs' shape, or integer labels without the class axis. Reshape the targets."
+        )
+    fits_last = targets == outputs[:-1]
+    fits_second = second_axis and len(outputs) > 2 and targets == outputs[:1] + outputs[2:]
+    if fits_last and fits_second:
+        raise ValueError(
+            f"Outputs of shape {outputs} and labels of shape {targets}: the classes could be on axis 1 or on the last axis. "
+            "Pass the loss as a callable, for example loss=torch.nn.CrossEntropyLoss() for axis 1."
+        )
+    if not (fits_last or fits_second):
+        raise ValueError(
+            f"Labels of shape {targets} do not match outputs of shape {outputs}. Cross-entropy expects labels of shape "
+            f"{outputs[:-1]}, one integer for each row of outputs. Reshape the labels or the outputs."
+        )
+    return last if fits_last else 1
+
+
+def check_same_shape(outputs: Sequence[int], targets: Sequence[int]) -> None:
+    """Raise ValueError unless the mean squared error's outputs and targets have one shape: broadcasting hides mistakes."""
+    if tuple(outputs) != tuple(targets):
+        raise ValueError(
+            f"Targets of shape {tuple(targets)} do not match outputs of shape {tuple(outputs)}. The mean squared error "
+            "expects equal shapes, since broadcasting hides mistakes. Reshape the targets."
+        )
+
+
+def label_terms(xp: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -> Any:
+    """Number of class labels that are not ignored: the cross-entropy's `loss_terms`. Shape (), stays on its device."""
+    return xp.sum(xp.astype(labels != ignore_index, xp.int32))
+
+
+def labels_out_of_range(xp: Any, labels: Any, classes: int, ignore_index: int = IGNORE_INDEX) -> tuple[Any, str]:
+    """Whether a label is neither in [0, classes) nor ignored, as a check for `Linearization.violations`."""
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    return xp.any(wrong), (
+        f"The targets hold labels outside [0, {classes}), while the outputs have {classes} classes. Expected integers from 0 to "
+        f"{classes - 1}, or {IGNORE_INDEX} for a position to ignore. Check the labels or the number of outputs."
+    )
+
+
+def assumed_terms(xp: Any, outputs: Sequence[int], targets: Any, integer_targets: bool) -> tuple[Any, str]:
+    """`loss_terms` for a loss that lnp does not know, from the targets, and the note that says what was assumed."""
+    shape = None if targets is None else tuple(targets.shape)
+    if shape is not None and integer_targets and len(shape) < len(outputs):
+        return label_terms(xp, targets), _assumed(f"the labels that are not {IGNORE_INDEX}")
+    if shape == tuple(outputs):
+        return math.prod(shape), _assumed("the elements of the targets")
+    return outputs[0], _assumed("the samples")
+
+
+def _assumed(what: str) -> str:
+    return (
+        f"loss_terms counts {what}, which is assumed for this loss; pass loss_terms= if its mean is over something else"
+    )
