@@ -1,0 +1,246 @@
+"""From a PyTorch model and a batch to the record that the core works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from array_api_compat import torch as xp
+
+from lnp import batches
+from lnp.backends import Options
+from lnp.linearization import Linearization, coupling_tolerance
+from lnp.structure import leaves, map_leaves
+from lnp_torch import directional, losses, samples
+from lnp_torch.huggingface import own_loss_terms, split_batch
+from lnp_torch.isolation import undisturbed
+from lnp_torch.models import Program, accepts, program
+from lnp_torch.outputs import Outputs, flatten, split, wide
+from lnp_torch.passes import Passes, first_pass
+
+__all__ = ["accepts", "evaluate", "linearize"]
+
+Vector = list[torch.Tensor]
+
+
+def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
+    """Run the computation on the linearised batches; tensors of shape () become floats, in one transfer."""
+    prepared = program(model, options.forward, options.parameters)
+    with undisturbed(prepared.modules, [prepared.device]):
+        if operands.get("update") is not None:
+            operands["update"] = _as_vector(prepared, operands["update"])
+        records = [_linearize(prepared, batch, options) for batch in batches]
+        result = computation(*records, **operands)
+        flags = [violation for record in records for violation in record.violations]
+        result, violated = _to_host(result, [flag for flag, _ in flags])
+    for flag, (_, message) in zip(violated, flags, strict=True):
+        if flag:
+            raise ValueError(message)
+    return result
+
+
+def linearize(model: Any, batch: Any, options: Options) -> Linearization:
+    """The record for one batch. It keeps the graph of the forward pass alive."""
+    prepared = program(model, options.forward, options.parameters)
+    with undisturbed(prepared.modules, [prepared.device]):
+        return _linearize(prepared, batch, options)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """The loss at the first pass's outputs, and how to compute it at others."""
+
+    value: torch.Tensor
+    gradient: torch.Tensor
+    terms: Any
+    of: Callable[[Outputs], torch.Tensor]
+    violations: tuple = ()
+    notes: tuple[str, ...] = ()
+
+
+def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization:
+    inputs, targets = split_batch(batch, options.loss)
+    whole = options.microbatch is None
+    outputs, repeat = first_pass(
+        prepared, inputs, options.batch_statistics == "frozen", keep_graph=whole or targets is None
+    )
+    parts = outputs.parts
+    flat = flatten([part.detach() for part in parts])
+    if isinstance(targets, torch.Tensor):
+        batches.check_lengths(flat.shape[0], targets.shape)
+    loss = _loss(prepared, inputs, outputs, targets, options)
+    passes = repeat(flat.shape[0])
+    parameters = list(prepared.parameters.values())
+    if whole:
+        graph = [part for part in parts]
+
+        def vjp(v: torch.Tensor) -> Vector:
+            return samples.gradients(graph, parameters, split(v, graph))
+    else:
+        pull_groups = samples.looped(passes, options.microbatch)
+
+        def vjp(v: torch.Tensor) -> Vector:
+            return samples.total(pull_groups, v)[1]
+
+    pull, notes = _taken_apart(passes, flat, loss.gradient, vjp, options)
+    names = list(prepared.parameters)
+    return Linearization(
+        xp=xp,
+        outputs=flat,
+        loss=loss.value,
+        loss_gradient=loss.gradient,
+        loss_terms=loss.terms,
+        vjp=vjp,
+        inner_products=lambda u, w: {n: _dot(a, b) for n, a, b in zip(names, u, w, strict=True)},
+        signs=_signs(options.seed, flat),
+        jvp=lambda u: _jvp(prepared, passes, u),
+        sample_square_norms=None if pull is None else lambda v: samples.square_norms(pull, v),
+        group_square_norms=None if whole else lambda v: samples.square_norms(pull_groups, v),
+        groups=1 if whole else -(-flat.shape[0] // options.microbatch),
+        loss_along=lambda u, step: _loss_along(prepared, passes, loss, u, step),
+        violations=loss.violations,
+        notes=(*_frozen_notes(passes), *loss.notes, *notes),
+    )
+
+
+def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, options: Options) -> _Loss:
+    """L, g = dL/df and the number of terms."""
+    parts = outputs.parts
+    if targets is None:
+        terms, notes = own_loss_terms(prepared.modules, inputs, outputs)
+        if outputs.own_loss is None or not outputs.own_loss.requires_grad:
+            raise ValueError(
+                "The batch is a dictionary, but the model returned no loss and logits for it. Expected a model that computes its own loss "
+                "from labels. Pass (inputs, targets), and loss= if it cannot be inferred."
+            )
+        grads = torch.autograd.grad(outputs.own_loss, parts, retain_graph=True)
+        terms = terms if options.loss_terms is None else options.loss_terms
+        return _Loss(outputs.own_loss.detach(), flatten(list(grads)), terms, lambda o: o.own_loss, notes=notes)
+    # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
+    detached = [part.detach().to(wide([part])).requires_grad_() for part in parts]
+    tree = outputs.with_parts(detached)
+    function, terms, violations, notes = losses.prepare(options.loss, tree, targets, options.loss_terms)
+    with torch.enable_grad():
+        value = function(tree, targets)
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"The loss returned {type(value).__name__}. Expected a tensor of shape ().")
+        batches.check_loss(value.shape)
+        if not value.requires_grad:
+            raise ValueError(
+                "The loss does not depend on the outputs. Expected loss(outputs, targets) to be differentiable: do not detach "
+                "the outputs or convert them to NumPy."
+            )
+        grads = torch.autograd.grad(value.sum(), detached, allow_unused=True, materialize_grads=True)
+
+    def of(other: Outputs) -> torch.Tensor:
+        return function(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
+
+    return _Loss(value.detach().sum(), flatten(list(grads)), terms, of, violations, notes)
+
+
+def _taken_apart(
+    passes: Passes, outputs: torch.Tensor, g: torch.Tensor, vjp: Callable, options: Options
+) -> tuple[samples.Pull | None, tuple[str, ...]]:
+    """A way to pull back single samples that was seen to give the batch's outputs and gradient, or None and the reason."""
+    if not options.split:
+        return None, ()
+    if not passes.divisible:
+        return None, (
+            f"no input runs over the {passes.samples} samples along its first axis: the trace is estimated jointly",
+        )
+    tolerance = coupling_tolerance(xp, min((p.dtype for p in passes.program.parameters.values()), key=_digits))
+    gradient, found = vjp(g), ""
+    for pull in (samples.vectorized(passes), samples.looped(passes)):
+        try:
+            difference = samples.difference(pull, outputs, g, gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
+            found = f"one sample alone fails with {type(error).__name__}: {_first_line(error)}"
+            continue
+        if not difference > tolerance:
+            return pull, ()
+        found = f"a sample's output or gradient changes by {difference:.1g} (relative) when the others are left out"
+    if options.microbatch is not None:
+        raise ValueError(
+            f"microbatch={options.microbatch} was asked for, but the samples interact in this network: {found}. Expected independent "
+            "samples. Leave microbatch unset, or remove what couples them."
+        )
+    return None, (f"the samples interact in this network ({found}): the trace is estimated jointly",)
+
+
+def _jvp(prepared: Program, passes: Passes, u: Vector) -> torch.Tensor:
+    with undisturbed(prepared.modules, [prepared.device]):
+        return flatten(directional.jvp(lambda p: passes.whole(p).parts, prepared.parameters, u)).detach()
+
+
+def _loss_along(prepared: Program, passes: Passes, loss: _Loss, u: Vector, step: Any) -> torch.Tensor:
+    with undisturbed(prepared.modules, [prepared.device]), torch.no_grad():
+        moved = {n: p.detach() + step * d.to(p.dtype) for (n, p), d in zip(prepared.parameters.items(), u, strict=True)}
+        return loss.of(passes.whole(moved))
+
+
+def _signs(seed: Any, like: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    def signs(index: int) -> torch.Tensor:
+        state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(like.device).manual_seed(int(state >> 1))
+        bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
+        return (2 * bits - 1).to(like.dtype)
+
+    return signs
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    dtype = wide([a, b])
+    return (a.to(dtype) * b.to(dtype)).sum()
+
+
+def _as_vector(prepared: Program, update: Any) -> Vector:
+    """The user's update as a vector in parameter space, zero for selected parameters that it leaves out."""
+    names = list(prepared.parameters)
+    given = (
+        update
+        if isinstance(update, Mapping)
+        else dict(zip(names, update, strict=False))
+        if len(update) == len(names)
+        else {}
+    )
+    wrong = [n for n, d in given.items() if n not in names or d.shape != prepared.parameters[n].shape]
+    if wrong or not given:
+        raise ValueError(
+            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a dictionary "
+            f"{{parameter name: tensor of its shape}}, or one tensor for each of the {len(names)} parameters in their order."
+        )
+    return [given[n].detach() if n in given else torch.zeros_like(p) for n, p in prepared.parameters.items()]
+
+
+def _to_host(result: Any, flags: list[torch.Tensor]) -> tuple[Any, list[bool]]:
+    """Every tensor of shape () as a Python number, in one transfer."""
+    tensors = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)] + flags
+    if not tensors:
+        return result, []
+    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    numbers = iter(torch.stack([tensor.detach().to(dtype) for tensor in tensors]).tolist())
+    result = map_leaves(lambda leaf: next(numbers) if isinstance(leaf, torch.Tensor) else leaf, result)
+    return result, [bool(number) for number in numbers]
+
+
+def _frozen_notes(passes: Passes) -> tuple[str, ...]:
+    kinds = {kind for kind, _ in passes.record}
+    notes = []
+    if "statistics" in kinds:
+        notes.append("batch normalisation in training mode keeps this batch's statistics")
+    if "mask" in kinds:
+        notes.append("dropout keeps one mask for the whole measurement")
+    return tuple(notes)
+
+
+def _digits(dtype: torch.dtype) -> float:
+    return -torch.finfo(dtype).eps
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:120]

@@ -1,0 +1,54 @@
+"""Batches that are dictionaries with labels, for models that compute their own loss (Hugging Face)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from array_api_compat import torch as xp
+from torch import nn
+
+from lnp import losses
+from lnp.batches import unpack
+from lnp_torch.losses import integer
+from lnp_torch.outputs import Outputs
+
+
+def split_batch(batch: Any, loss: Any) -> tuple[Any, Any]:
+    """(inputs, targets); targets are None where the model computes its own loss from a dictionary with labels."""
+    if not isinstance(batch, Mapping):
+        return unpack(batch)
+    inputs = dict(batch)
+    if "labels" not in inputs:
+        raise ValueError(
+            f"The batch is a dictionary with {sorted(inputs)}, without labels. Expected 'labels' among them, from which the model "
+            "computes its loss. Add them, or pass (inputs, targets)."
+        )
+    if loss is None:
+        return inputs, None
+    return {name: value for name, value in inputs.items() if name != "labels"}, inputs["labels"]
+
+
+def own_loss_terms(modules: Iterable[nn.Module], inputs: Any, outputs: Outputs) -> tuple[Any, tuple[str, ...]]:
+    """`loss_terms` of the loss that a Hugging Face model computes, and notes."""
+    kind = next((module.loss_type for module in modules if isinstance(getattr(module, "loss_type", None), str)), None)
+    labels = inputs["labels"] if isinstance(inputs, Mapping) else None
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"labels are {type(labels).__name__}. Expected a tensor.")
+    notes = (
+        ()
+        if outputs.auxiliary_loss is None
+        else ("the model's auxiliary loss is part of the loss, but not of its gradient",)
+    )
+    if not integer(labels):
+        return labels.numel(), notes
+    if kind == "ForCausalLM":
+        # the label of a position is the next token: the first label has no prediction
+        return losses.label_terms(xp, labels[..., 1:]), notes
+    if kind is None:
+        return losses.label_terms(xp, labels), (
+            *notes,
+            f"loss_terms counts the labels that are not {losses.IGNORE_INDEX}, assumed",
+        )
+    return losses.label_terms(xp, labels), notes

@@ -1,0 +1,71 @@
+"""Leave no trace: what a measurement might disturb is put back, also when an exception passes through."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def undisturbed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> Iterator[None]:
+    """Gradients on, compiled modules run eagerly; random states and the modules' attributes are as before afterwards.
+
+    Parameters and buffers need no care here: models are called on aliases and copies of them.
+    """
+    attributes = [(module, dict(module.__dict__)) for module in modules]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's legacy state
+    cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=cuda))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(eager())
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        for module, saved in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(saved)
+
+
+def eager() -> contextlib.AbstractContextManager:
+    """Compiled functions run as they were written: a compiled forward pass allows only one backward pass."""
+    if hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def same_randomness(state: RandomState) -> Iterator[None]:
+    """Run with the random state that an earlier pass began with, so that it draws the same numbers."""
+    current = RandomState(state.devices)
+    state.restore()
+    try:
+        yield
+    finally:
+        current.restore()
+
+
+class RandomState:
+    """The random states of PyTorch (CPU and the given devices), NumPy and Python at one moment."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.devices = tuple(device for device in devices if device.type == "cuda")
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self._cpu)
+        for device, state in zip(self.devices, self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002

@@ -1,0 +1,93 @@
+"""Losses in PyTorch, and the number of terms they average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from array_api_compat import torch as xp
+from torch import nn
+from torch.nn import functional as F
+
+from lnp import losses
+from lnp.structure import leaves
+
+Violations = tuple[tuple[torch.Tensor, str], ...]
+
+
+def integer(targets: Any) -> bool:
+    """Whether the targets are labels."""
+    return isinstance(targets, torch.Tensor) and not (
+        targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    )
+
+
+def prepare(
+    loss: str | Callable | None, outputs: Any, targets: Any, given: int | None
+) -> tuple[Callable, Any, Violations, tuple[str, ...]]:
+    """(loss(outputs, targets) -> scalar, loss_terms, violations, notes), where outputs may be of any structure."""
+    single = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
+    shape = tuple(outputs.shape) if single else ()
+    meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer(targets))
+    if isinstance(meant, str) and not single:
+        losses.resolve(None, (), None, False)  # a named loss needs single tensors just as much
+    if meant == "mse":
+        losses.check_same_shape(shape, targets.shape)
+        return _mse, math.prod(shape) if given is None else given, (), ()
+    if meant == "cross_entropy":
+        axis = losses.class_axis(shape, targets.shape, integer(targets), second_axis=True)
+        terms, violations = _class_terms(shape, axis, targets, losses.IGNORE_INDEX)
+        value = lambda outputs, targets: _cross_entropy(outputs, targets, axis)  # noqa: E731
+        return value, terms if given is None else given, violations, ()
+    terms, notes = _known_terms(meant, shape, targets) if single else (None, ())
+    if terms is None:
+        leaf = outputs if isinstance(outputs, torch.Tensor) else _first(outputs)
+        terms, note = losses.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer(targets))
+        notes = (note,)
+    return meant, *((terms, (), notes) if given is None else (given, (), ()))
+
+
+def _mse(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(outputs, targets.to(outputs.dtype))
+
+
+def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor, axis: int) -> torch.Tensor:
+    """The mean over labels that are not ignored; labels out of range are ignored here, and reported as violations."""
+    rows = outputs.movedim(axis, -1).flatten(0, -2)
+    if not integer(targets):
+        return F.cross_entropy(rows, targets.movedim(axis, -1).flatten(0, -2).to(rows.dtype))
+    labels = targets.flatten().long()
+    inside = (labels >= 0) & (labels < rows.shape[-1])
+    return F.cross_entropy(rows, labels.where(inside, losses.IGNORE_INDEX))
+
+
+def _class_terms(shape: tuple, axis: int, targets: torch.Tensor, ignore_index: int) -> tuple[Any, Violations]:
+    if not integer(targets):
+        return math.prod(shape) // shape[axis], ()
+    violation = losses.labels_out_of_range(xp, targets, shape[axis], ignore_index)
+    return losses.label_terms(xp, targets, ignore_index), (violation,)
+
+
+def _known_terms(loss: Any, shape: tuple, targets: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
+    """`loss_terms` of PyTorch's own losses, or None."""
+    if getattr(loss, "reduction", "mean") == "sum" and isinstance(loss, nn.Module):
+        return 1, ("the loss is a sum, which averages over nothing: loss_terms is 1",)
+    if isinstance(loss, nn.MSELoss) or loss is F.mse_loss:
+        return math.prod(torch.broadcast_shapes(shape, targets.shape)), ()
+    if not (isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy):
+        return None, ()
+    if len(shape) < 2:
+        losses.class_axis(shape, targets.shape, integer(targets))  # says what is wrong
+    terms, violations = _class_terms(shape, 1, targets, getattr(loss, "ignore_index", losses.IGNORE_INDEX))
+    for violated, message in violations:
+        if bool(violated):  # before the loss is called: on a GPU it would abort the process
+            raise ValueError(message)
+    return terms, ()
+
+
+def _first(tree: Any) -> torch.Tensor:
+    from lnp.structure import leaves
+
+    return next(leaf for leaf in leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())

@@ -1,0 +1,162 @@
+"""What a model is here: a function of its parameters and inputs that can be run again without touching the user's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lnp.batches import select
+from lnp.structure import children, map_leaves
+
+Parameters = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model on aliases of its parameters.
+
+    Attributes
+    ----------
+    parameters:
+        The selected parameters by name: leaves that share their storage with the user's, and require gradients.
+    call:
+        (parameters, inputs) -> outputs of any structure. Takes a dictionary that replaces the selected parameters.
+    modules:
+        The modules that are called.
+    """
+
+    parameters: Parameters
+    call: Callable[[Parameters, Any], Any]
+    modules: tuple[nn.Module, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return next(iter(self.parameters.values())).device
+
+
+def accepts(model: Any) -> bool:
+    """Whether the model is a module, or a function with parameters that are tensors."""
+    if isinstance(model, nn.Module):
+        return True
+    if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
+        return False
+    tensors = list(named(model[1]).values())
+    return bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+
+
+def program(model: Any, forward: Callable | None, parameters: Any) -> Program:
+    """The model as a program, with its trainable or selected parameters."""
+    if isinstance(model, nn.Module):
+        return _module(unwrapped(model), forward, parameters)
+    if forward is not None:
+        raise ValueError(
+            "forward= was given for a model that is a pair (function, parameters). Expected it for modules only: put what it does "
+            "into function(parameters, inputs)."
+        )
+    return _function(*model, parameters)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside data-parallel and compiled wrappers, which would hook into the backward pass."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def named(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a structure by their dotted path.
+
+    >>> named({"layer": [1, 2], "scale": 3})
+    {'layer.0': 1, 'layer.1': 2, 'scale': 3}
+    """
+    inner = children(tree)
+    if inner is None:
+        return {prefix or "parameters": tree}
+    return {
+        name: leaf
+        for key, child in inner.items()
+        for name, leaf in named(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+class _Whole(nn.Module):
+    """The user's module with the way it is called, so that the whole call can run on other parameters."""
+
+    def __init__(self, model: nn.Module, forward: Callable) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, inputs: Any) -> Any:
+        return self._forward(self.model, inputs)
+
+
+@dataclass
+class _Buffers:
+    """Copies of the buffers: a forward pass may write to them. Those it did write to start anew at each pass."""
+
+    original: Parameters
+    copies: Parameters = field(default_factory=dict)
+
+    def fresh(self) -> Parameters:
+        for name, buffer in self.original.items():
+            if name not in self.copies or self.copies[name]._version:
+                self.copies[name] = buffer.detach().clone()
+        return self.copies
+
+
+def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Program:
+    every = dict(model.named_parameters())
+    uninitialized = [name for name, p in every.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if uninitialized:
+        raise ValueError(
+            f"The parameters {uninitialized} are not initialised. Expected a model that has seen its first batch. Run model(inputs) once."
+        )
+    candidates = [
+        name for name, p in every.items() if p.is_floating_point() and (p.requires_grad or parameters is not None)
+    ]
+    chosen = select(candidates, parameters)
+    aliases = {name: every[name].detach().requires_grad_() for name in chosen}
+    first = {id(p): name for name, p in reversed(every.items())}
+    tied = {f"model.{name}": first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    fixed = {name: p.detach() for name, p in every.items() if name not in aliases}
+    buffers = _Buffers({f"model.{name}": buffer for name, buffer in model.named_buffers() if buffer is not None})
+    whole = _Whole(model, forward or called)
+    whole.training = model.training
+
+    def call(parameters: Parameters, inputs: Any) -> Any:
+        values = fixed | parameters
+        state = {name: values[source] for name, source in tied.items()} | buffers.fresh()
+        return torch.func.functional_call(whole, state, (inputs,), tie_weights=False)
+
+    return Program(aliases, call, tuple(model.modules()))
+
+
+def _function(function: Callable, tree: Any, parameters: Any) -> Program:
+    leaves = named(tree)
+    chosen = select([name for name, leaf in leaves.items() if leaf.is_floating_point()], parameters)
+    aliases = {name: leaves[name].detach().requires_grad_() for name in chosen}
+
+    def call(parameters: Parameters, inputs: Any) -> Any:
+        values = iter([parameters.get(name, leaf.detach()) for name, leaf in leaves.items()])
+        return function(map_leaves(lambda _: next(values), tree), inputs)
+
+    return Program(aliases, call)
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """model(x), model(*tuple) or model(**dict)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, list | tuple):
+        return model(*inputs)
+    return model(inputs)

@@ -1,0 +1,84 @@
+"""From what a model returns to the (N, K) arrays that the core sees, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lnp.batches import check_outputs
+from lnp.structure import leaves, map_leaves
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The floating-point leaves of the outputs, sample axis first.
+
+    Attributes
+    ----------
+    tree:
+        What the model returned, or its logits.
+    own_loss:
+        The loss that the model computed itself, or None.
+    auxiliary_loss:
+        A part of it that does not come from the logits (a router's balance), or None.
+    """
+
+    tree: Any
+    own_loss: torch.Tensor | None = None
+    auxiliary_loss: Any = None
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """The leaves that are measured."""
+        return [leaf for leaf in leaves(self.tree) if _measured(leaf)]
+
+    def flat(self) -> torch.Tensor:
+        """(N, K) in float32 or better."""
+        return flatten(self.parts)
+
+    def with_parts(self, parts: list[torch.Tensor]) -> Any:
+        """The structure with other leaves."""
+        if isinstance(self.tree, torch.Tensor):
+            return parts[0]
+        values = iter(parts)
+        return map_leaves(lambda leaf: next(values) if _measured(leaf) else leaf, self.tree)
+
+
+def read(returned: Any) -> Outputs:
+    """The outputs of a model. Of a Hugging Face output the logits are measured, and its own loss is kept."""
+    logits = _get(returned, "logits")
+    if isinstance(logits, torch.Tensor):
+        own_loss = _get(returned, "loss")
+        own_loss = own_loss if isinstance(own_loss, torch.Tensor) else None
+        return Outputs(logits, own_loss, _get(returned, "aux_loss"))
+    return Outputs(returned)
+
+
+def flatten(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Join (N, ...) tensors to (N, K), in float32 or better."""
+    samples = check_outputs([part.shape for part in parts])
+    dtype = wide(parts)
+    return torch.cat([part.reshape(samples, -1).to(dtype) for part in parts], dim=1)
+
+
+def split(v: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inverse of `flatten`: (N, K) to tensors of the parts' shapes and dtypes."""
+    pieces = v.split([part[0].numel() for part in parts], dim=1)
+    return [piece.reshape(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def wide(parts: list[torch.Tensor]) -> torch.dtype:
+    """float64 if one of the parts is, float32 otherwise."""
+    return torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+
+
+def _measured(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _get(returned: Any, name: str) -> Any:
+    if isinstance(returned, torch.Tensor):
+        return None
+    return returned.get(name) if isinstance(returned, dict) else getattr(returned, name, None)

@@ -1,0 +1,74 @@
+"""Forward passes of one measurement: the first fixes the randomness, all others repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lnp.structure import leaves, map_leaves
+from lnp_torch.frozen import Frozen, rows
+from lnp_torch.isolation import RandomState, same_randomness
+from lnp_torch.models import Parameters, Program
+from lnp_torch.outputs import Outputs, read
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A program on one batch, as the same function at every call.
+
+    Attributes
+    ----------
+    program:
+        The model.
+    inputs:
+        The batch's inputs.
+    samples:
+        N.
+    record:
+        Dropout masks and batch statistics of the first pass.
+    state:
+        Random state that the first pass began with.
+    statistics:
+        Whether batch normalisation keeps the first pass's statistics.
+    """
+
+    program: Program
+    inputs: Any
+    samples: int
+    record: list[tuple[str, Any]]
+    state: RandomState
+    statistics: bool
+
+    def whole(self, parameters: Parameters) -> Outputs:
+        """The whole batch at other parameters."""
+        with same_randomness(self.state), Frozen(self.statistics, self.record):
+            return read(self.program.call(parameters, self.inputs))
+
+    def part(self, parameters: Parameters, part: slice) -> Outputs:
+        """Some of the samples."""
+        inputs = map_leaves(lambda leaf: leaf[part] if self.has_samples(leaf) else leaf, self.inputs)
+        with same_randomness(self.state), Frozen(self.statistics, rows(self.record, self.samples, part)):
+            return read(self.program.call(parameters, inputs))
+
+    def has_samples(self, leaf: Any) -> bool:
+        """Whether an input runs over the samples along its first axis."""
+        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
+
+    @property
+    def divisible(self) -> bool:
+        """Whether any input does, so that samples can be taken apart."""
+        return any(self.has_samples(leaf) for leaf in leaves(self.inputs))
+
+
+def first_pass(
+    program: Program, inputs: Any, statistics: bool, keep_graph: bool
+) -> tuple[Outputs, Callable[[int], Passes]]:
+    """The outputs of the whole batch, and the passes that repeat it once the number of samples is known."""
+    state = RandomState([program.device])
+    mode = Frozen(statistics)
+    with mode, torch.set_grad_enabled(keep_graph):
+        outputs = read(program.call(program.parameters, inputs))
+    return outputs, lambda samples: Passes(program, inputs, samples, mode.record, state, statistics)

@@ -1,0 +1,114 @@
+"""Gradients of single samples, or of groups of them, one chunk at a time: nothing of size samples x parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lnp.structure import leaves, map_leaves
+from lnp_torch.frozen import Frozen
+from lnp_torch.models import Parameters
+from lnp_torch.outputs import flatten, read, split
+from lnp_torch.passes import Passes
+
+BUDGET = 2**28
+"""Bytes of per-sample gradients that are in memory at a time."""
+
+Chunk = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Outputs (C, K) of C samples or groups, and {name: (C, ...) gradients}."""
+Pull = Callable[[torch.Tensor], Iterator[Chunk]]
+"""v (N, K) -> chunks of J_n^T v_n, in the order of the samples."""
+
+
+def looped(passes: Passes, size: int = 1) -> Pull:
+    """`size` samples at a time, each group with a forward and a backward pass of its own: for any network."""
+    parameters = passes.program.parameters
+    names, leaves = list(parameters), list(parameters.values())
+
+    def pull(v: torch.Tensor) -> Iterator[Chunk]:
+        for start in range(0, passes.samples, size):
+            part = slice(start, start + size)
+            parts = passes.part(parameters, part).parts
+            grads = gradients(parts, leaves, split(v[part], parts))
+            yield flatten([p.detach() for p in parts]), {n: g[None] for n, g in zip(names, grads, strict=True)}
+
+    return pull
+
+
+def vectorized(passes: Passes) -> Pull:
+    """Many samples at a time by `torch.func.vmap`, as many as fit the budget: where the network's operations allow it."""
+    parameters = {name: p.detach() for name, p in passes.program.parameters.items()}
+    size = sum(p.numel() * p.element_size() for p in parameters.values())
+    chunk = max(1, min(passes.samples, BUDGET // max(size, 1)))
+    flat, mapped = leaves(passes.inputs), [passes.has_samples(leaf) for leaf in leaves(passes.inputs)]
+    masks = [value.unflatten(0, (passes.samples, -1)) for kind, value in passes.record if kind == "mask"]
+
+    def single(rows: list, masks: list, v: torch.Tensor) -> Chunk:
+        values = iter([leaf[None] if over else leaf for leaf, over in zip(rows, mapped, strict=True)])
+        inputs, drawn = map_leaves(lambda _: next(values), passes.inputs), iter(masks)
+        record = [(kind, next(drawn) if kind == "mask" else value) for kind, value in passes.record]
+
+        def outputs(parameters: Parameters) -> list[torch.Tensor]:
+            with Frozen(passes.statistics, record):
+                return read(passes.program.call(parameters, inputs)).parts
+
+        parts, pullback = torch.func.vjp(outputs, parameters)
+        return flatten(parts)[0], pullback(split(v[None], parts))[0]
+
+    batched = torch.func.vmap(single, in_dims=([0 if over else None for over in mapped], [0] * len(masks), 0))
+
+    def pull(v: torch.Tensor) -> Iterator[Chunk]:
+        for start in range(0, passes.samples, chunk):
+            part = slice(start, start + chunk)
+            rows = [leaf[part] if over else leaf for leaf, over in zip(flat, mapped, strict=True)]
+            with torch.no_grad():
+                yield batched(rows, [mask[part] for mask in masks], v[part])
+
+    return pull
+
+
+def square_norms(pull: Pull, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{name: (G,) array of ||J_g^T v_g||^2}, in float32 or better."""
+    chunks = [{name: _wide(g).flatten(1).square().sum(dim=1) for name, g in grads.items()} for _, grads in pull(v)]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def total(pull: Pull, v: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The outputs (N, K) of the samples taken apart, and the sum of their gradients."""
+    outputs, sums = [], None
+    for part, grads in pull(v):
+        outputs.append(part)
+        parts = [_wide(g).sum(dim=0) for g in grads.values()]
+        sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
+    return torch.cat(outputs), sums or []
+
+
+def difference(pull: Pull, outputs: torch.Tensor, v: torch.Tensor, gradient: list[torch.Tensor]) -> float:
+    """The largest relative difference between the samples taken apart and the batch, in outputs and J^T v. Reads the device."""
+    alone, sums = total(pull, v)
+    if alone.shape != outputs.shape:
+        return float("inf")
+    norms = torch.stack([torch.linalg.vector_norm(_wide(g)) for g in gradient])
+    missed = torch.stack([torch.linalg.vector_norm(s - _wide(g)) for s, g in zip(sums, gradient, strict=True)])
+    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the whole
+    floor = 0.03 * torch.linalg.vector_norm(norms)
+    in_gradient = (missed / (norms + floor).clamp_min(torch.finfo(norms.dtype).tiny)).max()
+    in_outputs = (alone - outputs).abs().max() / outputs.abs().max().clamp_min(torch.finfo(outputs.dtype).tiny)
+    return torch.maximum(in_gradient, in_outputs.to(in_gradient.dtype)).item()
+
+
+def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: list[Any]) -> list[torch.Tensor]:
+    """J^T v by one backward pass on a kept graph, zero for parameters that were not used."""
+    used = [(part, cotangent) for part, cotangent in zip(parts, v, strict=True) if part.requires_grad]
+    if not used:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    outputs, cotangents = zip(*used, strict=True)
+    return list(
+        torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True)
+    )
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
