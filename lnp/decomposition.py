@@ -13,8 +13,9 @@ Source: Nikolaou, Scheunemann, Krippendorf, Tovey, Holm, "Spectral Reach", arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lnp import trace
@@ -152,6 +153,20 @@ def decompose(
         estimator=name,
         notes=(*lin.notes, *notes),
     )
+
+
+def explained(d: Decomposition) -> Decomposition:
+    """The same numbers, with notes on those that are nan. For floats; arrays inside a compiled function have no value yet."""
+    if not isinstance(d.loss, float):
+        return d
+    notes = []
+    if not (math.isfinite(d.loss) and math.isfinite(d.rate) and math.isfinite(d.chi_net)):
+        notes.append("outputs, loss or gradients are not finite: what they touch is nan")
+    if d.chi_loss == 0:
+        notes.append("the loss gradient is zero: chi_pos is 0/0, nan")
+    if d.chi_net == 0:
+        notes.append("the outputs do not respond to the parameters (J = 0): chi_pos is 0/0, nan")
+    return replace(d, notes=(*d.notes, *notes))
 
 
 def layer_names(parameters: tuple[str, ...], by_layer: ByLayer) -> dict[str, tuple[str, ...]]:

@@ -76,14 +76,14 @@ def class_axis(
     last = len(outputs) - 1
     if len(outputs) < 2:
         raise ValueError(
-            f"The outputs have shape {outputs}, without an axis for classes. Cross-entropy expects outputs of shape "
-            "(samples, ..., classes). For one output per sample pass another loss=, such as 'mse' or a callable."
+            f"The outputs have shape {outputs}, without an axis for classes. Expected (samples, ..., classes) "
+            "for the cross-entropy. For one output per sample pass another loss=, such as 'mse' or a callable."
         )
     if not integer_targets:
         if outputs == targets:
             return 1 if second_axis and len(outputs) > 2 else last
         raise ValueError(
-            f"Soft targets of shape {targets} do not match outputs of shape {outputs}. Cross-entropy expects class "
+            f"Soft targets of shape {targets} do not match outputs of shape {outputs}. Expected class "
             "probabilities of the outputs' shape, or integer labels without the class axis. Reshape the targets."
         )
     fits_last = targets == outputs[:-1]
@@ -91,11 +91,12 @@ def class_axis(
     if fits_last and fits_second:
         raise ValueError(
             f"Outputs of shape {outputs} and labels of shape {targets}: the classes could be on axis 1 or on the last axis. "
+            "Expected shapes that fit one of them. "
             "Pass the loss as a callable, for example loss=torch.nn.CrossEntropyLoss() for axis 1."
         )
     if not (fits_last or fits_second):
         raise ValueError(
-            f"Labels of shape {targets} do not match outputs of shape {outputs}. Cross-entropy expects labels of shape "
+            f"Labels of shape {targets} do not match outputs of shape {outputs}. Expected shape "
             f"{outputs[:-1]}, one integer for each row of outputs. Reshape the labels or the outputs."
         )
     return last if fits_last else 1
@@ -105,8 +106,8 @@ def check_same_shape(outputs: Sequence[int], targets: Sequence[int]) -> None:
     """Raise ValueError unless the mean squared error's outputs and targets have one shape: broadcasting hides mistakes."""
     if tuple(outputs) != tuple(targets):
         raise ValueError(
-            f"Targets of shape {tuple(targets)} do not match outputs of shape {tuple(outputs)}. The mean squared error "
-            "expects equal shapes, since broadcasting hides mistakes. Reshape the targets."
+            f"Targets of shape {tuple(targets)} do not match outputs of shape {tuple(outputs)}. Expected "
+            "equal shapes for the mean squared error, since broadcasting hides mistakes. Reshape the targets."
         )
 
 

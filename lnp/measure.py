@@ -9,7 +9,7 @@ from typing import Any
 from lnp import backends, trace
 from lnp.backends import BATCH_STATISTICS, Options
 from lnp.cross import CrossResponse, cross_response_of
-from lnp.decomposition import ByLayer, Decomposition
+from lnp.decomposition import ByLayer, Decomposition, explained
 from lnp.decomposition import decompose as decompose_linearization
 from lnp.linearization import Linearization, Vector, valid
 
@@ -100,7 +100,7 @@ def decompose(
     """
     split = estimator in SPLITTING
     options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split)
-    return _measure(_Decompose(estimator, rtol, max_probes, by_layer), model, (batch,), options)
+    return explained(_measure(_Decompose(estimator, rtol, max_probes, by_layer), model, (batch,), options))
 
 
 def cross_response(

@@ -75,17 +75,16 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
     passes = repeat(flat.shape[0])
     parameters = list(prepared.parameters.values())
     if whole:
-        graph = [part for part in parts]
 
         def vjp(v: torch.Tensor) -> Vector:
-            return samples.gradients(graph, parameters, split(v, graph))
+            return samples.gradients(parts, parameters, split(v, parts))
     else:
         pull_groups = samples.looped(passes, options.microbatch)
 
         def vjp(v: torch.Tensor) -> Vector:
             return samples.total(pull_groups, v)[1]
 
-    pull, notes = _taken_apart(passes, flat, loss.gradient, vjp, options)
+    pull, notes = _taken_apart(passes, flat, [part.dtype for part in parts], loss.gradient, vjp, options)
     names = list(prepared.parameters)
     return Linearization(
         xp=xp,
@@ -110,13 +109,13 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
     """L, g = dL/df and the number of terms."""
     parts = outputs.parts
     if targets is None:
-        terms, notes = own_loss_terms(prepared.modules, inputs, outputs)
         if outputs.own_loss is None or not outputs.own_loss.requires_grad:
             raise ValueError(
                 "The batch is a dictionary, but the model returned no loss and logits for it. Expected a model that computes its own loss "
                 "from labels. Pass (inputs, targets), and loss= if it cannot be inferred."
             )
         grads = torch.autograd.grad(outputs.own_loss, parts, retain_graph=True)
+        terms, notes = own_loss_terms(prepared.modules, inputs, outputs)
         terms = terms if options.loss_terms is None else options.loss_terms
         return _Loss(outputs.own_loss.detach(), flatten(list(grads)), terms, lambda o: o.own_loss, notes=notes)
     # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
@@ -142,16 +141,16 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
 
 
 def _taken_apart(
-    passes: Passes, outputs: torch.Tensor, g: torch.Tensor, vjp: Callable, options: Options
+    passes: Passes, outputs: torch.Tensor, dtypes: list, g: torch.Tensor, vjp: Callable, options: Options
 ) -> tuple[samples.Pull | None, tuple[str, ...]]:
     """A way to pull back single samples that was seen to give the batch's outputs and gradient, or None and the reason."""
     if not options.split:
         return None, ()
     if not passes.divisible:
         return None, (
-            f"no input runs over the {passes.samples} samples along its first axis: the trace is estimated jointly",
+            f"no input runs over the {passes.samples} samples along its first axis: they are not taken apart",
         )
-    tolerance = coupling_tolerance(xp, min((p.dtype for p in passes.program.parameters.values()), key=_digits))
+    tolerance = coupling_tolerance(xp, _narrowest(passes.program, dtypes))
     gradient, found = vjp(g), ""
     for pull in (samples.vectorized(passes), samples.looped(passes)):
         try:
@@ -169,7 +168,7 @@ def _taken_apart(
             f"microbatch={options.microbatch} was asked for, but the samples interact in this network: {found}. Expected independent "
             "samples. Leave microbatch unset, or remove what couples them."
         )
-    return None, (f"the samples interact in this network ({found}): the trace is estimated jointly",)
+    return None, (f"the samples interact in this network ({found}): they are not taken apart",)
 
 
 def _jvp(prepared: Program, passes: Passes, u: Vector) -> torch.Tensor:
@@ -223,7 +222,8 @@ def _to_host(result: Any, flags: list[torch.Tensor]) -> tuple[Any, list[bool]]:
     if not tensors:
         return result, []
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    numbers = iter(torch.stack([tensor.detach().to(dtype) for tensor in tensors]).tolist())
+    values = torch.stack([tensor.detach().to(dtype) for tensor in tensors]).tolist()
+    numbers = iter([v if t.is_floating_point() else int(v) for v, t in zip(values, tensors, strict=True)])
     result = map_leaves(lambda leaf: next(numbers) if isinstance(leaf, torch.Tensor) else leaf, result)
     return result, [bool(number) for number in numbers]
 
@@ -238,8 +238,12 @@ def _frozen_notes(passes: Passes) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _digits(dtype: torch.dtype) -> float:
-    return -torch.finfo(dtype).eps
+def _narrowest(prepared: Program, outputs: list[torch.dtype]) -> torch.dtype:
+    """The dtype that decides how far two ways to compute the same thing may differ."""
+    device = prepared.device.type
+    autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
+    dtypes = [p.dtype for p in prepared.parameters.values()] + outputs + autocast
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _first_line(error: Exception) -> str:

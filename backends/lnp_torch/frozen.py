@@ -44,7 +44,8 @@ class Frozen(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and _dropout_p(args, kwargs) > 0:
             return self._attention(*args, **kwargs)
         if func is ATTENTION:
-            return _open_attention(*args, **kwargs)
+            with self:  # so that its parts are seen
+                return _open_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _fixed(self, kind: str, draw: Callable[[], Any]) -> Any:

@@ -14,6 +14,9 @@ from lnp.batches import unpack
 from lnp_torch.losses import integer
 from lnp_torch.outputs import Outputs
 
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""Ends of the class names and loss types of models that predict the next token."""
+
 
 def split_batch(batch: Any, loss: Any) -> tuple[Any, Any]:
     """(inputs, targets); targets are None where the model computes its own loss from a dictionary with labels."""
@@ -32,7 +35,9 @@ def split_batch(batch: Any, loss: Any) -> tuple[Any, Any]:
 
 def own_loss_terms(modules: Iterable[nn.Module], inputs: Any, outputs: Outputs) -> tuple[Any, tuple[str, ...]]:
     """`loss_terms` of the loss that a Hugging Face model computes, and notes."""
-    kind = next((module.loss_type for module in modules if isinstance(getattr(module, "loss_type", None), str)), None)
+    kinds = {str(getattr(module, "loss_type", None)) for module in modules} | {
+        type(module).__name__ for module in modules
+    }
     labels = inputs["labels"] if isinstance(inputs, Mapping) else None
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"labels are {type(labels).__name__}. Expected a tensor.")
@@ -43,12 +48,10 @@ def own_loss_terms(modules: Iterable[nn.Module], inputs: Any, outputs: Outputs) 
     )
     if not integer(labels):
         return labels.numel(), notes
-    if kind == "ForCausalLM":
+    if any(kind.endswith(CAUSAL) for kind in kinds):
         # the label of a position is the next token: the first label has no prediction
         return losses.label_terms(xp, labels[..., 1:]), notes
-    if kind is None:
-        return losses.label_terms(xp, labels), (
-            *notes,
-            f"loss_terms counts the labels that are not {losses.IGNORE_INDEX}, assumed",
-        )
-    return losses.label_terms(xp, labels), notes
+    if any(kind.startswith("For") for kind in kinds):
+        return losses.label_terms(xp, labels), notes
+    assumed = f"loss_terms counts the labels that are not {losses.IGNORE_INDEX}, which is assumed; pass loss_terms="
+    return losses.label_terms(xp, labels), (*notes, assumed)

@@ -39,7 +39,7 @@ def prepare(
     if meant == "cross_entropy":
         axis = losses.class_axis(shape, targets.shape, integer(targets), second_axis=True)
         terms, violations = _class_terms(shape, axis, targets, losses.IGNORE_INDEX)
-        value = lambda outputs, targets: _cross_entropy(outputs, targets, axis)  # noqa: E731
+        value = lambda outputs, targets: _cross_entropy(outputs, targets, axis)
         return value, terms if given is None else given, violations, ()
     terms, notes = _known_terms(meant, shape, targets) if single else (None, ())
     if terms is None:
@@ -88,6 +88,4 @@ def _known_terms(loss: Any, shape: tuple, targets: torch.Tensor) -> tuple[Any, t
 
 
 def _first(tree: Any) -> torch.Tensor:
-    from lnp.structure import leaves
-
     return next(leaf for leaf in leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())

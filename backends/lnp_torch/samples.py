@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,8 +64,10 @@ def vectorized(passes: Passes) -> Pull:
         for start in range(0, passes.samples, chunk):
             part = slice(start, start + chunk)
             rows = [leaf[part] if over else leaf for leaf, over in zip(flat, mapped, strict=True)]
-            with torch.no_grad():
-                yield batched(rows, [mask[part] for mask in masks], v[part])
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap falls back to a loop
+                pulled = batched(rows, [mask[part] for mask in masks], v[part])
+            yield pulled
 
     return pull
 

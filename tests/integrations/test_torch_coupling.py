@@ -1,0 +1,135 @@
+"""What is random or depends on the batch: frozen where it can be, never a wrong number where it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lnp
+from integrations.torch_reference import dense
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def batch(samples=6):
+    return torch.randn(samples, 4, dtype=torch.float64), torch.randint(0, 3, (samples,))
+
+
+def same_draws(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng():
+        return model(x)
+
+
+def assert_dense(d, model, out, loss, terms, rel=1e-10):
+    expected = dense(model, out, loss, terms)
+    assert {name: getattr(d, name) for name in expected} == pytest.approx(expected, rel=rel)
+
+
+def test_dropout_is_frozen_at_the_masks_the_next_step_would_draw():
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 3)).double()
+    x, y = batch()
+    d = lnp.decompose(model, (x, y), estimator="exact")
+    out = same_draws(model, x)
+    assert_dense(d, model, out, F.cross_entropy(out, y), 6)
+    assert d.probes == 3
+    assert any("dropout" in note for note in d.notes)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_attention_dropout_is_frozen(need_weights):
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, dropout=0.4, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=need_weights)[0].mean(1))
+
+    model, x, y = Attend().double(), torch.randn(4, 5, 8, dtype=torch.float64), torch.randint(0, 3, (4,))
+    d = lnp.decompose(model, (x, y), estimator="exact")
+    assert d.probes == 3  # taken apart: a sample alone repeats its rows of the mask
+    rows = lnp.load("torch").linearize(model, (x, y), lnp.Options())
+    u = rows.vjp(rows.loss_gradient)
+    assert (rows.jvp(u) * rows.loss_gradient).sum().item() == pytest.approx(
+        sum(rows.inner_products(u, u).values()).item()
+    )
+
+
+def test_unknown_randomness_goes_joint():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x) * torch.rand(x.shape[0], 1, dtype=x.dtype)
+
+    model = Noisy().double()
+    x, y = batch()
+    d = lnp.decompose(model, (x, y), estimator="exact")
+    out = same_draws(model, x)
+    assert_dense(d, model, out, F.cross_entropy(out, y), 6)
+    assert d.probes == 18
+    assert any("interact" in note for note in d.notes)
+
+
+class Gated(nn.Module):
+    """The samples interact through a gate that is still closed: no output shows it, the gate's gradient does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.layer(x) + self.gate * x.mean(0)[:3]
+
+
+@pytest.mark.parametrize("estimator", ["auto", "exact", "per_sample"])
+def test_coupling_behind_a_closed_gate(estimator):
+    model, (x, y) = Gated().double(), batch()
+    d = lnp.decompose(model, (x, y), estimator=estimator, max_probes=512, rtol=0)
+    assert d.estimator == ("exact" if estimator == "exact" else "joint")
+    assert any("interact" in note for note in d.notes)
+    out = model(x)
+    expected = dense(model, out, F.cross_entropy(out, y), 6)
+    assert d.chi_net == pytest.approx(expected["chi_net"], abs=1e-9 + 5 * d.chi_net_stderr)
+
+
+def test_batch_norm_coupled_measures_the_true_function():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = batch()
+    coupled = lnp.decompose(model, (x, y), estimator="exact", batch_statistics="coupled")
+    frozen = lnp.decompose(model, (x, y), estimator="exact")
+    out = model(x)
+    assert_dense(coupled, model, out, F.cross_entropy(out, y), 6)
+    assert coupled.loss == pytest.approx(frozen.loss, rel=1e-12)
+    assert abs(coupled.rate - frozen.rate) > 1e-3 * frozen.rate
+
+
+def test_spectral_norm_repeats_its_power_iteration():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = batch()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    d = lnp.decompose(model, (x, y), estimator="exact")
+    assert d.probes == 3
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_microbatch_is_the_same_function_and_refuses_interacting_samples():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = batch(7)
+    whole = lnp.decompose(model, (x, y), estimator="exact")
+    parts = lnp.decompose(model, (x, y), estimator="exact", microbatch=3)
+    for name in ("loss", "rate", "chi_loss", "chi_net", "chi_pos"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-12)
+    grouped = lnp.decompose(model, (x, y), estimator="grouped", microbatch=3, rtol=0, max_probes=200)
+    assert grouped.chi_net == pytest.approx(whole.chi_net, abs=5 * grouped.chi_net_stderr)
+    with pytest.raises(ValueError, match="microbatch=3"):
+        lnp.decompose(Gated().double(), (x, y), microbatch=3)
