@@ -9,6 +9,7 @@ from lnp.cross import CrossResponse
 from lnp.decomposition import Decomposition, Layer
 from lnp.linearization import Linearization
 from lnp.measure import cross_response, decompose, measured_loss_change, predicted_loss_change
+from lnp.population import Population
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "Layer",
     "Linearization",
     "Options",
+    "Population",
     "cross_response",
     "decompose",
     "load",

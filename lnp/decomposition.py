@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lnp import trace
-from lnp.linearization import Array, Linearization, accumulation_dtype, ratio, square_norm, valid
+from lnp.linearization import Array, Linearization, Vector, accumulation_dtype, ratio, square_norm, valid
+from lnp.population import Population
+from lnp.population import population as population_of
 
 ByLayer = bool | Callable[[str], str]
 
@@ -63,6 +65,8 @@ class Decomposition:
         How the trace was obtained: "exact", "per_sample", "grouped" or "joint".
     layers:
         {layer: Layer}, or None unless asked for.
+    population:
+        Position and rate without the floor of a finite batch, or None unless asked for.
     notes:
         What the user should know.
     """
@@ -77,6 +81,7 @@ class Decomposition:
     loss_terms: Any
     probes: Any
     layers: Mapping[str, Layer] | None
+    population: Population | None
     samples: int
     outputs: int
     estimator: str
@@ -116,6 +121,7 @@ def decompose(
     rtol: float = 0.01,
     max_probes: int = 64,
     by_layer: ByLayer = False,
+    population: bool = False,
 ) -> Decomposition:
     """Decompose one linearised batch. Pure, safe to trace and compile; every number is an array of shape ().
 
@@ -137,6 +143,7 @@ def decompose(
         for i, rate in enumerate(rates)
     ]
     whole = parts[0]
+    finite, reason = _population(lin, gradient, rates[0], estimate) if population else (None, ())
     return Decomposition(
         loss=lin.loss,
         rate=whole.rate,
@@ -148,11 +155,32 @@ def decompose(
         loss_terms=lin.loss_terms,
         probes=estimate.probes,
         layers=dict(zip(layers, parts[1:], strict=True)) if layers else None,
+        population=finite,
         samples=lin.outputs.shape[0],
         outputs=lin.outputs.shape[1],
         estimator=name,
-        notes=(*lin.notes, *notes),
+        notes=(*lin.notes, *notes, *reason),
     )
+
+
+def _population(
+    lin: Linearization, gradient: Vector, rate: Array, estimate: trace.TraceEstimate
+) -> tuple[Population | None, tuple[str, ...]]:
+    """The population's values, or None and the reason."""
+    reason = ""
+    if estimate.samples is None:
+        reason = "the samples were not taken one at a time"
+    elif not lin.separable:
+        reason = "it is not known whether the loss is a mean over samples"
+    elif lin.outputs.shape[0] < 3:
+        reason = "fewer than three samples tell nothing about their spread"
+    elif lin.jvp is None:
+        reason = "the backend has no Jacobian-vector products"
+    if reason:
+        return None, (f"no population values: {reason}",)
+    values = population_of(lin, gradient, rate, estimate.samples, estimate.standard_error[0])
+    checked = {field.name: valid(lin, getattr(values, field.name)) for field in fields(values)}
+    return Population(**checked), ()
 
 
 def explained(d: Decomposition) -> Decomposition:

@@ -64,6 +64,8 @@ class Linearization:
         G.
     loss_along:
         (u, step) -> L at theta + step * u, shape (): the loss after a step that is really taken. Nothing is changed.
+    separable:
+        Whether the loss is known to be a mean over samples.
     violations:
         (array of shape () that is True when a check of values fails, error message) pairs. The core's numbers are nan where one is
         True; a backend that can read it raises the error.
@@ -87,6 +89,7 @@ class Linearization:
     group_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     groups: int = 1
     loss_along: Callable[[Vector, Any], Array] | None = None
+    separable: bool = False
     violations: tuple[tuple[Array, str], ...] = ()
     notes: tuple[str, ...] = ()
     while_loop: Callable = while_loop

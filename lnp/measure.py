@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lnp import backends, trace
@@ -25,6 +25,7 @@ def decompose(
     forward: Callable | None = None,
     parameters: Any = None,
     by_layer: ByLayer = False,
+    population: bool = False,
     estimator: str = "auto",
     rtol: float = 0.01,
     max_probes: int = 64,
@@ -57,6 +58,9 @@ def decompose(
         Which parameters to differentiate: a predicate on names, a glob, or a list of names. Default: every trainable one.
     by_layer:
         True for one entry per module in `Decomposition.layers`, or a function parameter name -> layer name.
+    population:
+        True for `Decomposition.population`: rate, position and noise scale of the population that the batch was drawn from.
+        Costs one more pull-back of single samples and a Jacobian-vector product.
     estimator:
         Of tr Theta: "exact", "per_sample", "grouped", "joint", or "auto": exact for few outputs, per sample otherwise,
         joint (or grouped, with `microbatch`) where the samples interact in the network. See `lnp.trace`.
@@ -100,7 +104,7 @@ def decompose(
     """
     split = estimator in SPLITTING
     options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split)
-    return explained(_measure(_Decompose(estimator, rtol, max_probes, by_layer), model, (batch,), options))
+    return explained(_measure(_Decompose(estimator, rtol, max_probes, by_layer, population), model, (batch,), options))
 
 
 def cross_response(
@@ -202,6 +206,7 @@ class _Decompose:
     rtol: float
     max_probes: int
     by_layer: ByLayer = False
+    population: bool = False
 
     def __post_init__(self) -> None:
         if self.estimator not in trace.ESTIMATORS:
@@ -213,9 +218,7 @@ class _Decompose:
             raise ValueError(f"max_probes is {self.max_probes!r}. Expected an integer >= 1.")
 
     def __call__(self, lin: Linearization) -> Decomposition:
-        return decompose_linearization(
-            lin, estimator=self.estimator, rtol=self.rtol, max_probes=self.max_probes, by_layer=self.by_layer
-        )
+        return decompose_linearization(lin, **{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 WHOLE = ("loss", "rate", "chi_loss", "chi_net", "chi_net_stderr", "chi_pos", "chi_pos_stderr", "loss_terms", "probes")
 SHAPE = ("samples", "outputs", "estimator")
+POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "noise_scale_stderr")
 LAYER = ("rate", "chi_net", "chi_net_stderr", "chi_pos", "chi_pos_stderr")
 MEANING = {
     "loss": "loss",
@@ -23,6 +24,8 @@ MEANING = {
 def to_dict(d: Decomposition) -> dict[str, Any]:
     """The values by name, without notes; layers as "layer/<name>/<value>"."""
     flat = {name: getattr(d, name) for name in (*WHOLE, *SHAPE)}
+    if d.population is not None:
+        flat |= {f"population/{name}": getattr(d.population, name) for name in POPULATION}
     for layer, part in (d.layers or {}).items():
         flat |= {f"layer/{layer}/{name}": getattr(part, name) for name in LAYER}
     return flat
@@ -44,6 +47,11 @@ def to_text(d: Decomposition) -> str:
     lines = [
         f"{name:<10}{_number(getattr(d, name)):>11}{_error(d, name)}   {meaning}" for name, meaning in MEANING.items()
     ]
+    if d.population is not None:
+        lines += [
+            f"{'chi_pos':<10}{_number(d.population.chi_pos):>11}{_error(d.population, 'chi_pos')}   of the population",
+            f"{'noise':<10}{_number(d.population.noise_scale):>11}{_error(d.population, 'noise_scale')}   gradient noise scale, samples",
+        ]
     if d.layers:
         width = max(len("layer"), *map(len, d.layers))
         lines += ["", f"{'layer':<{width}}{'rate':>11}{'chi_net':>11}{'':>11}{'chi_pos':>11}"]

@@ -44,12 +44,15 @@ class TraceEstimate:
         "exact", "per_sample", "grouped" or "joint".
     probes:
         Cotangents that were pulled back.
+    samples:
+        (N,) estimates of tr Theta_nn, or None where samples were not taken one at a time.
     """
 
     trace: Array
     standard_error: Array
     estimator: str
     probes: Any
+    samples: Array | None = None
 
 
 def choose(lin: Linearization, estimator: str) -> tuple[str, tuple[str, ...]]:
@@ -131,10 +134,12 @@ def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
 
     def body(state: tuple) -> tuple:
         index, total = state
-        return index + 1, total + xp.sum(probe.square_norms(unit(index)), axis=1)
+        return index + 1, total + probe.square_norms(unit(index))
 
-    _, total = lin.while_loop(lambda state: state[0] < count, body, (0, _zeros(lin, len(rows))))
-    return TraceEstimate(total, xp.zeros_like(total), "exact", count)
+    _, groups = lin.while_loop(lambda state: state[0] < count, body, (0, _zeros(lin, (len(rows), probe.groups))))
+    total = xp.sum(groups, axis=1)
+    apart = lin.sample_square_norms is not None
+    return TraceEstimate(total, xp.zeros_like(total), "exact", count, groups[0, :] if apart else None)
 
 
 def to_tolerance(
@@ -166,7 +171,8 @@ def to_tolerance(
     empty = _zeros(lin, (rows, probe.groups))
     count, mean, squares = lin.while_loop(unfinished, body, (0, empty, empty))
     variance = _across(xp, mean) if max_probes == 1 else xp.sum(squares, axis=1) / (count * (count - 1))
-    return TraceEstimate(xp.sum(mean, axis=1), xp.sqrt(variance), estimator, count)
+    apart = mean[0, :] if estimator == "per_sample" else None
+    return TraceEstimate(xp.sum(mean, axis=1), xp.sqrt(variance), estimator, count, apart)
 
 
 def _across(xp: Any, values: Array) -> Array:

@@ -57,6 +57,7 @@ class _Loss:
     gradient: torch.Tensor
     terms: Any
     of: Callable[[Outputs], torch.Tensor]
+    separable: bool
     violations: tuple = ()
     notes: tuple[str, ...] = ()
 
@@ -100,6 +101,7 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         group_square_norms=None if whole else lambda v: samples.square_norms(pull_groups, v),
         groups=1 if whole else -(-flat.shape[0] // options.microbatch),
         loss_along=lambda u, step: _loss_along(prepared, passes, loss, u, step),
+        separable=loss.separable,
         violations=loss.violations,
         notes=(*_frozen_notes(passes), *loss.notes, *notes),
     )
@@ -117,7 +119,7 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
         grads = torch.autograd.grad(outputs.own_loss, parts, retain_graph=True)
         terms, notes = own_loss_terms(prepared.modules, inputs, outputs)
         terms = terms if options.loss_terms is None else options.loss_terms
-        return _Loss(outputs.own_loss.detach(), flatten(list(grads)), terms, lambda o: o.own_loss, notes=notes)
+        return _Loss(outputs.own_loss.detach(), flatten(list(grads)), terms, lambda o: o.own_loss, True, notes=notes)
     # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
     detached = [part.detach().to(wide([part])).requires_grad_() for part in parts]
     tree = outputs.with_parts(detached)
@@ -137,7 +139,9 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
     def of(other: Outputs) -> torch.Tensor:
         return function(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
 
-    return _Loss(value.detach().sum(), flatten(list(grads)), terms, of, violations, notes)
+    return _Loss(
+        value.detach().sum(), flatten(list(grads)), terms, of, isinstance(options.loss, str | None), violations, notes
+    )
 
 
 def _taken_apart(

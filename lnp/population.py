@@ -1,0 +1,77 @@
+r"""The spectral position of the population, without the floor that a finite batch puts under the batch's own.
+
+With N independent samples, G_n = J_n^T g_n and q_n = ||G_n||^2, the batch's rate measures the gradient noise too:
+E ||grad L_batch||^2 = ||grad L||^2 + tr Cov / N. The mean over pairs of different samples does not:
+
+    rate_population = N / (N - 1) * (||sum_n G_n||^2 - sum_n q_n)
+    chi_pos_population = rate_population / (chi_loss chi_net)
+    noise_scale = N sum_n q_n / rate_population - 1
+
+The first is unbiased for a loss that is a mean over samples. Standard errors are the jackknife's, over samples.
+
+Source: docs/theory.md, "Finite batches"; noise scale: McCandlish et al., arXiv 1812.06162.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lnp.linearization import Array, Linearization, Vector, accumulation_dtype, ratio
+
+
+@dataclass(frozen=True)
+class Population:
+    """Rate, position and gradient noise scale of the population that the batch was drawn from.
+
+    Attributes
+    ----------
+    rate:
+        ||grad L||^2 of the population, unbiased; may come out negative within its error.
+    chi_pos:
+        rate / (chi_loss chi_net).
+    noise_scale:
+        tr Cov / ||grad L||^2, in samples: the batch size at which noise and gradient are equally large.
+    rate_stderr, chi_pos_stderr, noise_scale_stderr:
+        Standard errors over samples.
+    """
+
+    rate: Any
+    chi_pos: Any
+    noise_scale: Any
+    rate_stderr: Any
+    chi_pos_stderr: Any
+    noise_scale_stderr: Any
+
+
+def population(lin: Linearization, gradient: Vector, rate: Array, traces: Array, stderr: Array) -> Population:
+    """The population's values from a batch of N >= 3 samples that do not interact. Pure, safe to trace and compile.
+
+    Parameters
+    ----------
+    gradient:
+        J^T g.
+    rate:
+        ||J^T g||^2, shape ().
+    traces:
+        tr Theta_nn for each sample, shape (N,), with the standard error `stderr` of their sum.
+    """
+    xp, n = lin.xp, lin.outputs.shape[0]
+    g = xp.astype(lin.loss_gradient, accumulation_dtype(xp, lin.loss_gradient.dtype), copy=False)
+    norms = list(lin.sample_square_norms(lin.loss_gradient).values())
+    q = sum(norms[1:], start=norms[0])
+    along = xp.sum(g * lin.jvp(gradient), axis=1)  # <G_n, sum_m G_m>
+    g2 = xp.sum(g * g, axis=1)
+
+    def values(count: int, square: Array, own: Array, g2: Array, trace: Array) -> tuple[Array, Array, Array]:
+        """(rate, position, noise scale) from sums over `count` samples whose loss gradients are those of n samples."""
+        scale = (n / count) ** 2
+        rate = scale * count / (count - 1) * (square - own)
+        return rate, ratio(xp, rate, scale * g2 * trace), ratio(xp, scale * count * own, rate) - 1
+
+    own, norm, trace = xp.sum(q), xp.sum(g2), xp.sum(traces)
+    whole = values(n, rate, own, norm, trace)
+    without = values(n - 1, rate - 2 * along + q, own - q, norm - g2, trace - traces)
+    errors = [xp.sqrt((n - 1) / n * xp.sum((part - xp.mean(part)) ** 2)) for part in without]
+    probing = whole[1] * ratio(xp, stderr, trace)
+    return Population(*whole, errors[0], xp.sqrt(errors[1] ** 2 + probing**2), errors[2])
