@@ -83,9 +83,9 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         pull_groups = samples.looped(passes, options.microbatch)
 
         def vjp(v: torch.Tensor) -> Vector:
-            return samples.total(pull_groups, v)[1]
+            return samples.total(pull_groups, v)
 
-    pull, notes = _taken_apart(passes, flat, [part.dtype for part in parts], loss.gradient, vjp, options)
+    apart, notes = _taken_apart(passes, flat, [part.dtype for part in parts], loss.gradient, vjp, options)
     names = list(prepared.parameters)
     return Linearization(
         xp=xp,
@@ -97,7 +97,7 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         inner_products=lambda u, w: {n: _dot(a, b) for n, a, b in zip(names, u, w, strict=True)},
         signs=_signs(options.seed, flat),
         jvp=lambda u: _jvp(prepared, passes, u),
-        sample_square_norms=None if pull is None else lambda v: samples.square_norms(pull, v),
+        sample_square_norms=apart,
         group_square_norms=None if whole else lambda v: samples.square_norms(pull_groups, v),
         groups=1 if whole else -(-flat.shape[0] // options.microbatch),
         loss_along=lambda u, step: _loss_along(prepared, passes, loss, u, step),
@@ -146,8 +146,8 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
 
 def _taken_apart(
     passes: Passes, outputs: torch.Tensor, dtypes: list, g: torch.Tensor, vjp: Callable, options: Options
-) -> tuple[samples.Pull | None, tuple[str, ...]]:
-    """A way to pull back single samples that was seen to give the batch's outputs and gradient, or None and the reason."""
+) -> tuple[Callable | None, tuple[str, ...]]:
+    """`sample_square_norms`, seen to give the batch's outputs and gradient, or None and the reason."""
     if not options.split:
         return None, ()
     if not passes.divisible:
@@ -158,21 +158,26 @@ def _taken_apart(
     gradient, found = vjp(g), ""
     for pull in (samples.vectorized(passes), samples.looped(passes)):
         try:
-            difference = samples.difference(pull, outputs, g, gradient)
+            seen = samples.compare(pull, outputs, g, gradient)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
             found = f"one sample alone fails with {type(error).__name__}: {_first_line(error)}"
             continue
-        if not difference > tolerance:
-            return pull, ()
-        found = f"a sample's output or gradient changes by {difference:.1g} (relative) when the others are left out"
+        if not seen.difference > tolerance:
+            return _square_norms(pull, g, seen), ()
+        found = f"a sample's output or gradient changes by {seen.difference:.1g} (relative) when the others are left out"
     if options.microbatch is not None:
         raise ValueError(
             f"microbatch={options.microbatch} was asked for, but the samples interact in this network: {found}. Expected independent "
             "samples. Leave microbatch unset, or remove what couples them."
         )
     return None, (f"the samples interact in this network ({found}): they are not taken apart",)
+
+
+def _square_norms(pull: samples.Pull, g: torch.Tensor, seen: samples.Comparison) -> Callable:
+    """v -> {name: (N,) array of ||J_n^T v_n||^2}, without a second pass for the loss gradient that was compared."""
+    return lambda v: seen.square_norms if v is g else samples.square_norms(pull, v)
 
 
 def _jvp(prepared: Program, passes: Passes, u: Vector) -> torch.Tensor:

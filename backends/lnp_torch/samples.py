@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,28 +79,57 @@ def square_norms(pull: Pull, v: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def total(pull: Pull, v: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The outputs (N, K) of the samples taken apart, and the sum of their gradients."""
-    outputs, sums = [], None
-    for part, grads in pull(v):
-        outputs.append(part)
+def total(pull: Pull, v: torch.Tensor) -> list[torch.Tensor]:
+    """The sum of the gradients of samples or groups, J^T v where they do not interact."""
+    sums: list[torch.Tensor] = []
+    for _, grads in pull(v):
         parts = [_wide(g).sum(dim=0) for g in grads.values()]
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    return sums
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one pull-back of single samples shows.
+
+    Attributes
+    ----------
+    difference:
+        The largest relative difference from the batch, in outputs and in J^T v.
+    square_norms:
+        {name: (N,) array of ||J_n^T v_n||^2}.
+    """
+
+    difference: float
+    square_norms: dict[str, torch.Tensor]
+
+
+def compare(pull: Pull, outputs: torch.Tensor, v: torch.Tensor, gradient: list[torch.Tensor]) -> Comparison:
+    """Samples taken apart beside the batch's outputs (N, K) and J^T v. Reads the device."""
+    alone, norms, sums = [], [], None
+    for part, grads in pull(v):
+        wide = {name: _wide(g) for name, g in grads.items()}
+        alone.append(part)
+        norms.append({name: g.flatten(1).square().sum(dim=1) for name, g in wide.items()})
+        parts = [g.sum(dim=0) for g in wide.values()]
         sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-    return torch.cat(outputs), sums or []
+    joined = torch.cat(alone)
+    if joined.shape != outputs.shape:
+        return Comparison(float("inf"), {})
+    apart = torch.maximum(_in_gradient(sums or [], gradient), _scalar(_in_outputs(joined, outputs)))
+    return Comparison(apart.item(), {name: torch.cat([part[name] for part in norms]) for name in norms[0]})
 
 
-def difference(pull: Pull, outputs: torch.Tensor, v: torch.Tensor, gradient: list[torch.Tensor]) -> float:
-    """The largest relative difference between the samples taken apart and the batch, in outputs and J^T v. Reads the device."""
-    alone, sums = total(pull, v)
-    if alone.shape != outputs.shape:
-        return float("inf")
-    norms = torch.stack([torch.linalg.vector_norm(_wide(g)) for g in gradient])
-    missed = torch.stack([torch.linalg.vector_norm(s - _wide(g)) for s, g in zip(sums, gradient, strict=True)])
+def _in_outputs(alone: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    return (alone - outputs).abs().max() / outputs.abs().max().clamp_min(torch.finfo(outputs.dtype).tiny)
+
+
+def _in_gradient(sums: list[torch.Tensor], gradient: list[torch.Tensor]) -> torch.Tensor:
+    norms = torch.stack([_scalar(torch.linalg.vector_norm(_wide(g))) for g in gradient])
+    missed = [_scalar(torch.linalg.vector_norm(s - _wide(g))) for s, g in zip(sums, gradient, strict=True)]
     # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the whole
     floor = 0.03 * torch.linalg.vector_norm(norms)
-    in_gradient = (missed / (norms + floor).clamp_min(torch.finfo(norms.dtype).tiny)).max()
-    in_outputs = (alone - outputs).abs().max() / outputs.abs().max().clamp_min(torch.finfo(outputs.dtype).tiny)
-    return torch.maximum(in_gradient, in_outputs.to(in_gradient.dtype)).item()
+    return (torch.stack(missed) / (norms + floor).clamp_min(torch.finfo(norms.dtype).tiny)).max()
 
 
 def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: list[Any]) -> list[torch.Tensor]:
@@ -111,6 +141,11 @@ def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: list[Any
     return list(
         torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True)
     )
+
+
+def _scalar(value: torch.Tensor) -> torch.Tensor:
+    """One dtype for parameters of several; Apple's GPUs have no float64."""
+    return value.float() if value.device.type == "mps" else value.double()
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
