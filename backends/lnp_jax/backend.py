@@ -1,0 +1,107 @@
+"""The backend's entry points: evaluate (compiled), linearize, and the pure form for use inside jax.jit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lnp
+from lnp.backends import Options
+from lnp.linearization import Linearization
+from lnp_jax.compiled import Plan, measure, run
+from lnp_jax.models import Arrays, Structure, accepts, separate
+from lnp_jax.record import record
+
+__all__ = ["accepts", "decompose", "evaluate", "linearize"]
+
+_COUPLED: OrderedDict[Plan, None] = OrderedDict()
+"""Plans whose samples were found to interact: they are not taken apart again."""
+
+
+def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options: Any) -> lnp.Decomposition:
+    """`lnp.decompose((apply, parameters), batch, seed=key, ...)`, pure: for use inside `jax.jit`, `jax.lax.scan` and the like.
+
+    Returns arrays of shape () there. Checks on values cannot raise inside a compiled function: where labels are out of range, or
+    samples that were taken apart turn out to interact, the numbers are nan.
+
+    >>> import jax, jax.numpy as jnp
+    >>> @jax.jit
+    ... def position(w, x, y, key):
+    ...     return decompose(lambda w, x: x @ w, w, (x, y), key).chi_pos
+    >>> float(position(jnp.zeros((2, 1)), jnp.eye(2), jnp.ones((2, 1)), jax.random.key(0)))
+    0.5
+    """
+    return lnp.decompose((apply, parameters), batch, seed=key, **options)
+
+
+def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
+    """Run the computation compiled; numbers come back as floats in one transfer. Inside a compiled function: as arrays."""
+    structure, arrays = separate(model, options.forward, options.parameters)
+    if operands.get("update") is not None:
+        operands["update"] = _as_vector(structure, arrays, model, operands["update"])
+    plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
+    dynamic = (arrays, batches, options.seed, operands)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(dynamic)):
+        return measure(plan, *dynamic).result
+    if plan in _COUPLED:
+        plan = _joint(plan)
+    answer, notes = run(plan, *dynamic)
+    answer = jax.device_get(answer)
+    _raise(answer)
+    if any(answer.coupled):
+        if options.microbatch is not None:
+            raise ValueError(
+                f"microbatch={options.microbatch} was asked for, but the samples interact in this network: a sample's output or gradient "
+                "changes when the others are left out. Expected independent samples. Leave microbatch unset, or remove what couples them."
+            )
+        _COUPLED[plan] = None
+        while len(_COUPLED) > 256:
+            _COUPLED.popitem(last=False)
+        answer, notes = run(_joint(plan), *dynamic)
+        answer = jax.device_get(answer)
+    result = jax.tree.map(_to_number, answer.result)
+    return replace(result, notes=(*result.notes, *notes)) if notes and hasattr(result, "notes") else result
+
+
+def linearize(model: Any, batch: Any, options: Options) -> Linearization:
+    """The record for one batch, not compiled."""
+    structure, arrays = separate(model, options.forward, options.parameters)
+    return record(structure, arrays, batch, options.seed, options, False)
+
+
+def _joint(plan: Plan) -> Plan:
+    return replace(plan, options=replace(plan.options, split=False), coupled=True)
+
+
+def _raise(answer: Any) -> None:
+    for violated, message in zip(answer.violated, answer.messages, strict=True):
+        if violated:
+            raise ValueError(message)
+
+
+def _to_number(leaf: Any) -> Any:
+    return np.asarray(leaf).item() if np.ndim(leaf) == 0 else leaf
+
+
+def _as_vector(structure: Structure, arrays: Arrays, model: Any, update: Any) -> dict[str, jax.Array]:
+    """The user's update, a tree like the model's parameters or {name: array}, as a vector in parameter space."""
+    known = structure.shown
+    if isinstance(update, dict) and set(update) <= set(known.values()) and update:
+        given = update
+    else:
+        tree = (model[0], update) if isinstance(model, tuple) else update
+        _, other = separate(tree, structure.forward, None) if accepts(tree) else (None, {})
+        given = {known[name]: value for name, value in other.items() if name in known}
+    wrong = [n for name, n in known.items() if n in given and jnp.shape(given[n]) != jnp.shape(arrays[name])]
+    if wrong or not given:
+        raise ValueError(
+            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a tree of the parameters' "
+            "structure, or {parameter name: array of its shape}."
+        )
+    return {n: jnp.asarray(given[n]) if n in given else jnp.zeros_like(arrays[name]) for name, n in known.items()}

@@ -1,0 +1,55 @@
+"""Losses in JAX, and the number of terms they average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lnp import losses
+from lnp_jax.outputs import parts
+
+
+def prepare(
+    loss: str | Callable | None, outputs: Any, targets: Any, given: Any
+) -> tuple[Callable, Any, tuple, tuple[str, ...]]:
+    """(loss(outputs, targets) -> scalar, loss_terms, violations, notes), where outputs may be of any structure."""
+    single = hasattr(outputs, "shape") and hasattr(targets, "shape")
+    shape = tuple(outputs.shape) if single else ()
+    integer = single and jnp.issubdtype(targets.dtype, jnp.integer)
+    meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer)
+    if isinstance(meant, str) and not single:
+        losses.resolve(None, (), None, False)  # a named loss needs single arrays just as much
+    if meant == "mse":
+        losses.check_same_shape(shape, targets.shape)
+        return _mse, math.prod(shape) if given is None else given, (), ()
+    if meant == "cross_entropy":
+        losses.class_axis(shape, targets.shape, integer)
+        if not integer:
+            return _soft_cross_entropy, math.prod(shape[:-1]) if given is None else given, (), ()
+        terms = losses.label_terms(jnp, targets) if given is None else given
+        return _cross_entropy, terms, (losses.labels_out_of_range(jnp, targets, shape[-1]),), ()
+    if given is not None:
+        return meant, given, (), ()
+    leaf = outputs if hasattr(outputs, "shape") else parts(outputs)[0]
+    terms, note = losses.assumed_terms(jnp, tuple(leaf.shape), targets if single else None, integer)
+    return meant, terms, (), (note,)
+
+
+def _mse(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.mean((outputs - targets.astype(outputs.dtype)) ** 2)
+
+
+def _soft_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    return -jnp.mean(jnp.sum(targets.astype(outputs.dtype) * jax.nn.log_softmax(outputs), axis=-1))
+
+
+def _cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean over labels that are not ignored; labels out of range are taken in, and reported as violations."""
+    kept = targets != losses.IGNORE_INDEX
+    labels = jnp.clip(targets, 0, outputs.shape[-1] - 1)[..., None]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(outputs), labels, axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(kept, picked, 0)) / jnp.sum(kept)
