@@ -1,16 +1,17 @@
 """Finds the backend of a model. Nothing is imported that the user has not imported.
 
-A backend is a module that a distribution names under the entry-point group `lnp.backends`, with the import name of its framework as the
-entry's name. It offers
+A backend is a module that a distribution names under the entry-point group `lnp.backends`, with the import name of its
+framework as the entry's name. It offers
 
     accepts(model) -> bool
     evaluate(computation, model, batches, options, *, learning_rate=None, update=None) -> Any
     linearize(model, batch, options) -> Linearization
 
-`evaluate` linearises the model on each batch, calls `computation(*linearizations, **operands)`, compiled where the framework
-compiles, and leaves no trace on the model. It raises the errors of the records' `violations`, and returns what the computation
-returned with every array of shape () as a float, brought to the host in one transfer; inside a compiled function, where arrays have no
-value yet, it returns them as they are. `linearize` hands out the record itself, for eager work.
+`evaluate` linearises the model on each batch, calls `computation(*linearizations, **operands)`, compiled where the
+framework compiles, and leaves no trace on the model. It raises the errors of the records' `violations`, and returns
+what the computation returned with every array of shape () as a number, brought to the host in one transfer; inside a
+compiled function, where arrays have no value yet, it returns them as they are. `linearize` hands out the record
+itself, for eager work.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Options:
     forward:
         (model, inputs) -> outputs, or None to call the model itself.
     parameters:
-        Which parameters to differentiate with respect to: a predicate on names, a glob, names, or None for all trainable ones.
+        Which parameters to differentiate: a predicate on names, a glob, names, or None for all trainable ones.
     seed:
         Of the random signs; in JAX also a PRNG key.
     loss_terms:
@@ -108,7 +109,10 @@ def _unknown(model: Any, names: list[str], loaded: list[str]) -> str:
     missing = [name for name in names if name not in loaded]
     remedy = f"Loaded frameworks: {', '.join(loaded) or 'none'}; "
     if root in missing:
-        return f"{received}. {expected} {remedy}import {root} before calling lnp, or install it: pip install 'lnp[{root}]'."
+        return (
+            f"{received}. {expected} {remedy}import {root} before calling lnp, or install it: "
+            f"pip install 'lnp[{root}]'."
+        )
     return (
         f"{received}, which no backend accepts. {expected} {remedy}lnp has backends for {', '.join(sorted(names))}. "
         "A framework has to be installed (pip install 'lnp[torch]') and imported before its models are recognised."

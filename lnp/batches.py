@@ -1,4 +1,4 @@
-"""Checks that every backend makes on what the user passed: the batch, its outputs, the selection of parameters, the loss."""
+"""Checks that every backend makes on what the user passed: batch, outputs, selection of parameters, loss."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def check_lengths(samples: int, targets: Sequence[int] | None) -> None:
     """Raise ValueError unless the targets, given their shape, are as many as the outputs' samples."""
     if targets is not None and (len(targets) == 0 or targets[0] != samples):
         raise ValueError(
-            f"The outputs hold {samples} samples, the targets have shape {tuple(targets)}. Expected the same number along the first axis "
-            "of both. Check that inputs and targets belong together."
+            f"The outputs hold {samples} samples, the targets have shape {tuple(targets)}. Expected the same number "
+            "along the first axis of both. Check that inputs and targets belong together."
         )
 
 
@@ -83,8 +83,8 @@ def select(names: Iterable[str], parameters: Callable[[str], bool] | str | Itera
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     if not names:
         raise ValueError(
-            "The model has no trainable parameter, so that nothing can learn. Expected at least one floating-point parameter "
-            "that requires a gradient. Unfreeze one, or pass parameters= to choose among frozen ones."
+            "The model has no trainable parameter, so that nothing can learn. Expected at least one floating-point "
+            "parameter that requires a gradient. Unfreeze one, or pass parameters= to choose among frozen ones."
         )
     if parameters is None:
         return names

@@ -5,8 +5,8 @@ r"""The loss-network-position (LNP) decomposition of the speed at which a loss f
     chi_net  = tr(Theta) / n                         network scale
     chi_pos  = g^T Theta g / (||g||^2 tr Theta)      spectral position
 
-with outputs f of shape (N, K), g = dL/df, J = df/dtheta, the empirical neural tangent kernel Theta = J J^T, and n the number
-of terms that the loss's mean reduction averages.
+with outputs f of shape (N, K), g = dL/df, J = df/dtheta, the empirical neural tangent kernel Theta = J J^T, and n
+the number of terms that the loss's mean reduction averages.
 
 Source: Nikolaou, Scheunemann, Krippendorf, Tovey, Holm, "Spectral Reach", arXiv 2605.31244.
 """
@@ -184,7 +184,7 @@ def _population(
 
 
 def explained(d: Decomposition) -> Decomposition:
-    """The same numbers, with notes on those that are nan. For floats; arrays inside a compiled function have no value yet."""
+    """The same numbers, with notes on those that are nan. Arrays inside a compiled function have no value yet."""
     if not isinstance(d.loss, float):
         return d
     notes = []

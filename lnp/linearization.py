@@ -54,9 +54,9 @@ class Linearization:
     sample_square_norms:
         v -> {parameter name: (N,) array of ||J_nl^T v_n||^2}, without N x P memory. None where it cannot be had.
     coupled:
-        Array of shape (), True if the samples turn out to interact although they are taken apart: a sample's output, or the
-        gradient, changes when the others are left out. The core's numbers are nan then. None where the backend has
-        looked already.
+        Array of shape (), True if the samples turn out to interact although they are taken apart: a sample's output,
+        or the gradient, changes when the others are left out. The core's numbers are nan then. None where the
+        backend has looked already.
     group_square_norms:
         v -> {parameter name: (G,) array of ||J_gl^T v_g||^2} for the G groups of samples that the batch was split into
         (micro-batches), or None.
@@ -67,8 +67,8 @@ class Linearization:
     separable:
         Whether the loss is known to be a mean over samples.
     violations:
-        (array of shape () that is True when a check of values fails, error message) pairs. The core's numbers are nan where one is
-        True; a backend that can read it raises the error.
+        (array of shape () that is True when a check of values fails, error message) pairs. The core's numbers are
+        nan where one is True; a backend that can read it raises the error.
     notes:
         What the user should know about how the record was made.
     while_loop:

@@ -19,8 +19,8 @@ def resolve(
 ) -> str | Callable:
     """The loss that the user means: the callable itself, or one of `NAMES`.
 
-    `outputs` and `targets` are shapes. With `loss=None`: cross-entropy for integer targets, mean squared error for float
-    targets of the outputs' shape.
+    `outputs` and `targets` are shapes. With `loss=None`: cross-entropy for integer targets, mean squared error for
+    float targets of the outputs' shape.
 
     Raises
     ------
@@ -40,8 +40,8 @@ def resolve(
         return loss
     if loss is not None:
         raise TypeError(
-            f"loss is {loss!r} of type {type(loss).__name__}. Expected a name ({', '.join(map(repr, NAMES))}), a callable "
-            "loss(outputs, targets) -> scalar, or None to infer it."
+            f"loss is {loss!r} of type {type(loss).__name__}. Expected a name ({', '.join(map(repr, NAMES))}), a "
+            "callable loss(outputs, targets) -> scalar, or None to infer it."
         )
     if targets is None:
         raise ValueError(
@@ -53,8 +53,9 @@ def resolve(
     if tuple(outputs) == tuple(targets):
         return "mse"
     raise ValueError(
-        f"The loss cannot be inferred from float targets of shape {tuple(targets)} and outputs of shape {tuple(outputs)}. "
-        "Expected integer class labels, or float targets of the outputs' shape. Reshape the targets, or pass loss=."
+        f"The loss cannot be inferred from float targets of shape {tuple(targets)} and outputs of shape "
+        f"{tuple(outputs)}. Expected integer class labels, or float targets of the outputs' shape. Reshape the "
+        "targets, or pass loss=."
     )
 
 
@@ -64,8 +65,8 @@ def class_axis(
     """The axis of the outputs that runs over classes, for the cross-entropy.
 
     Labels (integers) have the outputs' shape without the class axis, which is the last one, or with
-    `second_axis=True` (PyTorch's convention) the second one where only that fits. Soft and one-hot targets have the outputs' shape and
-    their classes on the last axis.
+    `second_axis=True` (PyTorch's convention) the second one where only that fits. Soft and one-hot targets have the
+    outputs' shape and their classes on the last axis.
 
     Raises
     ------
@@ -90,8 +91,8 @@ def class_axis(
     fits_second = second_axis and len(outputs) > 2 and targets == outputs[:1] + outputs[2:]
     if fits_last and fits_second:
         raise ValueError(
-            f"Outputs of shape {outputs} and labels of shape {targets}: the classes could be on axis 1 or on the last axis. "
-            "Expected shapes that fit one of them. "
+            f"Outputs of shape {outputs} and labels of shape {targets}: the classes could be on axis 1 or on the "
+            "last axis. Expected shapes that fit one of them. "
             "Pass the loss as a callable, for example loss=torch.nn.CrossEntropyLoss() for axis 1."
         )
     if not (fits_last or fits_second):
@@ -103,7 +104,7 @@ def class_axis(
 
 
 def check_same_shape(outputs: Sequence[int], targets: Sequence[int]) -> None:
-    """Raise ValueError unless the mean squared error's outputs and targets have one shape: broadcasting hides mistakes."""
+    """Raise ValueError unless the mean squared error's outputs and targets have one shape."""
     if tuple(outputs) != tuple(targets):
         raise ValueError(
             f"Targets of shape {tuple(targets)} do not match outputs of shape {tuple(outputs)}. Expected "
@@ -120,8 +121,9 @@ def labels_out_of_range(xp: Any, labels: Any, classes: int, ignore_index: int = 
     """Whether a label is neither in [0, classes) nor ignored, as a check for `Linearization.violations`."""
     wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
     return xp.any(wrong), (
-        f"The targets hold labels outside [0, {classes}), while the outputs have {classes} classes. Expected integers from 0 to "
-        f"{classes - 1}, or {IGNORE_INDEX} for a position to ignore. Check the labels or the number of outputs."
+        f"The targets hold labels outside [0, {classes}), while the outputs have {classes} classes. Expected "
+        f"integers from 0 to {classes - 1}, or {IGNORE_INDEX} for a position to ignore. Check the labels or the "
+        "number of outputs."
     )
 
 

@@ -55,12 +55,13 @@ def decompose(
     forward:
         `forward(model, inputs) -> outputs`, for models that are not called as `model(inputs)`.
     parameters:
-        Which parameters to differentiate: a predicate on names, a glob, or a list of names. Default: every trainable one.
+        Which parameters to differentiate: a predicate on names, a glob, or a list of names. Default: every trainable
+        one.
     by_layer:
         True for one entry per module in `Decomposition.layers`, or a function parameter name -> layer name.
     population:
-        True for `Decomposition.population`: rate, position and noise scale of the population that the batch was drawn from.
-        Costs one more pull-back of single samples and a Jacobian-vector product.
+        True for `Decomposition.population`: rate, position and noise scale of the population that the batch was
+        drawn from. Costs one more pull-back of single samples and a Jacobian-vector product.
     estimator:
         Of tr Theta: "exact", "per_sample", "grouped", "joint", or "auto": exact for few outputs, per sample otherwise,
         joint (or grouped, with `microbatch`) where the samples interact in the network. See `lnp.trace`.
@@ -75,7 +76,8 @@ def decompose(
     microbatch:
         Samples held in memory at a time. The samples must not interact.
     batch_statistics:
-        "frozen": batch normalisation in training mode keeps this batch's statistics. "coupled": they depend on the parameters,
+        "frozen": batch normalisation in training mode keeps this batch's statistics. "coupled": they depend on
+        the parameters,
         as in the training step itself.
 
     Returns
@@ -127,8 +129,8 @@ def cross_response(
 
         -dL_m/dt = <grad L_m, grad L_t> = chi_loss * chi_net * chi_pos
 
-    with the geometric means of the two batches' loss and network scales. The position is what is left, in [-1, 1]; where it is
-    negative, a step on `train_batch` raises the loss on `measured_batch`. Parameters as for `decompose`.
+    with the geometric means of the two batches' loss and network scales. The position is what is left, in [-1, 1];
+    where it is negative, a step on `train_batch` raises the loss on `measured_batch`. Parameters as for `decompose`.
 
     Examples
     --------
@@ -155,7 +157,8 @@ def measured_loss_change(
     parameters: Any = None,
     batch_statistics: str = "frozen",
 ) -> float:
-    """L(theta + Delta) - L(theta) on the batch, by evaluating the loss at the moved parameters. The model stays where it is.
+    """L(theta + Delta) - L(theta) on the batch, by evaluating the loss at the moved parameters. The model stays
+    where it is.
 
     Parameters
     ----------
@@ -228,6 +231,10 @@ class _CrossResponse(_Decompose):
 
 
 def _measured_change(lin: Linearization, learning_rate: Any = None, update: Vector = None) -> Any:
+    if lin.loss_along is None:
+        raise TypeError(
+            "This model's backend cannot evaluate the loss at moved parameters. Expected a record with loss_along."
+        )
     along = lin.vjp(lin.loss_gradient) if update is None else update
     moved = lin.loss_along(along, -learning_rate if update is None else 1.0)
     return valid(lin, moved - lin.loss)
@@ -255,7 +262,8 @@ def _step(
 def _measure(computation: Any, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     if options.batch_statistics not in BATCH_STATISTICS:
         raise ValueError(
-            f"batch_statistics is {options.batch_statistics!r}. Expected one of {', '.join(map(repr, BATCH_STATISTICS))}."
+            f"batch_statistics is {options.batch_statistics!r}. Expected one of "
+            f"{', '.join(map(repr, BATCH_STATISTICS))}."
         )
     if options.microbatch is not None and not (isinstance(options.microbatch, int) and options.microbatch >= 1):
         raise ValueError(f"microbatch is {options.microbatch!r}. Expected a number of samples >= 1, or None.")

@@ -56,6 +56,8 @@ def population(lin: Linearization, gradient: Vector, rate: Array, traces: Array,
     traces:
         tr Theta_nn for each sample, shape (N,), with the standard error `stderr` of their sum.
     """
+    assert lin.sample_square_norms is not None, "decompose() looks for it"
+    assert lin.jvp is not None, "decompose() looks for it"
     xp, n = lin.xp, lin.outputs.shape[0]
     g = xp.astype(lin.loss_gradient, accumulation_dtype(xp, lin.loss_gradient.dtype), copy=False)
     norms = list(lin.sample_square_norms(lin.loss_gradient).values())

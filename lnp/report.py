@@ -50,7 +50,8 @@ def to_text(d: Decomposition) -> str:
     if d.population is not None:
         lines += [
             f"{'chi_pos':<10}{_number(d.population.chi_pos):>11}{_error(d.population, 'chi_pos')}   of the population",
-            f"{'noise':<10}{_number(d.population.noise_scale):>11}{_error(d.population, 'noise_scale')}   gradient noise scale, samples",
+            f"{'noise':<10}{_number(d.population.noise_scale):>11}{_error(d.population, 'noise_scale')}"
+            "   gradient noise scale, samples",
         ]
     if d.layers:
         width = max(len("layer"), *map(len, d.layers))
@@ -66,7 +67,8 @@ def to_text(d: Decomposition) -> str:
 def to_html(d: Decomposition) -> str:
     """The same table for notebooks."""
     rows = "".join(
-        f"<tr><td><code>{name}</code></td><td style='text-align:right'>{_number(getattr(d, name))}{_error(d, name)}</td>"
+        f"<tr><td><code>{name}</code></td>"
+        f"<td style='text-align:right'>{_number(getattr(d, name))}{_error(d, name)}</td>"
         f"<td style='text-align:left'>{meaning}</td></tr>"
         for name, meaning in MEANING.items()
     )

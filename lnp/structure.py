@@ -50,8 +50,8 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def _rebuild_mapping(tree: Mapping, mapped: dict) -> Any:
-    """A mapping of the caller's own type, since models may rely on its attributes; a plain dict if it cannot be built."""
+    """A mapping of the caller's own type, since models may rely on it; a plain dict if it cannot be built."""
     try:
-        return type(tree)(mapped)
+        return type(tree)(mapped)  # type: ignore[call-arg]
     except TypeError:
         return mapped

@@ -88,7 +88,9 @@ class Probe:
 
 def per_sample(lin: Linearization, rows: Rows) -> Probe:
     """||J_n^T v_n||^2 for each sample n, whose expectation over signs is tr Theta_nn. Samples must not interact."""
-    return Probe(lambda v: _by_row(lin, rows, lin.sample_square_norms(v)), lin.outputs.shape[0])
+    square_norms = lin.sample_square_norms
+    assert square_norms is not None, "choose() takes this estimator only where the record has them"
+    return Probe(lambda v: _by_row(lin, rows, square_norms(v)), lin.outputs.shape[0])
 
 
 def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
@@ -97,8 +99,9 @@ def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
     Without micro-batches each group is a cotangent that is zero on the other samples, and costs one pull-back.
     """
     xp = lin.xp
-    if lin.group_square_norms is not None:
-        return Probe(lambda v: _by_row(lin, rows, lin.group_square_norms(v)), lin.groups)
+    of_groups = lin.group_square_norms
+    if of_groups is not None:
+        return Probe(lambda v: _by_row(lin, rows, of_groups(v)), lin.groups)
     samples = lin.outputs.shape[0]
     groups = min(groups, samples)
     bounds = [(samples * g // groups, samples * (g + 1) // groups) for g in range(groups)]

@@ -1,5 +1,10 @@
 """lnp for JAX: functions with parameter pytrees, Flax NNX and Linen, Equinox, Haiku."""
 
+try:
+    import jax  # noqa: F401
+except ImportError as error:
+    raise ImportError("lnp_jax needs JAX, which is not installed. Run: pip install 'lnp[jax]'") from error
+
 from lnp_jax import results
 from lnp_jax.backend import accepts, decompose, evaluate, linearize
 

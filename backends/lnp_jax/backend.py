@@ -25,10 +25,11 @@ _COUPLED: OrderedDict[Plan, None] = OrderedDict()
 
 
 def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options: Any) -> lnp.Decomposition:
-    """`lnp.decompose((apply, parameters), batch, seed=key, ...)`, pure: for use inside `jax.jit`, `jax.lax.scan` and the like.
+    """`lnp.decompose((apply, parameters), batch, seed=key, ...)`, pure: for use inside `jax.jit`, `jax.lax.scan` and
+    the like.
 
-    Returns arrays of shape () there. Checks on values cannot raise inside a compiled function: where labels are out of range, or
-    samples that were taken apart turn out to interact, the numbers are nan.
+    Returns arrays of shape () there. Checks on values cannot raise inside a compiled function: where labels are out
+    of range, or samples that were taken apart turn out to interact, the numbers are nan.
 
     >>> import jax, jax.numpy as jnp
     >>> @jax.jit
@@ -41,7 +42,7 @@ def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options:
 
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
-    """Run the computation compiled; numbers come back as floats in one transfer. Inside a compiled function: as arrays."""
+    """Run the computation compiled; numbers come back in one transfer. Inside a compiled function: as arrays."""
     structure, arrays = separate(model, options.forward, options.parameters)
     if operands.get("update") is not None:
         operands["update"] = _as_vector(structure, arrays, model, operands["update"])
@@ -57,8 +58,9 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     if any(answer.coupled):
         if options.microbatch is not None:
             raise ValueError(
-                f"microbatch={options.microbatch} was asked for, but the samples interact in this network: a sample's output or gradient "
-                "changes when the others are left out. Expected independent samples. Leave microbatch unset, or remove what couples them."
+                f"microbatch={options.microbatch} was asked for, but the samples interact in this network: a "
+                "sample's output or gradient changes when the others are left out. Expected independent samples. "
+                "Leave microbatch unset, or remove what couples them."
             )
         _COUPLED[plan] = None
         while len(_COUPLED) > 256:
@@ -101,7 +103,7 @@ def _as_vector(structure: Structure, arrays: Arrays, model: Any, update: Any) ->
     wrong = [n for name, n in known.items() if n in given and jnp.shape(given[n]) != jnp.shape(arrays[name])]
     if wrong or not given:
         raise ValueError(
-            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a tree of the parameters' "
-            "structure, or {parameter name: array of its shape}."
+            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a tree of "
+            "the parameters' structure, or {parameter name: array of its shape}."
         )
     return {n: jnp.asarray(given[n]) if n in given else jnp.zeros_like(arrays[name]) for name, n in known.items()}

@@ -14,8 +14,8 @@ from lnp_jax.models import Arrays, Structure, called
 def frozen(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[Structure, Arrays, tuple[str, ...]]:
     """The model with the statistics that its layers see on this batch, if it is an NNX module that has such layers.
 
-    A forward pass with momentum 0 leaves the batch's mean and biased variance as the layers' running statistics, which they
-    then use. Other libraries keep no such switch on the module; there the coupled function is measured.
+    A forward pass with momentum 0 leaves the batch's mean and biased variance as the layers' running statistics,
+    which they then use. Other libraries keep no such switch on the module; there the coupled function is measured.
     """
     if structure.kind != "nnx":
         return structure, arrays, ()

@@ -65,14 +65,17 @@ _compiled = jax.jit(_counted, static_argnums=0)
 _SEEN: OrderedDict[Any, tuple[weakref.ref, int]] = OrderedDict()
 
 
-def run(plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]) -> tuple[Answer, tuple[str, ...]]:
+def run(
+    plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]
+) -> tuple[Answer, tuple[str, ...]]:
     """The answer of the compiled measurement, and notes on the compilation."""
     try:
         hash(plan)
     except TypeError as error:
         raise TypeError(
-            f"The model's structure, loss or forward cannot be hashed ({error}), which compiled code is found by. Expected hashable "
-            "static fields: tuples instead of lists, no arrays. Change them, or pass (apply, parameters)."
+            f"The model's structure, loss or forward cannot be hashed ({error}), which compiled code is found by. "
+            "Expected hashable static fields: tuples instead of lists, no arrays. Change them, or pass (apply, "
+            "parameters)."
         ) from error
     _TRACED.clear()
     answer = _compiled(plan, arrays, batches, seed, operands)
@@ -96,8 +99,8 @@ def _noticed(function: Any) -> Iterable[str]:
         _SEEN.popitem(last=False)
     if count >= REPEATS:
         text = (
-            f"lnp compiled again because {function.__qualname__} is a new function object at every call. Define it once, outside "
-            "the loop, and pass the same object."
+            f"lnp compiled again because {function.__qualname__} is a new function object at every call. Define it "
+            "once, outside the loop, and pass the same object."
         )
         if count == REPEATS:
             warnings.warn(text, stacklevel=5)

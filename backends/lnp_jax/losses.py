@@ -32,6 +32,7 @@ def prepare(
             return _soft_cross_entropy, math.prod(shape[:-1]) if given is None else given, (), ()
         terms = losses.label_terms(jnp, targets) if given is None else given
         return _cross_entropy, terms, (losses.labels_out_of_range(jnp, targets, shape[-1]),), ()
+    assert callable(meant)
     if given is not None:
         return meant, given, (), ()
     leaf = outputs if hasattr(outputs, "shape") else parts(outputs)[0]

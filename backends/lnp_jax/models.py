@@ -108,10 +108,12 @@ def _opened(model: Any, forward: Callable | None) -> tuple[str, Any, Any, Callab
     if isinstance(model, tuple):
         if forward is not None:
             raise ValueError(
-                "forward= was given for a model that is a pair (apply, parameters). Expected it for modules only: put what it "
-                "does into apply(parameters, inputs)."
+                "forward= was given for a model that is a pair (apply, parameters). Expected it for modules only: "
+                "put what it does into apply(parameters, inputs)."
             )
-        collections = _is_linen(getattr(model[0], "__self__", None)) and isinstance(model[1], Mapping) and "params" in model[1]
+        collections = (
+            _is_linen(getattr(model[0], "__self__", None)) and isinstance(model[1], Mapping) and "params" in model[1]
+        )
         return "function", model[0], model[1], (_in_params if collections else _anywhere)
     if _is_nnx(model):
         nnx = sys.modules["flax.nnx"]
@@ -120,8 +122,8 @@ def _opened(model: Any, forward: Callable | None) -> tuple[str, Any, Any, Callab
     if _is_linen(model):
         if model.scope is None:
             raise ValueError(
-                f"The Linen module {type(model).__name__} is not bound to variables. Expected module.bind(variables), or the pair "
-                "(module.apply, variables). Bind it first."
+                f"The Linen module {type(model).__name__} is not bound to variables. Expected "
+                "module.bind(variables), or the pair (module.apply, variables). Bind it first."
             )
         module, variables = model.unbind()
         return "linen", module, dict(variables), _in_params

@@ -66,7 +66,7 @@ def sample_square_norms(function: Function, split: Split, parameters: Mapping[st
 def coupling(
     function: Function, split: Split, parameters: Mapping, outputs: jax.Array, g: jax.Array, gradient: Mapping
 ) -> jax.Array:
-    """The largest relative difference between the samples taken one at a time and the batch, in outputs and in J^T g."""
+    """The largest relative difference between single samples and the batch, in outputs and in J^T g."""
     of_one = single(function, split)
     alone, pullback = jax.vjp(lambda p: jax.vmap(of_one, (None, 0))(p, split.rows), parameters)
     if alone.shape != outputs.shape:
@@ -75,7 +75,8 @@ def coupling(
     (pulled,) = pullback(g.astype(alone.dtype))
     norms = jnp.stack([jnp.linalg.norm(wide(gradient[name]).ravel()) for name in pulled])
     missed = jnp.stack([jnp.linalg.norm((wide(pulled[name]) - wide(gradient[name])).ravel()) for name in pulled])
-    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the whole
+    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
+    # whole
     floor = 0.03 * jnp.linalg.norm(norms)
     return jnp.maximum(in_outputs, jnp.max(missed / _positive(norms + floor)))
 

@@ -17,8 +17,8 @@ from lnp_jax.models import Arrays, Structure
 from lnp_jax.outputs import flatten, rebuild
 
 COUPLED = (
-    "the samples interact in this network (a sample's output or gradient changes when the others are left out; a dropout mask that is "
-    "drawn for the whole batch does that too): they are not taken apart"
+    "the samples interact in this network (a sample's output or gradient changes when the others are left out; a "
+    "dropout mask that is drawn for the whole batch does that too): they are not taken apart"
 )
 
 
@@ -32,7 +32,9 @@ class _Loss:
     notes: tuple[str, ...]
 
 
-def record(structure: Structure, arrays: Arrays, batch: Any, seed: Any, options: Options, coupled: bool) -> Linearization:
+def record(
+    structure: Structure, arrays: Arrays, batch: Any, seed: Any, options: Options, coupled: bool
+) -> Linearization:
     """Linearise the model on a batch. `coupled` says that its samples are known to interact."""
     inputs, targets = batches.unpack(batch)
     notes: tuple[str, ...] = (COUPLED,) if coupled else ()
@@ -77,6 +79,7 @@ def _passes(
 ) -> tuple[Callable, jax.Array, Callable, parts.Split, Any]:
     """(parameters -> (N, K), its value, vjp, the inputs' split, outputs as the model returns them)."""
     if microbatch is None:
+
         def whole(parameters: Mapping) -> tuple[jax.Array, Any]:
             tree = function(parameters, inputs)
             return flatten(tree), tree
@@ -88,8 +91,8 @@ def _passes(
     split = parts.Split(inputs, jax.eval_shape(flatten, tree).shape[0])
     if not split.possible:
         raise ValueError(
-            f"microbatch={microbatch} was asked for, but no input runs over the {split.samples} samples along its first axis. Expected "
-            "at least one that does. Leave microbatch unset."
+            f"microbatch={microbatch} was asked for, but no input runs over the {split.samples} samples along its "
+            "first axis. Expected at least one that does. Leave microbatch unset."
         )
     micro = parts.Micro(function, split, microbatch)
     return micro.outputs, micro.outputs(parameters), lambda v: micro.vjp(parameters, v), split, tree
@@ -113,13 +116,23 @@ def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Los
 
 
 def _apart(
-    function: parts.Function, split: parts.Split, parameters: Mapping, outputs: jax.Array, g: jax.Array, vjp: Callable, options: Options
+    function: parts.Function,
+    split: parts.Split,
+    parameters: Mapping,
+    outputs: jax.Array,
+    g: jax.Array,
+    vjp: Callable,
+    options: Options,
 ) -> tuple[Callable | None, jax.Array | None, tuple[str, ...]]:
     """(sample_square_norms, whether the samples interact after all, notes)."""
     if not options.split:
         return None, None, ()
     if not split.possible:
-        return None, None, (f"no input runs over the {split.samples} samples along its first axis: they are not taken apart",)
+        return (
+            None,
+            None,
+            (f"no input runs over the {split.samples} samples along its first axis: they are not taken apart",),
+        )
     dtype = max((p.dtype for p in [*parameters.values(), outputs]), key=lambda dtype: jnp.finfo(dtype).eps)
     flag = parts.coupling(function, split, parameters, outputs, g, vjp(g)) > coupling_tolerance(jnp, dtype)
     return parts.sample_square_norms(function, split, parameters), flag, ()

@@ -1,4 +1,4 @@
-"""lnp for NumPy: explicit Jacobians, SciPy linear operators, linear and random-feature models. The oracle of the other backends."""
+"""lnp for NumPy, the oracle of the other backends: explicit Jacobians, SciPy operators, linear and random features."""
 
 from lnp_numpy.backend import accepts, evaluate, linearize
 from lnp_numpy.models import JacobianModel, LinearModel, OperatorModel, RandomFeatureModel

@@ -19,8 +19,8 @@ def value_and_gradient(loss, outputs: np.ndarray, targets: np.ndarray) -> tuple[
     answer = loss(outputs, targets)
     if not (isinstance(answer, tuple) and len(answer) == 2):
         raise TypeError(
-            f"The loss returned {type(answer).__name__}. NumPy cannot differentiate: expected a pair (loss, gradient with "
-            "respect to the outputs)."
+            f"The loss returned {type(answer).__name__}. NumPy cannot differentiate: expected a pair (loss, gradient "
+            "with respect to the outputs)."
         )
     value, gradient = np.asarray(answer[0]), np.asarray(answer[1])
     check_loss(value.shape)

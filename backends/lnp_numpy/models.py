@@ -1,7 +1,7 @@
 """Models that bring their own Jacobian, since NumPy cannot differentiate.
 
-Each answers `linearize(inputs)` with a `Local`: the outputs and the Jacobian's actions around the parameters. Vectors in parameter space are
-dictionaries {parameter name: array of its shape}.
+Each answers `linearize(inputs)` with a `Local`: the outputs and the Jacobian's actions around the parameters.
+Vectors in parameter space are dictionaries {parameter name: array of its shape}.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class JacobianModel:
     Examples
     --------
     >>> import numpy as np
-    >>> model = JacobianModel(lambda p, x: np.sin(x * p["w"]), lambda p, x: {"w": x * np.cos(x * p["w"])}, {"w": np.array(0.0)})
+    >>> model = JacobianModel(lambda p, x: np.sin(x * p["w"]), lambda p, x: {"w": x * np.cos(x * p["w"])}, {"w":
+    np.array(0.0)})
     >>> model.linearize(np.ones((3, 1))).vjp(np.ones((3, 1)))
     {'w': array(3.)}
     """
@@ -73,8 +74,8 @@ class JacobianModel:
             expected = outputs.shape + np.shape(self.parameters[name])
             if array.shape != expected:
                 raise ValueError(
-                    f"The Jacobian with respect to {name!r} has shape {array.shape}. Expected {expected}, the outputs' shape "
-                    "followed by the parameter's. Check jacobian(parameters, inputs)."
+                    f"The Jacobian with respect to {name!r} has shape {array.shape}. Expected {expected}, the "
+                    "outputs' shape followed by the parameter's. Check jacobian(parameters, inputs)."
                 )
         axes = outputs.ndim
 
@@ -82,7 +83,8 @@ class JacobianModel:
             return {name: np.tensordot(v, array, axes=axes) for name, array in dense.items()}
 
         def jvp(u: Vector) -> np.ndarray:
-            return sum(np.tensordot(array, u[name], axes=array.ndim - axes) for name, array in dense.items())
+            parts = [np.tensordot(array, u[name], axes=array.ndim - axes) for name, array in dense.items()]
+            return np.sum(parts, axis=0)
 
         def moved(u: Vector, step: float) -> np.ndarray:
             return self.function(
@@ -158,7 +160,8 @@ class RandomFeatureModel(LinearModel):
 
 @dataclass(frozen=True)
 class OperatorModel:
-    """A function that is linear around its parameters, by its Jacobian as an operator: a SciPy `LinearOperator` or a matrix.
+    """A function that is linear around its parameters, by its Jacobian as an operator: a SciPy `LinearOperator` or a
+    matrix.
 
     Attributes
     ----------
@@ -174,8 +177,8 @@ class OperatorModel:
     def __post_init__(self) -> None:
         if self.jacobian.shape[0] != np.size(self.outputs):
             raise ValueError(
-                f"The Jacobian has {self.jacobian.shape[0]} rows, the outputs have {np.size(self.outputs)} entries. Expected one row for each "
-                "output of each sample, samples outermost."
+                f"The Jacobian has {self.jacobian.shape[0]} rows, the outputs have {np.size(self.outputs)} entries. "
+                "Expected one row for each output of each sample, samples outermost."
             )
 
     @property

@@ -1,5 +1,10 @@
 """lnp for PyTorch: `nn.Module`s, functions with parameters, Hugging Face models."""
 
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("lnp_torch needs PyTorch, which is not installed. Run: pip install 'lnp[torch]'") from error
+
 from lnp_torch.backend import accepts, evaluate, linearize
 
 __all__ = ["accepts", "evaluate", "linearize"]

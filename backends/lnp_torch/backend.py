@@ -80,7 +80,7 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         def vjp(v: torch.Tensor) -> Vector:
             return samples.gradients(parts, parameters, split(v, parts))
     else:
-        pull_groups = samples.looped(passes, options.microbatch)
+        pull_groups = samples.looped(passes, options.microbatch or flat.shape[0])
 
         def vjp(v: torch.Tensor) -> Vector:
             return samples.total(pull_groups, v)
@@ -113,8 +113,8 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
     if targets is None:
         if outputs.own_loss is None or not outputs.own_loss.requires_grad:
             raise ValueError(
-                "The batch is a dictionary, but the model returned no loss and logits for it. Expected a model that computes its own loss "
-                "from labels. Pass (inputs, targets), and loss= if it cannot be inferred."
+                "The batch is a dictionary, but the model returned no loss and logits for it. Expected a model that "
+                "computes its own loss from labels. Pass (inputs, targets), and loss= if it cannot be inferred."
             )
         grads = torch.autograd.grad(outputs.own_loss, parts, retain_graph=True)
         terms, notes = own_loss_terms(prepared.modules, inputs, outputs)
@@ -131,8 +131,8 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
         batches.check_loss(value.shape)
         if not value.requires_grad:
             raise ValueError(
-                "The loss does not depend on the outputs. Expected loss(outputs, targets) to be differentiable: do not detach "
-                "the outputs or convert them to NumPy."
+                "The loss does not depend on the outputs. Expected loss(outputs, targets) to be differentiable: do "
+                "not detach the outputs or convert them to NumPy."
             )
         grads = torch.autograd.grad(value.sum(), detached, allow_unused=True, materialize_grads=True)
 
@@ -166,11 +166,13 @@ def _taken_apart(
             continue
         if not seen.difference > tolerance:
             return _square_norms(pull, g, seen), ()
-        found = f"a sample's output or gradient changes by {seen.difference:.1g} (relative) when the others are left out"
+        found = (
+            f"a sample's output or gradient changes by {seen.difference:.1g} (relative) when the others are left out"
+        )
     if options.microbatch is not None:
         raise ValueError(
-            f"microbatch={options.microbatch} was asked for, but the samples interact in this network: {found}. Expected independent "
-            "samples. Leave microbatch unset, or remove what couples them."
+            f"microbatch={options.microbatch} was asked for, but the samples interact in this network: {found}. "
+            "Expected independent samples. Leave microbatch unset, or remove what couples them."
         )
     return None, (f"the samples interact in this network ({found}): they are not taken apart",)
 
@@ -219,8 +221,9 @@ def _as_vector(prepared: Program, update: Any) -> Vector:
     wrong = [n for n, d in given.items() if n not in names or d.shape != prepared.parameters[n].shape]
     if wrong or not given:
         raise ValueError(
-            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a dictionary "
-            f"{{parameter name: tensor of its shape}}, or one tensor for each of the {len(names)} parameters in their order."
+            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a "
+            f"dictionary {{parameter name: tensor of its shape}}, or one tensor for each of the {len(names)} "
+            "parameters in their order."
         )
     return [given[n].detach() if n in given else torch.zeros_like(p) for n, p in prepared.parameters.items()]
 

@@ -1,6 +1,7 @@
 """One forward pass fixes what is random or depends on the batch; later passes, on part of the batch, repeat it.
 
-Dropout keeps its masks. Batch normalisation in training mode keeps this batch's statistics (mean and biased variance), and updates none.
+Dropout keeps its masks. Batch normalisation in training mode keeps this batch's statistics (mean and biased
+variance), and updates none.
 """
 
 from __future__ import annotations
@@ -119,4 +120,4 @@ _open_attention = types.FunctionType(
     ATTENTION.__defaults__,
     ATTENTION.__closure__,
 )
-"""Multi-head attention whose parts are seen by the mode: the original hands itself over as a whole, and its dropout with it."""
+"""Multi-head attention whose parts the mode sees: the original hands itself over as a whole, with its dropout."""

@@ -25,8 +25,8 @@ def split_batch(batch: Any, loss: Any) -> tuple[Any, Any]:
     inputs = dict(batch)
     if "labels" not in inputs:
         raise ValueError(
-            f"The batch is a dictionary with {sorted(inputs)}, without labels. Expected 'labels' among them, from which the model "
-            "computes its loss. Add them, or pass (inputs, targets)."
+            f"The batch is a dictionary with {sorted(inputs)}, without labels. Expected 'labels' among them, from "
+            "which the model computes its loss. Add them, or pass (inputs, targets)."
         )
     if loss is None:
         return inputs, None

@@ -1,4 +1,4 @@
-"""What a model is here: a function of its parameters and inputs that can be run again without touching the user's model."""
+"""What a model is here: a function of parameters and inputs that can run again without touching the user's model."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ def program(model: Any, forward: Callable | None, parameters: Any) -> Program:
         return _module(unwrapped(model), forward, parameters)
     if forward is not None:
         raise ValueError(
-            "forward= was given for a model that is a pair (function, parameters). Expected it for modules only: put what it does "
-            "into function(parameters, inputs)."
+            "forward= was given for a model that is a pair (function, parameters). Expected it for modules only: put "
+            "what it does into function(parameters, inputs)."
         )
-    return _function(*model, parameters)
+    function, tree = model
+    return _function(function, tree, parameters)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -119,7 +120,8 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Prog
     uninitialized = [name for name, p in every.items() if isinstance(p, nn.parameter.UninitializedParameter)]
     if uninitialized:
         raise ValueError(
-            f"The parameters {uninitialized} are not initialised. Expected a model that has seen its first batch. Run model(inputs) once."
+            f"The parameters {uninitialized} are not initialised. Expected a model that has seen its first batch. "
+            "Run model(inputs) once."
         )
     candidates = [
         name for name, p in every.items() if p.is_floating_point() and (p.requires_grad or parameters is not None)

@@ -40,7 +40,7 @@ def looped(passes: Passes, size: int = 1) -> Pull:
 
 
 def vectorized(passes: Passes) -> Pull:
-    """Many samples at a time by `torch.func.vmap`, as many as fit the budget: where the network's operations allow it."""
+    """As many samples at a time as fit the budget, by `torch.func.vmap`, where the network's operations allow it."""
     parameters = {name: p.detach() for name, p in passes.program.parameters.items()}
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = max(1, min(passes.samples, BUDGET // max(size, 1)))
@@ -127,7 +127,8 @@ def _in_outputs(alone: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 def _in_gradient(sums: list[torch.Tensor], gradient: list[torch.Tensor]) -> torch.Tensor:
     norms = torch.stack([_scalar(torch.linalg.vector_norm(_wide(g))) for g in gradient])
     missed = [_scalar(torch.linalg.vector_norm(s - _wide(g))) for s, g in zip(sums, gradient, strict=True)]
-    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the whole
+    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
+    # whole
     floor = 0.03 * torch.linalg.vector_norm(norms)
     return (torch.stack(missed) / (norms + floor).clamp_min(torch.finfo(norms.dtype).tiny)).max()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 NOISE = 0.5
@@ -41,5 +43,5 @@ def network(width: int, generator: np.random.Generator) -> list[dict[str, np.nda
             "weight": (generator.standard_normal((a, b)) / np.sqrt(a)).astype(np.float32),
             "bias": np.zeros(b, dtype=np.float32),
         }
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        for a, b in pairwise(sizes)
     ]

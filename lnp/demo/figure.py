@@ -78,5 +78,5 @@ def _reach(ax: Any, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]
     ax.set(
         xscale="log", yscale="log", xlabel="trained parameters", ylabel=r"spectral reach  (lowest $\chi_\mathrm{pos}$)"
     )
-    ax.margins(x=0.25)
+    ax.margins(x=0.3)
     ax.set_title("d", loc="left", fontweight="bold")

@@ -86,14 +86,14 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
     rows: list[Row] = []
     for seed in range(settings.seeds):
         generator = np.random.default_rng(seed)
-        stream = data.draw(images, labels, settings.steps * settings.batch, generator)
-        stream = tuple(part.reshape(settings.steps, settings.batch, *part.shape[1:]) for part in stream)
+        drawn = data.draw(images, labels, settings.steps * settings.batch, generator)
+        stream = tuple(part.reshape(settings.steps, settings.batch, *part.shape[1:]) for part in drawn)
         probes = [data.draw(images, labels, settings.measured, generator) for _ in settings.schedule]
         for width, frozen in settings.runs:
             weights = data.network(width, np.random.default_rng((seed, width)))
             trainer = trainers.Trainer(weights, stream, settings.learning_rate, frozen)
-            for row in _watched(trainer, settings, probes, frozen, progress):
-                rows.append({"network": name(width, frozen), "width": width, "frozen": frozen, "seed": seed, **row})
+            run_of = {"network": name(width, frozen), "width": width, "frozen": frozen, "seed": seed}
+            rows += [run_of | row for row in _watched(trainer, settings, probes, frozen, progress)]
     return rows
 
 
@@ -111,7 +111,7 @@ def _watched(trainer: Any, settings: Settings, probes: list, frozen: bool, progr
 
 def name(width: int, frozen: bool) -> str:
     """Of a run, as tables and figures show it."""
-    return f"{width} units" + (", frozen" if frozen else "")
+    return f"{width} units" if not frozen else f"{width} frozen"
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from lnp.demo.figure import draw
 from lnp.demo.run import Settings, chosen, run, write_csv
 
 COLUMNS = (
-    ("loss", "loss"),
-    ("chi_loss", "chi_loss"),
-    ("chi_net", "chi_net"),
-    ("chi_pos, batch", "chi_pos"),
-    ("chi_pos", "population/chi_pos"),
+    ("loss", "loss", 1.0),
+    ("chi_loss", "chi_loss", 1.0),
+    ("chi_net", "chi_net", 1.0),
+    ("chi_pos\nbatch, e-6", "chi_pos", 1e6),
+    ("chi_pos\ne-6", "population/chi_pos", 1e6),
 )
+"""Heading, column of the history, factor."""
 
 
 def show(settings: Settings, out: Path) -> None:
@@ -30,8 +32,8 @@ def show(settings: Settings, out: Path) -> None:
     console = Console()
     settings = replace(settings, framework=chosen(settings.framework))
     console.print(
-        f"Digits, shifted and noisy; one hidden layer; {settings.steps} steps of gradient descent on {settings.batch} images each; "
-        f"{settings.seeds} seeds; {settings.framework}."
+        f"Digits, shifted and noisy; one hidden layer; {settings.steps} steps of gradient descent on "
+        f"{settings.batch} images each; {settings.seeds} seeds; {settings.framework}."
     )
     started = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -49,21 +51,25 @@ def show(settings: Settings, out: Path) -> None:
 
 
 def _table(rows: list[dict[str, Any]], settings: Settings) -> Any:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"After {settings.steps} steps: mean over seeds ± standard error", title_justify="left")
-    table.add_column("hidden layer")
-    table.add_column("parameters", justify="right")
-    for heading, _ in COLUMNS:
-        table.add_column(heading, justify="right")
-    table.add_column("spectral reach", justify="right")
+    title = f"After {settings.steps} steps, mean over seeds ± standard error"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("hidden\nlayer", no_wrap=True)
+    for heading in ("para-\nmeters", *(heading for heading, _, _ in COLUMNS), "reach\ne-6"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for network in summary.networks(rows):
         size = int(summary.table(rows, network, "parameters")[0, 0])
-        cells = [_cell(summary.final(rows, network, column)) for _, column in COLUMNS]
-        table.add_row(network, f"{size:,}", *cells, _cell(summary.reach(rows, network)))
+        cells = [_cell(summary.final(rows, network, column), factor) for _, column, factor in COLUMNS]
+        table.add_row(network.removesuffix(" units"), f"{size}", *cells, _cell(summary.reach(rows, network), 1e6))
     return table
 
 
-def _cell(value: summary.Value) -> str:
-    error = "" if value.stderr != value.stderr else f" ± {value.stderr:.1g}"
-    return f"{value.mean:.3g}{error}"
+def _cell(value: summary.Value, factor: float) -> str:
+    """Mean ± error, with as many decimals as the error has."""
+    mean, error = factor * value.mean, factor * value.stderr
+    if not error > 0:
+        return f"{mean:.3g}"
+    decimals = max(0, -math.floor(math.log10(error)))
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"

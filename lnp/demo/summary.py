@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def _falls(rows: list[dict[str, Any]], free: list[str]) -> str:
 
 def _ladder(rows: list[dict[str, Any]], free: list[str]) -> str:
     reaches = [reach(rows, n) for n in free]
-    steps = [(a.mean - b.mean, np.hypot(a.stderr, b.stderr)) for a, b in zip(reaches[:-1], reaches[1:], strict=True)]
+    steps = [(a.mean - b.mean, np.hypot(a.stderr, b.stderr)) for a, b in pairwise(reaches)]
     shown = ", ".join(f"{r.mean:.2g} ± {r.stderr:.1g} ({n})" for n, r in zip(free, reaches, strict=True))
     clear = all(gap > 2 * error for gap, error in steps)
     ordered = all(gap > 0 for gap, _ in steps)
@@ -108,9 +109,10 @@ def _stall(rows: list[dict[str, Any]], network: str, free: list[str]) -> str:
     here, there = reach(rows, network), reach(rows, twins[0])
     stalls = here.mean - there.mean > 2 * np.hypot(here.stderr, there.stderr)
     return (
-        f"{'Frozen features stall' if stalls else 'Frozen features do not stall in this run'}: reach {here.mean:.2g} against "
-        f"{there.mean:.2g}, loss {final(rows, network, 'loss').mean:.3g} against {final(rows, twins[0], 'loss').mean:.3g}; chi_net "
-        f"grows by {growth(rows, network, 'chi_net').mean:.2f} against {growth(rows, twins[0], 'chi_net').mean:.2f}."
+        f"{'Frozen features stall' if stalls else 'Frozen features do not stall in this run'}: reach {here.mean:.2g} "
+        f"against {there.mean:.2g}, loss {final(rows, network, 'loss').mean:.3g} against "
+        f"{final(rows, twins[0], 'loss').mean:.3g}; chi_net grows by {growth(rows, network, 'chi_net').mean:.2f} "
+        f"against {growth(rows, twins[0], 'chi_net').mean:.2f}."
     )
 
 

@@ -19,16 +19,20 @@ def frozen():
 CASES = {
     "no trainable parameter": (ValueError, "no trainable parameter", lambda: lnp.decompose(frozen(), (X, Y))),
     "no parameter at all": (ValueError, "no trainable parameter", lambda: lnp.decompose(nn.Tanh(), (X, Y))),
-    "selection picks nothing": (ValueError, "picks no parameter", lambda: lnp.decompose(MODEL, (X, Y), parameters="head.*")),
+    "selection picks nothing": (
+        ValueError, "picks no parameter", lambda: lnp.decompose(MODEL, (X, Y), parameters="head.*")
+    ),
     "unknown names": (ValueError, "does not have", lambda: lnp.decompose(MODEL, (X, Y), parameters=["wieght"])),
     "unknown loss": (ValueError, "Unknown loss 'nll'", lambda: lnp.decompose(MODEL, (X, Y), "nll")),
     "loss of a wrong type": (TypeError, "loss is 3", lambda: lnp.decompose(MODEL, (X, Y), 3)),
     "loss not scalar": (
-        ValueError, "loss has shape .5,.", lambda: lnp.decompose(MODEL, (X, Y), nn.CrossEntropyLoss(reduction="none"))
+        ValueError, "loss has shape .5,.",
+        lambda: lnp.decompose(MODEL, (X, Y), nn.CrossEntropyLoss(reduction="none"))
     ),
     "loss not a tensor": (TypeError, "returned float", lambda: lnp.decompose(MODEL, (X, Y), lambda f, y: 1.0)),
     "loss detached": (
-        ValueError, "does not depend on the outputs", lambda: lnp.decompose(MODEL, (X, Y), lambda f, y: f.detach().sum())
+        ValueError, "does not depend on the outputs",
+        lambda: lnp.decompose(MODEL, (X, Y), lambda f, y: f.detach().sum())
     ),
     "labels out of range": (ValueError, "outside \\[0, 3\\)", lambda: lnp.decompose(MODEL, (X, Y + 1))),
     "labels negative": (ValueError, "outside \\[0, 3\\)", lambda: lnp.decompose(MODEL, (X, Y - 3))),
@@ -36,7 +40,9 @@ CASES = {
         ValueError, "outside \\[0, 3\\)", lambda: lnp.decompose(MODEL, (X, Y + 9), nn.CrossEntropyLoss())
     ),
     "labels of another shape": (ValueError, "do not match", lambda: lnp.decompose(MODEL, (X, Y[:, None, None]))),
-    "targets of another shape": (ValueError, "cannot be inferred", lambda: lnp.decompose(MODEL, (X, torch.zeros(5, 2)))),
+    "targets of another shape": (
+        ValueError, "cannot be inferred", lambda: lnp.decompose(MODEL, (X, torch.zeros(5, 2)))
+    ),
     "mse of another shape": (ValueError, "do not match", lambda: lnp.decompose(MODEL, (X, torch.zeros(5, 1)), "mse")),
     "fewer targets": (ValueError, "hold 5 samples", lambda: lnp.decompose(MODEL, (X, Y[:3]), lambda f, y: f.sum())),
     "empty batch": (ValueError, "batch is empty", lambda: lnp.decompose(MODEL, (X[:0], Y[:0]))),
@@ -49,7 +55,9 @@ CASES = {
     "outputs without samples": (
         ValueError, "one sample axis", lambda: lnp.decompose(MODEL, (X, Y), "mse", forward=lambda m, x: m(x).sum())
     ),
-    "no outputs": (ValueError, "no floating-point outputs", lambda: lnp.decompose(MODEL, (X, Y), forward=lambda m, x: None)),
+    "no outputs": (
+        ValueError, "no floating-point outputs", lambda: lnp.decompose(MODEL, (X, Y), forward=lambda m, x: None)
+    ),
     "forward for a function": (
         ValueError, "forward= was given",
         lambda: lnp.decompose((lambda p, x: x * p, torch.ones(4)), (X, X), forward=lambda m, x: m),

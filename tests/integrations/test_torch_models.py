@@ -46,8 +46,8 @@ def test_mlp(dtype):
 
 def test_cnn_with_batch_norm_in_training_mode(dtype):
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.GroupNorm(2, 4),
-        nn.AvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3),
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2),
+        nn.GroupNorm(2, 4), nn.AvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3),
     ).to(dtype)  # fmt: skip
     x, y = torch.randn(6, 1, 8, 8, dtype=dtype), torch.randint(0, 3, (6,))
     d = check(model, x, y, F.cross_entropy, 6, dtype)
@@ -88,12 +88,13 @@ def exact_norms(model, dtype):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_hugging_face(name, dtype):
     if name == "gpt2":
-        sizes = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=9, n_positions=8, bos_token_id=0, eos_token_id=0)
-        model = GPT2LMHeadModel(GPT2Config(**sizes)).to(dtype).eval()
+        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 9, "n_positions": 8}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).to(dtype).eval()
     else:
         model = LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=9
+                hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                vocab_size=9,
             )
         ).to(dtype)  # fmt: skip
         exact_norms(model, dtype)

@@ -1,0 +1,140 @@
+"""The checks of lnp: one session each, all of them by default. `nox -s torch -- -k resnet` passes options on to pytest.
+
+Every session but `lint` and `types` installs the distribution as users get it, not the checkout: what is tested is what
+the wheel contains. A session installs the framework that it is for; its absence is an error there, never a skip.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+
+ROOT = Path(__file__).parent
+# Pinned, because a new release of either finds new things in unchanged code.
+RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
+JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install(RUFF)
+    session.run("ruff", "check", *session.posargs, ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, without the frameworks: their own annotations change from release to release."""
+    session.install(MYPY, "numpy>=2.0", "array-api-compat>=1.10")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """The core and its NumPy backend where no framework is installed."""
+    install(session, ".[test]")
+    refuse(session, "torch", "jax", "tensorflow", "keras", "transformers", "matplotlib", "pandas", "sklearn", "rich")
+    pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/core", *suite("numpy"))
+
+
+@nox.session
+def torch(session: nox.Session) -> None:
+    """PyTorch and Hugging Face models, and the demo on PyTorch."""
+    install(session, ".[torch,transformers,demo,test]")
+    refuse(session, "jax")
+    pytest(session, "torch", "--pyargs", "lnp_torch", *suite("torch"))
+    if not session.posargs:
+        show(session)
+
+
+@nox.session
+def jax(session: nox.Session) -> None:
+    """JAX with the libraries whose models lnp takes."""
+    install(session, ".[jax,test]", *JAX_LIBRARIES)
+    refuse(session, "torch")
+    pytest(session, "jax", "--pyargs", "lnp_jax", *suite("jax"))
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """The same numbers from PyTorch and JAX in one process."""
+    install(session, ".[torch,jax,test]")
+    pytest(session, None, "tests/properties/test_parity.py")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The demo on JAX, from what a user installs for it."""
+    install(session, ".[demo,jax]")
+    refuse(session, "torch")
+    show(session, *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The built files: the wheel that the sdist builds, tested by the sdist's tests in a folder that holds no lnp."""
+    session.install("build")
+    elsewhere = empty(Path(session.create_tmp()) / "wheel")
+    if session.run("python", "-m", "build", "--outdir", str(elsewhere), str(ROOT), silent=True) is None:
+        return  # nox --install-only runs nothing.
+    (built,), (source,) = elsewhere.glob("*.whl"), elsewhere.glob("*.tar.gz")
+    shutil.unpack_archive(source, elsewhere)
+    unpacked = elsewhere / source.name.removesuffix(".tar.gz")
+    for code in ("lnp", "backends"):
+        shutil.rmtree(unpacked / code)
+    # Otherwise a second run would keep what it has installed, for its version is the same.
+    session.run_install("pip", "uninstall", "--yes", "lnp", silent=True)
+    install(session, f"{built}[test]")
+    session.chdir(unpacked)
+    pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/contract/test_numpy.py", "tests/packaging")
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install under the constraints, and keep the current folder off the path: it must not stand in for the package."""
+    session.install("--constraint", str(ROOT / "constraints.txt"), *requirements)
+    session.env["PYTHONSAFEPATH"] = "1"
+    check = "import lnp, sysconfig; assert lnp.__file__.startswith(sysconfig.get_path('purelib')), lnp.__file__"
+    session.run("python", "-c", check, silent=True)
+
+
+def refuse(session: nox.Session, *modules: str) -> None:
+    """Fail if one of the modules is installed: the session then proves less than it says."""
+    check = f"import importlib.util as u; found = [m for m in {modules} if u.find_spec(m)]; assert not found, found"
+    session.run("python", "-c", check, silent=True)
+
+
+def suite(framework: str) -> list[str]:
+    """The tests of one backend: contract and properties, which it must have, and all others that bear its name."""
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob(f"*/test_{framework}*.py")}
+    required = {f"tests/{folder}/test_{framework}.py" for folder in ("contract", "properties")}
+    return [*sorted(found | required), "tests/packaging"]
+
+
+def pytest(session: nox.Session, framework: str | None, *arguments: str) -> None:
+    """Run tests and doctests; the framework is the one whose README examples are run. No test at all is a failure."""
+    env = {"LNP_TEST_FRAMEWORK": framework} if framework else {}
+    session.run("pytest", "-c", "pyproject.toml", "--doctest-modules", *arguments, *session.posargs, env=env)
+
+
+def show(session: nox.Session, *options: str) -> None:
+    """Run the demo as its reader would, with the framework that is there, and look for its figure and its table."""
+    folder = empty(Path(session.create_tmp()) / "demo")
+    with session.chdir(folder):
+        ran = session.run("lnp", "demo", *options, env={"MPLBACKEND": "Agg"})
+    for pattern in ("*.png", "*.csv"):
+        # nox --install-only runs nothing, and answers None.
+        if ran is not None and not any(path.stat().st_size for path in folder.rglob(pattern)):
+            session.error(f"lnp demo wrote no {pattern} under {folder}")
+
+
+def empty(folder: Path) -> Path:
+    """The folder, without what an earlier run left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
