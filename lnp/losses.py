@@ -45,7 +45,7 @@ def resolve(
         )
     if targets is None:
         raise ValueError(
-            "The outputs or the targets are not one array each, so that the loss cannot be inferred. "
+            "The loss cannot be inferred, or is given by name. Expected outputs and targets of one array each. "
             "Pass loss=, a callable loss(outputs, targets) -> scalar."
         )
     if integer_targets:

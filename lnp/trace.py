@@ -195,7 +195,8 @@ def _pulled_back(lin: Linearization, rows: Rows, v: Array) -> Array:
 def _by_row(lin: Linearization, rows: Rows, square_norms: Mapping[str, Array]) -> Array:
     """Add the parameters of each row: {name: (G,) or ()} -> (R, G)."""
     sums = [sum((square_norms[name] for name in row[1:]), start=square_norms[row[0]]) for row in rows]
-    return lin.xp.stack([lin.xp.reshape(total, (-1,)) for total in sums])
+    dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)  # parameters may be wider than the outputs
+    return lin.xp.astype(lin.xp.stack([lin.xp.reshape(total, (-1,)) for total in sums]), dtype, copy=False)
 
 
 def _zeros(lin: Linearization, shape: Any) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
-from lnp_jax.compiled import Plan, measure, run
+from lnp_jax.compiled import Plan, check_hashable, measure, run
 from lnp_jax.models import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
 
@@ -50,6 +50,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     dynamic = (arrays, batches, options.seed, operands)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(dynamic)):
         return measure(plan, *dynamic).result
+    check_hashable(plan)
     if plan in _COUPLED:
         plan = _joint(plan)
     answer, notes = run(plan, *dynamic)

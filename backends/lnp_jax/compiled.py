@@ -69,14 +69,6 @@ def run(
     plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]
 ) -> tuple[Answer, tuple[str, ...]]:
     """The answer of the compiled measurement, and notes on the compilation."""
-    try:
-        hash(plan)
-    except TypeError as error:
-        raise TypeError(
-            f"The model's structure, loss or forward cannot be hashed ({error}), which compiled code is found by. "
-            "Expected hashable static fields: tuples instead of lists, no arrays. Change them, or pass (apply, "
-            "parameters)."
-        ) from error
     _TRACED.clear()
     answer = _compiled(plan, arrays, batches, seed, operands)
     functions = [plan.structure.static, plan.structure.forward, plan.options.loss] if _TRACED else []
