@@ -65,6 +65,17 @@ _compiled = jax.jit(_counted, static_argnums=0)
 _SEEN: OrderedDict[Any, tuple[weakref.ref, int]] = OrderedDict()
 
 
+def check_hashable(plan: Plan) -> None:
+    """Raise TypeError unless compiled code can be found again by the plan."""
+    try:
+        hash(plan)
+    except TypeError as error:
+        raise TypeError(
+            f"The model's structure, loss or forward cannot be hashed ({error}), by which compiled code is found again. "
+            "Expected hashable static fields: tuples instead of lists, no arrays. Change them, or pass (apply, parameters)."
+        ) from error
+
+
 def run(
     plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]
 ) -> tuple[Answer, tuple[str, ...]]:
