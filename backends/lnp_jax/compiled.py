@@ -71,8 +71,9 @@ def check_hashable(plan: Plan) -> None:
         hash(plan)
     except TypeError as error:
         raise TypeError(
-            f"The model's structure, loss or forward cannot be hashed ({error}), by which compiled code is found again. "
-            "Expected hashable static fields: tuples instead of lists, no arrays. Change them, or pass (apply, parameters)."
+            f"The model's structure, loss or forward cannot be hashed ({error}), which compiled code is found by. "
+            "Expected hashable static fields: tuples instead of lists, no arrays. Change them, or pass "
+            "(apply, parameters)."
         ) from error
 
 

@@ -16,8 +16,8 @@ COLUMNS = (
     ("loss", "loss", 1.0),
     ("chi_loss", "chi_loss", 1.0),
     ("chi_net", "chi_net", 1.0),
-    ("chi_pos\nbatch, e-6", "chi_pos", 1e6),
-    ("chi_pos\ne-6", "population/chi_pos", 1e6),
+    ("chi_pos\n(batch)", "chi_pos", 1e6),
+    ("chi_pos", "population/chi_pos", 1e6),
 )
 """Heading, column of the history, factor."""
 
@@ -54,10 +54,10 @@ def _table(rows: list[dict[str, Any]], settings: Settings) -> Any:
     from rich import box
     from rich.table import Table
 
-    title = f"After {settings.steps} steps, mean over seeds ± standard error"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("hidden\nlayer", no_wrap=True)
-    for heading in ("para-\nmeters", *(heading for heading, _, _ in COLUMNS), "reach\ne-6"):
+    title = f"After {settings.steps} steps: mean over seeds ± standard error; chi_pos and reach in 1e-6"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("hidden", no_wrap=True)
+    for heading in ("size", *(heading for heading, _, _ in COLUMNS), "reach"):
         table.add_column(heading, justify="right", no_wrap=True)
     for network in summary.networks(rows):
         size = int(summary.table(rows, network, "parameters")[0, 0])
@@ -67,9 +67,9 @@ def _table(rows: list[dict[str, Any]], settings: Settings) -> Any:
 
 
 def _cell(value: summary.Value, factor: float) -> str:
-    """Mean ± error, with as many decimals as the error has."""
+    """Mean ± error, with as many decimals as the error has, but no more than three digits."""
     mean, error = factor * value.mean, factor * value.stderr
-    if not error > 0:
+    if not error > 0 or mean == 0:
         return f"{mean:.3g}"
-    decimals = max(0, -math.floor(math.log10(error)))
-    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+    decimals = max(0, min(-math.floor(math.log10(error)), 2 - math.floor(math.log10(abs(mean)))))
+    return f"{mean:.{decimals}f}±{error:.{decimals}f}"
