@@ -1,0 +1,167 @@
+"""Checks of the numbers that users get, against dense matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+import lnp
+from lnp.testing import scenarios
+from lnp.testing.kit import Kit
+from lnp.testing.oracle import Loss, Truth
+
+
+def exact_factors_are_those_of_the_dense_kernel(kit: Kit) -> None:
+    """Loss, rate and the three factors; chi_pos against g'Kg / (g'g tr K), and not above lambda_max / tr K."""
+    for case in kit.cases(*scenarios.INDEPENDENT, scenarios.SINGLE):
+        d, truth = kit.measure(case.scenario, estimator="exact"), case.truth
+        case.equal("loss", d.loss, truth.loss)
+        case.equal("loss_terms", d.loss_terms, truth.terms)
+        case.true((d.samples, d.outputs) == truth.shape, f"samples and outputs are {d.samples}, {d.outputs}")
+        case.true(d.estimator == "exact", f"estimator is {d.estimator!r}")
+        case.equal("chi_net_stderr", d.chi_net_stderr, 0)
+        case.equal("chi_pos_stderr", d.chi_pos_stderr, 0)
+        case.factors("", d, truth.factors())
+        case.equal("the product of the factors", float(d.chi_loss) * float(d.chi_net) * float(d.chi_pos), d.rate)
+        eigenvalues = np.linalg.eigvalsh(truth.kernel())
+        case.true(float(d.chi_pos) <= eigenvalues[-1] / eigenvalues.sum() * (1 + case.rounding), "chi_pos is too large")
+    for case in kit.cases(scenarios.SINGLE):
+        case.equal("chi_pos of one sample with one output", kit.measure(case.scenario).chi_pos, 1.0)
+
+
+def layers_add_up(kit: Kit) -> None:
+    """Each layer against the dense kernel of its parameters; rates and network scales add up, positions recombine."""
+    for case in kit.cases(scenarios.LAYERS, scenarios.LINEAR):
+        for owner in (True, lambda name: name[-1]):
+            d, truth = kit.measure(case.scenario, by_layer=owner, estimator="exact"), case.truth
+            members: dict[str, list[str]] = {}
+            for name in truth.jacobians:
+                layer = owner(name) if callable(owner) else name.rpartition(".")[0] or name
+                members.setdefault(layer, []).append(name)
+            case.true(set(d.layers) == set(members), f"layers are {list(d.layers)}, expected {list(members)}")
+            for layer, names in members.items():
+                case.factors(f"layer {layer}: ", d.layers[layer], truth.factors(names), ("rate", "chi_net", "chi_pos"))
+            parts = d.layers.values()
+            case.equal("the sum of rates", sum(float(part.rate) for part in parts), d.rate)
+            case.equal("the sum of chi_net", sum(float(part.chi_net) for part in parts), d.chi_net)
+            weighted = sum(float(part.chi_net) * float(part.chi_pos) for part in parts) / float(d.chi_net)
+            case.equal("the weighted mean of chi_pos", weighted, d.chi_pos)
+        case.true(kit.measure(case.scenario).layers is None, "layers are given without being asked for")
+
+
+def population_is_the_mean_over_pairs(kit: Kit) -> None:
+    """Rate, position and noise scale over pairs of different samples; None and a note without single samples."""
+    for case in kit.cases(scenarios.SIX):
+        truth = case.truth
+        d, expected = kit.measure(case.scenario, population=True), truth.factors()
+        n, g = truth.shape[0], truth.gradient
+        own = truth.block_square_norms(g, list(range(n))).sum()
+        rate = n / (n - 1) * (expected["rate"] - own)
+        case.equal("rate", d.population.rate, rate)
+        case.equal("chi_pos", d.population.chi_pos, rate / expected["chi_loss"] / expected["chi_net"])
+        case.equal("noise_scale", d.population.noise_scale, n * own / rate - 1, case.tolerance)
+        errors = [getattr(d.population, f"{name}_stderr") for name in ("rate", "chi_pos", "noise_scale")]
+        case.true(all(float(error) > 0 for error in errors), f"standard errors are {errors}")
+        d = kit.measure(case.scenario, population=True, estimator="joint")
+        case.true(d.population is None, "the joint estimator gave population values")
+        case.true(any("population" in note for note in d.notes), f"no note on it: {d.notes}")
+
+
+def parameters_are_selected(kit: Kit) -> None:
+    """A glob, a predicate and a list; the others are constants then."""
+    for case in kit.cases(scenarios.LAYERS, dtypes=1):
+        expected = case.truth.factors(["head.weight", "head.bias"])
+        for chosen in ("head.*", lambda name: "head" in name, ["head.bias", "head.weight"]):
+            case.factors(f"parameters={chosen}: ", kit.measure(case.scenario, parameters=chosen), expected)
+        for wrong in ("tail.*", lambda name: False, ["head.bias", "no such parameter"]):
+            case.raises(
+                f"parameters={wrong}", ValueError, lambda wrong=wrong: kit.measure(case.scenario, parameters=wrong)
+            )
+
+
+def losses_may_be_callables(kit: Kit) -> None:
+    """A loss times c has chi_loss times c^2 and nothing else; loss_terms can be given, and is noted where assumed."""
+    for case in kit.cases(scenarios.LINEAR):
+        expected = case.truth.factors()
+        scaled = {**expected, "rate": 9 * expected["rate"], "chi_loss": 9 * expected["chi_loss"]}
+        d = kit.measure(case.scenario, loss=kit.loss(three_times_mse))
+        case.factors("3 x mse: ", d, scaled)
+        case.equal("3 x mse: loss", d.loss, 3 * case.truth.loss)
+        case.true(any("loss_terms" in note for note in d.notes), f"no note on loss_terms: {d.notes}")
+        d = kit.measure(case.scenario, loss=kit.loss(three_times_mse), loss_terms=2)
+        halved = case.truth.factors(terms=2)
+        case.factors("loss_terms=2: ", d, {**halved, "rate": 9 * halved["rate"], "chi_loss": 9 * halved["chi_loss"]})
+        case.true(not any("loss_terms" in note for note in d.notes), f"a note on loss_terms that was given: {d.notes}")
+
+
+three_times_mse = Loss(lambda xp, f, y: 3 * xp.mean((f - y) ** 2), lambda f, y: 6 * (f - y) / f.size)
+"""3 x the mean squared error."""
+
+
+def cross_response_is_the_dense_one(kit: Kit) -> None:
+    """<grad L_m, grad L_t>, its factors and their errors; with the same batch twice, the decomposition."""
+    for case in kit.cases(scenarios.LINEAR, scenarios.LAYERS):
+        model, batch = kit.build(case.scenario)
+        other = replace(
+            case.scenario, inputs=case.scenario.inputs[::-1] * 2, targets=case.scenario.targets[:1].repeat(3, 0)
+        )
+        truths = (case.truth, Truth(other))
+        gradients = [np.concatenate([v.ravel() for v in t.pulled(t.gradient).values()]) for t in truths]
+        rate = float(gradients[0] @ gradients[1])
+        means = {
+            name: (truths[0].factors()[name] * truths[1].factors()[name]) ** 0.5 for name in ("chi_loss", "chi_net")
+        }
+        loss = case.scenario.loss
+        r = lnp.cross_response(model, batch, kit.build(other)[1], loss)
+        case.factors("", r, {"rate": rate, **means, "chi_pos": rate / means["chi_loss"] / means["chi_net"]})
+        case.equal("chi_net_stderr", r.chi_net_stderr, 0)
+        case.factors("trained: ", r.trained, truths[0].factors())
+        case.factors("measured: ", r.measured, truths[1].factors())
+        case.factors("twice the same batch: ", lnp.cross_response(model, batch, batch, loss), truths[0].factors())
+    for case in kit.cases(scenarios.MANY):
+        model, batch = kit.build(case.scenario)
+        r = lnp.cross_response(
+            model, batch, batch, case.scenario.loss, estimator="joint", rtol=0.0, max_probes=3, seed=5
+        )
+        relative = [float(d.chi_net_stderr) / float(d.chi_net) for d in (r.trained, r.measured)]
+        expected = 0.5 * float(np.hypot(*relative))
+        case.equal("relative error of chi_net", float(r.chi_net_stderr) / float(r.chi_net), expected)
+        case.equal("relative error of chi_pos", float(r.chi_pos_stderr) / abs(float(r.chi_pos)), expected)
+
+
+def loss_changes_are_those_of_the_step(kit: Kit) -> None:
+    """Measured: L(theta + Delta) - L(theta). Predicted: <grad L, Delta>. For a learning rate and for an update."""
+    for case in kit.cases(scenarios.LAYERS, scenarios.LINEAR, *scenarios.INTERACTING):
+        truth, loss = case.truth, case.scenario.loss
+        gradient = truth.pulled(truth.gradient)
+        rng = np.random.default_rng(8)
+        given = {
+            name: (rng.normal(size=p.shape) / 8).astype(case.dtype) for name, p in case.scenario.parameters.items()
+        }
+        step = {name: -0.25 * part for name, part in gradient.items()}
+        for what, delta, options in (
+            ("learning_rate", step, {"learning_rate": 0.25}),
+            ("update", given, {"update": kit.update(given)}),
+        ):
+            model, batch = kit.build(case.scenario)
+            # the difference of two losses: rounding is relative to the loss itself
+            rounding = case.rounding * (1 + truth.loss)
+            change = truth.loss_at(truth.moved(delta)) - truth.loss
+            measured = lnp.measured_loss_change(model, batch, loss, **options)
+            case.equal(f"measured change, {what}", measured, change, rounding / abs(change))
+            slope = sum(float(np.sum(gradient[name] * part)) for name, part in delta.items())
+            case.equal(f"predicted change, {what}", lnp.predicted_loss_change(model, batch, loss, **options), slope)
+        d = kit.measure(case.scenario, estimator="joint", max_probes=1)
+        case.equal("predicted_loss_change", d.predicted_loss_change(0.25), -0.25 * truth.factors()["rate"])
+
+
+NUMBER_CHECKS = (
+    exact_factors_are_those_of_the_dense_kernel,
+    layers_add_up,
+    population_is_the_mean_over_pairs,
+    parameters_are_selected,
+    losses_may_be_callables,
+    cross_response_is_the_dense_one,
+    loss_changes_are_those_of_the_step,
+)

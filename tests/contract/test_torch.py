@@ -1,0 +1,97 @@
+"""The PyTorch backend keeps the contract, with modules and with functions of parameters."""
+
+import random
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import torch
+from array_api_compat import torch as xp
+from torch import nn
+
+from lnp.testing import CHECKS, Kit, frozen
+
+
+class Network(nn.Module):
+    """A scenario as a module that also has what a measurement might disturb: gradients, a buffer, hooks, dropout."""
+
+    def __init__(self, scenario):
+        super().__init__()
+        self.scenario = scenario
+        self.names = list(scenario.parameters)
+        for name, array in scenario.parameters.items():
+            owner = self
+            *path, last = name.split(".")
+            for key in path:
+                if key not in dict(owner.named_children()):
+                    owner.add_module(key, nn.Module())
+                owner = owner.get_submodule(key)
+            parameter = nn.Parameter(torch.tensor(array))
+            parameter.grad = torch.ones_like(parameter)
+            owner.register_parameter(last, parameter)
+        self.register_buffer("calls", torch.zeros(()))
+        self.idle = nn.Dropout(0.5).eval()
+        self.register_forward_hook(lambda module, args, output: output)
+
+    def forward(self, inputs):
+        self.calls += 1
+        return self.scenario.apply(xp, {name: attrgetter(name)(self) for name in self.names}, inputs)
+
+
+def batch_of(scenario):
+    return torch.tensor(scenario.inputs), torch.tensor(scenario.targets)
+
+
+def module(scenario):
+    return Network(scenario), batch_of(scenario)
+
+
+def function(scenario):
+    parameters = {name: torch.tensor(array, requires_grad=True) for name, array in scenario.parameters.items()}
+    return (lambda p, x: scenario.apply(xp, p, x), parameters), batch_of(scenario)
+
+
+def snapshot(model, batch):
+    state = {
+        "torch": frozen(torch.get_rng_state()),
+        "numpy": str(np.random.get_state()),  # noqa: NPY002
+        "python": random.getstate(),
+        "gradients enabled": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "inputs": frozen(batch[0]),
+        "targets": frozen(batch[1]),
+    }
+    if not isinstance(model, Network):
+        tensors = model[1]
+    else:
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, inner in model.named_modules():
+            state |= {
+                f"{name}.training": inner.training,
+                f"{name} hooks": (*inner._forward_hooks, *inner._backward_hooks),
+            }
+            state[f"{name} attributes"] = sorted(inner.__dict__)
+    for name, tensor in tensors.items():
+        state[name] = frozen(tensor.detach()), id(tensor), tensor.requires_grad, tensor._version, tensor._backward_hooks
+        state[f"{name}.grad"] = None if tensor.grad is None else (frozen(tensor.grad), id(tensor.grad))
+    return state
+
+
+def kit(name, build):
+    return Kit(
+        name=name,
+        framework="torch",
+        build=build,
+        loss=lambda loss: lambda f, y: loss.value(xp, f, y),
+        snapshot=snapshot,
+        update=lambda update: {key: torch.tensor(array) for key, array in update.items()},
+        to_numpy=lambda value: value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value),
+    )
+
+
+@pytest.mark.parametrize("kit", [kit("module", module), kit("function", function)], ids=lambda kit: kit.name)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check, kit):
+    check(kit)

@@ -1,0 +1,105 @@
+"""Which loss is meant, and how many terms it averages."""
+
+import numpy as np
+import pytest
+
+from lnp import losses
+
+
+def some_loss(outputs, targets):
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets", "integer", "meant"),
+    [
+        (None, (4, 3), (4,), True, "cross_entropy"),
+        (None, (4, 3), (4, 3), False, "mse"),
+        ("mse", (4, 3), (4,), True, "mse"),
+        ("cross_entropy", (4, 3), (4, 3), False, "cross_entropy"),
+        (some_loss, (), None, False, some_loss),
+    ],
+)
+def test_resolve(loss, outputs, targets, integer, meant):
+    assert losses.resolve(loss, outputs, targets, integer) == meant
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets", "error", "words"),
+    [
+        ("nll", (4, 3), (4,), ValueError, "Unknown loss 'nll'.*'cross_entropy', 'mse'.*Pass"),
+        (3, (4, 3), (4,), TypeError, "loss is 3 of type int.*Expected"),
+        (None, (4, 3), None, ValueError, "cannot be inferred.*Pass loss="),
+        (None, (4, 3), (4,), ValueError, r"float targets of shape \(4,\).*outputs of shape \(4, 3\).*Reshape"),
+    ],
+)
+def test_resolve_errors(loss, outputs, targets, error, words):
+    with pytest.raises(error, match=words):
+        losses.resolve(loss, outputs, targets, False)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "integer", "second", "axis"),
+    [
+        ((4, 3), (4,), True, False, 1),
+        ((4, 5, 3), (4, 5), True, False, 2),
+        ((4, 3, 5), (4, 5), True, True, 1),
+        ((4, 5, 3), (4, 5), True, True, 2),
+        ((4, 3), (4, 3), False, True, 1),
+        ((4, 5, 3), (4, 5, 3), False, False, 2),
+    ],
+)
+def test_class_axis(outputs, targets, integer, second, axis):
+    assert losses.class_axis(outputs, targets, integer, second_axis=second) == axis
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "integer", "words"),
+    [
+        ((4,), (4,), True, "without an axis for classes.*Expected|without an axis for classes.*expects"),
+        ((4, 3), (4, 2), False, "Soft targets.*Reshape"),
+        ((4, 3, 3), (4, 3), True, "could be on axis 1 or on the last axis.*Pass"),
+        ((4, 3), (5,), True, r"Labels of shape \(5,\).*Reshape"),
+        ((4, 3), (4, 1), True, r"Labels of shape \(4, 1\).*Reshape"),
+    ],
+)
+def test_class_axis_errors(outputs, targets, integer, words):
+    with pytest.raises(ValueError, match=words):
+        losses.class_axis(outputs, targets, integer, second_axis=True)
+
+
+def test_same_shape():
+    losses.check_same_shape((4, 1), (4, 1))
+    with pytest.raises(ValueError, match=r"\(4,\) do not match outputs of shape \(4, 1\).*Reshape"):
+        losses.check_same_shape((4, 1), (4,))
+
+
+def test_label_terms():
+    labels = np.array([[0, -100, 2], [-100, -100, -1]])
+    assert losses.label_terms(np, labels) == 3
+    assert losses.label_terms(np, labels, ignore_index=2) == 5
+
+
+@pytest.mark.parametrize(("labels", "wrong"), [([0, 2, -100], False), ([3], True), ([-1], True), ([-100], False)])
+def test_labels_out_of_range(labels, wrong):
+    flag, message = losses.labels_out_of_range(np, np.array(labels), 3)
+    assert bool(flag) is wrong
+    assert "[0, 3)" in message
+    assert "Check the labels" in message
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "integer", "terms", "words"),
+    [
+        ((4, 3), np.array([0, -100, 1, 2]), True, 3, "labels"),
+        ((4, 3), np.zeros((4, 3)), False, 12, "elements"),
+        ((4, 3), np.zeros((4, 2)), False, 4, "samples"),
+        ((4, 3), None, False, 4, "samples"),
+        ((4, 3), np.zeros((4, 3), int), True, 12, "elements"),
+    ],
+)
+def test_assumed_terms(outputs, targets, integer, terms, words):
+    value, note = losses.assumed_terms(np, outputs, targets, integer)
+    assert value == terms
+    assert words in note
+    assert "pass loss_terms=" in note

@@ -1,0 +1,75 @@
+"""A decomposition as a dictionary, text, HTML and a data frame."""
+
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+import lnp
+from core.dense import network, record
+from lnp.decomposition import Layer, decompose
+
+D = lnp.Decomposition(
+    loss=0.5, rate=6.0, chi_loss=2.0, chi_net=30.0, chi_pos=0.1, chi_net_stderr=1.25, chi_pos_stderr=0.02, loss_terms=4,
+    probes=3, layers={"<head>": Layer(6.0, 30.0, 0.1, 1.5, 0.0)},
+    population=lnp.Population(5.0, 0.0625, 40.0, 1.0, 0.02, 8.0), samples=4, outputs=3, estimator="joint",
+    notes=("a note & more",),
+)  # fmt: skip
+
+
+def test_dictionary():
+    flat = D.to_dict()
+    assert flat["chi_net_stderr"] == 1.25
+    assert flat["layer/<head>/chi_net"] == 30.0
+    assert (flat["samples"], flat["outputs"], flat["estimator"]) == (4, 3, "joint")
+    assert "notes" not in flat
+    fields = {name for name in D.__dataclass_fields__ if name not in ("layers", "population", "notes")}
+    assert fields == {name for name in flat if "/" not in name}
+    assert flat["population/noise_scale"] == 40.0
+    assert not [name for name in replace(D, layers=None, population=None).to_dict() if "/" in name]
+
+
+def test_text():
+    lines = str(D).splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["loss", "rate", "chi_loss", "chi_net", "chi_pos"]
+    assert lines[3].split()[:4] == ["chi_net", "30", "±", "1"]
+    assert "±" not in lines[2]
+    assert any(line.startswith("<head>") for line in lines)
+    assert "4 samples x 3 outputs, 4 loss terms; trace: joint, 3 probes" in lines
+    assert any("0.0625 ± 0.02   of the population" in line for line in lines)
+    assert any("gradient noise scale" in line for line in lines)
+    assert "population" not in str(replace(D, population=None))
+    assert lines[-1] == "note: a note & more"
+    assert "1 probe\n" in str(replace(D, probes=1))
+
+
+def test_text_without_numbers():
+    """Values inside a compiled function, and nan."""
+    d = decompose(record(*network()))
+    assert "chi_pos" in str(replace(d, probes=np.asarray(3), loss_terms=np.asarray(6.0)))
+    assert "nan" in str(replace(D, chi_pos=float("nan"), loss_terms=float("nan"), probes=float("nan")))
+
+
+def test_html():
+    page = D._repr_html_()
+    assert page.startswith("<table>")
+    assert "&lt;head&gt;" in page
+    assert "<head>" not in page
+    assert "a note &amp; more" in page
+    assert all(f"<code>{name}</code>" in page for name in ("loss", "rate", "chi_loss", "chi_net", "chi_pos"))
+
+
+@pytest.mark.skipif(find_spec("pandas") is None, reason="pandas is not installed")
+def test_pandas():
+    frame = D.to_pandas()
+    assert list(frame.index) == ["", "<head>"]
+    assert frame.loc["<head>", "chi_net"] == 30.0
+    assert frame.loc["", "estimator"] == "joint"
+
+
+def test_pandas_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"needs pandas, which is not installed. Run: pip install pandas"):
+        D.to_pandas()

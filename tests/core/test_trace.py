@@ -1,0 +1,210 @@
+"""The estimators of the trace: unbiased, with honest errors, and they stop."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from core.dense import kernel, network, offdiagonal, record
+from lnp import trace
+from lnp.linearization import while_loop
+
+SEEDS = 400
+JACOBIAN, GRADIENT = network(samples=12, outputs=4, sizes=(20, 10))
+ROWS = [tuple(JACOBIAN), ("layer1.weight",)]
+THETA = kernel(JACOBIAN)
+TRACE = np.trace(THETA)
+STARTS = {"per_sample": range(12), "grouped": (0, 1, 3, 4, 6, 7, 9, 10), "joint": (0,)}
+
+
+def variance(estimator, theta=THETA, outputs=4, samples=12):
+    """Of one probe."""
+    starts = [*STARTS[estimator], samples]
+    slices = [slice(a * outputs, b * outputs) for a, b in itertools.pairwise(starts)]
+    return 2 * sum(offdiagonal(theta[s, s]) for s in slices)
+
+
+def estimates(estimator, probes, seeds=SEEDS):
+    lins = [record(JACOBIAN, GRADIENT, seed=seed) for seed in range(seeds)]
+    found = [trace.estimate(lin, ROWS, estimator, 0.0, probes) for lin in lins]
+    assert {f.probes for f in found} == {probes}
+    return np.array([[f.trace[0], f.standard_error[0]] for f in found]).T
+
+
+@pytest.mark.parametrize("estimator", STARTS)
+def test_mean_and_variance(estimator):
+    """Within 4.5 standard deviations of the theory: chosen seeds aside, one in 100000 right estimators fails."""
+    values, _ = estimates(estimator, 4)
+    expected = variance(estimator) / 4
+    assert abs(values.mean() - TRACE) < 4.5 * (expected / SEEDS) ** 0.5
+    squares = (values - TRACE) ** 2
+    assert abs(squares.mean() - expected) < 4.5 * squares.std() / SEEDS**0.5
+
+
+@pytest.mark.parametrize("estimator", STARTS)
+def test_standard_error_is_unbiased(estimator):
+    """E SE^2 is the variance of the mean, at the fewest probes that have a standard error."""
+    _, errors = estimates(estimator, 2)
+    assert abs(np.mean(errors**2) - variance(estimator) / 2) < 4.5 * np.std(errors**2) / SEEDS**0.5
+
+
+@pytest.mark.parametrize(
+    ("estimator", "probes", "freedom"), [("per_sample", 4, 36), ("grouped", 8, 56), ("joint", 32, 31)]
+)
+def test_coverage(estimator, probes, freedom):
+    """Within 1, 2, 3 standard errors as often as Student's t says, up to 4 binomial standard deviations of 400 seeds.
+
+    An error bar that is wrong by a factor sqrt(2) misses the first by six of them.
+    """
+    values, errors = estimates(estimator, probes)
+    for multiple in (1, 2, 3):
+        p = 1 - 2 * stats.t.sf(multiple, freedom)
+        covered = np.mean(np.abs(values - TRACE) <= multiple * errors)
+        assert abs(covered - p) < 4 * (p * (1 - p) / SEEDS) ** 0.5, (multiple, covered, p)
+
+
+def test_noise_falls_from_joint_to_grouped_to_per_sample():
+    spread = [np.std(estimates(estimator, 2)[0]) for estimator in ("joint", "grouped", "per_sample")]
+    assert spread[0] > 1.5 * spread[1] > 1.5 * spread[2]
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_exact(independent):
+    calls = []
+    lin = record(JACOBIAN, GRADIENT, independent=independent)
+    counted = record(
+        JACOBIAN,
+        GRADIENT,
+        independent=independent,
+        vjp=lambda v: (calls.append(1), lin.vjp(v))[1],
+        sample_square_norms=(independent and (lambda v: (calls.append(1), lin.sample_square_norms(v))[1])) or None,
+    )
+    found = trace.estimate(counted, ROWS, "exact", 0.0, 1)
+    expected = [np.trace(kernel(JACOBIAN, row)) for row in ROWS]
+    assert found.trace == pytest.approx(expected, rel=1e-13)
+    assert found.standard_error.tolist() == [0, 0]
+    assert found.probes == len(calls) == (4 if independent else 48)
+
+
+def test_one_probe_has_an_upper_bound():
+    """Over all sign vectors, the spread across groups is not below the variance; one group cannot tell."""
+    jacobian, gradient = network(samples=3, outputs=2, sizes=(4,))
+    vectors = itertools.product((-1.0, 1.0), repeat=6)
+    lins = [record(jacobian, gradient, signs=lambda _, v=v: np.reshape(v, (3, 2))) for v in vectors]
+    rows = [tuple(jacobian)]
+    found = [trace.estimate(lin, rows, "per_sample", 0.0, 1) for lin in lins]
+    values, errors = (np.array([getattr(f, name)[0] for f in found]) for name in ("trace", "standard_error"))
+    theta = kernel(jacobian)
+    blocks = [np.trace(theta[2 * n : 2 * n + 2, 2 * n : 2 * n + 2]) for n in range(3)]
+    # E SE^2 = variance + G/(G - 1) sum_g (T_g - mean)^2: the blocks' traces differ
+    assert np.mean(errors**2) == pytest.approx(values.var() + 1.5 * np.sum((blocks - np.mean(blocks)) ** 2), rel=1e-12)
+    joint = trace.estimate(lins[0], rows, "joint", 0.0, 1)
+    assert np.isnan(joint.standard_error[0])
+    assert np.isfinite(joint.trace[0])
+
+
+def test_standard_error_by_hand():
+    """Two groups of signs' values 1, 3 and 10, 14: SE^2 = ((1 + 1) + (4 + 4)) / (2 * 1)."""
+    values = iter([np.array([[1.0, 10.0]]), np.array([[3.0, 14.0]])])
+    probe = trace.Probe(lambda v: next(values), 2)
+    found = trace.to_tolerance(record(JACOBIAN, GRADIENT), probe, 1, "grouped", 0.0, 2)
+    assert (found.trace.tolist(), found.standard_error.tolist(), found.probes) == ([14.0], [5**0.5], 2)
+
+
+def compiled_loop(condition, body, state):
+    """As compiling frameworks run it: the count is an array too, and no Python `if` sees it."""
+    state = tuple(np.asarray(part) for part in state)
+    while condition(state):
+        state = tuple(np.asarray(part) for part in body(state))
+    return state
+
+
+@pytest.fixture(params=[while_loop, compiled_loop], ids=["eager", "compiled"])
+def stopped(request):
+    def stopped(values, groups=1, **limits):
+        """Probes that are spent on a sequence of values."""
+        drawn = iter(values)
+        probe = trace.Probe(lambda v: np.full((1, groups), next(drawn)), groups)
+        lin = record(JACOBIAN, GRADIENT, while_loop=request.param)
+        return trace.to_tolerance(lin, probe, 1, "joint", **{"rtol": 0.1, "max_probes": 64, **limits}).probes
+
+    return stopped
+
+
+def test_stops_at_the_tolerance(stopped):
+    """Values alternating between 0.9 and 1.1 have a standard error near 0.1 / sqrt(k)."""
+    values = list(itertools.islice(itertools.cycle([0.9, 1.1]), 64))
+    assert stopped(values, rtol=0.1) == 8
+    for rtol in (0.03, 0.02):
+        k = int(stopped(values, rtol=rtol))
+        errors = {n: np.std(values[:n], ddof=1) / n**0.5 / np.mean(values[:n]) for n in (k - 1, k)}
+        assert errors[k] <= rtol < errors[k - 1]
+    assert stopped(values, rtol=0.001) == 64
+    assert stopped(values, rtol=0.001, max_probes=11) == 11
+
+
+@pytest.mark.parametrize(("groups", "least"), [(1, 8), (2, 5), (7, 2), (100, 2)])
+def test_an_error_of_few_differences_stops_nothing(stopped, groups, least):
+    """Seven degrees of freedom at least, even where all probes agree."""
+    assert stopped([1.0] * 64, groups) == least
+    assert (least - 1) * groups >= trace.DEGREES_OF_FREEDOM
+    assert stopped([1.0] * 64, groups, max_probes=1) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_nothing_to_resolve_ends(stopped, value):
+    with np.errstate(invalid="ignore"):
+        assert stopped([value] * 64) == 8
+
+
+def test_tolerance_is_that_of_the_whole():
+    """The first row decides."""
+    drawn = iter([0.9, 1.1] * 32)
+    probe = trace.Probe(lambda v: np.array([[1.0], [next(drawn) * 100]]), 1)
+    assert trace.to_tolerance(record(JACOBIAN, GRADIENT), probe, 2, "joint", 0.001, 64).probes == 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "independent", "asked", "used", "noted"),
+    [
+        ((3, 8), True, "auto", "exact", False),
+        ((3, 9), True, "auto", "per_sample", False),
+        ((4, 4), False, "auto", "exact", False),
+        ((17, 1), False, "auto", "joint", False),
+        ((17, 1), False, "per_sample", "joint", True),
+        ((17, 1), False, "exact", "exact", False),
+        ((3, 9), True, "joint", "joint", False),
+        ((3, 9), True, "grouped", "grouped", False),
+    ],
+)
+def test_choice(shape, independent, asked, used, noted):
+    lin = record(*network(*shape), independent=independent)
+    name, notes = trace.choose(lin, asked)
+    assert (name, bool(notes)) == (used, noted)
+
+
+def test_microbatches_are_the_groups():
+    jacobian, gradient = network(samples=6, outputs=3)
+    plain = record(jacobian, gradient)
+    norms = lambda v: {name: array.reshape(2, 3).sum(1) for name, array in plain.sample_square_norms(v).items()}
+    lin = record(jacobian, gradient, independent=False, group_square_norms=norms, groups=2)
+    assert trace.choose(lin, "auto")[0] == "grouped"
+    probe = trace.grouped(lin, [tuple(jacobian)])
+    v = lin.signs(0)
+    assert probe.groups == 2
+    assert probe.square_norms(v)[0] == pytest.approx(sum(norms(v).values()))
+
+
+@pytest.mark.parametrize("samples", [1, 5, 8, 9, 20])
+def test_groups_cover_the_batch_once(samples):
+    """With J the identity per sample, each group's squared norm counts its elements."""
+    jacobian = {"w": np.ones((samples, 1, 1))}
+    parts = []
+    lin = record(jacobian, np.ones((samples, 1)), vjp=lambda v: parts.append(v) or {"w": v})
+    probe = trace.grouped(lin, [("w",)])
+    sizes = probe.square_norms(np.ones((samples, 1)))
+    assert probe.groups == min(trace.GROUPS, samples) == len(parts)
+    assert np.array_equal(sum(parts), np.ones((samples, 1)))
+    assert sizes.max() - sizes.min() <= 1
+    assert all(np.count_nonzero(np.diff(part[:, 0])) <= 2 for part in parts)

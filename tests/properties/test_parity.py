@@ -1,0 +1,36 @@
+"""PyTorch, JAX and NumPy agree on the same weights and data to 1e-10. Needs both frameworks in one environment."""
+
+import importlib.util
+
+import pytest
+from hypothesis import given, settings
+
+from properties.common import scenarios
+
+if not all(importlib.util.find_spec(name) for name in ("torch", "jax")):
+    pytest.skip("needs torch and jax", allow_module_level=True)
+
+import jax
+
+from properties import test_jax, test_numpy, test_torch
+
+KITS = (test_torch.kit, test_jax.kit)
+NUMBERS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "loss_terms")
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(scenario=scenarios())
+def test_parity(scenario):
+    expected = test_numpy.kit.measure(scenario, estimator="exact", by_layer=True)
+    with jax.enable_x64(True):
+        for kit in KITS:
+            found = kit.measure(scenario, estimator="exact", by_layer=True)
+            same(found, expected, NUMBERS)
+            assert set(found.layers) == set(expected.layers)
+            for layer, part in expected.layers.items():
+                same(found.layers[layer], part, ("rate", "chi_net", "chi_pos"))
+
+
+def same(found, expected, names):
+    for name in names:
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-10, abs=1e-13, nan_ok=True), name
