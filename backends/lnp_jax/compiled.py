@@ -91,10 +91,11 @@ def run(
 
 def _noticed(function: Any) -> Iterable[str]:
     """A note if this function was compiled for again and again, each time as a new object with the same code."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    code = getattr(function, "__code__", None)
-    if code is None or getattr(function, "__self__", None) is not None:
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    code = getattr(inner, "__code__", None)
+    if code is None or getattr(inner, "__self__", None) is not None:
         return
     last, count = _SEEN.pop(code, (None, 0))
     count += last is not None and last() is not function
@@ -103,7 +104,7 @@ def _noticed(function: Any) -> Iterable[str]:
         _SEEN.popitem(last=False)
     if count >= REPEATS:
         text = (
-            f"lnp compiled again because {function.__qualname__} is a new function object at every call. Define it "
+            f"lnp compiled again because {inner.__qualname__} is a new function object at every call. Define it "
             "once, outside the loop, and pass the same object."
         )
         if count == REPEATS:

@@ -55,7 +55,9 @@ def _table(rows: list[dict[str, Any]], settings: Settings) -> Any:
     from rich.table import Table
 
     title = f"After {settings.steps} steps: mean over seeds ± standard error; chi_pos and reach in 1e-6"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     table.add_column("hidden", no_wrap=True)
     for heading in ("size", *(heading for heading, _, _ in COLUMNS), "reach"):
         table.add_column(heading, justify="right", no_wrap=True)

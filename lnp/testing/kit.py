@@ -62,7 +62,7 @@ class Kit:
         options = {"loss": scenario.loss, **options}
         return lnp.load(self.framework).linearize(*self.build(scenario), lnp.Options(**options))
 
-    def measure(self, scenario: Scenario, **options: Any) -> lnp.Decomposition:
+    def measure(self, scenario: Scenario, **options: Any) -> Any:
         """The decomposition of a scenario."""
         options = {"loss": scenario.loss, **options}
         return self.decompose(*self.build(scenario), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -75,9 +76,7 @@ def parameters_are_selected(kit: Kit) -> None:
         for chosen in ("head.*", lambda name: "head" in name, ["head.bias", "head.weight"]):
             case.factors(f"parameters={chosen}: ", kit.measure(case.scenario, parameters=chosen), expected)
         for wrong in ("tail.*", lambda name: False, ["head.bias", "no such parameter"]):
-            case.raises(
-                f"parameters={wrong}", ValueError, lambda wrong=wrong: kit.measure(case.scenario, parameters=wrong)
-            )
+            case.raises(f"parameters={wrong}", ValueError, partial(kit.measure, case.scenario, parameters=wrong))
 
 
 def losses_may_be_callables(kit: Kit) -> None:
@@ -125,7 +124,7 @@ def cross_response_is_the_dense_one(kit: Kit) -> None:
             model, batch, batch, case.scenario.loss, estimator="joint", rtol=0.0, max_probes=3, seed=5
         )
         relative = [float(d.chi_net_stderr) / float(d.chi_net) for d in (r.trained, r.measured)]
-        expected = 0.5 * float(np.hypot(*relative))
+        expected = 0.5 * float(np.hypot(relative[0], relative[1]))
         case.equal("relative error of chi_net", float(r.chi_net_stderr) / float(r.chi_net), expected)
         case.equal("relative error of chi_pos", float(r.chi_pos_stderr) / abs(float(r.chi_pos)), expected)
 

@@ -69,7 +69,7 @@ def sample_square_norms_are_those_of_single_samples(kit: Kit) -> None:
         case.true(lin.sample_square_norms is not None, "the record has no sample_square_norms")
         case.true(not _is_true(kit, lin.coupled), "the samples were found to interact")
         v = _cotangent(truth.shape)
-        norms = lin.sample_square_norms(_array(lin, v))
+        norms = lin.sample_square_norms(_array(lin, v))  # type: ignore[misc]
         singles = [np.where(np.arange(len(v))[:, None] == n, v, 0) for n in range(len(v))]
         pulled = [lin.vjp(_array(lin, single)) for single in singles]
         for name in truth.jacobians:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -84,6 +85,9 @@ def test_a_new_lambda_at_every_step_is_noticed_and_said():
     def loop():
         return [lnp.decompose((lambda p, x: apply(p, x), W), (X, Y)) for _ in range(6)]
 
+    def partial_loop():
+        return [lnp.decompose((partial(scaled, 2.0), W), (X, Y)) for _ in range(6)]
+
     def other_loop():
         return [lnp.decompose((apply, W), (X, Y), lambda f, y: jnp.mean(f**2)) for _ in range(6)]
 
@@ -94,6 +98,12 @@ def test_a_new_lambda_at_every_step_is_noticed_and_said():
     assert found[0].notes == ()
     with pytest.warns(UserWarning, match="new function object"):
         other_loop()
+    with pytest.warns(UserWarning, match="scaled is a new function object"):
+        partial_loop()
+
+
+def scaled(factor, parameters, x):
+    return factor * apply(parameters, x)
 
 
 def test_bound_methods_and_alternating_functions_are_not():
