@@ -46,7 +46,7 @@ def core(session: nox.Session) -> None:
 @nox.session
 def torch(session: nox.Session) -> None:
     """PyTorch and Hugging Face models, and the demo on PyTorch."""
-    install(session, ".[torch,transformers,demo,test]")
+    install(session, ".[torch,transformers,demo,test]", "pandas")
     refuse(session, "jax")
     pytest(session, "torch", "--pyargs", "lnp_torch", *suite("torch"))
     if not session.posargs:

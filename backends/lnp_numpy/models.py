@@ -56,8 +56,8 @@ class JacobianModel:
     Examples
     --------
     >>> import numpy as np
-    >>> model = JacobianModel(lambda p, x: np.sin(x * p["w"]), lambda p, x: {"w": x * np.cos(x * p["w"])}, {"w":
-    np.array(0.0)})
+    >>> sine, slope = lambda p, x: np.sin(x * p["w"]), lambda p, x: {"w": x * np.cos(x * p["w"])}
+    >>> model = JacobianModel(sine, slope, {"w": np.array(0.0)})
     >>> model.linearize(np.ones((3, 1))).vjp(np.ones((3, 1)))
     {'w': array(3.)}
     """

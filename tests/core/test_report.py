@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -59,14 +58,6 @@ def test_html():
     assert "<head>" not in page
     assert "a note &amp; more" in page
     assert all(f"<code>{name}</code>" in page for name in ("loss", "rate", "chi_loss", "chi_net", "chi_pos"))
-
-
-@pytest.mark.skipif(find_spec("pandas") is None, reason="pandas is not installed")
-def test_pandas():
-    frame = D.to_pandas()
-    assert list(frame.index) == ["", "<head>"]
-    assert frame.loc["<head>", "chi_net"] == 30.0
-    assert frame.loc["", "estimator"] == "joint"
 
 
 def test_pandas_missing(monkeypatch):

@@ -160,8 +160,9 @@ def same_factors(a, b, names=FACTORS, tolerance=TOLERANCE["float64"]):
 def product_is_the_measured_change(kit, scenario):
     """(L(theta - eta grad) - L(theta + eta grad)) / (2 eta) = -chi_loss chi_net chi_pos + O(eta^2).
 
-    The steps are 0.005 and 0.0025 long. Halving divides the error by four, up to 5% for the next order, above a floor:
-    a millionth of the rate, and the rounding of the losses, 30 eps L / eta. Extrapolated to eta = 0 nothing else is left.
+    The steps are 0.005 and 0.0025 long. Halving divides the error by four, up to 5% for the next order, above a
+    floor: a millionth of the rate, and the rounding of the losses, 30 eps L / eta. Extrapolated to eta = 0 nothing
+    else is left.
     """
     d = measure(kit, scenario)
     rate = float(d.chi_loss) * float(d.chi_net) * float(d.chi_pos)
