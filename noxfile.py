@@ -58,6 +58,7 @@ def jax(session: nox.Session) -> None:
     """JAX with the libraries whose models lnp takes."""
     install(session, ".[jax,test]", *JAX_LIBRARIES)
     refuse(session, "torch")
+    compile_fast(session)
     pytest(session, "jax", "--pyargs", "lnp_jax", *suite("jax"))
 
 
@@ -65,6 +66,7 @@ def jax(session: nox.Session) -> None:
 def parity(session: nox.Session) -> None:
     """The same numbers from PyTorch and JAX in one process."""
     install(session, ".[torch,jax,test]")
+    compile_fast(session)
     pytest(session, None, "tests/properties/test_parity.py")
 
 
@@ -93,6 +95,11 @@ def wheel(session: nox.Session) -> None:
     install(session, f"{built}[test]")
     session.chdir(unpacked)
     pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/contract/test_numpy.py", "tests/packaging")
+
+
+def compile_fast(session: nox.Session) -> None:
+    """Tests compile many small programs once each: optimising them costs more than it saves."""
+    session.env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def install(session: nox.Session, *requirements: str) -> None:

@@ -11,10 +11,13 @@ from lnp import trace
 from lnp.testing import scenarios
 from lnp.testing.kit import Case, Kit
 
+REPLAYED: dict[str, Any] = {"rtol": 0.0, "max_probes": 3, "seed": 5}
+"""A few probes whose signs the record gives away."""
+
 
 def enumerated_signs_give_trace_and_variance(kit: Kit) -> None:
     """Over all sign vectors the mean of each estimator is tr Theta, and its variance that of docs/theory.md."""
-    for case in kit.cases(scenarios.LINEAR, scenarios.prescribed()):
+    for case in kit.cases(scenarios.LINEAR, scenarios.prescribed(), dtypes=1):
         lin, truth = kit.record(case.scenario), case.truth
         rows = [tuple(truth.jacobians), *((name,) for name in truth.jacobians)]
         samples, outputs = truth.shape
@@ -40,14 +43,14 @@ def enumerated_signs_give_trace_and_variance(kit: Kit) -> None:
 
 def estimators_average_their_probes(kit: Kit) -> None:
     """chi_net and its standard error are those of the signs that the record hands out, for each estimator."""
-    for case in kit.cases(scenarios.MANY, scenarios.WIDE, scenarios.TOKENS):
-        samples = case.truth.shape[0]
+    for case in [*kit.cases(scenarios.MANY), *kit.cases(scenarios.WIDE, dtypes=1)]:
+        samples, signs = case.truth.shape[0], _drawn(case)
         groups = list(scenarios.MANY_GROUPS) if case.scenario.name == scenarios.MANY.name else list(range(samples))
         for estimator, starts in (("per_sample", list(range(samples))), ("grouped", groups), ("joint", [0])):
-            d = kit.measure(case.scenario, estimator=estimator, rtol=0.0, max_probes=3, seed=5)
+            d = kit.measure(case.scenario, estimator=estimator, **REPLAYED)
             case.true(d.estimator == estimator, f"estimator is {d.estimator!r}, expected {estimator!r}")
-            case.equal(f"{estimator}: probes", d.probes, 3)
-            chi_net, stderr = _expected(case, estimator, starts, 3, 5)
+            case.equal(f"{estimator}: probes", d.probes, REPLAYED["max_probes"])
+            chi_net, stderr = _expected(case, signs, starts)
             case.equal(f"{estimator}: chi_net", d.chi_net, chi_net)
             case.equal(f"{estimator}: chi_net_stderr", d.chi_net_stderr, stderr, case.tolerance)
             expected = case.truth.factors()
@@ -59,7 +62,7 @@ def estimators_average_their_probes(kit: Kit) -> None:
 
 def auto_chooses(kit: Kit) -> None:
     """Exact for few outputs, per sample for many."""
-    for case in kit.cases(scenarios.LAYERS, scenarios.WIDE):
+    for case in kit.cases(scenarios.LAYERS, scenarios.WIDE, dtypes=1):
         d = kit.measure(case.scenario)
         expected = "exact" if case.truth.shape[1] <= trace.EXACT_OUTPUTS else "per_sample"
         case.true(d.estimator == expected, f"estimator is {d.estimator!r}, expected {expected!r}")
@@ -67,7 +70,7 @@ def auto_chooses(kit: Kit) -> None:
 
 def seeds_decide(kit: Kit) -> None:
     """The same seed gives the same numbers, another one others."""
-    for case in kit.cases(scenarios.MANY):
+    for case in kit.cases(scenarios.MANY, dtypes=1):
         first, again, other = (
             kit.measure(case.scenario, estimator="joint", max_probes=2, seed=seed).chi_net for seed in (1, 1, 2)
         )
@@ -81,12 +84,12 @@ def interacting_samples_are_measured_jointly(kit: Kit) -> None:
     Inside a compiled function, where the values that give interaction away are not known, numbers may be nan. A backend
     whose per-sample squared norms are right all the same may use them.
     """
-    for case in kit.cases(*scenarios.INTERACTING):
-        expected, samples = case.truth.factors(), case.truth.shape[0]
+    for case in kit.cases(*scenarios.INTERACTING, dtypes=1):
+        expected, samples, signs = case.truth.factors(), case.truth.shape[0], _drawn(case)
         d = kit.measure(case.scenario, estimator="exact")
         if not (kit.compiled and np.isnan(float(d.chi_net))):
             case.factors("exact: ", d, expected)
-        d = kit.measure(case.scenario, estimator="per_sample", rtol=0.0, max_probes=3, seed=5)
+        d = kit.measure(case.scenario, estimator="per_sample", **REPLAYED)
         if kit.compiled and np.isnan(float(d.chi_net)):
             continue
         case.true(
@@ -94,16 +97,16 @@ def interacting_samples_are_measured_jointly(kit: Kit) -> None:
             f"no note on the joint one: {d.notes}",
         )
         starts = list(range(samples)) if d.estimator == "per_sample" else [0]
-        case.equal(f"{d.estimator}: chi_net", d.chi_net, _expected(case, d.estimator, starts, 3, 5)[0])
+        case.equal(f"{d.estimator}: chi_net", d.chi_net, _expected(case, signs, starts)[0])
         case.equal("rate", d.rate, expected["rate"])
         for estimator, starts in (("joint", [0]), ("grouped", list(range(samples)))):
-            d = kit.measure(case.scenario, estimator=estimator, rtol=0.0, max_probes=3, seed=5)
-            case.equal(f"{estimator}: chi_net", d.chi_net, _expected(case, estimator, starts, 3, 5)[0])
+            d = kit.measure(case.scenario, estimator=estimator, **REPLAYED)
+            case.equal(f"{estimator}: chi_net", d.chi_net, _expected(case, signs, starts)[0])
 
 
 def microbatches_change_nothing(kit: Kit) -> None:
     """The numbers of a batch that is measured in parts."""
-    for case in kit.cases(scenarios.LAYERS, scenarios.ONE_OUTPUT):
+    for case in kit.cases(scenarios.LAYERS, scenarios.ONE_OUTPUT, dtypes=1):
         case.factors("", kit.measure(case.scenario, microbatch=2, estimator="exact"), case.truth.factors())
         d = kit.measure(case.scenario, microbatch=2, estimator="grouped", max_probes=64, rtol=0.0)
         expected = case.truth.factors()["chi_net"]
@@ -127,10 +130,14 @@ def _enumerated(kit: Kit, lin: Any, probe: trace.Probe, v: np.ndarray) -> np.nda
     return np.asarray(kit.to_numpy(probe.square_norms(array)), dtype="float64")
 
 
-def _expected(case: Case, estimator: str, starts: list[int], probes: int, seed: Any) -> tuple[float, float]:
-    """chi_net and its standard error from the record's signs and the dense kernel."""
-    lin = case.kit.record(case.scenario, seed=seed, split=estimator == "per_sample")
-    drawn = [np.asarray(case.kit.to_numpy(lin.signs(index)), dtype="float64") for index in range(probes)]
-    values = np.stack([case.truth.block_square_norms(v, starts) for v in drawn])
+def _drawn(case: Case) -> list[np.ndarray]:
+    """The first signs that the record hands out for the seed."""
+    lin = case.kit.record(case.scenario, seed=REPLAYED["seed"], split=False)
+    return [np.asarray(case.kit.to_numpy(lin.signs(i)), dtype="float64") for i in range(REPLAYED["max_probes"])]
+
+
+def _expected(case: Case, signs: list[np.ndarray], starts: list[int]) -> tuple[float, float]:
+    """chi_net and its standard error from these signs and the dense kernel, for blocks of samples."""
+    values, probes = np.stack([case.truth.block_square_norms(v, starts) for v in signs]), len(signs)
     stderr = np.sum((values - values.mean(axis=0)) ** 2 / (probes * (probes - 1))) ** 0.5
     return values.sum(axis=1).mean() / case.truth.terms, float(stderr) / case.truth.terms

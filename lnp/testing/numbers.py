@@ -33,7 +33,7 @@ def exact_factors_are_those_of_the_dense_kernel(kit: Kit) -> None:
 
 def layers_add_up(kit: Kit) -> None:
     """Each layer against the dense kernel of its parameters; rates and network scales add up, positions recombine."""
-    for case in kit.cases(scenarios.LAYERS, scenarios.LINEAR):
+    for case in kit.cases(scenarios.LAYERS, scenarios.LINEAR, dtypes=1):
         for owner in (True, lambda name: name[-1]):
             d, truth = kit.measure(case.scenario, by_layer=owner, estimator="exact"), case.truth
             members: dict[str, list[str]] = {}
@@ -81,7 +81,7 @@ def parameters_are_selected(kit: Kit) -> None:
 
 def losses_may_be_callables(kit: Kit) -> None:
     """A loss times c has chi_loss times c^2 and nothing else; loss_terms can be given, and is noted where assumed."""
-    for case in kit.cases(scenarios.LINEAR):
+    for case in kit.cases(scenarios.LINEAR, dtypes=1):
         expected = case.truth.factors()
         scaled = {**expected, "rate": 9 * expected["rate"], "chi_loss": 9 * expected["chi_loss"]}
         d = kit.measure(case.scenario, loss=kit.loss(three_times_mse))
@@ -100,7 +100,7 @@ three_times_mse = Loss(lambda xp, f, y: 3 * xp.mean((f - y) ** 2), lambda f, y: 
 
 def cross_response_is_the_dense_one(kit: Kit) -> None:
     """<grad L_m, grad L_t>, its factors and their errors; with the same batch twice, the decomposition."""
-    for case in kit.cases(scenarios.LINEAR, scenarios.LAYERS):
+    for case in kit.cases(scenarios.LINEAR, scenarios.LAYERS, dtypes=1):
         model, batch = kit.build(case.scenario)
         other = replace(
             case.scenario, inputs=case.scenario.inputs[::-1] * 2, targets=case.scenario.targets[:1].repeat(3, 0)
@@ -118,7 +118,7 @@ def cross_response_is_the_dense_one(kit: Kit) -> None:
         case.factors("trained: ", r.trained, truths[0].factors())
         case.factors("measured: ", r.measured, truths[1].factors())
         case.factors("twice the same batch: ", lnp.cross_response(model, batch, batch, loss), truths[0].factors())
-    for case in kit.cases(scenarios.MANY):
+    for case in kit.cases(scenarios.MANY, dtypes=1):
         model, batch = kit.build(case.scenario)
         r = lnp.cross_response(
             model, batch, batch, case.scenario.loss, estimator="joint", rtol=0.0, max_probes=3, seed=5
@@ -131,7 +131,7 @@ def cross_response_is_the_dense_one(kit: Kit) -> None:
 
 def loss_changes_are_those_of_the_step(kit: Kit) -> None:
     """Measured: L(theta + Delta) - L(theta). Predicted: <grad L, Delta>. For a learning rate and for an update."""
-    for case in kit.cases(scenarios.LAYERS, scenarios.LINEAR, *scenarios.INTERACTING):
+    for case in kit.cases(scenarios.LAYERS, scenarios.LINEAR, *scenarios.INTERACTING, dtypes=1):
         truth, loss = case.truth, case.scenario.loss
         gradient = truth.pulled(truth.gradient)
         rng = np.random.default_rng(8)

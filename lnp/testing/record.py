@@ -29,7 +29,7 @@ def record_holds_values(kit: Kit) -> None:
 
 def loss_is_inferred(kit: Kit) -> None:
     """Cross-entropy for labels, mean squared error for floats."""
-    for case in kit.cases(scenarios.LINEAR, scenarios.LAYERS, scenarios.TOKENS):
+    for case in kit.cases(scenarios.LINEAR, scenarios.LAYERS, scenarios.TOKENS, dtypes=1):
         case.equal("loss", kit.record(case.scenario, loss=None).loss, case.truth.loss)
 
 
@@ -53,7 +53,7 @@ def vjp_is_the_jacobian(kit: Kit) -> None:
 
 def jvp_is_the_jacobian(kit: Kit) -> None:
     """J (J^T v) is the kernel times v."""
-    for case in kit.cases(*scenarios.REGULAR):
+    for case in kit.cases(*scenarios.REGULAR, dtypes=1):
         lin, truth = kit.record(case.scenario), case.truth
         if lin.jvp is None:
             continue
@@ -81,7 +81,7 @@ def sample_square_norms_are_those_of_single_samples(kit: Kit) -> None:
 
 def group_square_norms_are_those_of_groups(kit: Kit) -> None:
     """||J_g^T v_g||^2 for micro-batches of two samples, where the backend has them."""
-    for case in kit.cases(scenarios.LAYERS, scenarios.ONE_OUTPUT):
+    for case in kit.cases(scenarios.LAYERS, scenarios.ONE_OUTPUT, dtypes=1):
         lin, truth = kit.record(case.scenario, microbatch=2), case.truth
         v = _cotangent(truth.shape)
         case.equal("J^T v", _total(kit, lin, v), float(np.sum(truth.block_square_norms(v, [0]))))
@@ -130,7 +130,7 @@ def signs_are_independent(kit: Kit) -> None:
 
 def loss_along_moves_the_parameters(kit: Kit) -> None:
     """L(theta + step J^T v), and L itself for a step of zero."""
-    for case in kit.cases(*scenarios.REGULAR):
+    for case in kit.cases(*scenarios.REGULAR, dtypes=1):
         lin, truth = kit.record(case.scenario), case.truth
         if lin.loss_along is None:
             continue

@@ -14,6 +14,7 @@ import jax
 
 from properties import test_jax, test_numpy, test_torch
 
+pytestmark = pytest.mark.filterwarnings("ignore:lnp compiled again")  # each network is a new function
 KITS = (test_torch.kit, test_jax.kit)
 NUMBERS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "loss_terms")
 
