@@ -104,7 +104,7 @@ def decompose(
     >>> round(d.rate, 6), round(d.chi_loss * d.chi_net * d.chi_pos, 6)
     (3.555556, 3.555556)
     """
-    split = estimator in SPLITTING
+    split = estimator in SPLITTING or microbatch is not None  # which needs to be seen not to change the function
     options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split)
     return explained(_measure(_Decompose(estimator, rtol, max_probes, by_layer, population), model, (batch,), options))
 
@@ -140,7 +140,7 @@ def cross_response(
     >>> round(lnp.cross_response(model, up, down).chi_pos, 6)
     -1.0
     """
-    split = estimator in SPLITTING
+    split = estimator in SPLITTING or microbatch is not None  # which needs to be seen not to change the function
     options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split)
     computation = _CrossResponse(estimator, rtol, max_probes)
     return _measure(computation, model, (train_batch, measured_batch), options)

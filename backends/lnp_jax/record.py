@@ -134,7 +134,12 @@ def _apart(
             (f"no input runs over the {split.samples} samples along its first axis: they are not taken apart",),
         )
     dtype = max((p.dtype for p in [*parameters.values(), outputs]), key=lambda dtype: jnp.finfo(dtype).eps)
-    flag = parts.coupling(function, split, parameters, outputs, g, vjp(g)) > coupling_tolerance(jnp, dtype)
+    if options.microbatch == 1:  # cannot differ from single samples: pairs can
+        pairs = parts.Micro(function, split, 2)
+        outputs, gradient = pairs.outputs(parameters), pairs.vjp(parameters, g)
+    else:
+        gradient = vjp(g)
+    flag = parts.coupling(function, split, parameters, outputs, g, gradient) > coupling_tolerance(jnp, dtype)
     return parts.sample_square_norms(function, split, parameters), flag, ()
 
 

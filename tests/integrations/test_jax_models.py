@@ -254,5 +254,11 @@ def test_coupling_behind_a_closed_gate(estimator, dtype):
     assert d.chi_net == pytest.approx(expected["chi_net"], rel=TOLERANCE[dtype], abs=5 * d.chi_net_stderr)
     inside = jax.jit(lambda p: lnp.decompose((gated, p), (x, y), estimator=estimator).chi_net)(parameters)
     assert np.isnan(inside)  # nothing can be repeated there, and a wrong number must not come out
-    with pytest.raises(ValueError, match="microbatch=3"):
-        lnp.decompose((gated, parameters), (x, y), estimator=estimator, microbatch=3)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("estimator", ["auto", "grouped"])
+def test_microbatches_refuse_interacting_samples(estimator, size, dtype):
+    parameters = {"w": jnp.ones((4, 3), dtype), "gate": jnp.zeros((), dtype)}
+    with pytest.raises(ValueError, match=f"microbatch={size}"):
+        lnp.decompose((gated, parameters), batch(dtype, 6, 4), estimator=estimator, microbatch=size)

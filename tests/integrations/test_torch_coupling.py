@@ -131,5 +131,7 @@ def test_microbatch_is_the_same_function_and_refuses_interacting_samples():
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-12)
     grouped = lnp.decompose(model, (x, y), estimator="grouped", microbatch=3, rtol=0, max_probes=200)
     assert grouped.chi_net == pytest.approx(whole.chi_net, abs=5 * grouped.chi_net_stderr)
-    with pytest.raises(ValueError, match="microbatch=3"):
-        lnp.decompose(Gated().double(), (x, y), microbatch=3)
+    for estimator in ("auto", "grouped", "joint"):
+        for size in (1, 3):
+            with pytest.raises(ValueError, match=f"microbatch={size}"):
+                lnp.decompose(Gated().double(), (x, y), estimator=estimator, microbatch=size)
