@@ -214,7 +214,7 @@ def layer_names(parameters: tuple[str, ...], by_layer: ByLayer) -> dict[str, tup
 
 
 def _factors(xp: Any, rate: Array, g2: Array, trace: Array, stderr: Array, terms: Array) -> Layer:
-    position = ratio(xp, ratio(xp, rate, g2), trace)  # in turn: the product of two small numbers underflows
+    position = ratio(xp, ratio(xp, rate, g2), trace)  # in turn: ||g||^2 tr Theta may overflow
     relative = ratio(xp, stderr, trace)
     return Layer(rate, trace / terms, position, stderr / terms, position * relative)
 

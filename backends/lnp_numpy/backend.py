@@ -63,7 +63,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         loss_gradient=gradient.reshape(flat),
         loss_terms=terms,
         vjp=lambda v: keep(local.vjp(v.reshape(shape))),
-        inner_products=lambda u, w: {name: np.sum(u[name] * w[name]) for name in chosen},
+        inner_products=lambda u, w: {name: np.sum(_wide(u[name]) * _wide(w[name])) for name in chosen},
         signs=_signs(options.seed, (samples, math.prod(shape[1:])), local.outputs.dtype),
         jvp=lambda u: local.jvp(_padded(model, u)).reshape(flat),
         sample_square_norms=sample_square_norms if options.split and local.sample_square_norms else None,
@@ -115,6 +115,11 @@ def _checked_update(model: Any, update: Mapping[str, np.ndarray]) -> Mapping[str
                 f"{np.shape(parameter)} for {name!r}."
             )
     return update
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    """In float32 or better."""
+    return np.asarray(array, dtype=np.result_type(array, np.float32))
 
 
 def _to_float(value: Any) -> Any:

@@ -91,10 +91,10 @@ def test_a_new_lambda_at_every_step_is_noticed_and_said():
     def other_loop():
         return [lnp.decompose((apply, W), (X, Y), lambda f, y: jnp.mean(f**2)) for _ in range(6)]
 
-    with pytest.warns(UserWarning, match="new function object at every call") as caught:
+    with pytest.warns(UserWarning, match="is a new function object") as caught:
         found = loop()
     assert len(caught) == 1
-    assert any("Define it once" in note for note in found[-1].notes)
+    assert any("define it once" in note for note in found[-1].notes)
     assert found[0].notes == ()
     with pytest.warns(UserWarning, match="new function object"):
         other_loop()
