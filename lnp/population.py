@@ -7,8 +7,8 @@ E ||grad L_batch||^2 = ||grad L||^2 + tr Cov / N. The mean over pairs of differe
     chi_pos_population = rate_population / (chi_loss chi_net)
     noise_scale = N sum_n q_n / rate_population - 1
 
-The first is unbiased for a loss that is a mean over samples; where samples hold different numbers of labels (padding), it
-is a ratio of means, unbiased to order 1/N. Standard errors are the jackknife's, over samples.
+The first is unbiased for a loss that is a mean over samples; where samples hold different numbers of labels (padding),
+it is a ratio of means, unbiased to order 1/N. Standard errors are the jackknife's, over samples.
 
 Source: docs/theory.md, "Finite batches"; noise scale: McCandlish et al., arXiv 1812.06162.
 """
