@@ -104,7 +104,7 @@ def _noticed(function: Any) -> Iterable[str]:
         _SEEN.popitem(last=False)
     if count >= REPEATS:
         text = (
-            f"lnp compiled again because {inner.__qualname__} is a new function object, as it was {count} times before. "
+            f"lnp compiled again because {inner.__qualname__} is a new function object, as {count} times before. "
             "If it is made in a loop, define it once, outside, and pass the same object."
         )
         if count == REPEATS:
