@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import lnp
 from integrations.torch_reference import dense
+from lnp_torch.frozen import Frozen
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +136,26 @@ def test_microbatch_is_the_same_function_and_refuses_interacting_samples():
         for size in (1, 3):
             with pytest.raises(ValueError, match=f"microbatch={size}"):
                 lnp.decompose(Gated().double(), (x, y), estimator=estimator, microbatch=size)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": torch.tensor([[True, False, True], [True, True, False], [False, True, True]])},
+        {"attn_mask": torch.tensor([[0.0, -1.0, 2.0], [0.5, 0.0, 0.0], [1.0, 0.0, -3.0]], dtype=torch.float64)},
+        {"enable_gqa": True},
+    ],
+    ids=["plain", "causal", "scale", "boolean mask", "additive mask", "grouped queries"],
+)
+def test_attention_with_a_recorded_mask_is_the_fused_one(options):
+    """A dropout probability of 1e-12 takes the recorded way and drops nothing."""
+    heads = 1 if "enable_gqa" in options else 2
+    q = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, heads, 3, 4, dtype=torch.float64)
+    with Frozen(statistics=True) as mode:
+        found = F.scaled_dot_product_attention(q, k, v, dropout_p=1e-12, **options)
+    assert [kind for kind, _ in mode.record] == ["mask"]
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **options))
