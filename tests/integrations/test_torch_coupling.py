@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import lnp
 from integrations.torch_reference import dense
+from lnp_torch import directional
 from lnp_torch.frozen import Frozen
 
 
@@ -159,3 +160,32 @@ def test_attention_with_a_recorded_mask_is_the_fused_one(options):
         found = F.scaled_dot_product_attention(q, k, v, dropout_p=1e-12, **options)
     assert [kind for kind, _ in mode.record] == ["mask"]
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize("kind", ["fused attention", "recurrent", "dense"])
+def test_jacobian_vector_products_where_forward_mode_fails(kind, monkeypatch):
+    """<J u, v> = <u, J^T v>, by two backward passes where an operation has no forward mode."""
+    layers = {
+        "fused attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(),
+        "recurrent": Recurrent,
+        "dense": lambda: nn.Linear(8, 8),
+    }
+    model, x = layers[kind]().double(), torch.randn(3, 4, 8, dtype=torch.float64)
+    ways = []
+    for way in ("_forward", "_double_backward"):
+        run = getattr(directional, way)
+        monkeypatch.setattr(directional, way, lambda *args, way=way, run=run: (ways.append(way), run(*args))[1])
+    lin = lnp.load("torch").linearize(model, (x, torch.randn_like(x)), lnp.Options())
+    u, v = lin.vjp(lin.signs(0)), lin.signs(1)
+    expected = sum(lin.inner_products(u, lin.vjp(v)).values())
+    torch.testing.assert_close((lin.jvp(u) * v).sum(), expected)
+    assert ways == (["_forward", "_double_backward"] if kind == "fused attention" else ["_forward"])
