@@ -19,8 +19,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
 
 GROUP = "lnp.backends"
 BATCH_STATISTICS = ("frozen", "coupled")
@@ -68,10 +70,10 @@ def find(model: Any) -> Any:
     TypeError
         If none does. The message says which frameworks are loaded and which extra is missing.
     """
-    entries = entry_points(group=GROUP)
+    entries = _entries()
     loaded = [entry for entry in entries if entry.name in sys.modules]
     for entry in sorted(loaded, key=lambda entry: entry.name == "numpy"):
-        backend = _load(entry)
+        backend = entry.load()
         if backend.accepts(model):
             return backend
     raise TypeError(_unknown(model, [entry.name for entry in entries], [entry.name for entry in loaded]))
@@ -87,14 +89,16 @@ def load(framework: str) -> Any:
     ImportError
         If the framework is not installed.
     """
-    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
+    entries = {entry.name: entry for entry in _entries()}
     if framework not in entries:
         raise ValueError(f"No lnp backend for {framework!r}. Expected one of {', '.join(sorted(entries))}.")
-    return _load(entries[framework])
+    return entries[framework].load()
 
 
-def _load(entry: EntryPoint) -> Any:
-    return entry.load()
+def _entries() -> EntryPoints:
+    from importlib.metadata import entry_points  # takes longer to import than all of lnp
+
+    return entry_points(group=GROUP)
 
 
 def _unknown(model: Any, names: list[str], loaded: list[str]) -> str:

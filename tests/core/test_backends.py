@@ -1,7 +1,6 @@
 """Finding the backend of a model, and what is said where there is none."""
 
 import sys
-from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,9 +55,8 @@ def test_only_loaded_frameworks_are_asked(monkeypatch):
         return SimpleNamespace(accepts=lambda model: asked.append(name) or accepted)
 
     found = {"numpy": backend("numpy", True), "torch": backend("torch", False), "absent": backend("absent", True)}
-    entries = [EntryPoint(name, "unused", backends.GROUP) for name in found]
-    monkeypatch.setattr(backends, "entry_points", lambda group: entries)
-    monkeypatch.setattr(backends, "_load", lambda entry: found[entry.name])
+    entries = [SimpleNamespace(name=name, load=lambda name=name: found[name]) for name in found]
+    monkeypatch.setattr(backends, "_entries", lambda: entries)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
     assert backends.find(object()) is found["numpy"]
     assert asked == ["torch", "numpy"]
