@@ -75,7 +75,9 @@ def vectorized(passes: Passes) -> Pull:
 
 def square_norms(pull: Pull, v: torch.Tensor) -> dict[str, torch.Tensor]:
     """{name: (G,) array of ||J_g^T v_g||^2}, in float32 or better."""
-    chunks = [{name: _wide(g).flatten(1).square().sum(dim=1) for name, g in grads.items()} for _, grads in pull(v)]
+    chunks = [
+        {name: _wide(g).reshape(len(g), -1).square().sum(dim=1) for name, g in grads.items()} for _, grads in pull(v)
+    ]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
@@ -110,7 +112,7 @@ def compare(pull: Pull, outputs: torch.Tensor, v: torch.Tensor, gradient: list[t
     for part, grads in pull(v):
         wide = {name: _wide(g) for name, g in grads.items()}
         alone.append(part)
-        norms.append({name: g.flatten(1).square().sum(dim=1) for name, g in wide.items()})
+        norms.append({name: g.reshape(len(g), -1).square().sum(dim=1) for name, g in wide.items()})
         parts = [g.sum(dim=0) for g in wide.values()]
         sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
     joined = torch.cat(alone)

@@ -189,3 +189,32 @@ def test_jacobian_vector_products_where_forward_mode_fails(kind, monkeypatch):
     expected = sum(lin.inner_products(u, lin.vjp(v)).values())
     torch.testing.assert_close((lin.jvp(u) * v).sum(), expected)
     assert ways == (["_forward", "_double_backward"] if kind == "fused attention" else ["_forward"])
+
+
+def test_scalar_parameters_do_not_keep_samples_together():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.temperature = nn.Linear(4, 3), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return self.layer(x) / self.temperature
+
+    model, (x, y) = Scaled().double(), batch()
+    d = lnp.decompose(model, (x, y), estimator="exact", population=True)
+    out = model(x)
+    assert_dense(d, model, out, F.cross_entropy(out, y), 6)
+    assert d.probes == 3
+    assert d.notes == ()
+    assert d.population is not None
+
+
+def test_coupling_is_seen_where_the_loss_gradient_is_zero():
+    """Then every gradient is zero too, and only the outputs tell."""
+    layer = nn.Linear(4, 3).double()
+    x, _ = batch()
+    centred = lambda m, x: m(x) - m(x).mean(0)
+    d = lnp.decompose(layer, (x, centred(layer, x).detach()), forward=centred, estimator="exact")
+    assert d.chi_loss == 0
+    assert d.probes == 18
+    assert any("interact" in note for note in d.notes)
