@@ -244,7 +244,9 @@ def _predicted_change(lin: Linearization, learning_rate: Any = None, update: Vec
     gradient = lin.vjp(lin.loss_gradient)
     products = list(lin.inner_products(gradient, gradient if update is None else update).values())
     total = sum(products[1:], start=products[0])
-    return valid(lin, -learning_rate * total if update is None else total)
+    if update is None:
+        total = -lin.xp.asarray(learning_rate, dtype=total.dtype) * total
+    return valid(lin, total)
 
 
 def _step(

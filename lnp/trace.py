@@ -161,19 +161,19 @@ def to_tolerance(
         count, mean, squares = state
         value = probe.square_norms(lin.signs(count))
         difference = value - mean
-        mean = mean + difference / (count + 1)
+        mean = mean + difference / _number(lin, count + 1)
         return count + 1, mean, squares + difference * (value - mean)
 
     def unfinished(state: tuple) -> Any:
         count, mean, squares = state
         if isinstance(count, int) and not least <= count < max_probes:
             return count < least  # known without reading anything from the device
-        wide = xp.sum(squares[0, :]) > (rtol * xp.sum(mean[0, :])) ** 2 * (count * (count - 1))
+        wide = xp.sum(squares[0, :]) > (rtol * xp.sum(mean[0, :])) ** 2 * _number(lin, count * (count - 1))
         return (count < least) | ((count < max_probes) & wide)
 
     empty = _zeros(lin, (rows, probe.groups))
     count, mean, squares = lin.while_loop(unfinished, body, (0, empty, empty))
-    variance = _across(xp, mean) if max_probes == 1 else xp.sum(squares, axis=1) / (count * (count - 1))
+    variance = _across(xp, mean) if max_probes == 1 else xp.sum(squares, axis=1) / _number(lin, count * (count - 1))
     apart = mean[0, :] if estimator == "per_sample" else None
     return TraceEstimate(xp.sum(mean, axis=1), xp.sqrt(variance), estimator, count, apart)
 
@@ -197,6 +197,11 @@ def _by_row(lin: Linearization, rows: Rows, square_norms: Mapping[str, Array]) -
     sums = [sum((square_norms[name] for name in row[1:]), start=square_norms[row[0]]) for row in rows]
     dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)  # parameters may be wider than the outputs
     return lin.xp.astype(lin.xp.stack([lin.xp.reshape(total, (-1,)) for total in sums]), dtype, copy=False)
+
+
+def _number(lin: Linearization, count: Any) -> Any:
+    """A count as a factor: not every framework multiplies integers with floats."""
+    return count if isinstance(count, int) else lin.xp.astype(count, accumulation_dtype(lin.xp, lin.outputs.dtype))
 
 
 def _zeros(lin: Linearization, shape: Any) -> Array:

@@ -74,7 +74,13 @@ def prescribed(samples: int = 2, outputs: int = 3, name: str = "prescribed") -> 
         return {"theta": a * (1 - np.tanh(p["theta"]) ** 2)}
 
     return Scenario(
-        name, {"theta": np.zeros(4)}, inputs, targets, "mse", lambda xp, p, a: a @ xp.tanh(p["theta"]), jacobian
+        name,
+        {"theta": np.zeros(4)},
+        inputs,
+        targets,
+        "mse",
+        lambda xp, p, a: xp.matmul(a, xp.tanh(p["theta"])),
+        jacobian,
     )
 
 
@@ -114,7 +120,7 @@ def tied() -> Scenario:
         return {"weight": inner + np.einsum("ki,nj->nkij", np.eye(x.shape[1]), hidden)}
 
     weight = rng.normal(size=(3, 2))
-    apply = lambda xp, p, x: xp.tanh(x @ p["weight"]) @ p["weight"].T
+    apply = lambda xp, p, x: xp.tanh(x @ p["weight"]) @ xp.matrix_transpose(p["weight"])
     return Scenario("tied", {"weight": weight}, inputs, targets, "mse", apply, jacobian)
 
 
@@ -129,7 +135,10 @@ def tokens(name: str = "tokens", labels: Any = ((1, -100, 0), (0, 1, 1))) -> Sce
         head = np.einsum("ntd,ce->ntcde", p["embedding.table"][index], eye)
         return {"embedding.table": table.reshape(2, 6, 4, 3), "head.weight": head.reshape(2, 6, 3, 2)}
 
-    apply = lambda xp, p, index: p["embedding.table"][index] @ p["head.weight"]
+    def apply(xp: Any, p: Mapping[str, Any], index: Any) -> Any:
+        rows = xp.take(p["embedding.table"], xp.reshape(index, (-1,)), axis=0)
+        return xp.reshape(rows, (*index.shape, 3)) @ p["head.weight"]
+
     return Scenario(
         name, parameters, np.array([[1, 2, 1], [0, 3, 2]]), np.array(labels), "cross_entropy", apply, jacobian
     )

@@ -104,7 +104,7 @@ ACTIVATIONS = {
     "tanh": lambda xp, z: xp.tanh(z),
     "sin": lambda xp, z: xp.sin(z),
     "softplus": lambda xp, z: xp.log1p(xp.exp(z)),
-    "relu": lambda xp, z: z * (z > 0),
+    "relu": lambda xp, z: xp.where(z > 0, z, xp.zeros_like(z)),
 }
 SLOPES = {
     "tanh": lambda z: 1 - np.tanh(z) ** 2,

@@ -1,0 +1,13 @@
+"""lnp for TensorFlow: `tf.Module`s, functions with variables, and Keras models that run on TensorFlow."""
+
+try:
+    import tensorflow as tf  # noqa: F401
+except ImportError as error:
+    raise ImportError("lnp_tensorflow needs TensorFlow. Run: pip install 'lnp[tensorflow]'") from error
+
+from lnp_tensorflow import results
+from lnp_tensorflow.backend import accepts, decompose, evaluate, linearize
+
+__all__ = ["accepts", "decompose", "evaluate", "linearize"]
+
+results.register()

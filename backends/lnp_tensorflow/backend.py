@@ -1,0 +1,130 @@
+"""The backend's entry points: evaluate (traced), linearize, and decompose with TensorFlow's own options."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import lnp
+from lnp.backends import Options
+from lnp.batches import unpack
+from lnp.linearization import Linearization
+from lnp.structure import leaves, map_leaves
+from lnp_tensorflow.compiled import Plan, measure, run
+from lnp_tensorflow.forward import forward
+from lnp_tensorflow.isolation import undisturbed
+from lnp_tensorflow.models import Arrays, Structure, accepts, is_module, separate
+from lnp_tensorflow.record import record
+
+__all__ = ["accepts", "decompose", "evaluate", "linearize"]
+
+_JIT = contextvars.ContextVar("jit_compile", default=False)
+
+
+def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **options: Any) -> lnp.Decomposition:
+    """`lnp.decompose(model, batch, ...)`, with `jit_compile=True` compiled by XLA.
+
+    Compiling takes seconds and pays where the same measurement is made many times. XLA computes the second derivative
+    of max-pooling wrongly in float32, so that `population=True`, which needs it, is refused.
+
+    >>> import tensorflow as tf
+    >>> function = lambda w, x: x @ w
+    >>> d = decompose((function, tf.zeros((2, 1))), (tf.eye(2), tf.ones((2, 1))), jit_compile=True)
+    >>> d.chi_pos
+    0.5
+    """
+    if jit_compile and options.get("population"):
+        raise ValueError(
+            "population=True and jit_compile=True were given. Expected one of them: population values need a "
+            "Jacobian-vector product, which XLA computes wrongly through max-pooling."
+        )
+    with _jit(jit_compile):
+        return lnp.decompose(model, batch, *args, **options)
+
+
+@tf.autograph.experimental.do_not_convert
+def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
+    """Run the computation traced; numbers come back in one transfer. Inside a `tf.function`: as tensors."""
+    structure, tree, arrays = separate(model, options.forward, options.parameters)
+    if operands.get("update") is not None:
+        operands["update"] = _as_vector(structure, arrays, operands["update"])
+    operands = map_leaves(tf.convert_to_tensor, operands)
+    pairs = _tensors(batches)
+    plan = Plan(computation, structure, replace(options, seed=None, parameters=None, forward=None), _JIT.get())
+    if tf.inside_function():
+        with undisturbed(structure.static):
+            answer, _ = measure(plan, tree, arrays, pairs, options.seed, operands)
+        return answer.result
+    answer = _traced(plan, tree, arrays, pairs, options.seed, operands)
+    for violated, message in zip(answer.violated, answer.messages, strict=True):
+        if violated:
+            raise ValueError(message)
+    if any(answer.coupled):
+        raise ValueError(
+            f"microbatch={options.microbatch} was asked for, but the samples interact in this network: a sample's "
+            "output or gradient changes when the others are left out. Expected independent samples. Leave microbatch "
+            "unset, or remove what couples them."
+        )
+    return answer.result
+
+
+def linearize(model: Any, batch: Any, options: Options) -> Linearization:
+    """The record for one batch, not traced."""
+    structure, tree, arrays = separate(model, options.forward, options.parameters)
+    inputs, targets = unpack(_tensors(batch))
+    with undisturbed(structure.static):
+        if is_module(model):
+            structure = replace(structure, static=model)  # the record keeps it alive
+        run = forward(structure, tree, arrays, inputs)
+        try:
+            return record(run, inputs, targets, options.seed, options, False)
+        finally:
+            run.restore()
+
+
+def _traced(plan: Plan, *dynamic: Any) -> Any:
+    """The answer; a network with Python control flow over tensors is converted by AutoGraph."""
+    try:
+        return run(plan, *dynamic)
+    except tf.errors.OperatorNotAllowedInGraphError:
+        return run(replace(plan, structure=replace(plan.structure, autograph=True)), *dynamic)
+
+
+@contextlib.contextmanager
+def _jit(on: bool) -> Iterator[None]:
+    token = _JIT.set(on)
+    try:
+        yield
+    finally:
+        _JIT.reset(token)
+
+
+def _tensors(tree: Any) -> Any:
+    """NumPy arrays and variables as tensors; other leaves stay."""
+    known = (np.ndarray, np.generic, tf.Variable)
+    return map_leaves(lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, known) else leaf, tree)
+
+
+def _as_vector(structure: Structure, arrays: Arrays, update: Any) -> list[tf.Tensor]:
+    """The user's update as a vector in parameter space, zero for selected parameters that it leaves out."""
+    sources = structure.sources(arrays)
+    names = list(sources)
+    if isinstance(update, Mapping) and set(update) <= set(names):
+        given = dict(update)
+    else:
+        values = leaves(update)
+        given = dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+    wrong = [n for n, d in given.items() if tuple(np.shape(d)) != tuple(sources[n].shape)]
+    if wrong or not given:
+        raise ValueError(
+            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a "
+            f"dictionary {{parameter name: tensor of its shape}}, or one tensor for each of the {len(names)} "
+            "parameters in their order."
+        )
+    return [tf.cast(given[n], s.dtype) if n in given else tf.zeros(s.shape, s.dtype) for n, s in sources.items()]

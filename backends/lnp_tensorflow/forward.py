@@ -1,0 +1,152 @@
+"""Every forward pass of one measurement as the same function: what it writes to starts anew each time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from lnp.structure import leaves, map_leaves
+from lnp_tensorflow.models import Arrays, Structure
+from lnp_tensorflow.outputs import parts
+
+WRITES = re.compile(r"Assign\w*VariableOp|Resource(Scatter|StridedSliceAssign)\w*|Rng\w+|Stateful(?!Partitioned)\w+")
+DRAWS = re.compile(
+    r"(Parameterized)?TruncatedNormal|Random(Uniform|UniformInt|StandardNormal|Shuffle|Gamma|PoissonV2)|Multinomial"
+)
+ANONYMOUS = "cd2c89b7-88b7-44c8-ad83-06c2a9158347"
+"""What TensorFlow calls a variable that lives as long as something refers to it."""
+NESTED = (
+    "the network draws random numbers inside a nested tf.function or a loop, so that it cannot be evaluated a second "
+    "time with the same ones. Expected a network that is the same function at every call. Switch dropout off, or call "
+    "the inner function directly (.python_function)."
+)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model on one batch.
+
+    Attributes
+    ----------
+    structure, tree, arrays:
+        The model, see `lnp_tensorflow.models`.
+    written:
+        Variables that a pass writes to, and their values before the first.
+    """
+
+    structure: Structure
+    tree: Any
+    arrays: Arrays
+    written: tuple[tuple[tf.Variable, tf.Tensor], ...] = ()
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """{name: tensor or variable that is differentiated by}."""
+        return self.structure.sources(self.arrays)
+
+    def __call__(self, inputs: Any, sources: dict[str, Any] | None = None) -> Any:
+        """The outputs; `sources` replaces tensors, and is left unused for variables."""
+        self.restore()
+        arrays = self.arrays
+        if sources is not None and self.structure.kind == "function":
+            arrays = arrays | sources
+        return self.structure.call(self.tree, arrays, inputs)
+
+    def restore(self) -> None:
+        """Put back what a pass has written to."""
+        for variable, value in self.written:
+            variable.assign(value)
+
+
+def forward(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> Forward:
+    """The model's passes. Traces the model once to see what it writes to."""
+    graph = traced(structure, tree, arrays, inputs).graph
+    variables = _written(graph)
+    return Forward(structure, tree, arrays, tuple((v, v.read_value()) for v in variables))
+
+
+def traced(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> Any:
+    """The concrete function (arrays, leaves of the inputs) -> floating-point leaves of the outputs."""
+    given = leaves(inputs)
+    tensors = [leaf for leaf in given if tf.is_tensor(leaf)]
+
+    def run(arrays: Arrays, tensors: list) -> list:
+        values = iter(tensors)
+        return parts(
+            structure.call(tree, arrays, map_leaves(lambda leaf: next(values) if tf.is_tensor(leaf) else leaf, inputs))
+        )
+
+    spec = tf.nest.map_structure(tf.type_spec_from_value, (arrays, tensors), expand_composites=False)
+    return tf.function(run, autograph=False).get_concrete_function(*spec)
+
+
+def moved(forward: Forward, inputs: Any, sources: dict[str, tf.Tensor], drawn: list[tf.Operation]) -> list[tf.Tensor]:
+    """The outputs with other parameters, and with the random numbers that the operations `drawn` have drawn.
+
+    The traced model is placed into the current graph a second time, where variables that are read are others, made for
+    the purpose: the user's are not moved.
+    """
+    forward.restore()
+    structure = forward.structure
+    concrete = traced(structure, forward.tree, forward.arrays, inputs)
+    graph = concrete.graph
+    replaced = _captured(structure, graph, sources) | _arguments(forward, graph, inputs, sources)
+    first, again = list(drawn), _draws(graph.get_operations())
+    definition = graph.as_graph_def()
+    if any(DRAWS.fullmatch(node.op) for node in _nested(definition)) or len(first) != len(again):
+        raise ValueError(NESTED)
+    for mine, other in zip(first, again, strict=True):
+        replaced |= dict(zip((t.name for t in other.outputs), mine.outputs, strict=True))
+    outputs = [tensor.name for tensor in graph.structured_outputs]
+    capture = tf.compat.v1.get_default_graph().capture
+    replaced = {name: capture(tensor) for name, tensor in replaced.items()}
+    return tf.graph_util.import_graph_def(definition, replaced, outputs, name="moved")
+
+
+def _captured(structure: Structure, graph: Any, sources: dict[str, tf.Tensor]) -> dict[str, Any]:
+    """{name of a placeholder: what the graph has captured there}, for trained variables new ones with other values."""
+    handles = {}
+    if structure.kind == "variables":
+        for name, variable in structure.sources({}).items():
+            other = tf.raw_ops.VarHandleOp(dtype=variable.dtype, shape=variable.shape, shared_name=ANONYMOUS)
+            tf.raw_ops.AssignVariableOp(resource=other, value=sources[name])
+            handles[id(variable.handle)] = other
+    return {inner.name: handles.get(id(outer), outer) for outer, inner in graph.captures}
+
+
+def _arguments(forward: Forward, graph: Any, inputs: Any, sources: dict[str, tf.Tensor]) -> dict[str, Any]:
+    arrays = forward.arrays | (sources if forward.structure.kind == "function" else {})
+    tensors = [leaf for leaf in leaves(inputs) if tf.is_tensor(leaf)]
+    given = tf.nest.flatten((arrays, tensors), expand_composites=True)
+    inner = [tensor for tensor in graph.inputs if all(tensor is not captured for _, captured in graph.captures)]
+    return dict(zip((tensor.name for tensor in inner), given, strict=True))
+
+
+def draws_since(before: int) -> list[tf.Operation]:
+    """Random operations of the current graph after its first `before` operations; none where there is no graph."""
+    return [] if tf.executing_eagerly() else _draws(tf.compat.v1.get_default_graph().get_operations()[before:])
+
+
+def operations() -> int:
+    """Of the current graph."""
+    return 0 if tf.executing_eagerly() else len(tf.compat.v1.get_default_graph().get_operations())
+
+
+def _draws(operations: list[tf.Operation]) -> list[tf.Operation]:
+    return [op for op in operations if DRAWS.fullmatch(op.type)]
+
+
+def _written(graph: Any) -> tuple[tf.Variable, ...]:
+    """The variables that the graph uses, if it writes to any."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *_nested(definition)]
+    return graph.variables if any(WRITES.fullmatch(node.op) for node in nodes) else ()
+
+
+def _nested(definition: Any) -> Iterator[Any]:
+    """The operations inside functions and loops."""
+    return (node for function in definition.library.function for node in function.node_def)

@@ -1,0 +1,88 @@
+"""The array functions that lnp's core uses, with the array-API standard's names and meaning, over TensorFlow's.
+
+TensorFlow is no array-API library, and `enable_numpy_behavior` changes the whole process. `device` is taken and not
+used: TensorFlow places an operation where its operands are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+from ml_dtypes import finfo as _finfo
+
+float32, float64, int32 = tf.float32, tf.float64, tf.int32
+
+
+def asarray(value: Any, *, dtype: Any = None, device: Any = None) -> tf.Tensor:
+    """A tensor; a value of another dtype is converted."""
+    tensor = tf.convert_to_tensor(value)
+    return tensor if dtype is None else tf.cast(tensor, dtype)
+
+
+def astype(x: tf.Tensor, dtype: Any, *, copy: bool = True) -> tf.Tensor:
+    """Tensors cannot be written to, so that there is nothing to copy."""
+    return tf.cast(x, dtype)
+
+
+def finfo(dtype: Any) -> Any:
+    """Limits of a floating-point type, bfloat16 too."""
+    return _finfo(tf.as_dtype(dtype).as_numpy_dtype)
+
+
+def zeros(shape: Any, *, dtype: Any = tf.float32, device: Any = None) -> tf.Tensor:
+    """Shape () is written as a tuple, too."""
+    return tf.zeros(shape, dtype)
+
+
+def zeros_like(x: tf.Tensor) -> tf.Tensor:
+    return tf.zeros_like(x)
+
+
+def ones_like(x: tf.Tensor) -> tf.Tensor:
+    return tf.ones_like(x)
+
+
+def full_like(x: tf.Tensor, value: float) -> tf.Tensor:
+    return tf.fill(tf.shape(x), tf.cast(value, x.dtype))
+
+
+def arange(stop: int, *, device: Any = None) -> tf.Tensor:
+    return tf.range(stop)
+
+
+def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    return tf.reshape(x, shape)
+
+
+def broadcast_to(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    return tf.broadcast_to(x, shape)
+
+
+def concat(arrays: Sequence[tf.Tensor], *, axis: int = 0) -> tf.Tensor:
+    return tf.concat(arrays, axis)
+
+
+def stack(arrays: Sequence[tf.Tensor], *, axis: int = 0) -> tf.Tensor:
+    return tf.stack(arrays, axis)
+
+
+def where(condition: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    return tf.where(condition, x, y)
+
+
+def sqrt(x: tf.Tensor) -> tf.Tensor:
+    return tf.sqrt(x)
+
+
+def sum(x: tf.Tensor, *, axis: int | None = None, keepdims: bool = False) -> tf.Tensor:
+    return tf.reduce_sum(x, axis, keepdims)
+
+
+def mean(x: tf.Tensor, *, axis: int | None = None, keepdims: bool = False) -> tf.Tensor:
+    return tf.reduce_mean(x, axis, keepdims)
+
+
+def any(x: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_any(x)

@@ -1,0 +1,176 @@
+"""Gradients of single samples, or of groups of them, one at a time: nothing of size samples x parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from lnp.structure import leaves, map_leaves
+from lnp_tensorflow.forward import Forward
+from lnp_tensorflow.outputs import flatten, parts, split, wide
+
+Gradients = dict[str, Any]
+"""{name: tensor or IndexedSlices}."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A batch in groups of `size` samples, the last of which may be smaller.
+
+    Attributes
+    ----------
+    forward:
+        The model.
+    inputs:
+        Of the whole batch.
+    samples:
+        N.
+    size:
+        Samples per group.
+    """
+
+    forward: Forward
+    inputs: Any
+    samples: int
+    size: int = 1
+
+    @property
+    def count(self) -> int:
+        """G."""
+        return -(-self.samples // self.size)
+
+    @property
+    def possible(self) -> bool:
+        """Whether any input runs over the samples."""
+        return any(has_samples(leaf, self.samples) for leaf in leaves(self.inputs))
+
+    def outputs(self) -> tf.Tensor:
+        """f, shape (N, K), with the activations of one group in memory at a time."""
+        (rows,), _ = self._visit(lambda inputs, _: ([flatten(parts(self.forward(inputs)))], []), None)
+        return rows
+
+    def square_norms(self, v: tf.Tensor) -> dict[str, tf.Tensor]:
+        """{name: (G,) array of ||J_g^T v_g||^2}."""
+        names = list(self.forward.sources)
+
+        def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
+            _, grads = pulled(self.forward, inputs, v)
+            return [tf.stack([square_norm(grads[name]) for name in names])[None]], []
+
+        (norms,), _ = self._visit(visit, v)
+        return dict(zip(names, tf.unstack(norms, axis=1), strict=True))
+
+    def vjp(self, v: tf.Tensor) -> Gradients:
+        """J^T v as the sum over groups."""
+        return self.seen(v)[1]
+
+    def seen(self, v: tf.Tensor) -> tuple[tf.Tensor, Gradients, dict[str, tf.Tensor]]:
+        """Outputs, J^T v and {name: (G,) array of ||J_g^T v_g||^2}, by one pass over the groups."""
+        names = list(self.forward.sources)
+
+        def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
+            flat, grads = pulled(self.forward, inputs, v)
+            norms = tf.stack([square_norm(grads[name]) for name in names])
+            return [flat, norms[None]], [tf.convert_to_tensor(grads[name]) for name in names]
+
+        (flat, norms), sums = self._visit(visit, v)
+        return flat, dict(zip(names, sums, strict=True)), dict(zip(names, tf.unstack(norms, axis=1), strict=True))
+
+    def _visit(self, visit: Callable[[Any, Any], tuple[list, list]], v: tf.Tensor | None) -> tuple[list, list]:
+        """What `visit(inputs of a group, its rows of v)` returns: arrays joined over groups, and arrays added up."""
+        whole = self.samples // self.size
+
+        def at(start: Any, size: int) -> tuple[list, list]:
+            return visit(self._rows(self.inputs, start, size), None if v is None else _cut(v, start, size))
+
+        joined, added = self._loop(lambda group: at(group * self.size, self.size), whole) if whole else ([], [])
+        if whole * self.size == self.samples:
+            return joined, added
+        rest, more = at(whole * self.size, self.samples - whole * self.size)
+        if not whole:
+            return rest, more
+        return [tf.concat(pair, 0) for pair in zip(joined, rest, strict=True)], [
+            a + b for a, b in zip(added, more, strict=True)
+        ]
+
+    def _loop(self, at: Callable[[Any], tuple[list, list]], count: int) -> tuple[list, list]:
+        kept, added = at(0)  # the first group outside the loop tells dtypes and shapes
+        stores = [tf.TensorArray(row.dtype, count, element_shape=row.shape).write(0, row) for row in kept]
+
+        def body(group: Any, stores: list, sums: list) -> tuple:
+            kept, added = at(group)
+            stores = [store.write(group, row) for store, row in zip(stores, kept, strict=True)]
+            return group + 1, stores, [a + b for a, b in zip(sums, added, strict=True)]
+
+        state = (tf.constant(1), stores, added)
+        _, stores, added = tf.while_loop(lambda group, *_: group < count, body, state, parallel_iterations=1)
+        shapes = [(count * row.shape[0], *row.shape[1:]) for row in kept]
+        return [tf.ensure_shape(store.concat(), shape) for store, shape in zip(stores, shapes, strict=True)], added
+
+    def _rows(self, inputs: Any, start: Any, size: int) -> Any:
+        return map_leaves(lambda leaf: _cut(leaf, start, size) if has_samples(leaf, self.samples) else leaf, inputs)
+
+
+def pulled(forward: Forward, inputs: Any, v: tf.Tensor) -> tuple[tf.Tensor, Gradients]:
+    """The outputs (C, K) of some samples and J^T v, by a pass of their own."""
+    sources = forward.sources
+    if forward.structure.kind == "function":
+        sources = {name: tf.identity(tensor) for name, tensor in sources.items()}
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(list(sources.values()))
+        outputs = parts(forward(inputs, sources))
+    return flatten(outputs), gradients(tape, outputs, sources, v)
+
+
+def gradients(tape: tf.GradientTape, outputs: list[tf.Tensor], sources: dict[str, Any], v: tf.Tensor) -> Gradients:
+    """J^T v from a recorded pass, zero for what was not used."""
+    found = tape.gradient(outputs, list(sources.values()), split(v, outputs), tf.UnconnectedGradients.ZERO)
+    return dict(zip(sources, found, strict=True))
+
+
+def square_norm(gradient: Any) -> tf.Tensor:
+    """||gradient||^2 in float32 or better, shape ().
+
+    Rows of an embedding that were used more than once are added before they are squared.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.reduce_sum(_wide(gradient) ** 2)
+    rows = tf.reshape(gradient.indices, (-1,))
+    values = tf.reshape(_wide(gradient.values), (tf.size(rows), -1))
+    same = tf.cast(rows[:, None] == rows[None, :], values.dtype)  # XLA knows no `unique`: its size varies
+    return tf.reduce_sum(same * tf.matmul(values, values, transpose_b=True))
+
+
+def difference(flat: tf.Tensor, grads: Gradients, outputs: tf.Tensor, gradient: Gradients) -> tf.Tensor:
+    """The largest relative difference between groups taken apart and the batch, in outputs and in J^T v."""
+    if flat.shape != outputs.shape:
+        return tf.constant(float("inf"), tf.float64)
+    in_outputs = tf.reduce_max(tf.abs(flat - outputs)) / _positive(tf.reduce_max(tf.abs(outputs)))
+    norms = tf.stack([tf.cast(tf.norm(_wide(gradient[name])), tf.float64) for name in grads])
+    missed = tf.stack([tf.cast(tf.norm(_wide(grads[n]) - _wide(gradient[n])), tf.float64) for n in grads])
+    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
+    # whole
+    floor = 0.03 * tf.norm(norms)
+    return tf.maximum(tf.cast(in_outputs, tf.float64), tf.reduce_max(missed / _positive(norms + floor)))
+
+
+def has_samples(leaf: Any, samples: int) -> bool:
+    """Whether an input runs over the samples along its first axis."""
+    return tf.is_tensor(leaf) and isinstance(leaf, tf.Tensor) and leaf.shape.rank > 0 and leaf.shape[0] == samples
+
+
+def _cut(tensor: tf.Tensor, start: Any, size: int) -> tf.Tensor:
+    """Rows from `start` on, whose number is known when it is traced."""
+    rest = [0] * (tensor.shape.rank - 1)
+    return tf.ensure_shape(tf.slice(tensor, [start, *rest], [size, *(-1 for _ in rest)]), (size, *tensor.shape[1:]))
+
+
+def _wide(tensor: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tensor, wide([tensor]))
+
+
+def _positive(value: tf.Tensor) -> tf.Tensor:
+    return tf.maximum(value, value.dtype.as_numpy_dtype(2.0**-126))

@@ -1,0 +1,100 @@
+"""The TensorFlow backend keeps the contract, with modules and with functions, outside and inside `tf.function`."""
+
+import random
+from functools import partial
+from operator import attrgetter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import lnp
+from lnp.testing import CHECKS, COMPILED_CHECKS, Kit, flat, frozen, nested
+
+xp = SimpleNamespace(**vars(tf.experimental.numpy) | {"matrix_transpose": tf.linalg.matrix_transpose})
+
+
+class Network(tf.Module):
+    """A scenario as a module that also has what a measurement might disturb: a counter, attributes, a generator."""
+
+    def __init__(self, scenario):
+        super().__init__()
+        self.scenario = scenario
+        self.names = tuple(scenario.parameters)
+        for name, array in scenario.parameters.items():
+            owner = self
+            *path, last = name.split(".")
+            for key in path:
+                if not hasattr(owner, key):
+                    setattr(owner, key, tf.Module())
+                owner = getattr(owner, key)
+            setattr(owner, last, tf.Variable(array))
+        self.calls = tf.Variable(0, trainable=False)
+        self.generator = tf.random.Generator.from_seed(1)
+
+    def __call__(self, inputs):
+        self.calls.assign_add(1)
+        self.last = inputs
+        self.generator.normal(())
+        return self.scenario.apply(xp, {name: attrgetter(name)(self) for name in self.names}, inputs)
+
+
+def batch_of(scenario):
+    return tf.constant(scenario.inputs), tf.constant(scenario.targets)
+
+
+def module(scenario):
+    return Network(scenario), batch_of(scenario)
+
+
+def function(scenario):
+    parameters = nested({name: tf.constant(array) for name, array in scenario.parameters.items()})
+    return (lambda p, x: scenario.apply(xp, flat(p), x), parameters), batch_of(scenario)
+
+
+def closure(scenario):
+    variables = nested({name: tf.Variable(array) for name, array in scenario.parameters.items()})
+    return (lambda x: scenario.apply(xp, flat(variables), x), variables), batch_of(scenario)
+
+
+def compiled(model, batch, loss=None, **options):
+    return tf.function(lambda batch: lnp.decompose(model, batch, loss, **options), autograph=False)(batch)
+
+
+def snapshot(model, batch):
+    state = {
+        "numpy": str(np.random.get_state()),  # noqa: NPY002
+        "python": random.getstate(),
+        "global generator": frozen(tf.random.get_global_generator().state),
+        "eager": tf.config.functions_run_eagerly(),
+        "inputs": frozen(batch[0]),
+        "targets": frozen(batch[1]),
+    }
+    if not isinstance(model, Network):
+        return state | {name: frozen(value) for name, value in flat(model[1]).items()}
+    variables = {v.name + str(i): frozen(v) for i, v in enumerate(model.variables)}
+    return state | variables | {"attributes": sorted(vars(model)), "handles": [id(v) for v in model.variables]}
+
+
+def kit(name, build, **how):
+    return Kit(
+        name=name,
+        framework="tensorflow",
+        build=build,
+        loss=lambda loss: partial(loss.value, xp),
+        snapshot=snapshot,
+        update=lambda update: {key: tf.constant(array) for key, array in update.items()},
+        **how,
+    )
+
+
+@pytest.mark.parametrize("kit", [kit("module", module), kit("function", function)], ids=lambda kit: kit.name)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check, kit):
+    check(kit)
+
+
+@pytest.mark.parametrize("check", COMPILED_CHECKS, ids=lambda check: check.__name__)
+def test_contract_inside_a_function(check):
+    check(kit("closure, inside tf.function", closure, decompose=compiled, compiled=True, dtypes=("float64",)))
