@@ -72,7 +72,7 @@ def find(model: Any) -> Any:
     """
     entries = _entries()
     loaded = [entry for entry in entries if entry.name in sys.modules]
-    for entry in sorted(loaded, key=lambda entry: entry.name == "numpy"):
+    for entry in sorted(loaded, key=_turn):
         backend = entry.load()
         if backend.accepts(model):
             return backend
@@ -95,6 +95,11 @@ def load(framework: str) -> Any:
     return entries[framework].load()
 
 
+def _turn(entry: Any) -> int:
+    """Keras is asked first, for its models are also modules of the framework under it; NumPy last."""
+    return {"keras": 0, "numpy": 2}.get(entry.name, 1)
+
+
 def _entries() -> EntryPoints:
     from importlib.metadata import entry_points  # takes longer to import than all of lnp
 
@@ -107,8 +112,9 @@ def _unknown(model: Any, names: list[str], loaded: list[str]) -> str:
     if isinstance(model, tuple):
         received += f" with items of types {', '.join(type(item).__name__ for item in model)}"
     expected = (
-        "Expected a torch.nn.Module, a Flax NNX or Equinox module, a bound Flax Linen module, a model of lnp_numpy, or "
-        "(apply, parameters) with a function apply(parameters, inputs) and its framework's arrays."
+        "Expected a torch.nn.Module, a tf.Module, a Keras model, a Flax NNX or Equinox module, a bound Flax Linen "
+        "module, a model of lnp_numpy, or (apply, parameters) with a function apply(parameters, inputs) and its "
+        "framework's arrays."
     )
     missing = [name for name in names if name not in loaded]
     remedy = f"Loaded frameworks: {', '.join(loaded) or 'none'}; "

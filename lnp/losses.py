@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-NAMES = ("cross_entropy", "mse")
+NAMES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
+ELEMENTWISE = ("binary_cross_entropy", "mse", "huber")
+"""Losses that average over all elements: of a logit and its label or probability, or with delta = 1."""
 IGNORE_INDEX = -100
 """Class labels of this value (PyTorch's and Hugging Face's convention) take no part in the cross-entropy."""
 
@@ -104,11 +106,11 @@ def class_axis(
 
 
 def check_same_shape(outputs: Sequence[int], targets: Sequence[int]) -> None:
-    """Raise ValueError unless the mean squared error's outputs and targets have one shape."""
+    """Raise ValueError unless outputs and targets of an elementwise loss have one shape."""
     if tuple(outputs) != tuple(targets):
         raise ValueError(
             f"Targets of shape {tuple(targets)} do not match outputs of shape {tuple(outputs)}. Expected "
-            "equal shapes for the mean squared error, since broadcasting hides mistakes. Reshape the targets."
+            "equal shapes for this loss, since broadcasting hides mistakes. Reshape the targets."
         )
 
 
@@ -125,6 +127,19 @@ def labels_out_of_range(xp: Any, labels: Any, classes: int, ignore_index: int = 
         f"integers from 0 to {classes - 1}, or {IGNORE_INDEX} for a position to ignore. Check the labels or the "
         "number of outputs."
     )
+
+
+def stated_terms(loss: Any, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]] | None:
+    """(`loss_terms`, notes) of a loss that says so itself, by a method `loss_terms(outputs, targets)`; None for others.
+
+    A library's losses are wrapped in such an object where their reduction is known.
+    """
+    return loss.loss_terms(outputs, targets) if hasattr(loss, "loss_terms") else None
+
+
+def separable(loss: str | Callable | None) -> bool:
+    """Whether a loss is known to be a mean over samples: one of lnp's own, or one with an attribute that says so."""
+    return loss is None or isinstance(loss, str) or bool(getattr(loss, "separable", False))
 
 
 def assumed_terms(xp: Any, outputs: Sequence[int], targets: Any, integer_targets: bool) -> tuple[Any, str]:

@@ -23,9 +23,9 @@ def prepare(
     meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer)
     if isinstance(meant, str) and not single:
         losses.resolve(None, (), None, False)  # a named loss needs single arrays just as much
-    if meant == "mse":
+    if meant in losses.ELEMENTWISE:
         losses.check_same_shape(shape, targets.shape)
-        return _mse, math.prod(shape) if given is None else given, (), ()
+        return ELEMENTWISE[meant], math.prod(shape) if given is None else given, (), ()
     if meant == "cross_entropy":
         losses.class_axis(shape, targets.shape, integer)
         if not integer:
@@ -35,6 +35,9 @@ def prepare(
     assert callable(meant)
     if given is not None:
         return meant, given, (), ()
+    stated = losses.stated_terms(meant, outputs, targets)
+    if stated is not None:
+        return meant, stated[0], (), stated[1]
     leaf = outputs if hasattr(outputs, "shape") else parts(outputs)[0]
     terms, note = losses.assumed_terms(jnp, tuple(leaf.shape), targets if single else None, integer)
     return meant, terms, (), (note,)
@@ -42,6 +45,18 @@ def prepare(
 
 def _mse(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.mean((outputs - targets.astype(outputs.dtype)) ** 2)
+
+
+def _huber(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    distance = jnp.abs(outputs - targets.astype(outputs.dtype))
+    return jnp.mean(jnp.where(distance < 1, 0.5 * distance**2, distance - 0.5))
+
+
+def _binary_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.mean(jax.nn.softplus(outputs) - targets.astype(outputs.dtype) * outputs)
+
+
+ELEMENTWISE = {"mse": _mse, "huber": _huber, "binary_cross_entropy": _binary_cross_entropy}
 
 
 def _soft_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:

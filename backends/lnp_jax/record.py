@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, coupling_tolerance
+from lnp.losses import separable
 from lnp_jax import batch_norm, losses, parts
 from lnp_jax.models import Arrays, Structure
 from lnp_jax.outputs import flatten, rebuild
@@ -67,7 +68,7 @@ def record(
         group_square_norms=None if groups is None else lambda v: groups.square_norms(parameters, v),
         groups=1 if groups is None else groups.groups,
         loss_along=lambda u, step: loss.of(run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})),
-        separable=options.loss is None or isinstance(options.loss, str),
+        separable=separable(options.loss),
         violations=loss.violations,
         notes=(*notes, *loss.notes, *why),
         while_loop=lambda going, body, state: jax.lax.while_loop(going, body, jax.tree.map(jnp.asarray, state)),

@@ -9,11 +9,11 @@ from lnp.batches import check_loss
 
 
 def value_and_gradient(loss, outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(L, dL/df) for "cross_entropy", "mse", or a callable that returns both."""
-    if loss == "mse":
+    """(L, dL/df) for one of lnp's losses by name, or a callable that returns both."""
+    if loss in losses.ELEMENTWISE:
         losses.check_same_shape(outputs.shape, targets.shape)
-        difference = outputs - targets
-        return np.mean(difference**2), 2 * difference / difference.size
+        value, gradient = ELEMENTWISE[loss](outputs, targets.astype(outputs.dtype))
+        return np.mean(value), gradient / gradient.size
     if loss == "cross_entropy":
         return _cross_entropy(outputs, targets)
     answer = loss(outputs, targets)
@@ -27,6 +27,26 @@ def value_and_gradient(loss, outputs: np.ndarray, targets: np.ndarray) -> tuple[
     if gradient.shape != outputs.shape:
         raise ValueError(f"The loss gradient has shape {gradient.shape}. Expected the outputs' shape {outputs.shape}.")
     return value, gradient
+
+
+def _mse(outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return (outputs - targets) ** 2, 2 * (outputs - targets)
+
+
+def _huber(outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    error = outputs - targets
+    distance = np.abs(error)
+    return np.where(distance < 1, 0.5 * error**2, distance - 0.5), np.clip(error, -1, 1)
+
+
+def _binary_cross_entropy(outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log(1 + e^f) - y f without overflow."""
+    probability = 0.5 * (1 + np.tanh(0.5 * outputs))
+    return np.logaddexp(0, outputs) - targets * outputs, probability - targets
+
+
+ELEMENTWISE = {"mse": _mse, "huber": _huber, "binary_cross_entropy": _binary_cross_entropy}
+"""(outputs, targets) -> (terms, their derivatives)."""
 
 
 def _cross_entropy(outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ def prepare(
     meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer)
     if isinstance(meant, str) and not single:
         losses.resolve(None, (), None, False)  # a named loss needs single tensors just as much
-    if meant in ELEMENTWISE:
+    if meant in losses.ELEMENTWISE:
         losses.check_same_shape(shape, tuple(targets.shape))
         return ELEMENTWISE[meant], math.prod(shape) if given is None else given, (), ()
     if meant == "cross_entropy":
@@ -35,6 +35,9 @@ def prepare(
     assert callable(meant)
     if given is not None:
         return meant, given, (), ()
+    stated = losses.stated_terms(meant, outputs, targets)
+    if stated is not None:
+        return meant, stated[0], (), stated[1]
     leaf = outputs if tf.is_tensor(outputs) else parts(outputs)[0]
     terms, note = losses.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer)
     return meant, terms, (), (note,)

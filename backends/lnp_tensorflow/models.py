@@ -166,7 +166,7 @@ def named_variables(module: Any) -> dict[str, tf.Variable]:
             visit(child, f"{path}.{key}" if path else str(key))
 
     visit(module, "")
-    own = {id(v): v for v in (getattr(module, "variables", None) or getattr(module, "trainable_variables", ()))}
+    own = {id(v): v for v in (getattr(module, "variables", None) or getattr(module, "trainable_variables", None) or ())}
     reached = {path: v for path, v in found.items() if id(v) in own}
     for key, v in own.items():
         if key not in seen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
@@ -11,9 +11,10 @@ import tensorflow as tf
 from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, coupling_tolerance, while_loop
+from lnp.losses import separable
 from lnp_tensorflow import losses, namespace
 from lnp_tensorflow.forward import Forward, draws_since, moved, operations
-from lnp_tensorflow.outputs import flatten, parts, rebuild, wide
+from lnp_tensorflow.outputs import flatten, parts, rebuild, split, wide
 from lnp_tensorflow.samples import Groups, difference, gradients
 
 COUPLED = (
@@ -40,8 +41,10 @@ def record(run: Forward, inputs: Any, targets: Any, seed: Any, options: Options,
         returned = run(inputs)
     drawn, outputs = draws_since(before), parts(returned)
     flat = flatten(outputs)
+    groups = _groups(Groups(run, inputs, tuple(flat.shape), flat.dtype, options.microbatch or 1), options)
+    if groups is not None:
+        flat = groups.outputs()  # in a graph, the pass over the whole batch is not run if nothing else needs it
     loss = _loss(flat, outputs, returned, targets, options)
-    groups = _groups(run, inputs, flat.shape[0], options.microbatch)
 
     def vjp(v: tf.Tensor) -> list[tf.Tensor]:
         pulled = gradients(tape, outputs, sources, v) if groups is None else groups.vjp(v)
@@ -63,7 +66,7 @@ def record(run: Forward, inputs: Any, targets: Any, seed: Any, options: Options,
         group_square_norms=None if groups is None else groups.square_norms,
         groups=1 if groups is None else groups.count,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
-        separable=options.loss is None or isinstance(options.loss, str),
+        separable=separable(options.loss),
         violations=loss.violations,
         notes=(*((COUPLED,) if coupled else ()), *loss.notes, *why),
         while_loop=_while_loop,
@@ -74,7 +77,7 @@ def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: 
     """L and dL/df, in float32 or better."""
     if tf.is_tensor(targets):
         batches.check_lengths(flat.shape[0], tuple(targets.shape))
-    made = [tf.cast(part, wide([part])) for part in outputs]
+    made = [tf.cast(part, wide([part])) for part in split(flat, outputs)]
     function, terms, violations, notes = losses.prepare(
         options.loss, rebuild(returned, made), targets, options.loss_terms
     )
@@ -97,16 +100,13 @@ def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: 
     return _Loss(value, flatten([tf.convert_to_tensor(grad) for grad in filled]), of, terms, violations, notes)
 
 
-def _groups(run: Forward, inputs: Any, samples: int, microbatch: int | None) -> Groups | None:
-    if microbatch is None:
-        return None
-    groups = Groups(run, inputs, samples, microbatch)
-    if not groups.possible:
+def _groups(groups: Groups, options: Options) -> Groups | None:
+    if options.microbatch is not None and not groups.possible:
         raise ValueError(
-            f"microbatch={microbatch} was asked for, but no input runs over the {samples} samples along its first "
-            "axis. Expected at least one that does. Leave microbatch unset."
+            f"microbatch={options.microbatch} was asked for, but no input runs over the {groups.samples} samples along "
+            "its first axis. Expected at least one that does. Leave microbatch unset."
         )
-    return groups
+    return None if options.microbatch is None else groups
 
 
 def _apart(
@@ -114,7 +114,7 @@ def _apart(
 ) -> tuple[Callable | None, tf.Tensor | None, tuple[str, ...]]:
     """(sample_square_norms, whether the samples interact after all, notes)."""
     samples = outputs.shape[0]
-    singles = Groups(run, inputs, samples)
+    singles = Groups(run, inputs, tuple(outputs.shape), outputs.dtype)
     if not options.split:
         return None, None, ()
     if not singles.possible:
@@ -123,7 +123,7 @@ def _apart(
     gradient = dict(zip(run.sources, vjp(g), strict=True))
     whole = outputs
     if options.microbatch == 1:  # cannot differ from single samples: pairs can
-        whole, gradient, _ = Groups(run, inputs, samples, 2).seen(g)
+        whole, gradient, _ = replace(singles, size=2).seen(g)
     flat, grads, norms = singles.seen(g)
     flag = difference(flat, grads, whole, gradient) > coupling_tolerance(namespace, narrow)
     return (lambda v: norms if v is g else singles.square_norms(v)), flag, ()

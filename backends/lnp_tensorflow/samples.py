@@ -26,16 +26,22 @@ class Groups:
         The model.
     inputs:
         Of the whole batch.
-    samples:
-        N.
+    shape, dtype:
+        (N, K) and the dtype of the flattened outputs.
     size:
         Samples per group.
     """
 
     forward: Forward
     inputs: Any
-    samples: int
+    shape: tuple[int, int]
+    dtype: tf.DType
     size: int = 1
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return self.shape[0]
 
     @property
     def count(self) -> int:
@@ -49,19 +55,16 @@ class Groups:
 
     def outputs(self) -> tf.Tensor:
         """f, shape (N, K), with the activations of one group in memory at a time."""
-        (rows,), _ = self._visit(lambda inputs, _: ([flatten(parts(self.forward(inputs)))], []), None)
-        return rows
+        return self._visit(lambda inputs, _: ([flatten(parts(self.forward(inputs)))], []), None, 1)[0][0]
 
     def square_norms(self, v: tf.Tensor) -> dict[str, tf.Tensor]:
         """{name: (G,) array of ||J_g^T v_g||^2}."""
-        names = list(self.forward.sources)
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
-            _, grads = pulled(self.forward, inputs, v)
-            return [tf.stack([square_norm(grads[name]) for name in names])[None]], []
+            flat, grads = pulled(self.forward, inputs, v)
+            return [flat, _square_norms(grads)], []
 
-        (norms,), _ = self._visit(visit, v)
-        return dict(zip(names, tf.unstack(norms, axis=1), strict=True))
+        return self._by_name(self._visit(visit, v, 2)[0][1])
 
     def vjp(self, v: tf.Tensor) -> Gradients:
         """J^T v as the sum over groups."""
@@ -69,46 +72,53 @@ class Groups:
 
     def seen(self, v: tf.Tensor) -> tuple[tf.Tensor, Gradients, dict[str, tf.Tensor]]:
         """Outputs, J^T v and {name: (G,) array of ||J_g^T v_g||^2}, by one pass over the groups."""
-        names = list(self.forward.sources)
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
             flat, grads = pulled(self.forward, inputs, v)
-            norms = tf.stack([square_norm(grads[name]) for name in names])
-            return [flat, norms[None]], [tf.convert_to_tensor(grads[name]) for name in names]
+            return [flat, _square_norms(grads)], [tf.convert_to_tensor(grad) for grad in grads.values()]
 
-        (flat, norms), sums = self._visit(visit, v)
-        return flat, dict(zip(names, sums, strict=True)), dict(zip(names, tf.unstack(norms, axis=1), strict=True))
+        (flat, norms), sums = self._visit(visit, v, 2)
+        return flat, dict(zip(self.forward.sources, sums, strict=True)), self._by_name(norms)
 
-    def _visit(self, visit: Callable[[Any, Any], tuple[list, list]], v: tf.Tensor | None) -> tuple[list, list]:
-        """What `visit(inputs of a group, its rows of v)` returns: arrays joined over groups, and arrays added up."""
+    def _by_name(self, norms: tf.Tensor) -> dict[str, tf.Tensor]:
+        return dict(zip(self.forward.sources, tf.unstack(norms, axis=1), strict=True))
+
+    def _visit(
+        self, visit: Callable[[Any, Any], tuple[list, list]], v: tf.Tensor | None, kept: int
+    ) -> tuple[list, list]:
+        """What `visit(inputs of a group, its rows of v)` returns, over all groups.
+
+        The first `kept` of [outputs of a group, squared norms] are joined, gradients are added up.
+        """
         whole = self.samples // self.size
+        sums = [tf.zeros(source.shape, source.dtype) for source in self.forward.sources.values()]
 
         def at(start: Any, size: int) -> tuple[list, list]:
             return visit(self._rows(self.inputs, start, size), None if v is None else _cut(v, start, size))
 
-        joined, added = self._loop(lambda group: at(group * self.size, self.size), whole) if whole else ([], [])
+        joined, sums = self._loop(lambda group: at(group * self.size, self.size), whole, kept, sums)
         if whole * self.size == self.samples:
-            return joined, added
+            return joined, sums
         rest, more = at(whole * self.size, self.samples - whole * self.size)
-        if not whole:
-            return rest, more
-        return [tf.concat(pair, 0) for pair in zip(joined, rest, strict=True)], [
-            a + b for a, b in zip(added, more, strict=True)
-        ]
+        joined = [tf.concat(pair, 0) for pair in zip(joined, rest, strict=True)] if joined else rest
+        return joined, [a + b for a, b in zip(sums, more, strict=False)]
 
-    def _loop(self, at: Callable[[Any], tuple[list, list]], count: int) -> tuple[list, list]:
-        kept, added = at(0)  # the first group outside the loop tells dtypes and shapes
-        stores = [tf.TensorArray(row.dtype, count, element_shape=row.shape).write(0, row) for row in kept]
+    def _loop(self, at: Callable[[Any], tuple[list, list]], count: int, kept: int, sums: list) -> tuple[list, list]:
+        if not count:
+            return [], sums
+        shapes = [(self.size, self.shape[1]), (1, len(sums))][:kept]
+        dtypes = [self.dtype, _norms_dtype(self.forward)][:kept]
+        stores = [tf.TensorArray(d, count, element_shape=shape) for d, shape in zip(dtypes, shapes, strict=True)]
 
         def body(group: Any, stores: list, sums: list) -> tuple:
-            kept, added = at(group)
-            stores = [store.write(group, row) for store, row in zip(stores, kept, strict=True)]
-            return group + 1, stores, [a + b for a, b in zip(sums, added, strict=True)]
+            rows, added = at(group)
+            stores = [store.write(group, row) for store, row in zip(stores, rows, strict=True)]
+            return group + 1, stores, [a + b for a, b in zip(sums, added, strict=True)] if added else sums
 
-        state = (tf.constant(1), stores, added)
-        _, stores, added = tf.while_loop(lambda group, *_: group < count, body, state, parallel_iterations=1)
-        shapes = [(count * row.shape[0], *row.shape[1:]) for row in kept]
-        return [tf.ensure_shape(store.concat(), shape) for store, shape in zip(stores, shapes, strict=True)], added
+        state = (tf.constant(0), stores, sums)
+        _, stores, sums = tf.while_loop(lambda group, *_: group < count, body, state, parallel_iterations=1)
+        full = [(count * rows, *rest) for rows, *rest in shapes]
+        return [tf.ensure_shape(store.concat(), shape) for store, shape in zip(stores, full, strict=True)], sums
 
     def _rows(self, inputs: Any, start: Any, size: int) -> Any:
         return map_leaves(lambda leaf: _cut(leaf, start, size) if has_samples(leaf, self.samples) else leaf, inputs)
@@ -129,6 +139,16 @@ def gradients(tape: tf.GradientTape, outputs: list[tf.Tensor], sources: dict[str
     """J^T v from a recorded pass, zero for what was not used."""
     found = tape.gradient(outputs, list(sources.values()), split(v, outputs), tf.UnconnectedGradients.ZERO)
     return dict(zip(sources, found, strict=True))
+
+
+def _square_norms(gradients: Gradients) -> tf.Tensor:
+    """Shape (1, number of parameters)."""
+    norms = [square_norm(gradient) for gradient in gradients.values()]
+    return tf.stack([tf.cast(norm, wide(norms)) for norm in norms])[None]
+
+
+def _norms_dtype(forward: Forward) -> tf.DType:
+    return wide(list(forward.sources.values()))
 
 
 def square_norm(gradient: Any) -> tf.Tensor:

@@ -140,7 +140,7 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
         return function(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
 
     return _Loss(
-        value.detach().sum(), flatten(list(grads)), terms, of, isinstance(options.loss, str | None), violations, notes
+        value.detach().sum(), flatten(list(grads)), terms, of, losses.separable(options.loss), violations, notes
     )
 
 

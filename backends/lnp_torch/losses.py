@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from array_api_compat import torch as xp
-from torch import nn
 from torch.nn import functional as F
 
 from lnp import losses
 from lnp.structure import leaves
+from lnp_torch.known import Known, known
 
 Violations = tuple[tuple[torch.Tensor, str], ...]
 
@@ -33,14 +33,18 @@ def prepare(
     meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer(targets))
     if isinstance(meant, str) and not single:
         losses.resolve(None, (), None, False)  # a named loss needs single tensors just as much
-    if meant == "mse":
+    if isinstance(meant, str) and meant in losses.ELEMENTWISE:
         losses.check_same_shape(shape, targets.shape)
-        return _mse, math.prod(shape) if given is None else given, (), ()
+        return ELEMENTWISE[meant], math.prod(shape) if given is None else given, (), ()
     if meant == "cross_entropy":
         axis = losses.class_axis(shape, targets.shape, integer(targets), second_axis=True)
         terms, violations = _class_terms(shape, axis, targets, losses.IGNORE_INDEX)
         value = lambda outputs, targets: _cross_entropy(outputs, targets, axis)
         return value, terms if given is None else given, violations, ()
+    assert callable(meant)
+    stated = losses.stated_terms(meant, outputs, targets)
+    if stated is not None:
+        return meant, stated[0] if given is None else given, (), stated[1]
     terms, notes = _known_terms(meant, shape, targets) if single else (None, ())
     if terms is None:
         leaf = outputs if isinstance(outputs, torch.Tensor) else _first(outputs)
@@ -49,8 +53,13 @@ def prepare(
     return meant, *((terms, (), notes) if given is None else (given, (), ()))
 
 
-def _mse(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.mse_loss(outputs, targets.to(outputs.dtype))
+ELEMENTWISE = {
+    "mse": lambda outputs, targets: F.mse_loss(outputs, targets.to(outputs.dtype)),
+    "huber": lambda outputs, targets: F.huber_loss(outputs, targets.to(outputs.dtype)),
+    "binary_cross_entropy": lambda outputs, targets: F.binary_cross_entropy_with_logits(
+        outputs, targets.to(outputs.dtype)
+    ),
+}
 
 
 def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor, axis: int) -> torch.Tensor:
@@ -70,21 +79,36 @@ def _class_terms(shape: tuple, axis: int, targets: torch.Tensor, ignore_index: i
     return losses.label_terms(xp, targets, ignore_index), (violation,)
 
 
+def separable(loss: str | Callable | None) -> bool:
+    """Whether a loss is known to be a mean over samples.
+
+    A sum is not: the population's rate and position of a sum depend on the number of samples that are summed.
+    """
+    own = known(loss)
+    return losses.separable(loss) if own is None else own.reduction in ("mean", "batchmean")
+
+
 def _known_terms(loss: Any, shape: tuple, targets: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
-    """`loss_terms` of PyTorch's own losses, or None."""
-    if getattr(loss, "reduction", "mean") == "sum" and isinstance(loss, nn.Module):
-        return 1, ("the loss is a sum, which averages over nothing: loss_terms is 1",)
-    if isinstance(loss, nn.MSELoss) or loss is F.mse_loss:
-        return math.prod(torch.broadcast_shapes(shape, targets.shape)), ()
-    if not (isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy):
+    """`loss_terms` of PyTorch's own losses and notes, or None."""
+    own = known(loss)
+    if own is None:
         return None, ()
+    terms = _label_terms(own, shape, targets) if own.labels else math.prod(torch.broadcast_shapes(shape, targets.shape))
+    if own.reduction == "sum":
+        return 1, ("the loss is a sum, which averages over nothing: loss_terms is 1",)
+    if own.reduction == "batchmean":
+        return shape[0], ()
+    return terms, ("the loss weights its terms by class: loss_terms counts them as equal",) if own.weighted else ()
+
+
+def _label_terms(own: Known, shape: tuple, targets: torch.Tensor) -> Any:
     if len(shape) < 2:
         losses.class_axis(shape, targets.shape, integer(targets))  # says what is wrong
-    terms, violations = _class_terms(shape, 1, targets, getattr(loss, "ignore_index", losses.IGNORE_INDEX))
+    terms, violations = _class_terms(shape, 1, targets, own.ignore_index)
     for violated, message in violations:
         if bool(violated):  # before the loss is called: on a GPU it would abort the process
             raise ValueError(message)
-    return terms, ()
+    return terms
 
 
 def _first(tree: Any) -> torch.Tensor:

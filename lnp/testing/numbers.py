@@ -94,6 +94,16 @@ def losses_may_be_callables(kit: Kit) -> None:
         case.true(not any("loss_terms" in note for note in d.notes), f"a note on loss_terms that was given: {d.notes}")
 
 
+def named_losses_are_their_formulas(kit: Kit) -> None:
+    """The Huber loss and the binary cross-entropy by name, and integer labels for the latter."""
+    whole = replace(scenarios.BINARY, targets=np.array([[0, 1], [1, 1], [0, 0]]))
+    for case in kit.cases(scenarios.HUBER, scenarios.BINARY, whole, dtypes=1):
+        d = kit.measure(case.scenario, estimator="exact")
+        case.equal("loss", d.loss, case.truth.loss)
+        case.equal("loss_terms", d.loss_terms, case.truth.terms)
+        case.factors("", d, case.truth.factors())
+
+
 three_times_mse = Loss(lambda xp, f, y: 3 * xp.mean((f - y) ** 2), lambda f, y: 6 * (f - y) / f.size)
 """3 x the mean squared error."""
 
@@ -161,6 +171,7 @@ NUMBER_CHECKS = (
     population_is_the_mean_over_pairs,
     parameters_are_selected,
     losses_may_be_callables,
+    named_losses_are_their_formulas,
     cross_response_is_the_dense_one,
     loss_changes_are_those_of_the_step,
 )

@@ -123,11 +123,19 @@ class Truth:
         return {"rate": rate, "chi_loss": n * g2, "chi_net": trace / n, "chi_pos": rate / (g2 * trace)}
 
 
+ELEMENTWISE = {
+    "mse": lambda f, y: ((f - y) ** 2, 2 * (f - y)),
+    "huber": lambda f, y: (np.where(abs(f - y) < 1, (f - y) ** 2 / 2, abs(f - y) - 0.5), np.clip(f - y, -1, 1)),
+    "binary_cross_entropy": lambda f, y: (np.log(1 + np.exp(f)) - y * f, 1 / (1 + np.exp(-f)) - y),
+}
+"""(outputs, targets) -> (terms, their derivatives)."""
+
+
 def _loss(name: str, outputs: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray, int]:
     """(L, dL/df, n)."""
-    if name == "mse":
-        error = outputs - targets
-        return float(np.mean(error**2)), 2 * error / error.size, error.size
+    if name in ELEMENTWISE:
+        value, slope = ELEMENTWISE[name](outputs, targets)
+        return float(np.mean(value)), slope / outputs.size, outputs.size
     weights = targets
     if np.issubdtype(targets.dtype, np.integer):
         weights = (targets[..., None] == np.arange(outputs.shape[-1])).astype(float)

@@ -24,7 +24,7 @@ class Scenario:
     inputs, targets:
         The batch, N samples along the first axis.
     loss:
-        "mse" or "cross_entropy".
+        One of lnp's named losses.
     apply:
         (xp, parameters, inputs) -> outputs of shape (N, ...), by operators and functions of the namespace `xp`.
     jacobian:
@@ -181,6 +181,10 @@ def gated() -> Scenario:
 
 
 LINEAR, LAYERS, TOKENS = linear(), layers(), tokens()
+HUBER = linear(3, 2, "huber", "huber")
+BINARY = replace(
+    linear(3, 2, "binary labels", "binary_cross_entropy"), targets=np.array([[0.0, 1.0], [1.0, 1.0], [0.25, 0.0]])
+)
 WIDE = prescribed(2, 9, "wide")
 """More outputs than `auto` takes one by one."""
 MANY, MANY_GROUPS = layers("twelve samples", samples=12), (0, 1, 3, 4, 6, 7, 9, 10)

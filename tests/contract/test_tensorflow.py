@@ -3,16 +3,16 @@
 import random
 from functools import partial
 from operator import attrgetter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import lnp
+from contract.namespaces import tensorflow
 from lnp.testing import CHECKS, COMPILED_CHECKS, Kit, flat, frozen, nested
 
-xp = SimpleNamespace(**vars(tf.experimental.numpy) | {"matrix_transpose": tf.linalg.matrix_transpose})
+xp = tensorflow()
 
 
 class Network(tf.Module):

@@ -1,0 +1,10 @@
+"""lnp for Keras 3 on TensorFlow, JAX and PyTorch: models and layers go to the backend of the framework they run on."""
+
+try:
+    import keras  # noqa: F401
+except ImportError as error:
+    raise ImportError("lnp_keras needs Keras 3. Run: pip install 'lnp[keras]' and a framework") from error
+
+from lnp_keras.backend import accepts, evaluate, linearize
+
+__all__ = ["accepts", "evaluate", "linearize"]

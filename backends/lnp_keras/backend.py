@@ -1,0 +1,129 @@
+"""The backend's entry points: a Keras model is handed over as a function of its variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+
+import lnp
+from lnp.backends import Options
+from lnp.linearization import Linearization
+from lnp_keras import batch_norm
+from lnp_keras.losses import CompiledLoss, adapted, compiled_loss, overridden
+from lnp_keras.models import Stateless, accepts, as_tensors, named_variables, selected, stateless
+
+__all__ = ["accepts", "evaluate", "linearize"]
+
+
+def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
+    """Run the computation with the backend of the framework that Keras runs on."""
+    backend, handed = lnp.load(keras.backend.backend()), _handed(model, batches, options)
+    if operands.get("update") is not None:
+        operands["update"] = _by_name(handed.options.parameters, operands["update"])
+    result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
+    return replace(result, notes=(*result.notes, *handed.notes)) if hasattr(result, "notes") else result
+
+
+def linearize(model: Any, batch: Any, options: Options) -> Linearization:
+    """The record for one batch."""
+    handed = _handed(model, (batch,), options)
+    record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
+    keep = lambda v: (model, record.vjp(v))[1]  # the function that was handed over refers to the model weakly
+    return replace(record, vjp=keep, notes=(*record.notes, *handed.notes))
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """What another backend gets."""
+
+    model: tuple[Stateless, dict]
+    batches: tuple
+    options: Options
+    notes: tuple[str, ...]
+
+
+def _handed(model: Any, batches: tuple, options: Options) -> _Handed:
+    function = stateless(model, options.forward)
+    values = {name: variable.value for name, variable in named_variables(model).items()}
+    parts = [_split(batch) for batch in batches]
+    loss, notes = _loss(model, options.loss, parts)
+    inputs = [as_tensors(x) for x, _, _ in parts]
+    frozen: list = [[] for _ in parts]
+    if options.batch_statistics == "frozen" and batch_norm.normalisations(function):
+        function, frozen, more = _frozen(function, values, inputs)
+        notes = (*notes, *more)
+    given = tuple(
+        ({"inputs": x, "statistics": statistics}, _targets(loss, x, y, weight))
+        for x, statistics, (_, y, weight) in zip(inputs, frozen, parts, strict=True)
+    )
+    names = selected(model, options.parameters)
+    return _Handed((function, values), given, replace(options, loss=loss, forward=None, parameters=names), notes)
+
+
+def _frozen(function: Stateless, values: dict, inputs: list) -> tuple[Stateless, list, tuple[str, ...]]:
+    """The function with frozen statistics, those of each batch, and notes."""
+    seen = [_seen(function, values, x) for x in inputs]
+    used = [position for position in seen[0][0] if all(position in positions for positions, _ in seen)]
+    statistics = [[stats for p, stats in zip(positions, found, strict=True) if p in used] for positions, found in seen]
+    return replace(function, frozen=tuple(used)), statistics, (batch_norm.NOTE,) if used else ()
+
+
+def _seen(function: Stateless, values: dict, inputs: Any) -> tuple[list[int], list]:
+    if keras.backend.backend() == "torch":
+        import torch
+
+        with torch.no_grad():
+            return batch_norm.seen(function, values, inputs)
+    return batch_norm.seen(function, values, inputs)
+
+
+def _split(batch: Any) -> tuple[Any, Any, Any]:
+    """(inputs, targets, sample weights or None)."""
+    if isinstance(batch, list | tuple) and len(batch) in (2, 3):
+        return (*batch, None) if len(batch) == 2 else tuple(batch)
+    what = f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+    raise TypeError(
+        f"The batch is a {what}. Expected (inputs, targets) or (inputs, targets, sample_weight), as `fit` takes them. "
+        "Put the parts together in a tuple."
+    )
+
+
+def _loss(model: Any, loss: Any, parts: list) -> tuple[Any, tuple[str, ...]]:
+    """The loss for the other backend, and notes."""
+    weighted = any(weight is not None for _, _, weight in parts)
+    if loss is not None:
+        loss = adapted(loss)
+        if weighted and not hasattr(loss, "loss_terms"):
+            raise ValueError(
+                "Sample weights were given with a loss that does not take them. Expected the model's compiled loss "
+                "(loss=None) or one of Keras's. Multiply by the weights in the loss itself."
+            )
+        return loss, ()
+    if not getattr(model, "compiled", False):
+        if weighted:
+            raise ValueError(
+                "Sample weights were given, but the model is not compiled. Expected model.compile(loss=...) before. "
+                "Compile it, or pass loss=."
+            )
+        return None, (
+            "the model is not compiled: its loss is inferred from the targets, and outputs are taken as logits",
+        )
+    notes = []
+    if model.losses and not overridden(model):
+        notes.append("regularisation terms are left out of the loss: they do not come from the outputs")
+    return compiled_loss(model), tuple(notes)
+
+
+def _targets(loss: Any, inputs: Any, targets: Any, weight: Any) -> Any:
+    targets = as_tensors(targets)
+    if isinstance(loss, CompiledLoss):
+        return {"inputs": inputs, "targets": targets, "sample_weight": as_tensors(weight)}
+    return targets if weight is None else {"targets": targets, "sample_weight": as_tensors(weight)}
+
+
+def _by_name(names: Any, update: Any) -> dict[str, Any]:
+    given = dict(update) if isinstance(update, Mapping) else dict(zip(names, update, strict=False))
+    return {name: as_tensors(value) for name, value in given.items()}

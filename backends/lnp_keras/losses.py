@@ -1,0 +1,211 @@
+"""The loss that a model was compiled with, and Keras's own losses, as losses that lnp takes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from lnp.losses import NAMES
+from lnp.structure import leaves
+
+ELEMENTS = (
+    *("MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError"),
+    *("Huber", "LogCosh", "Hinge", "SquaredHinge", "Poisson", "BinaryCrossentropy", "BinaryFocalCrossentropy"),
+    *("mean_squared_error", "mean_absolute_error", "mean_absolute_percentage_error", "mean_squared_logarithmic_error"),
+    *("huber", "log_cosh", "hinge", "squared_hinge", "poisson", "binary_crossentropy", "binary_focal_crossentropy"),
+)
+"""Losses that average over all elements of the outputs."""
+ROWS = (
+    *("CategoricalCrossentropy", "CategoricalFocalCrossentropy", "SparseCategoricalCrossentropy", "KLDivergence"),
+    *("CosineSimilarity", "CategoricalHinge", "categorical_crossentropy", "categorical_focal_crossentropy"),
+    *("sparse_categorical_crossentropy", "kl_divergence", "cosine_similarity", "categorical_hinge"),
+)
+"""Losses that average over rows, one for each vector along the last axis of the outputs."""
+WEIGHTED = "sample weights scale the terms of the loss, which are counted as without them"
+
+
+@dataclass(frozen=True)
+class KerasLoss:
+    """One of Keras's losses, which takes (targets, outputs), as a loss (outputs, targets) -> scalar.
+
+    Targets may be a dictionary with "targets" and "sample_weight".
+    """
+
+    loss: Any
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        outputs, targets, weight = _opened(outputs), *_weighted(targets)
+        if isinstance(self.loss, keras.losses.Loss):
+            return self.loss(targets, outputs, sample_weight=weight)
+        return keras.ops.mean(self.loss(targets, outputs))
+
+    @property
+    def separable(self) -> bool:
+        """Whether it is a mean over samples."""
+        return _count_by(self.loss) is not None and _reduction(self.loss) in MEANS
+
+    def loss_terms(self, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
+        """n, and notes on it."""
+        return _terms(self.loss, outputs, targets)
+
+
+@dataclass(frozen=True)
+class CompiledLoss:
+    """What `fit` minimises: the model's `compute_loss`, without the terms that do not come from the outputs.
+
+    Targets are a dictionary with "inputs", "targets" and "sample_weight".
+
+    Attributes
+    ----------
+    model:
+        Weak reference to it.
+    identity:
+        What it was compiled with for its only output, or None for several.
+    compiled:
+        Weak reference to what `compile` made of it, which a second `compile` replaces.
+    """
+
+    model: weakref.ref
+    identity: Any
+    compiled: Any
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        model: Any = self.model()
+        outputs, (y, weight) = _opened(outputs), _weighted(targets)
+        with _unchanged(model), keras.StatelessScope():
+            total = model.compute_loss(x=targets["inputs"], y=y, y_pred=outputs, sample_weight=weight, training=True)
+            for extra in [] if overridden(model) else model.losses:
+                total = total - keras.ops.sum(extra)
+        return total
+
+    @property
+    def separable(self) -> bool:
+        """Whether it is a mean over samples."""
+        if overridden(self.model()) or self.identity is None:
+            return False
+        known = isinstance(self.identity, str) and self.identity.lower() in AUTOMATIC
+        return known or KerasLoss(keras.losses.get(self.identity)).separable
+
+    def loss_terms(self, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
+        """n, and notes on it."""
+        if overridden(self.model()) or self.identity is None:
+            samples = leaves(_bare(outputs))[0].shape[0]
+            return samples, ("loss_terms counts the samples, which is assumed for this loss; pass loss_terms=",)
+        return _terms(_resolved(self.identity, outputs, targets), outputs, targets)
+
+
+def compiled_loss(model: Any) -> CompiledLoss:
+    """The loss of a compiled model."""
+    single = not isinstance(model.loss, dict | list | tuple)
+    made = getattr(model, "_compile_loss", None)
+    return CompiledLoss(weakref.ref(model), model.loss if single else None, None if made is None else weakref.ref(made))
+
+
+AUTOMATIC = ("crossentropy", "ce")
+"""Names for a cross-entropy whose kind follows from the shapes."""
+MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+def adapted(loss: Any) -> Any:
+    """A loss of Keras, or its name, as one that lnp takes; anything else as it is."""
+    if isinstance(loss, str) and loss not in NAMES:
+        with contextlib.suppress(ValueError):
+            return KerasLoss(keras.losses.get(loss))
+        return loss
+    if isinstance(loss, keras.losses.Loss) or getattr(loss, "__module__", "").startswith("keras."):
+        return KerasLoss(loss)
+    return loss
+
+
+def overridden(model: Any) -> bool:
+    """Whether the user's class computes its loss in a way of its own."""
+    return type(model).compute_loss is not keras.Model.compute_loss
+
+
+def _terms(loss: Any, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
+    shape = tuple(leaves(_bare(outputs))[0].shape)
+    _, weight = _weighted(targets)
+    notes = () if weight is None else (WEIGHTED,)
+    if _reduction(loss) == "sum":
+        return 1, (*notes, "the loss is a sum, which averages over nothing: loss_terms is 1")
+    by = _count_by(loss)
+    if by is None:
+        return shape[0], (*notes, "loss_terms counts the samples, which is assumed for this loss; pass loss_terms=")
+    rows, each = math.prod(shape[:-1]), shape[-1] if by == "elements" else 1
+    valid = _valid_rows(loss, outputs, targets, shape)
+    return (rows * each if valid is None else valid * each), notes
+
+
+def _valid_rows(loss: Any, outputs: Any, targets: Any, shape: tuple) -> Any:
+    """How many rows a mask or ignored labels leave, or None for all."""
+    masks = outputs["masks"] if _is_masked(outputs) else [None]
+    ignored = getattr(loss, "ignore_class", None)
+    y, _ = _weighted(targets)
+    kept = [] if masks[0] is None else [keras.ops.broadcast_to(masks[0], shape[:-1])]
+    kept += [] if ignored is None else [keras.ops.reshape(y, shape[:-1]) != ignored]
+    if not kept:
+        return None
+    both = kept[0] if len(kept) == 1 else keras.ops.logical_and(*kept)
+    return keras.ops.sum(keras.ops.cast(both, "int32"))
+
+
+def _count_by(loss: Any) -> str | None:
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return "elements" if name in ELEMENTS else "rows" if name in ROWS else None
+
+
+def _reduction(loss: Any) -> str:
+    return getattr(loss, "reduction", "sum_over_batch_size")
+
+
+def _resolved(identity: Any, outputs: Any, targets: Any) -> Any:
+    if isinstance(identity, str) and identity.lower() in AUTOMATIC:
+        y, shape = _weighted(targets)[0], tuple(leaves(_bare(outputs))[0].shape)
+        sparse = len(y.shape) < len(shape) or y.shape[-1] != shape[-1]
+        identity = "binary_crossentropy" if shape[-1] == 1 else f"{'sparse_' * sparse}categorical_crossentropy"
+    return keras.losses.get(identity)
+
+
+def _weighted(targets: Any) -> tuple[Any, Any]:
+    if isinstance(targets, dict) and "sample_weight" in targets:
+        return targets["targets"], targets["sample_weight"]
+    return targets, None
+
+
+def _is_masked(outputs: Any) -> bool:
+    return isinstance(outputs, dict) and set(outputs) == {"outputs", "masks"}
+
+
+def _bare(outputs: Any) -> Any:
+    return outputs["outputs"] if _is_masked(outputs) else outputs
+
+
+def _opened(outputs: Any) -> Any:
+    """The outputs as the model returned them, with their masks attached."""
+    bare = _bare(outputs)
+    for leaf, mask in zip(leaves(bare), outputs["masks"], strict=True) if _is_masked(outputs) else ():
+        if mask is not None:
+            leaf._keras_mask = mask
+    return bare
+
+
+@contextlib.contextmanager
+def _unchanged(model: Any) -> Iterator[None]:
+    """Keras builds a compiled loss at its first use, which here may lie inside a trace: put it back."""
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None or compiled.built:
+        yield
+        return
+    before, metrics = dict(vars(compiled)), list(compiled.metrics)
+    try:
+        yield
+    finally:
+        vars(compiled).clear()
+        vars(compiled).update(before)
+        compiled.metrics[:] = metrics

@@ -1,0 +1,162 @@
+"""A Keras model as a pure function of its variables, which every framework's backend takes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from lnp.batches import select
+from lnp.structure import leaves, map_leaves
+
+PLAIN = (bool, int, float, str, type(None))
+FOREIGN = ("TorchModuleWrapper", "TFSMLayer")
+
+
+@dataclass(frozen=True)
+class Stateless:
+    """(values of all variables by name, {"inputs", "statistics"}) -> outputs. Nothing is written to the model.
+
+    Equal functions share compiled code. The model is held by a weak reference, so that compiled code does not keep it
+    alive.
+
+    Attributes
+    ----------
+    model:
+        Weak reference to the model or layer.
+    forward:
+        The user's (model, inputs) -> outputs, or None for what `fit` calls.
+    frozen:
+        Positions among the model's layers of the normalisations that use the statistics that come with the inputs.
+    state:
+        Plain attributes of the layers: they are constants in compiled code.
+    """
+
+    model: weakref.ref
+    forward: Callable | None = None
+    frozen: tuple[int, ...] = ()
+    state: tuple = ()
+
+    def __call__(self, values: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        model = self.model()
+        known = named_variables(model)
+        mapping = [(known[name], value) for name, value in values.items()]
+        layers = [flat_layers(model)[position] for position in self.frozen]
+        for layer, (mean, variance) in zip(layers, batch["statistics"], strict=True):
+            mapping += [(layer.moving_mean, mean[0]), (layer.moving_variance, variance[0])]
+        with inference_mode(layers), keras.StatelessScope(mapping):
+            outputs = (self.forward or called)(model, batch["inputs"])
+        masks = [mask_of(leaf) for leaf in leaves(outputs)]
+        return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
+
+
+def accepts(model: Any) -> bool:
+    """Whether the model is a Keras 3 model or layer."""
+    return isinstance(model, keras.Layer)
+
+
+def stateless(model: keras.Layer, forward: Callable | None) -> Stateless:
+    """The model as a function.
+
+    Raises
+    ------
+    ValueError
+        For a model without variables yet, on a Keras backend that cannot differentiate, or with layers whose variables
+        Keras does not replace.
+    """
+    if keras.backend.backend() not in ("tensorflow", "jax", "torch"):
+        raise ValueError(
+            f"Keras runs on {keras.backend.backend()!r}, which cannot differentiate. Expected TensorFlow, JAX or "
+            "PyTorch. Set the environment variable KERAS_BACKEND to one of them before Keras is imported."
+        )
+    if not model.built:
+        raise ValueError(
+            f"The model {model.name!r} is not built: it has no variables yet. Expected a model that knows the shape of "
+            "its inputs. Call it once on a batch, or model.build(shape)."
+        )
+    foreign = [layer.name for layer in flat_layers(model) if type(layer).__name__ in FOREIGN]
+    if foreign:
+        raise ValueError(
+            f"The layers {foreign} hold another framework's module, whose variables Keras cannot replace. Expected "
+            "Keras layers. Pass the framework's own module to lnp instead."
+        )
+    return Stateless(weakref.ref(model), forward, state=plain_state(model))
+
+
+def called(model: keras.Layer, inputs: Any) -> Any:
+    """What `fit` calls: in training mode, if the model has one."""
+    if "training" in inspect.signature(model.call).parameters:
+        return model(inputs, training=True)
+    return model(inputs)
+
+
+def named_variables(model: keras.Layer) -> dict[str, Any]:
+    """{dotted path: variable} of all variables, without the model's own name in front."""
+    found: dict[str, Any] = {}
+    for variable in model.variables:
+        path = variable.path.replace("/", ".").removeprefix(f"{model.name}.")
+        while path in found:
+            path += "_"
+        found[path] = variable
+    return found
+
+
+def selected(model: keras.Layer, parameters: Any) -> list[str]:
+    """The names of the trainable variables, or of those that the user picks."""
+    trainable = {id(variable) for variable in model.trainable_variables}
+    names = [
+        name
+        for name, variable in named_variables(model).items()
+        if keras.backend.is_float_dtype(variable.dtype) and (id(variable) in trainable or parameters is not None)
+    ]
+    return select(names, parameters)
+
+
+def flat_layers(model: keras.Layer) -> list[keras.Layer]:
+    """The model and all layers in it, in a fixed order."""
+    return list(model._flatten_layers())
+
+
+@contextlib.contextmanager
+def inference_mode(layers: list[keras.Layer]) -> Iterator[None]:
+    """These layers use their moving statistics although the model is called in training mode."""
+    before = [layer._trainable for layer in layers]
+    try:
+        for layer in layers:
+            layer._trainable = False  # not the property, which would change the variables too
+        yield
+    finally:
+        for layer, trainable in zip(layers, before, strict=True):
+            layer._trainable = trainable
+
+
+def plain_state(model: keras.Layer) -> tuple:
+    """Public attributes of the layers that are no tensors."""
+    return tuple(
+        (
+            layer.trainable,
+            *((k, v) for k, v in vars(layer).items() if k[0] != "_" and isinstance(v, PLAIN)),
+        )
+        for layer in flat_layers(model)
+    )
+
+
+def mask_of(leaf: Any) -> Any:
+    """The mask that Keras has attached to an output, or None."""
+    return getattr(leaf, "_keras_mask", None)
+
+
+def as_tensors(tree: Any) -> Any:
+    """Arrays as tensors of the framework."""
+
+    def tensor(leaf: Any) -> Any:
+        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            return leaf
+        return keras.ops.convert_to_tensor(leaf, dtype=keras.backend.standardize_dtype(leaf.dtype))
+
+    return map_leaves(tensor, tree)

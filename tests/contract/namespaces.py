@@ -1,0 +1,22 @@
+"""The frameworks' functions under the array-API standard's names, as the scenarios call them."""
+
+from types import SimpleNamespace
+
+
+def jax():
+    from jax import numpy
+
+    return numpy
+
+
+def torch():
+    from array_api_compat import torch
+
+    return torch
+
+
+def tensorflow():
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # many small graphs, each run once
+    return SimpleNamespace(**vars(tf.experimental.numpy) | {"matrix_transpose": tf.linalg.matrix_transpose})
