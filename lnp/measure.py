@@ -50,8 +50,9 @@ def decompose(
         `(inputs, targets)`; inputs may be an array, tuple or dict. For a Hugging Face model a dict with labels.
         N samples along the first axis of outputs of any structure, K numbers each.
     loss:
-        `loss(outputs, targets) -> scalar`, "cross_entropy" or "mse". None takes the model's own (Hugging Face), else
-        cross-entropy for integer targets and mean squared error for float targets of the outputs' shape.
+        `loss(outputs, targets) -> scalar`, or a name: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or
+        "huber" (delta = 1). None takes the model's own (Hugging Face, compiled Keras models), else cross-entropy for
+        integer targets and mean squared error for float targets of the outputs' shape.
     forward:
         `forward(model, inputs) -> outputs`, for models that are not called as `model(inputs)`.
     parameters:

@@ -11,9 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import lnp
-from integrations.jax_reference import cross_entropy, dense
-
-TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-10}
+from integrations.jax_reference import TOLERANCE, agrees, cast, cross_entropy, dense
 
 
 @pytest.fixture(params=[jnp.float32, jnp.float64], ids=["float32", "float64"], autouse=True)
@@ -25,15 +23,6 @@ def dtype(request):
 def batch(dtype, *shape, classes=3):
     generator = np.random.default_rng(0)
     return jnp.asarray(generator.standard_normal(shape), dtype), jnp.asarray(generator.integers(0, classes, shape[0]))
-
-
-def agrees(d: lnp.Decomposition, expected: dict[str, float], dtype) -> None:
-    assert {name: getattr(d, name) for name in expected} == pytest.approx(expected, rel=TOLERANCE[dtype])
-
-
-def cast(tree, dtype):
-    floating = lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if floating(leaf) else leaf, tree)
 
 
 class CNN(nnx.Module):
