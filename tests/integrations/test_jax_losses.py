@@ -189,6 +189,10 @@ def test_contrastive_loss():
     assert any("population" in note for note in d.notes)
 
 
+def scaled(parameters, x):
+    return parameters * x
+
+
 NAMED = {
     "huber": (lambda f, y: optax.huber_loss(f, y).mean(), [0.0, 1.0, -1.0, 1e6, -1e6]),
     "binary_cross_entropy": (lambda f, y: optax.sigmoid_binary_cross_entropy(f, y).mean(), [0.0, 40, -40, 800, -800]),
@@ -200,7 +204,6 @@ NAMED = {
 def test_named_losses_at_their_edges(name, target):
     reference, outputs = NAMED[name]
     outputs, targets = np.array(outputs)[:, None], np.full((5, 1), target)
-    scaled = lambda parameters, x: parameters * x
     d = lnp.decompose((scaled, np.ones(())), (outputs, targets), name, estimator="exact")
     agrees(d, dense(lambda p: p * outputs, jnp.ones(()), lambda f: reference(f, targets), 5))
 
