@@ -123,9 +123,9 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
     # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
     detached = [part.detach().to(wide([part])).requires_grad_() for part in parts]
     tree = outputs.with_parts(detached)
-    function, terms, violations, notes = losses.prepare(options.loss, tree, targets, options.loss_terms)
+    loss = losses.prepare(options.loss, tree, targets, options.loss_terms)
     with torch.enable_grad():
-        value = function(tree, targets)
+        value = loss.function(tree, targets)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"The loss returned {type(value).__name__}. Expected a tensor of shape ().")
         batches.check_loss(value.shape)
@@ -137,11 +137,10 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
         grads = torch.autograd.grad(value.sum(), detached, allow_unused=True, materialize_grads=True)
 
     def of(other: Outputs) -> torch.Tensor:
-        return function(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
+        return loss.function(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
 
-    return _Loss(
-        value.detach().sum(), flatten(list(grads)), terms, of, losses.separable(options.loss), violations, notes
-    )
+    gradient = flatten(list(grads))
+    return _Loss(value.detach().sum(), gradient, loss.terms, of, loss.separable, loss.violations, loss.notes)
 
 
 def _taken_apart(

@@ -16,10 +16,13 @@ ELEMENTS = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),
     *(nn.SoftMarginLoss, nn.KLDivLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
     *(F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.soft_margin_loss, F.kl_div),
+    F.gaussian_nll_loss,  # with its variance bound by functools.partial; the module takes it in every call
 )
 """Losses whose mean is over all elements of outputs and targets."""
 LABELS = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 """Losses whose mean is over class labels."""
+SAMPLES = (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, F.multi_margin_loss, F.multilabel_margin_loss)
+"""Losses whose mean is over samples, however many classes they have."""
 
 
 @dataclass(frozen=True)
@@ -28,35 +31,38 @@ class Known:
 
     Attributes
     ----------
-    labels:
-        Whether it averages over class labels, or over elements.
+    over:
+        "elements", "labels" or "samples": what its mean averages over.
     reduction:
         "mean", "sum", "none" or "batchmean".
     ignore_index:
         Label that takes no part.
     weighted:
-        Whether classes have weights, by which the mean is weighted.
+        Whether weights are given, for classes or elements.
     """
 
-    labels: bool
+    over: str
     reduction: str
     ignore_index: int
     weighted: bool
 
 
 def known(loss: str | Callable | None) -> Known | None:
-    """What is known of a loss: a module, a function, or a function with keywords bound by `functools.partial`."""
-    settings: dict[str, Any] = {}
+    """What is known of a loss: a module, a function, or either with keywords bound by `functools.partial`."""
     identity: Any = loss
-    if isinstance(loss, nn.Module):
-        settings, identity = vars(loss) | loss._buffers, type(loss)
-    while isinstance(identity, functools.partial):
-        settings = {**identity.keywords, **settings}
+    settings: dict[str, Any] = {}
+    if isinstance(identity, functools.partial):
+        settings = identity.keywords
         identity = None if identity.args else identity.func
-    if not any(identity is one for one in (*ELEMENTS, *LABELS)):
+    if isinstance(identity, nn.Module):
+        # by its exact type: a subclass may compute something else
+        identity, settings = type(identity), {**vars(identity), **identity._buffers, **settings}
+    kinds = {"elements": ELEMENTS, "labels": LABELS, "samples": SAMPLES}
+    over = next((name for name, losses in kinds.items() if any(identity is one for one in losses)), None)
+    if over is None or {"size_average", "reduce"} & settings.keys():  # the old way to say how a function reduces
         return None
     return Known(
-        any(identity is one for one in LABELS),
+        over,
         settings.get("reduction", "mean"),
         settings.get("ignore_index", IGNORE_INDEX),
         settings.get("weight") is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +25,36 @@ def integer(targets: Any) -> bool:
     )
 
 
-def prepare(
-    loss: str | Callable | None, outputs: Any, targets: Any, given: int | None
-) -> tuple[Callable, Any, Violations, tuple[str, ...]]:
-    """(loss(outputs, targets) -> scalar, loss_terms, violations, notes), where outputs may be of any structure."""
+@dataclass(frozen=True)
+class Prepared:
+    """A loss that can be called, and what is known of it.
+
+    Attributes
+    ----------
+    function:
+        (outputs, targets) -> scalar, where outputs may be of any structure.
+    terms:
+        Number of terms that its mean averages.
+    separable:
+        Whether it is known to be a mean over samples.
+    violations, notes:
+        As in `lnp.Linearization`.
+    """
+
+    function: Callable
+    terms: Any
+    separable: bool
+    violations: Violations = ()
+    notes: tuple[str, ...] = ()
+
+
+def prepare(loss: str | Callable | None, outputs: Any, targets: Any, given: int | None) -> Prepared:
+    """The loss that the user means. `given` replaces the number of terms, and what would be said about it."""
+    prepared = _prepared(loss, outputs, targets)
+    return prepared if given is None else replace(prepared, terms=given, notes=())
+
+
+def _prepared(loss: str | Callable | None, outputs: Any, targets: Any) -> Prepared:
     single = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
     shape = tuple(outputs.shape) if single else ()
     meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer(targets))
@@ -35,22 +62,26 @@ def prepare(
         losses.resolve(None, (), None, False)  # a named loss needs single tensors just as much
     if isinstance(meant, str) and meant in losses.ELEMENTWISE:
         losses.check_same_shape(shape, targets.shape)
-        return ELEMENTWISE[meant], math.prod(shape) if given is None else given, (), ()
+        return Prepared(ELEMENTWISE[meant], math.prod(shape), separable=True)
     if meant == "cross_entropy":
         axis = losses.class_axis(shape, targets.shape, integer(targets), second_axis=True)
         terms, violations = _class_terms(shape, axis, targets, losses.IGNORE_INDEX)
         value = lambda outputs, targets: _cross_entropy(outputs, targets, axis)
-        return value, terms if given is None else given, violations, ()
+        return Prepared(value, terms, True, violations)
     assert callable(meant)
     stated = losses.stated_terms(meant, outputs, targets)
     if stated is not None:
-        return meant, stated[0] if given is None else given, (), stated[1]
-    terms, notes = _known_terms(meant, shape, targets) if single else (None, ())
-    if terms is None:
-        leaf = outputs if isinstance(outputs, torch.Tensor) else _first(outputs)
-        terms, note = losses.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer(targets))
-        notes = (note,)
-    return meant, *((terms, (), notes) if given is None else (given, (), ()))
+        return Prepared(meant, stated[0], losses.separable(meant), notes=stated[1])
+    own = known(meant) if single else None
+    if own is not None and (own.over != "elements" or shape == tuple(targets.shape)):
+        terms, notes = _known_terms(own, shape, targets)
+        # A sum is N times a mean over samples, so its position and noise scale would be the mean's; its rate however is
+        # that of N times the loss, which says nothing about the population until N is divided out.
+        return Prepared(meant, terms, own.reduction in ("mean", "batchmean"), notes=notes)
+    # Also where PyTorch broadcasts one to the other: (N, 1) with (N,) pairs every sample with every other one.
+    leaf = outputs if isinstance(outputs, torch.Tensor) else _first(outputs)
+    terms, note = losses.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer(targets))
+    return Prepared(meant, terms, losses.separable(meant), notes=(note,))
 
 
 ELEMENTWISE = {
@@ -79,26 +110,18 @@ def _class_terms(shape: tuple, axis: int, targets: torch.Tensor, ignore_index: i
     return losses.label_terms(xp, targets, ignore_index), (violation,)
 
 
-def separable(loss: str | Callable | None) -> bool:
-    """Whether a loss is known to be a mean over samples.
-
-    A sum is not: the population's rate and position of a sum depend on the number of samples that are summed.
-    """
-    own = known(loss)
-    return losses.separable(loss) if own is None else own.reduction in ("mean", "batchmean")
-
-
-def _known_terms(loss: Any, shape: tuple, targets: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
-    """`loss_terms` of PyTorch's own losses and notes, or None."""
-    own = known(loss)
-    if own is None:
-        return None, ()
-    terms = _label_terms(own, shape, targets) if own.labels else math.prod(torch.broadcast_shapes(shape, targets.shape))
+def _known_terms(own: Known, shape: tuple, targets: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
+    """`loss_terms` of one of PyTorch's own losses, and notes."""
+    terms: Any = {"elements": math.prod(shape), "samples": shape[0]}.get(own.over)
+    if own.over == "labels":
+        terms = _label_terms(own, shape, targets)
     if own.reduction == "sum":
         return 1, ("the loss is a sum, which averages over nothing: loss_terms is 1",)
     if own.reduction == "batchmean":
         return shape[0], ()
-    return terms, ("the loss weights its terms by class: loss_terms counts them as equal",) if own.weighted else ()
+    if own.weighted and own.over == "labels" and integer(targets):
+        return terms, ("the loss is a mean weighted by class: loss_terms counts each label as one",)
+    return terms, ()  # other weights scale the terms, and the mean over them stays as it is
 
 
 def _label_terms(own: Known, shape: tuple, targets: torch.Tensor) -> Any:

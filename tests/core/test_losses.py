@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lnp import losses
+from lnp_numpy.losses import value_and_gradient
 
 
 def some_loss(outputs, targets):
@@ -16,6 +17,8 @@ def some_loss(outputs, targets):
         (None, (4, 3), (4,), True, "cross_entropy"),
         (None, (4, 3), (4, 3), False, "mse"),
         ("mse", (4, 3), (4,), True, "mse"),
+        ("huber", (4, 3), (4, 3), False, "huber"),
+        ("binary_cross_entropy", (4, 3), (4, 3), True, "binary_cross_entropy"),
         ("cross_entropy", (4, 3), (4, 3), False, "cross_entropy"),
         (some_loss, (), None, False, some_loss),
     ],
@@ -103,3 +106,39 @@ def test_assumed_terms(outputs, targets, integer, terms, words):
     assert value == terms
     assert words in note
     assert "pass loss_terms=" in note
+
+
+FORMULAS = {
+    "mse": lambda f, y: (f - y) ** 2,
+    "huber": lambda f, y: (f - y) ** 2 / 2 if abs(f - y) < 1 else abs(f - y) - 0.5,
+    "binary_cross_entropy": lambda f, y: -y * np.log(1 / (1 + np.exp(-f))) - (1 - y) * np.log(1 / (1 + np.exp(f))),
+}
+LOGITS = np.array([[0.3, -2.5, 1.7], [4.0, 0.1, -0.6]])
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [np.array([[0.2, 0.7, 0.0], [1.0, 0.5, 0.9]]), np.eye(2, 3, dtype=int), np.eye(2, 3) > 0],
+    ids=["float", "integer", "boolean"],
+)
+@pytest.mark.parametrize("name", losses.ELEMENTWISE)
+def test_values_and_gradients_in_numpy(name, targets):
+    value, gradient = value_and_gradient(name, LOGITS, targets)
+    terms = [FORMULAS[name](f, float(y)) for f, y in zip(LOGITS.flat, targets.flat, strict=True)]
+    assert value == pytest.approx(np.mean(terms))
+    for index in np.ndindex(LOGITS.shape):
+        step = np.zeros_like(LOGITS)
+        step[index] = 1e-5
+        up, down = (value_and_gradient(name, LOGITS + sign * step, targets)[0] for sign in (1, -1))
+        assert gradient[index] == pytest.approx((up - down) / 2e-5, abs=1e-8)
+
+
+def test_extreme_logits_do_not_overflow():
+    value, gradient = value_and_gradient("binary_cross_entropy", np.array([[1e4, -1e4]]), np.array([[0.0, 0.0]]))
+    assert (value, gradient.tolist()) == (5000, [[0.5, 0.0]])
+
+
+@pytest.mark.parametrize("name", losses.ELEMENTWISE)
+def test_elementwise_losses_do_not_broadcast(name):
+    with pytest.raises(ValueError, match="do not match outputs"):
+        value_and_gradient(name, LOGITS, np.zeros((2, 1)))

@@ -9,20 +9,13 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lnp
-from integrations.torch_reference import dense, with_batch_statistics
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-VALUES = ("loss", "rate", "chi_loss", "chi_net", "chi_pos")
+from integrations.torch_reference import TOLERANCE, VALUES, assert_agrees, dense, with_batch_statistics
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"], autouse=True)
+@pytest.fixture(params=list(TOLERANCE), ids=["float32", "float64"], autouse=True)
 def dtype(request):
     torch.manual_seed(0)
     return request.param
-
-
-def assert_agrees(d: lnp.Decomposition, expected: dict[str, float], dtype: torch.dtype) -> None:
-    assert {name: getattr(d, name) for name in VALUES} == pytest.approx(expected, rel=TOLERANCE[dtype])
 
 
 def check(model: nn.Module, x, y, loss, terms: int, dtype, *, apart: bool = True) -> lnp.Decomposition:

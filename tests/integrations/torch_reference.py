@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
+
+import lnp
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""Relative, between a measurement and the dense Jacobian in the same dtype."""
+VALUES = ("loss", "rate", "chi_loss", "chi_net", "chi_pos")
+
+
+def assert_agrees(d: lnp.Decomposition, expected: dict[str, float], dtype: torch.dtype) -> None:
+    """The measurement is what `dense` says."""
+    assert {name: getattr(d, name) for name in VALUES} == pytest.approx(expected, rel=TOLERANCE[dtype])
 
 
 def with_batch_statistics(model: nn.Module, run) -> nn.Module:
