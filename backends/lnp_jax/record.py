@@ -16,6 +16,7 @@ from lnp.losses import separable
 from lnp_jax import batch_norm, losses, parts
 from lnp_jax.models import Arrays, Structure
 from lnp_jax.outputs import flatten, rebuild
+from lnp_jax.outputs import parts as parts_of
 
 COUPLED = (
     "the samples interact in this network (a sample's output or gradient changes when the others are left out; a "
@@ -52,7 +53,9 @@ def record(
     run, outputs, vjp, split, tree = _passes(function, parameters, inputs, options.microbatch)
     loss = _loss(outputs, tree, targets, options)
     groups = None if options.microbatch is None else parts.Micro(function, split, options.microbatch)
-    apart, flag, why = _apart(function, split, parameters, outputs, loss.gradient, vjp, options)
+    types = [leaf.dtype for leaf in (*parameters.values(), *parts_of(tree))]
+    narrow = max(types, key=lambda dtype: jnp.finfo(dtype).eps)
+    apart, flag, why = _apart(function, split, parameters, outputs, loss.gradient, vjp, narrow, options)
     return Linearization(
         xp=jnp,
         outputs=outputs,
@@ -123,6 +126,7 @@ def _apart(
     outputs: jax.Array,
     g: jax.Array,
     vjp: Callable,
+    narrow: Any,
     options: Options,
 ) -> tuple[Callable | None, jax.Array | None, tuple[str, ...]]:
     """(sample_square_norms, whether the samples interact after all, notes)."""
@@ -134,13 +138,12 @@ def _apart(
             None,
             (f"no input runs over the {split.samples} samples along its first axis: they are not taken apart",),
         )
-    dtype = max((p.dtype for p in [*parameters.values(), outputs]), key=lambda dtype: jnp.finfo(dtype).eps)
     if options.microbatch == 1:  # cannot differ from single samples: pairs can
         pairs = parts.Micro(function, split, 2)
         outputs, gradient = pairs.outputs(parameters), pairs.vjp(parameters, g)
     else:
         gradient = vjp(g)
-    flag = parts.coupling(function, split, parameters, outputs, g, gradient) > coupling_tolerance(jnp, dtype)
+    flag = parts.coupling(function, split, parameters, outputs, g, gradient) > coupling_tolerance(jnp, narrow)
     return parts.sample_square_norms(function, split, parameters), flag, ()
 
 

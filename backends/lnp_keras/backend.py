@@ -12,7 +12,7 @@ import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
 from lnp_keras import batch_norm
-from lnp_keras.losses import CompiledLoss, adapted, compiled_loss, overridden
+from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
 from lnp_keras.models import Stateless, accepts, as_tensors, named_variables, selected, stateless
 
 __all__ = ["accepts", "evaluate", "linearize"]
@@ -59,8 +59,16 @@ def _handed(model: Any, batches: tuple, options: Options) -> _Handed:
         ({"inputs": x, "statistics": statistics}, _targets(loss, x, y, weight))
         for x, statistics, (_, y, weight) in zip(inputs, frozen, parts, strict=True)
     )
+    if isinstance(loss, CompiledLoss):
+        _build(function, values, given[0])
     names = selected(model, options.parameters)
     return _Handed((function, values), given, replace(options, loss=loss, forward=None, parameters=names), notes)
+
+
+def _build(function: Stateless, values: dict, batch: tuple) -> None:
+    model: Any = function.model()
+    if not (overridden(model) or is_ready(model)):
+        build(model, bare(function(values, batch[0])), batch[1]["targets"], batch[1]["sample_weight"])
 
 
 def _frozen(function: Stateless, values: dict, inputs: list) -> tuple[Stateless, list, tuple[str, ...]]:

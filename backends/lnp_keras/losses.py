@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+from keras.src.backend import set_keras_mask  # there is no public way to set one
 
 from lnp.losses import NAMES
 from lnp.structure import leaves
@@ -78,7 +79,7 @@ class CompiledLoss:
     def __call__(self, outputs: Any, targets: Any) -> Any:
         model: Any = self.model()
         outputs, (y, weight) = _opened(outputs), _weighted(targets)
-        with _unchanged(model), keras.StatelessScope():
+        with _built(model), keras.StatelessScope(_regularised_at_zero(model)):
             total = model.compute_loss(x=targets["inputs"], y=y, y_pred=outputs, sample_weight=weight, training=True)
             for extra in [] if overridden(model) else model.losses:
                 total = total - keras.ops.sum(extra)
@@ -95,7 +96,7 @@ class CompiledLoss:
     def loss_terms(self, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
         """n, and notes on it."""
         if overridden(self.model()) or self.identity is None:
-            samples = leaves(_bare(outputs))[0].shape[0]
+            samples = leaves(bare(outputs))[0].shape[0]
             return samples, ("loss_terms counts the samples, which is assumed for this loss; pass loss_terms=",)
         return _terms(_resolved(self.identity, outputs, targets), outputs, targets)
 
@@ -129,7 +130,7 @@ def overridden(model: Any) -> bool:
 
 
 def _terms(loss: Any, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
-    shape = tuple(leaves(_bare(outputs))[0].shape)
+    shape = tuple(leaves(bare(outputs))[0].shape)
     _, weight = _weighted(targets)
     notes = () if weight is None else (WEIGHTED,)
     if _reduction(loss) == "sum":
@@ -166,7 +167,7 @@ def _reduction(loss: Any) -> str:
 
 def _resolved(identity: Any, outputs: Any, targets: Any) -> Any:
     if isinstance(identity, str) and identity.lower() in AUTOMATIC:
-        y, shape = _weighted(targets)[0], tuple(leaves(_bare(outputs))[0].shape)
+        y, shape = _weighted(targets)[0], tuple(leaves(bare(outputs))[0].shape)
         sparse = len(y.shape) < len(shape) or y.shape[-1] != shape[-1]
         identity = "binary_crossentropy" if shape[-1] == 1 else f"{'sparse_' * sparse}categorical_crossentropy"
     return keras.losses.get(identity)
@@ -182,30 +183,59 @@ def _is_masked(outputs: Any) -> bool:
     return isinstance(outputs, dict) and set(outputs) == {"outputs", "masks"}
 
 
-def _bare(outputs: Any) -> Any:
+def bare(outputs: Any) -> Any:
+    """The outputs without the masks that came with them."""
     return outputs["outputs"] if _is_masked(outputs) else outputs
 
 
 def _opened(outputs: Any) -> Any:
     """The outputs as the model returned them, with their masks attached."""
-    bare = _bare(outputs)
-    for leaf, mask in zip(leaves(bare), outputs["masks"], strict=True) if _is_masked(outputs) else ():
+    if not _is_masked(outputs):
+        return outputs
+    for leaf, mask in zip(leaves(outputs["outputs"]), outputs["masks"], strict=True):
         if mask is not None:
-            leaf._keras_mask = mask
-    return bare
+            set_keras_mask(leaf, mask)
+    return outputs["outputs"]
+
+
+def _regularised_at_zero(model: Any) -> list:
+    """What a scope needs to compute the regularisation terms, which are subtracted again wherever they are taken."""
+    variables = [] if overridden(model) else model.variables
+    return [(v, keras.ops.zeros(v.shape, v.dtype)) for v in variables if getattr(v, "regularizer", None) is not None]
+
+
+def is_ready(model: Any) -> bool:
+    """Whether the model's loss has been used before, or needs no preparation."""
+    compiled = getattr(model, "_compile_loss", None)
+    return compiled is None or compiled.built or compiled in _BUILT
+
+
+def build(model: Any, outputs: Any, targets: Any, weight: Any) -> None:
+    """Prepare a loss that the model has not used yet, outside of any trace.
+
+    Keras builds it at its first use, with variables for the values of several losses. The model's own is left as it is:
+    another one with the same settings is built.
+    """
+    compiled = model._compile_loss
+    other = type(compiled)(
+        compiled._user_loss, compiled._user_loss_weights, compiled.reduction, output_names=compiled.output_names
+    )
+    other(targets, outputs, weight)
+    _BUILT[compiled] = other
+
+
+_BUILT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
-    """Keras builds a compiled loss at its first use, which here may lie inside a trace: put it back."""
-    compiled = getattr(model, "_compile_loss", None)
-    if compiled is None or compiled.built:
+def _built(model: Any) -> Iterator[None]:
+    """The model with a loss that is ready."""
+    own = getattr(model, "_compile_loss", None)
+    if own is None or own.built or own not in _BUILT:
         yield
         return
-    before, metrics = dict(vars(compiled)), list(compiled.metrics)
     try:
+        vars(model)["_compile_loss"] = _BUILT[own]
         yield
     finally:
-        vars(compiled).clear()
-        vars(compiled).update(before)
-        compiled.metrics[:] = metrics
+        vars(model)["_compile_loss"] = own

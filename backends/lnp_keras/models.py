@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
+from keras.src.backend import get_keras_mask  # there is no public way to read a mask
 
 from lnp.batches import select
 from lnp.structure import leaves, map_leaves
@@ -51,7 +53,7 @@ class Stateless:
             mapping += [(layer.moving_mean, mean[0]), (layer.moving_variance, variance[0])]
         with inference_mode(layers), keras.StatelessScope(mapping):
             outputs = (self.forward or called)(model, batch["inputs"])
-        masks = [mask_of(leaf) for leaf in leaves(outputs)]
+        masks = [get_keras_mask(leaf) for leaf in leaves(outputs)]
         return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
 
 
@@ -146,17 +148,13 @@ def plain_state(model: keras.Layer) -> tuple:
     )
 
 
-def mask_of(leaf: Any) -> Any:
-    """The mask that Keras has attached to an output, or None."""
-    return getattr(leaf, "_keras_mask", None)
-
-
 def as_tensors(tree: Any) -> Any:
     """Arrays as tensors of the framework."""
 
     def tensor(leaf: Any) -> Any:
         if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
             return leaf
-        return keras.ops.convert_to_tensor(leaf, dtype=keras.backend.standardize_dtype(leaf.dtype))
+        # a NumPy scalar would be rounded to Keras's default type
+        return keras.ops.convert_to_tensor(np.asarray(leaf) if isinstance(leaf, np.generic) else leaf)
 
     return map_leaves(tensor, tree)

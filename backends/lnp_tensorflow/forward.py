@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from lnp.structure import leaves, map_leaves
+from lnp_tensorflow import namespace
 from lnp_tensorflow.models import Arrays, Structure
 from lnp_tensorflow.outputs import parts
 
@@ -36,12 +37,15 @@ class Forward:
         The model, see `lnp_tensorflow.models`.
     written:
         Variables that a pass writes to, and their values before the first.
+    narrow:
+        The floating-point type of the least precision that the model computes in.
     """
 
     structure: Structure
     tree: Any
     arrays: Arrays
     written: tuple[tuple[tf.Variable, tf.Tensor], ...] = ()
+    narrow: tf.DType = tf.float64
 
     @property
     def sources(self) -> dict[str, Any]:
@@ -65,8 +69,9 @@ class Forward:
 def forward(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> Forward:
     """The model's passes. Traces the model once to see what it writes to."""
     graph = traced(structure, tree, arrays, inputs).graph
-    variables = _written(graph)
-    return Forward(structure, tree, arrays, tuple((v, v.read_value()) for v in variables))
+    types = {tensor.dtype for op in graph.get_operations() for tensor in op.outputs if tensor.dtype.is_floating}
+    narrow = max(types, key=lambda dtype: namespace.finfo(dtype).eps, default=tf.float64)
+    return Forward(structure, tree, arrays, tuple((v, v.read_value()) for v in _written(graph)), narrow)
 
 
 def traced(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> Any:

@@ -119,13 +119,12 @@ def _apart(
         return None, None, ()
     if not singles.possible:
         return None, None, (f"no input runs over the {samples} samples along its first axis: they are not taken apart",)
-    narrow = max((t.dtype for t in (*run.sources.values(), outputs)), key=lambda dtype: namespace.finfo(dtype).eps)
     gradient = dict(zip(run.sources, vjp(g), strict=True))
     whole = outputs
     if options.microbatch == 1:  # cannot differ from single samples: pairs can
         whole, gradient, _ = replace(singles, size=2).seen(g)
     flat, grads, norms = singles.seen(g)
-    flag = difference(flat, grads, whole, gradient) > coupling_tolerance(namespace, narrow)
+    flag = difference(flat, grads, whole, gradient) > coupling_tolerance(namespace, run.narrow)
     return (lambda v: norms if v is g else singles.square_norms(v)), flag, ()
 
 
