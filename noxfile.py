@@ -14,9 +14,13 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
+PARALLEL = ("-n", "2")
+"""Where tests spend their time compiling, which one process does on one core."""
+
 ROOT = Path(__file__).parent
 # Pinned, because a new release of either finds new things in unchanged code.
 RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
+TENSORFLOW = "tensorflow-cpu"
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
 
 
@@ -47,7 +51,7 @@ def core(session: nox.Session) -> None:
 def torch(session: nox.Session) -> None:
     """PyTorch and Hugging Face models, and the demo on PyTorch."""
     install(session, ".[torch,transformers,demo,test]", "pandas")
-    refuse(session, "jax")
+    refuse(session, "jax", "tensorflow", "keras")
     pytest(session, "torch", "--pyargs", "lnp_torch", *suite("torch"))
     if not session.posargs:
         show(session)
@@ -56,18 +60,39 @@ def torch(session: nox.Session) -> None:
 @nox.session
 def jax(session: nox.Session) -> None:
     """JAX with the libraries whose models lnp takes."""
-    install(session, ".[jax,test]", *JAX_LIBRARIES)
-    refuse(session, "torch")
+    install(session, ".[jax,test]", *JAX_LIBRARIES, "pytest-xdist")
+    refuse(session, "torch", "tensorflow", "keras")
     compile_fast(session)
-    pytest(session, "jax", "--pyargs", "lnp_jax", *suite("jax"))
+    pytest(session, "jax", *PARALLEL, "--pyargs", "lnp_jax", *suite("jax"))
+
+
+@nox.session
+def tensorflow(session: nox.Session) -> None:
+    """TensorFlow's modules and functions."""
+    install(session, ".[test]", TENSORFLOW, "pytest-xdist")
+    refuse(session, "torch", "jax")
+    compile_fast(session)
+    pytest(session, "tensorflow", *PARALLEL, "--pyargs", "lnp_tensorflow", *suite("tensorflow"))
+
+
+@nox.session
+@nox.parametrize("framework", ["tensorflow", "jax", "torch"])
+def keras(session: nox.Session, framework: str) -> None:
+    """Keras models on each framework that can train them."""
+    install(session, ".[keras,test]", TENSORFLOW if framework == "tensorflow" else framework, "pytest-xdist")
+    refuse(session, *{"tensorflow", "jax", "torch"} - {framework})
+    compile_fast(session)
+    session.env["KERAS_BACKEND"] = framework
+    pytest(session, "keras", *PARALLEL, "--pyargs", "lnp_keras", *suite("keras"))
 
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """The same numbers from PyTorch and JAX in one process."""
-    install(session, ".[torch,jax,test]")
+    """The same numbers from all frameworks in one process."""
+    install(session, ".[torch,jax,keras,test]", TENSORFLOW)
     compile_fast(session)
-    pytest(session, None, "tests/properties/test_parity.py")
+    session.env["KERAS_BACKEND"] = "tensorflow"
+    pytest(session, None, "tests/properties/test_parity.py", "tests/properties/test_parity_layers.py")
 
 
 @nox.session
@@ -99,6 +124,7 @@ def wheel(session: nox.Session) -> None:
 
 def compile_fast(session: nox.Session) -> None:
     """Tests compile many small programs once each: optimising them costs more than it saves."""
+    session.env["TF_CPP_MIN_LOG_LEVEL"] = "3"
     session.env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 

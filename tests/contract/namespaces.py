@@ -1,5 +1,6 @@
 """The frameworks' functions under the array-API standard's names, as the scenarios call them."""
 
+import contextlib
 from types import SimpleNamespace
 
 
@@ -20,3 +21,12 @@ def tensorflow():
 
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # many small graphs, each run once
     return SimpleNamespace(**vars(tf.experimental.numpy) | {"matrix_transpose": tf.linalg.matrix_transpose})
+
+
+def float64(framework):
+    """Where numbers of 64 bits have to be switched on: a context manager that does."""
+    if framework != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)

@@ -20,12 +20,7 @@ xp = getattr(namespaces, keras.backend.backend())()
 
 @pytest.fixture(autouse=True)
 def float64():
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    import jax
-
-    with jax.enable_x64(True):
+    with namespaces.float64(keras.backend.backend()):
         yield
 
 

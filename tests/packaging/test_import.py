@@ -45,13 +45,13 @@ def test_no_framework_is_loaded(code):
 
 def test_each_backend_of_an_installed_framework_loads():
     entries = {entry.name: entry for entry in entry_points(group="lnp.backends") if entry.dist.name == "lnp"}
-    assert set(entries) == {"numpy", "torch", "jax"}
+    assert set(entries) == {"numpy", "torch", "jax", "tensorflow", "keras"}
     for name in filter(find_spec, entries):
         backend = entries[name].load()
         assert all(callable(getattr(backend, verb)) for verb in ("accepts", "evaluate", "linearize")), name
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("framework", ["torch", "jax", "tensorflow", "keras"])
 def test_a_missing_framework_is_named_with_the_way_to_install_it(framework):
     # A null entry in sys.modules makes the import fail as if nothing were installed.
     code = (

@@ -66,6 +66,6 @@ def owner_of(code: str, before: str) -> str:
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     roots = {module.partition(".")[0].removeprefix("lnp_") for module in modules}
-    owners = {LIBRARIES.get(root, root) for root in roots} & {"torch", "jax"}
+    owners = {LIBRARIES.get(root, root) for root in roots} & {"torch", "jax", "tensorflow", "keras"}
     assert len(owners) < 2, f"This block of README.md imports {sorted(owners)} together:\n{code}"
     return owners.pop() if owners else "numpy" if "numpy" in roots else before

@@ -1,4 +1,4 @@
-"""PyTorch, JAX and NumPy agree on the same weights and data to 1e-10. Needs both frameworks in one environment."""
+"""PyTorch, JAX, TensorFlow, Keras and NumPy agree on the same weights and data to 1e-10. Needs all of them together."""
 
 import importlib.util
 
@@ -7,19 +7,19 @@ from hypothesis import given, settings
 
 from properties.common import scenarios
 
-if not all(importlib.util.find_spec(name) for name in ("torch", "jax")):
-    pytest.skip("needs torch and jax", allow_module_level=True)
+if not all(importlib.util.find_spec(name) for name in ("torch", "jax", "tensorflow", "keras")):
+    pytest.skip("needs torch, jax, tensorflow and keras", allow_module_level=True)
 
 import jax
 
-from properties import test_jax, test_numpy, test_torch
+from properties import test_jax, test_keras, test_numpy, test_tensorflow, test_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:lnp compiled again")  # each network is a new function
-KITS = (test_torch.kit, test_jax.kit)
+KITS = (test_torch.kit, test_jax.kit, test_tensorflow.kit, test_keras.kit)
 NUMBERS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "loss_terms")
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(scenario=scenarios())
 def test_parity(scenario):
     expected = test_numpy.kit.measure(scenario, estimator="exact", by_layer=True)
