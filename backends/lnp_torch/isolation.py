@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 
 @contextlib.contextmanager
@@ -26,6 +28,7 @@ def undisturbed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(eager())
+            stack.enter_context(unchecked())
             yield
     finally:
         random.setstate(python_state)
@@ -40,6 +43,37 @@ def eager() -> contextlib.AbstractContextManager:
     if hasattr(torch.compiler, "set_stance"):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """`torch.utils.checkpoint` keeps activations instead of computing them again in the backward pass.
+
+    That is when the parameters, dropout masks and batch statistics of the measurement are no longer in place: a
+    reentrant checkpoint would even add to the user's `.grad`. The parts that are replaced are looked up by name at each
+    call, so that functions which were imported or bound long before are reached too.
+    """
+    saved = {
+        name: getattr(checkpoint, name) for name in ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    }
+    try:
+        checkpoint.CheckpointFunction = _Unchecked
+        checkpoint._checkpoint_without_reentrant_generator = _unchecked
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(checkpoint, name, value)
+
+
+class _Unchecked:
+    @staticmethod
+    def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _unchecked(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """What PyTorch does before and after the forward pass of a checkpointed function: nothing."""
+    yield
 
 
 @contextlib.contextmanager
