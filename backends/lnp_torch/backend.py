@@ -15,6 +15,7 @@ from lnp.backends import Options
 from lnp.linearization import Linearization, coupling_tolerance
 from lnp.structure import leaves, map_leaves
 from lnp_torch import directional, losses, samples
+from lnp_torch.complex import real
 from lnp_torch.huggingface import own_loss_terms, split_batch
 from lnp_torch.isolation import undisturbed
 from lnp_torch.models import Program, accepts, program
@@ -219,6 +220,7 @@ def _as_vector(prepared: Program, update: Any) -> Vector:
         if len(update) == len(names)
         else {}
     )
+    given = {n: real(d) for n, d in given.items()}
     wrong = [n for n, d in given.items() if n not in names or d.shape != prepared.parameters[n].shape]
     if wrong or not given:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lnp import losses
 from lnp.structure import leaves
+from lnp_torch.complex import continuous
 from lnp_torch.known import Known, known
 
 Violations = tuple[tuple[torch.Tensor, str], ...]
@@ -135,4 +136,4 @@ def _label_terms(own: Known, shape: tuple, targets: torch.Tensor) -> Any:
 
 
 def _first(tree: Any) -> torch.Tensor:
-    return next(leaf for leaf in leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+    return next(leaf for leaf in leaves(tree) if continuous(leaf))

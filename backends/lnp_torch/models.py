@@ -11,6 +11,7 @@ from torch import nn
 
 from lnp.batches import select
 from lnp.structure import children, map_leaves
+from lnp_torch.complex import continuous, like, real
 
 Parameters = dict[str, torch.Tensor]
 
@@ -22,7 +23,8 @@ class Program:
     Attributes
     ----------
     parameters:
-        The selected parameters by name: leaves that share their storage with the user's, and require gradients.
+        The selected parameters by name: leaves that share their storage with the user's, and require
+        gradients. Of a complex one the real and imaginary parts, along a last axis.
     call:
         (parameters, inputs) -> outputs of any structure. Takes a dictionary that replaces the selected parameters.
     modules:
@@ -123,20 +125,20 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Prog
             f"The parameters {uninitialized} are not initialised. Expected a model that has seen its first batch. "
             "Run model(inputs) once."
         )
-    candidates = [
-        name for name, p in every.items() if p.is_floating_point() and (p.requires_grad or parameters is not None)
-    ]
+    candidates = [name for name, p in every.items() if continuous(p) and (p.requires_grad or parameters is not None)]
     chosen = select(candidates, parameters)
-    aliases = {name: every[name].detach().requires_grad_() for name in chosen}
     first = {id(p): name for name, p in reversed(every.items())}
     tied = {f"model.{name}": first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    written = _written_parameters(model)
+    every = {name: p.detach().clone() if id(p) in written else p for name, p in every.items()}
+    aliases = {name: _alias(every[name]) for name in chosen}
     fixed = {name: p.detach() for name, p in every.items() if name not in aliases}
     buffers = _Buffers({f"model.{name}": buffer for name, buffer in model.named_buffers() if buffer is not None})
     whole = _Whole(model, forward or called)
     whole.training = model.training
 
     def call(parameters: Parameters, inputs: Any) -> Any:
-        values = fixed | parameters
+        values = fixed | {name: like(every[name], alias) for name, alias in parameters.items()}
         state = {name: values[source] for name, source in tied.items()} | buffers.fresh()
         return torch.func.functional_call(whole, state, (inputs,), tie_weights=False)
 
@@ -145,14 +147,30 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Prog
 
 def _function(function: Callable, tree: Any, parameters: Any) -> Program:
     leaves = named(tree)
-    chosen = select([name for name, leaf in leaves.items() if leaf.is_floating_point()], parameters)
-    aliases = {name: leaves[name].detach().requires_grad_() for name in chosen}
+    chosen = select([name for name, leaf in leaves.items() if continuous(leaf)], parameters)
+    aliases = {name: _alias(leaves[name]) for name in chosen}
 
     def call(parameters: Parameters, inputs: Any) -> Any:
-        values = iter([parameters.get(name, leaf.detach()) for name, leaf in leaves.items()])
+        values = iter(
+            [like(leaf, parameters[name]) if name in parameters else leaf.detach() for name, leaf in leaves.items()]
+        )
         return function(map_leaves(lambda _: next(values), tree), inputs)
 
     return Program(aliases, call)
+
+
+def _alias(parameter: torch.Tensor) -> torch.Tensor:
+    """A real leaf, on the parameter's storage unless that is complex."""
+    return real(parameter.detach()).requires_grad_()
+
+
+def _written_parameters(model: nn.Module) -> set[int]:
+    """Ids of parameters that a forward pass writes to: embeddings with `max_norm` shrink their rows in place."""
+    return {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    }
 
 
 def called(model: nn.Module, inputs: Any) -> Any:

@@ -9,11 +9,12 @@ import torch
 
 from lnp.batches import check_outputs
 from lnp.structure import leaves, map_leaves
+from lnp_torch.complex import continuous, like, real
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The floating-point leaves of the outputs, sample axis first.
+    """The floating-point and complex leaves of the outputs, sample axis first.
 
     Attributes
     ----------
@@ -31,8 +32,8 @@ class Outputs:
 
     @property
     def parts(self) -> list[torch.Tensor]:
-        """The leaves that are measured."""
-        return [leaf for leaf in leaves(self.tree) if _measured(leaf)]
+        """The leaves that are measured, as real numbers."""
+        return [real(leaf) for leaf in leaves(self.tree) if continuous(leaf)]
 
     def flat(self) -> torch.Tensor:
         """(N, K) in float32 or better."""
@@ -40,10 +41,8 @@ class Outputs:
 
     def with_parts(self, parts: list[torch.Tensor]) -> Any:
         """The structure with other leaves."""
-        if isinstance(self.tree, torch.Tensor):
-            return parts[0]
         values = iter(parts)
-        return map_leaves(lambda leaf: next(values) if _measured(leaf) else leaf, self.tree)
+        return map_leaves(lambda leaf: like(leaf, next(values)) if continuous(leaf) else leaf, self.tree)
 
 
 def read(returned: Any) -> Outputs:
@@ -72,10 +71,6 @@ def split(v: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
 def wide(parts: list[torch.Tensor]) -> torch.dtype:
     """float64 if one of the parts is, float32 otherwise."""
     return torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-
-
-def _measured(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def _get(returned: Any, name: str) -> Any:
