@@ -45,11 +45,11 @@ class Passes:
     def whole(self, parameters: Parameters) -> Outputs:
         """The whole batch at other parameters."""
         with same_randomness(self.state), Frozen(self.statistics, self.record):
-            return read(self.program.call(parameters, self.inputs))
+            return read(self.program.call(parameters, copied(self.inputs)))
 
     def part(self, parameters: Parameters, part: slice) -> Outputs:
         """Some of the samples."""
-        inputs = map_leaves(lambda leaf: leaf[part] if self.has_samples(leaf) else leaf, self.inputs)
+        inputs = copied(map_leaves(lambda leaf: leaf[part] if self.has_samples(leaf) else leaf, self.inputs))
         with same_randomness(self.state), Frozen(self.statistics, rows(self.record, self.samples, part)):
             return read(self.program.call(parameters, inputs))
 
@@ -63,6 +63,16 @@ class Passes:
         return any(self.has_samples(leaf) for leaf in leaves(self.inputs))
 
 
+def copied(inputs: Any) -> Any:
+    """The same inputs in new memory: a network may write to what it is given, and later passes need it as it was."""
+    return map_leaves(
+        lambda leaf: (
+            leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+        ),
+        inputs,
+    )
+
+
 def first_pass(
     program: Program, inputs: Any, statistics: bool, keep_graph: bool
 ) -> tuple[Outputs, Callable[[int], Passes]]:
@@ -70,5 +80,5 @@ def first_pass(
     state = RandomState([program.device])
     mode = Frozen(statistics)
     with mode, torch.set_grad_enabled(keep_graph):
-        outputs = read(program.call(program.parameters, inputs))
+        outputs = read(program.call(program.parameters, copied(inputs)))
     return outputs, lambda samples: Passes(program, inputs, samples, mode.record, state, statistics)

@@ -13,7 +13,7 @@ from lnp.structure import leaves, map_leaves
 from lnp_torch.frozen import Frozen
 from lnp_torch.models import Parameters
 from lnp_torch.outputs import flatten, read, split
-from lnp_torch.passes import Passes
+from lnp_torch.passes import Passes, copied
 
 BUDGET = 2**28
 """Bytes of per-sample gradients that are in memory at a time."""
@@ -64,7 +64,7 @@ def vectorized(passes: Passes) -> Pull:
     def pull(v: torch.Tensor) -> Iterator[Chunk]:
         for start in range(0, passes.samples, chunk):
             part = slice(start, start + chunk)
-            rows = [leaf[part] if over else leaf for leaf, over in zip(flat, mapped, strict=True)]
+            rows = copied([leaf[part] if over else leaf for leaf, over in zip(flat, mapped, strict=True)])
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap falls back to a loop
                 pulled = batched(rows, [mask[part] for mask in masks], v[part])
@@ -141,9 +141,10 @@ def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: list[Any
     if not used:
         return [torch.zeros_like(leaf) for leaf in leaves]
     outputs, cotangents = zip(*used, strict=True)
-    return list(
-        torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        outputs, leaves, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
     )
+    return [grad.to_dense() if grad.is_sparse else grad for grad in grads]  # embeddings can ask for sparse ones
 
 
 def _scalar(value: torch.Tensor) -> torch.Tensor:
