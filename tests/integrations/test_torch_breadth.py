@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -10,13 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 import lnp
-from integrations.torch_reference import dense, with_batch_statistics
+from integrations.torch_reference import TOLERANCE, VALUES, assert_agrees, dense, with_batch_statistics
 from lnp.structure import leaves
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-VALUES = ("loss", "rate", "chi_loss", "chi_net", "chi_pos")
 
 
 class Then(nn.Module):
@@ -67,9 +66,17 @@ def attention(**how):
     return lambda: Then(run, core=nn.MultiheadAttention(6, 2, batch_first=True))
 
 
-def fused(m, x):
-    q, k, v = (part.unflatten(2, (2, 3)).transpose(1, 2) for part in m.qkv(x).chunk(3, 2))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+def packed(m, x, lengths):
+    steps = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    return m.head(m.core(steps)[1][-1])
+
+
+def fused(causal):
+    def run(m, x):
+        q, k, v = (part.unflatten(2, (2, 3)).transpose(1, 2) for part in m.qkv(x).chunk(3, 2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+    return lambda: Then(run, qkv=nn.Linear(6, 18))
 
 
 def adapted(m, x):
@@ -108,10 +115,6 @@ def shared():
     return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 3))
 
 
-def checkpointed():
-    return Then(lambda m, x: checkpoint(m.layer, x, use_reentrant=False), layer=shared())
-
-
 def tied():
     model = Then(
         lambda m, t: m.head(torch.tanh(m.table(t))), table=nn.Embedding(7, 4), head=nn.Linear(4, 7, bias=False)
@@ -122,6 +125,41 @@ def tied():
 
 def spectrum(m, x):
     return m.out(torch.fft.rfft(m.into(x)).abs())
+
+
+def filtered():
+    """Complex parameters, as in Fourier neural operators."""
+    weight = nn.Parameter(torch.randn(3, dtype=torch.cfloat))
+    return Then(lambda m, x: torch.fft.irfft(torch.fft.rfft(m.into(x)) * m.w, n=4), into=nn.Linear(4, 4), w=weight)
+
+
+def with_derivative(m, x):
+    """Physics-informed: the network and its derivative in the inputs."""
+    x = x if x.requires_grad else x.requires_grad_()
+    u = m.layer(x)
+    return torch.cat([u, torch.autograd.grad(u.sum(), x, create_graph=True)[0]], 1)
+
+
+def overwritten(m, x):
+    return m.layer(x.mul_(2))
+
+
+class Sine(torch.autograd.Function):
+    """Written by hand, without rules for transformations."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+def branching(m, x):
+    """Each sample decides in Python."""
+    return torch.stack([m.a(row) if row[0] > 0 else m.b(row) for row in x])
 
 
 def counted(m, x):
@@ -174,14 +212,32 @@ MODELS = {
         normal(3, 2, 4),
     ),
     "RMS norm": (flat(lambda: nn.Linear(4, 3), lambda: nn.RMSNorm(3)), normal(4, 4)),
-    "LSTM": (recurrent(nn.LSTM, bidirectional=True), normal(3, 4, 3)),
+    "instance norm, evaluated": (
+        lambda: flat(conv(1, 2, 3, 2), lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True))().eval(),
+        normal(3, 2, 4),
+    ),
+    "LSTM": (recurrent(nn.LSTM), normal(3, 4, 3)),
+    "LSTM, both ways": (recurrent(nn.LSTM, bidirectional=True), normal(3, 4, 3)),
     "GRU": (recurrent(nn.GRU, num_layers=2), normal(3, 4, 3)),
+    "GRU, both ways": (recurrent(nn.GRU, bidirectional=True), normal(3, 4, 3)),
+    "GRU, packed": (
+        lambda: Then(packed, core=nn.GRU(3, 4, batch_first=True), head=nn.Linear(4, 2)),
+        lambda: (torch.randn(3, 4, 3), torch.tensor([4, 2, 3])),
+    ),
     "embedding with padding": (flat(lambda: nn.Embedding(7, 3, padding_idx=0)), tokens(3, 4, high=3)),
+    "embedding with sparse gradients": (flat(lambda: nn.Embedding(7, 3, sparse=True)), tokens(3, 4)),
+    "embedding that shrinks its rows in place": (flat(lambda: nn.Embedding(7, 3, max_norm=0.5)), tokens(3, 4)),
+    "bag of embeddings": (lambda: nn.EmbeddingBag(7, 3, max_norm=0.5), tokens(3, 4)),
     "tied head": (tied, tokens(3, 2)),
     "attention": (attention(), normal(3, 4, 6)),
     "causal attention": (attention(causal=True), normal(3, 4, 6)),
     "padded attention": (attention(padded=True), normal(3, 4, 6)),
-    "fused causal attention": (lambda: Then(fused, qkv=nn.Linear(6, 18)), normal(3, 4, 6)),
+    "fused attention": (fused(causal=False), normal(3, 4, 6)),
+    "fused causal attention": (fused(causal=True), normal(3, 4, 6)),
+    "encoder and decoder": (
+        lambda: nn.Transformer(4, 2, 1, 1, 8, dropout=0.0, batch_first=True),
+        lambda: (torch.randn(3, 3, 4), torch.randn(3, 2, 4)),
+    ),
     "weight norm": (parametrized(parametrizations.weight_norm), normal(4, 4)),
     "spectral norm, evaluated": (lambda: parametrized(parametrizations.spectral_norm)().eval(), normal(4, 4)),
     "orthogonal": (parametrized(parametrizations.orthogonal), normal(4, 4)),
@@ -189,43 +245,74 @@ MODELS = {
     "one layer twice": (shared, normal(4, 4)),
     "mixture of experts, gathered": (experts(gathered), normal(5, 4)),
     "mixture of experts, dispatched": (experts(dispatched), normal(5, 4)),
-    "checkpointed": (checkpointed, normal(3, 4)),
+    "complex parameters": (filtered, normal(5, 4)),
+    "derivative in the inputs": (
+        lambda: Then(with_derivative, layer=nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))),
+        normal(4, 2),
+    ),
+    "inputs that are written": (lambda: Then(overwritten, layer=nn.Linear(4, 3)), normal(4, 4)),
+    "in place on the inputs": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)), normal(4, 4)),
+    "autograd function": (lambda: Then(lambda m, x: Sine.apply(m.layer(x)), layer=nn.Linear(4, 3)), normal(4, 4)),
+    "branches in Python": (lambda: Then(branching, a=nn.Linear(4, 3), b=nn.Linear(4, 3)), normal(5, 4)),
+    "two inputs, one of integers": (
+        lambda: Then(lambda m, x, t: m.a(x) + m.b(t), a=nn.Linear(4, 3), b=nn.Embedding(7, 3)),
+        lambda: (torch.randn(5, 4), torch.randint(0, 7, (5,))),
+    ),
     "complex inside": (lambda: Then(spectrum, into=nn.Linear(4, 4), out=nn.Linear(3, 2)), normal(4, 4)),
     "buffers that are written": (with_buffers, normal(4, 4)),
     "parameter list": (listed, normal(4, 4)),
 }
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"], autouse=True)
+@pytest.fixture(params=list(TOLERANCE), ids=["float32", "float64"], autouse=True)
 def dtype(request):
     torch.manual_seed(0)
     return request.param
 
 
-def cast(tensor, dtype):
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def cast(inputs, dtype):
+    if isinstance(inputs, tuple):
+        return tuple(cast(part, dtype) for part in inputs)
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
+
+
+def copied(inputs):
+    return tuple(map(copied, inputs)) if isinstance(inputs, tuple) else inputs.clone()
+
+
+def called(model, inputs):
+    """On a copy, since some of the models write to it."""
+    return model(*copied(inputs)) if isinstance(inputs, tuple) else model(copied(inputs))
+
+
+def in_dtype(model, dtype):
+    """As `model.to(dtype)`, which would drop the imaginary parts of complex parameters."""
+    continuous = lambda t: t.is_floating_point() or t.is_complex()
+    return model._apply(lambda t: t.to(torch.promote_types(t.dtype, dtype)) if continuous(t) else t)
 
 
 def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def agrees(d, expected, dtype):
-    assert {name: getattr(d, name) for name in VALUES} == pytest.approx(expected, rel=TOLERANCE[dtype])
+def unchanged(model, before):
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name, dtype):
     build, draw = MODELS[name]
-    model, x = build().to(dtype), cast(draw(), dtype)
-    before = state(model)
-    reference = with_batch_statistics(model, lambda m: m(x))
-    out = reference(x)
+    model, x = in_dtype(build(), dtype), cast(draw(), dtype)
+    before, given = state(model), copied(x)
+    reference = with_batch_statistics(model, lambda m: called(m, x))
+    out = called(reference, x)
     y = torch.randn_like(out)
     d = lnp.decompose(model, (x, y), estimator="exact")
-    agrees(d, dense(reference, out, F.mse_loss(out, y), y.numel()), dtype)
+    assert_agrees(d, dense(reference, out, F.mse_loss(out, y), y.numel()), dtype)
     assert d.probes == out[0].numel(), d.notes  # the samples were taken apart
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert unchanged(model, before)
+    assert all(map(torch.equal, leaves(given), leaves(x)))
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_spectral_norm_in_training_mode(dtype):
@@ -234,20 +321,78 @@ def test_spectral_norm_in_training_mode(dtype):
     x, y = torch.randn(4, 4, dtype=dtype), torch.randn(4, 3, dtype=dtype)
     before = state(model)
     d = lnp.decompose(model, (x, y), estimator="exact")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert unchanged(model, before)
     out = model(x)
-    agrees(d, dense(model, out, F.mse_loss(out, y), 12), dtype)
-
-
-def test_dropout_keeps_one_mask(dtype):
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-    x, y = torch.randn(4, 4, dtype=dtype), torch.randn(4, 3, dtype=dtype)
-    torch.manual_seed(5)
-    d = lnp.decompose(model, (x, y), estimator="exact")
-    out = model(x)  # the next pass draws the same mask
-    agrees(d, dense(model, out, F.mse_loss(out, y), 12), dtype)
+    assert_agrees(d, dense(model, out, F.mse_loss(out, y), 12), dtype)
     assert d.probes == 3
-    assert any("dropout" in note for note in d.notes)
+
+
+def check_random(model, x, dtype, *, apart=True):
+    """The next pass of the model draws what was measured."""
+    model, x = model.to(dtype), x.to(dtype)
+    y = torch.randn_like(model(x))
+    d = lnp.decompose(model, (x, y), estimator="exact")
+    out = model(x)
+    assert_agrees(d, dense(model, out, F.mse_loss(out, y), y.numel()), dtype)
+    assert d.probes == (out[0].numel() if apart else out.numel()), d.notes
+    return d
+
+
+DROPOUTS = {
+    "elements": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.Tanh(), nn.Linear(8, 3)), normal(4, 4)),
+    "channels": (lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.Dropout1d(0.4), nn.Flatten()), normal(4, 2, 3)),
+    "in place": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4, inplace=True)), normal(4, 4)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True), normal(3, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout_keeps_one_mask(name, dtype):
+    build, draw = DROPOUTS[name]
+    d = check_random(build(), draw(), dtype)
+    assert d.notes == ("dropout keeps one mask for the whole measurement",)
+
+
+UNKNOWN = {
+    "between the layers of an LSTM": lambda: recurrent(nn.LSTM, num_layers=2, dropout=0.4)(),
+    "alpha": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.AlphaDropout(0.5)),
+    "slopes": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.RReLU()),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_randomness_that_is_not_recorded_keeps_samples_together(name, dtype):
+    check_random(UNKNOWN[name](), torch.randn(5, 4, 3), dtype, apart=False)
+
+
+@pytest.mark.parametrize("inside", ["nothing", "dropout", "batch norm"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant, inside, dtype):
+    """What they compute again in the backward pass is what was measured, and nothing is left in the gradients."""
+    middle = {"nothing": nn.Identity(), "dropout": nn.Dropout(0.4), "batch norm": nn.BatchNorm1d(8)}[inside]
+    plain = nn.Sequential(nn.Linear(4, 8), middle, nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    model = Then(lambda m, x: checkpoint(m.layer, x, use_reentrant=reentrant), layer=plain)
+    x, y = torch.randn(5, 4, dtype=dtype, requires_grad=True), torch.randn(5, 3, dtype=dtype)
+    d = lnp.decompose(model, (x, y), estimator="exact")
+    reference = with_batch_statistics(plain, lambda m: m(x)) if inside == "batch norm" else plain
+    out = reference(x)
+    assert_agrees(d, dense(reference, out, F.mse_loss(out, y), 15), dtype)
+    assert d.probes == 3, d.notes
+    assert all(p.grad is None for p in model.parameters())
+    assert x.grad is None
+
+
+def test_checkpoints_are_back_afterwards(dtype):
+    calls = []
+    layer = lambda m, x: (calls.append(1), m.layer(x))[1]
+    model = Then(lambda m, x: checkpoint(layer, m, x, use_reentrant=False), layer=nn.Linear(4, 3))
+    batch = torch.randn(5, 4), torch.randn(5, 3)
+    lnp.decompose(model, batch)
+    with contextlib.suppress(RuntimeError):
+        lnp.decompose(model, (batch[0][:, :2], batch[1]))
+    calls.clear()
+    F.mse_loss(model(batch[0]), batch[1]).backward()
+    assert len(calls) == 2
 
 
 @dataclasses.dataclass
@@ -257,20 +402,63 @@ class Answer:
     steps: int = 1
 
 
-@pytest.mark.parametrize("wrap", [tuple, list, lambda pair: Answer(*pair), lambda pair: {"a": pair[0], "b": pair[1]}])
-def test_several_outputs(wrap, dtype):
-    model = Then(lambda m, x: wrap((m.a(x), m.b(x).unflatten(1, (2, 2)))), a=nn.Linear(4, 3), b=nn.Linear(4, 4)).to(
-        dtype
-    )
+@dataclasses.dataclass
+class Returned(ModelOutput):
+    first: torch.Tensor | None = None
+    second: torch.Tensor | None = None
+    hidden: tuple | None = None
+
+
+WRAPS = {
+    "tuple": tuple,
+    "list": list,
+    "dictionary": lambda pair: {"a": pair[0], "b": pair[1], "count": torch.tensor(2)},
+    "dataclass": lambda pair: Answer(*pair),
+    "Hugging Face": lambda pair: Returned(*pair),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPS)
+def test_several_outputs(kind, dtype):
+    both = lambda m, x: WRAPS[kind]((m.a(x), m.b(x).unflatten(1, (2, 2))))
+    model = Then(both, a=nn.Linear(4, 3), b=nn.Linear(4, 4)).to(dtype)
     x, y = torch.randn(4, 4, dtype=dtype), torch.randn(4, 7, dtype=dtype)
 
     def joined(out):
-        return torch.cat([part.flatten(1) for part in leaves(out) if isinstance(part, torch.Tensor)], 1)
+        parts = [part for part in leaves(out) if isinstance(part, torch.Tensor) and part.is_floating_point()]
+        return torch.cat([part.flatten(1) for part in parts], 1)
 
     d = lnp.decompose(model, (x, y), lambda out, y: F.mse_loss(joined(out), y), loss_terms=28, estimator="exact")
     out = joined(model(x))
-    agrees(d, dense(model, out, F.mse_loss(out, y), 28), dtype)
+    assert_agrees(d, dense(model, out, F.mse_loss(out, y), 28), dtype)
     assert (d.outputs, d.probes) == (7, 7)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_complex_outputs(beside, dtype):
+    """A complex number is two outputs, whether real ones stand beside it or not."""
+    model = nn.Linear(4, 3).to(dtype)
+    transformed = lambda m, x: (torch.fft.fft(m(x)), m(x)) if beside else torch.fft.fft(m(x))
+    loss = lambda out, y: (((out[0] if beside else out).abs() - y) ** 2).mean() + beside * out[-1].abs().mean()
+    x, y = torch.randn(5, 4, dtype=dtype), torch.randn(5, 3, dtype=dtype)
+    d = lnp.decompose(model, (x, y), loss, forward=transformed, estimator="exact", loss_terms=15)
+    parts = transformed(model, x)
+    first = torch.view_as_real(parts[0] if beside else parts).flatten(1)
+    flat = torch.cat([first, parts[1]], 1) if beside else first
+    again = torch.view_as_complex(flat[:, :6].unflatten(1, (3, 2)).contiguous())
+    assert_agrees(d, dense(model, flat, loss((again, flat[:, 6:]) if beside else again, y), 15), dtype)
+    assert d.probes == 6 + 3 * beside
+
+
+def test_updates_of_complex_parameters(dtype):
+    model = in_dtype(filtered(), dtype)
+    x, y = torch.randn(5, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    F.mse_loss(model(x), y).backward()
+    update = {name: -1e-3 * p.grad for name, p in model.named_parameters()}
+    for change in (lnp.predicted_loss_change, lnp.measured_loss_change):
+        assert change(model, (x, y), update=update) == pytest.approx(
+            change(model, (x, y), learning_rate=1e-3), rel=1e-3 if dtype == torch.float32 else 1e-9
+        )
 
 
 def test_bfloat16_autocast(dtype):
@@ -293,4 +481,4 @@ def test_compiled(dtype):
     x, y = torch.randn(4, 4, dtype=dtype), torch.randn(4, 3, dtype=dtype)
     d = lnp.decompose(torch.compile(model, backend="eager"), (x, y), estimator="exact")
     out = model(x)
-    agrees(d, dense(model, out, F.mse_loss(out, y), 12), dtype)
+    assert_agrees(d, dense(model, out, F.mse_loss(out, y), 12), dtype)

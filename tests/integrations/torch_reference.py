@@ -49,7 +49,9 @@ def dense(model: nn.Module, outputs: torch.Tensor, loss: torch.Tensor, loss_term
         grads = torch.autograd.grad(
             outputs, parameters, v.reshape(outputs.shape), retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
+        grads = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
+        # a complex parameter is two real ones
+        rows.append(torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in grads]))
     jacobian, g = torch.stack(rows).double(), g.reshape(-1).double()
     kernel = jacobian @ jacobian.T
     rate, g2, trace = g @ kernel @ g, g @ g, kernel.trace()
