@@ -46,6 +46,7 @@ def networks(draw, kind):
         return weights, rng.normal(size=(samples, size + 1, size + 1, 2)), rng.integers(0, classes, samples)
     # Keras rounds 1 / sqrt(key size) to float32, which does not show for powers of four
     heads, key, depth = draw(st.integers(1, 2)), draw(st.sampled_from([1, 4])), 2 * width
+    classes += 3  # never as many as positions, where PyTorch's axis of classes would be in doubt
     weights = {
         "scale": 1 + normal(depth),
         **{name: normal(depth, heads, key) for name in ("query", "key", "value")},
@@ -159,7 +160,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", FUNCTIONS)
-@settings(max_examples=2, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_layers(kind, dtype, data):
     weights, x, labels = data.draw(networks(kind))
