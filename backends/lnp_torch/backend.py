@@ -19,8 +19,9 @@ from lnp_torch.complex import real
 from lnp_torch.huggingface import own_loss_terms, split_batch
 from lnp_torch.isolation import undisturbed
 from lnp_torch.models import Program, accepts, program
-from lnp_torch.outputs import Outputs, flatten, split, wide
+from lnp_torch.outputs import Outputs, flatten, wide, widened
 from lnp_torch.passes import Passes, first_pass
+from lnp_torch.scaling import at_scale_one
 
 __all__ = ["accepts", "evaluate", "linearize"]
 
@@ -79,7 +80,7 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
     if whole:
 
         def vjp(v: torch.Tensor) -> Vector:
-            return samples.gradients(parts, parameters, split(v, parts))
+            return samples.gradients(parts, parameters, v)
     else:
         pull_groups = samples.looped(passes, options.microbatch or flat.shape[0])
 
@@ -117,10 +118,10 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
                 "The batch is a dictionary, but the model returned no loss and logits for it. Expected a model that "
                 "computes its own loss from labels. Pass (inputs, targets), and loss= if it cannot be inferred."
             )
-        grads = torch.autograd.grad(outputs.own_loss, parts, retain_graph=True)
         terms, notes = own_loss_terms(prepared.modules, inputs, outputs)
         terms = terms if options.loss_terms is None else options.loss_terms
-        return _Loss(outputs.own_loss.detach(), flatten(list(grads)), terms, lambda o: o.own_loss, True, notes=notes)
+        gradient = _own_gradient(outputs.own_loss, parts, terms)
+        return _Loss(outputs.own_loss.detach(), gradient, terms, lambda o: o.own_loss, True, notes=notes)
     # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
     detached = [part.detach().to(wide([part])).requires_grad_() for part in parts]
     tree = outputs.with_parts(detached)
@@ -142,6 +143,18 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
 
     gradient = flatten(list(grads))
     return _Loss(value.detach().sum(), gradient, loss.terms, of, loss.separable, loss.violations, loss.notes)
+
+
+def _own_gradient(loss: torch.Tensor, parts: Vector, terms: Any) -> torch.Tensor:
+    """dL/df of the model's own loss, in float32 or better.
+
+    The gradient of a mean over n terms is about 1/n, which float16 outputs would round away: it is taken of n L, as far
+    as float16 goes.
+    """
+    if not any(part.dtype == torch.float16 for part in parts):
+        return flatten(list(torch.autograd.grad(loss, parts, retain_graph=True)))
+    scale = torch.as_tensor(terms, device=loss.device).float().log2().floor().clamp(0, 15).exp2()
+    return flatten(list(torch.autograd.grad(loss, parts, scale.to(loss.dtype), retain_graph=True))) / scale
 
 
 def _taken_apart(
@@ -186,12 +199,17 @@ def _square_norms(pull: samples.Pull, g: torch.Tensor, seen: samples.Comparison)
 
 def _jvp(prepared: Program, passes: Passes, u: Vector) -> torch.Tensor:
     with undisturbed(prepared.modules, [prepared.device]):
-        return flatten(directional.jvp(lambda p: passes.whole(p).parts, prepared.parameters, u)).detach()
+        run = lambda p: passes.whole(p).parts
+        forward = lambda vector: [flatten(directional.jvp(run, prepared.parameters, vector)).detach()]
+        return at_scale_one(forward, u, prepared.parameters.values())[0]
 
 
 def _loss_along(prepared: Program, passes: Passes, loss: _Loss, u: Vector, step: Any) -> torch.Tensor:
     with undisturbed(prepared.modules, [prepared.device]), torch.no_grad():
-        moved = {n: p.detach() + step * d.to(p.dtype) for (n, p), d in zip(prepared.parameters.items(), u, strict=True)}
+        moved = {
+            n: (widened(p.detach()) + step * widened(d)).to(p.dtype)
+            for (n, p), d in zip(prepared.parameters.items(), u, strict=True)
+        }
         return loss.of(passes.whole(moved))
 
 

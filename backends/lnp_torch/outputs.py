@@ -68,6 +68,11 @@ def split(v: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     return [piece.reshape(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 or better."""
+    return tensor.to(wide([tensor]))
+
+
 def wide(parts: list[torch.Tensor]) -> torch.dtype:
     """float64 if one of the parts is, float32 otherwise."""
     return torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32

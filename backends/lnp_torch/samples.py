@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from lnp.structure import leaves, map_leaves
 from lnp_torch.frozen import Frozen
 from lnp_torch.models import Parameters
-from lnp_torch.outputs import flatten, read, split
+from lnp_torch.outputs import flatten, read, split, widened
 from lnp_torch.passes import Passes, copied
+from lnp_torch.scaling import at_scale_one
 
 BUDGET = 2**28
 """Bytes of per-sample gradients that are in memory at a time."""
@@ -33,7 +33,7 @@ def looped(passes: Passes, size: int = 1) -> Pull:
         for start in range(0, passes.samples, size):
             part = slice(start, start + size)
             parts = passes.part(parameters, part).parts
-            grads = gradients(parts, leaves, split(v[part], parts))
+            grads = gradients(parts, leaves, v[part])
             yield flatten([p.detach() for p in parts]), {n: g[None] for n, g in zip(names, grads, strict=True)}
 
     return pull
@@ -57,7 +57,9 @@ def vectorized(passes: Passes) -> Pull:
                 return read(passes.program.call(parameters, inputs)).parts
 
         parts, pullback = torch.func.vjp(outputs, parameters)
-        return flatten(parts)[0], pullback(split(v[None], parts))[0]
+        backward = lambda vector: list(pullback(split(vector[0], parts))[0].values())
+        grads = at_scale_one(backward, [v[None]], [*parts, *parameters.values()])
+        return flatten(parts)[0], dict(zip(parameters, grads, strict=True))
 
     batched = torch.func.vmap(single, in_dims=([0 if over else None for over in mapped], [0] * len(masks), 0))
 
@@ -76,7 +78,7 @@ def vectorized(passes: Passes) -> Pull:
 def square_norms(pull: Pull, v: torch.Tensor) -> dict[str, torch.Tensor]:
     """{name: (G,) array of ||J_g^T v_g||^2}, in float32 or better."""
     chunks = [
-        {name: _wide(g).reshape(len(g), -1).square().sum(dim=1) for name, g in grads.items()} for _, grads in pull(v)
+        {name: widened(g).reshape(len(g), -1).square().sum(dim=1) for name, g in grads.items()} for _, grads in pull(v)
     ]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
@@ -85,7 +87,7 @@ def total(pull: Pull, v: torch.Tensor) -> list[torch.Tensor]:
     """The sum of the gradients of samples or groups, J^T v where they do not interact."""
     sums: list[torch.Tensor] = []
     for _, grads in pull(v):
-        parts = [_wide(g).sum(dim=0) for g in grads.values()]
+        parts = [widened(g).sum(dim=0) for g in grads.values()]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
     return sums
 
@@ -110,7 +112,7 @@ def compare(pull: Pull, outputs: torch.Tensor, v: torch.Tensor, gradient: list[t
     """Samples taken apart beside the batch's outputs (N, K) and J^T v. Reads the device."""
     alone, norms, sums = [], [], None
     for part, grads in pull(v):
-        wide = {name: _wide(g) for name, g in grads.items()}
+        wide = {name: widened(g) for name, g in grads.items()}
         alone.append(part)
         norms.append({name: g.reshape(len(g), -1).square().sum(dim=1) for name, g in wide.items()})
         parts = [g.sum(dim=0) for g in wide.values()]
@@ -127,30 +129,30 @@ def _in_outputs(alone: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 
 
 def _in_gradient(sums: list[torch.Tensor], gradient: list[torch.Tensor]) -> torch.Tensor:
-    norms = torch.stack([_scalar(torch.linalg.vector_norm(_wide(g))) for g in gradient])
-    missed = [_scalar(torch.linalg.vector_norm(s - _wide(g))) for s, g in zip(sums, gradient, strict=True)]
+    norms = torch.stack([_scalar(torch.linalg.vector_norm(widened(g))) for g in gradient])
+    missed = [_scalar(torch.linalg.vector_norm(s - widened(g))) for s, g in zip(sums, gradient, strict=True)]
     # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
     # whole
     floor = 0.03 * torch.linalg.vector_norm(norms)
     return (torch.stack(missed) / (norms + floor).clamp_min(torch.finfo(norms.dtype).tiny)).max()
 
 
-def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: list[Any]) -> list[torch.Tensor]:
+def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Tensor) -> list[torch.Tensor]:
     """J^T v by one backward pass on a kept graph, zero for parameters that were not used."""
-    used = [(part, cotangent) for part, cotangent in zip(parts, v, strict=True) if part.requires_grad]
-    if not used:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    outputs, cotangents = zip(*used, strict=True)
-    grads = torch.autograd.grad(
-        outputs, leaves, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return [grad.to_dense() if grad.is_sparse else grad for grad in grads]  # embeddings can ask for sparse ones
+
+    def backward(vector: list[torch.Tensor]) -> list[torch.Tensor]:
+        used = [(part, w) for part, w in zip(parts, split(vector[0], parts), strict=True) if part.requires_grad]
+        if not used:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        outputs, cotangents = zip(*used, strict=True)
+        grads = torch.autograd.grad(
+            outputs, leaves, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return [grad.to_dense() if grad.is_sparse else grad for grad in grads]  # embeddings can ask for sparse ones
+
+    return at_scale_one(backward, [v], [*parts, *leaves])
 
 
 def _scalar(value: torch.Tensor) -> torch.Tensor:
     """One dtype for parameters of several; Apple's GPUs have no float64."""
     return value.float() if value.device.type == "mps" else value.double()
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -177,6 +177,56 @@ def test_float64_sums_for_float64_and_float32_for_narrower_types():
         assert d.estimator == "exact", d.notes
 
 
+class WithLoss(nn.Module):
+    """Computes its own loss, over 1e8 terms of which it sees a few, as in gradient accumulation."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, labels):
+        logits = self.network(x)
+        return {"logits": logits, "loss": F.cross_entropy(logits.float(), labels, reduction="sum") / 1e8}
+
+
+@pytest.mark.parametrize("way", ["parameters", "autocast", "own loss"])
+@pytest.mark.parametrize("options", [{"estimator": "exact"}, {"microbatch": 4}], ids=["whole", "micro-batches"])
+def test_loss_gradients_below_the_range_of_float16(way, options):
+    """A mean over 1e8 terms: the smallest number in float16 is 6e-8."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    x, y = torch.randn(16, 8), torch.randint(0, 3, (16,))
+    loss = lambda out, y: F.cross_entropy(out.float(), y, reduction="sum") / 1e8
+    exact = lnp.decompose(network, (x, y), loss, loss_terms=10**8, **options)
+    measured = {"model": network, "batch": (x, y), "loss": loss, **options}
+    if way == "own loss":
+        measured |= {"model": WithLoss(network), "batch": {"x": x.half(), "labels": y}, "loss": None}
+    elif way == "parameters":
+        measured |= {"batch": (x.half(), y)}
+    if way != "autocast":
+        network.half()
+    with torch.autocast("cpu", torch.float16, enabled=way == "autocast"):
+        d = lnp.decompose(**measured, loss_terms=10**8)
+    for name in ("rate", "chi_loss", "chi_net", "chi_pos"):
+        assert getattr(d, name) == pytest.approx(getattr(exact, name), rel=0.01)
+
+
+def test_products_with_vectors_below_the_range_of_float16():
+    """The population's jackknife takes J u of a gradient, a measured step moves along it."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    x, y = torch.randn(16, 8), torch.randint(0, 3, (16,))
+    loss = nn.HuberLoss(delta=1e-9)  # its derivative is at most delta
+    y = F.one_hot(y, 3).float()
+    exact = lnp.decompose(network, (x, y), loss, population=True).population
+    step = lnp.measured_loss_change(network, (x, y), loss, learning_rate=1e9)
+    batch = x.half(), y
+    d = lnp.decompose(network.half(), batch, loss, population=True).population
+    assert d.rate == pytest.approx(exact.rate, rel=0.02)
+    assert d.rate_stderr == pytest.approx(exact.rate_stderr, rel=0.02)
+    assert lnp.measured_loss_change(network, batch, loss, learning_rate=1e9) == pytest.approx(step, rel=0.05)
+
+
 def test_autocast_is_taken_from_the_caller():
     torch.manual_seed(0)
     model, x, y = (
