@@ -93,7 +93,8 @@ def nested(p, x):
 
 MODELS = {
     "conv1d, dilated": (
-        lambda p, x: flat(tf.nn.convolution(x, p["w"], padding="VALID", dilations=2)), {"w": (2, 2, 3)}, normal(3, 6, 2),
+        lambda p, x: flat(tf.nn.convolution(x, p["w"], padding="VALID", dilations=2)), {"w": (2, 2, 3)},
+        normal(3, 6, 2),
     ),
     "conv2d, strided": (spatial(2, 4), {"w": (2, 2, 2, 3)}, normal(3, 4, 4, 2)),
     "conv2d, grouped": (spatial(2, 4), {"w": (2, 2, 2, 4)}, normal(3, 3, 3, 4)),
