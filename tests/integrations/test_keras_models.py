@@ -117,7 +117,7 @@ MODELS = {
     "one layer twice": (Twice, normal(4, 4)),
     "mixture of experts, gathered": (Experts, normal(5, 4)),
 }
-WIDE = ("dense", "conv2d, grouped", "batch norm", "LSTM", "causal attention", "tied head")
+WIDE = ("dense", "conv2d, depthwise", "batch norm", "LSTM", "causal attention", "tied head")
 """Compared in float64 too, where Keras has it: on PyTorch and JAX its operations round to float32."""
 
 

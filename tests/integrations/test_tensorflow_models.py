@@ -126,8 +126,10 @@ MODELS = {
         lambda p, x: tf.abs(tf.signal.rfft(x @ p["w"])) @ p["o"], {"w": (4, 4), "o": (3, 2)}, normal(4, 4),
     ),
 }  # fmt: skip
-NARROW = ("conv2d, strided", "embedding", "causal attention", "GRU")
+NARROW = ("conv2d, strided", "conv2d, grouped", "embedding", "causal attention", "GRU")
 """Compared in float32 too."""
+WIDE = [name for name in MODELS if name != "conv2d, grouped"]
+"""Compared in float64: on a CPU, TensorFlow has the gradient of a grouped convolution in float32 alone."""
 
 
 def agrees(d, expected, dtype):
@@ -149,7 +151,7 @@ class Wrapped(tf.Module):
         return self.function(self.p, x)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((n, "float64") for n in MODELS), *((n, "float32") for n in NARROW)])
+@pytest.mark.parametrize(("name", "dtype"), [*((n, "float64") for n in WIDE), *((n, "float32") for n in NARROW)])
 def test_model(name, dtype):
     function, shapes, x = MODELS[name]
     values = {key: normal(*shape, seed=i).astype(dtype) for i, (key, shape) in enumerate(shapes.items())}
