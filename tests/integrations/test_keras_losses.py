@@ -130,6 +130,14 @@ def test_regularisation_is_left_out_and_said():
     assert any("regularisation" in note for note in d.notes)
 
 
+def test_terms_that_layers_add_are_left_out():
+    model = network()
+    model.layers[0].activity_regularizer = keras.regularizers.L2(10.0)
+    model.compile("sgd", "mse")
+    d = lnp.decompose(model, (X, VALUES), estimator="exact")
+    agrees(d, factors(lambda: model(X), model, lambda f: ((f - VALUES) ** 2).mean(), N * C))
+
+
 def test_several_outputs():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))

@@ -176,6 +176,14 @@ def test_batch_normalisation_used_twice_is_measured_coupled():
     assert any("interact" in note for note in d.notes)
 
 
+def test_settings_of_batch_normalisation_are_put_back():
+    model = keras.Sequential([layers.Dense(3), layers.BatchNormalization(momentum=0.9)])
+    batch = normal(6, 4).astype("float32"), normal(6, 3).astype("float32")
+    model(batch[0])
+    lnp.decompose(model, batch)
+    assert model.layers[1].momentum == 0.9
+
+
 def test_dropout_is_on_as_in_fit_and_off_on_request():
     model = keras.Sequential([layers.Dense(16, "relu"), layers.Dropout(0.5), layers.Dense(2)])
     x, y = normal(6, 4).astype("float32"), normal(6, 2).astype("float32")

@@ -115,6 +115,9 @@ MODELS = {
     "RMS norm": (lambda p, x: rms(p, x @ p["w"]), {"w": (4, 3), "g": (3,), "b": (3,)}, normal(4, 4)),
     "GRU": (gru, {"wx": (2, 3), "wh": (3, 3), "nx": (2, 3), "nh": (3, 3)}, normal(3, 4, 2)),
     "embedding": (lambda p, ids: flat(tf.gather(p["t"], ids)), {"t": (7, 3)}, tokens(3, 4, high=3)),
+    "embedding, rows added": (
+        lambda p, ids: tf.reduce_sum(tf.gather(p["t"], ids), 1), {"t": (7, 3)}, tokens(3, 4, high=3),
+    ),
     "tied head": (tied, {"t": (7, 3)}, tokens(3, 2)),
     "causal attention": (attention(True), dict.fromkeys("qkv", (4, 2, 2)) | {"o": (2, 2, 4)}, normal(3, 4, 4)),
     "padded attention": (attention(False), dict.fromkeys("qkv", (4, 2, 2)) | {"o": (2, 2, 4)}, normal(3, 4, 4)),
@@ -189,6 +192,40 @@ def test_coupled_samples_and_state_that_is_written():
     agrees(d, expected, "float64")
     assert d.probes == 18
     assert any("interact" in note for note in d.notes)
+    assert np.array_equal(model.mean.numpy(), before)
+
+
+@tf.custom_gradient
+def mixed_backwards(x):
+    return tf.identity(x), lambda d: tf.reverse(d, [0])
+
+
+COUPLINGS = {
+    "outputs alone": lambda w, x: x @ w + tf.reduce_mean(x),
+    "gradient alone": lambda w, x: mixed_backwards(x @ w),
+    "outputs, where the loss gradient is zero": lambda w, x: x @ w - tf.reduce_mean(x @ w, 0),
+}
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_coupling_is_seen(name):
+    function, w, x = COUPLINGS[name], tf.constant(normal(4, 3)), tf.constant(normal(6, 4))
+    y = function(w, x) if "zero" in name else tf.constant(normal(6, 3, seed=1))
+    d = lnp.decompose((function, w), (x, y), estimator="exact")
+    assert d.probes == 18
+    assert any("interact" in note for note in d.notes)
+
+
+def test_state_that_a_failing_pass_wrote_is_put_back():
+    class Checked(Stateful):
+        def __call__(self, x):
+            return tf.debugging.check_numerics(super().__call__(x), "not a number")
+
+    model, x, y = Checked(), tf.constant(normal(6, 4)), tf.constant(normal(6, 3, seed=1))
+    lnp.decompose(model, (x, y))
+    before = model.mean.numpy()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not a number"):
+        lnp.decompose(model, (x * float("nan"), y))
     assert np.array_equal(model.mean.numpy(), before)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lnp
+from lnp_torch.scaling import at_scale_one
 
 
 class Everything(nn.Module):
@@ -209,6 +210,13 @@ def test_loss_gradients_below_the_range_of_float16(way, options):
         d = lnp.decompose(**measured, loss_terms=10**8)
     for name in ("rate", "chi_loss", "chi_net", "chi_pos"):
         assert getattr(d, name) == pytest.approx(getattr(exact, name), rel=0.01)
+
+
+def test_vectors_at_the_end_of_the_range_of_float32():
+    """The scale that brings them to one would overflow."""
+    tiny = torch.tensor([1e-41])
+    (product,) = at_scale_one(lambda vector: [2 * vector[0]], [tiny], [tiny.half()])
+    assert product == pytest.approx(2e-41, rel=0.01)
 
 
 def test_products_with_vectors_below_the_range_of_float16():
