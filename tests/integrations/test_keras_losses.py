@@ -130,9 +130,13 @@ def test_regularisation_is_left_out_and_said():
     assert any("regularisation" in note for note in d.notes)
 
 
-def test_terms_that_layers_add_are_left_out():
+@pytest.mark.parametrize("where", ["kernel_regularizer", "activity_regularizer"])
+def test_terms_that_layers_add_are_left_out(where):
+    """Also those that are not zero where the weights are."""
     model = network()
-    model.layers[0].activity_regularizer = keras.regularizers.L2(10.0)
+    setattr(model.layers[0], where, lambda values: ops.sum((values - 1) ** 2))
+    model.layers[0].kernel.regularizer = model.layers[0].kernel_regularizer
+    model(X)
     model.compile("sgd", "mse")
     d = lnp.decompose(model, (X, VALUES), estimator="exact")
     agrees(d, factors(lambda: model(X), model, lambda f: ((f - VALUES) ** 2).mean(), N * C))
