@@ -50,6 +50,8 @@ class Options:
         "frozen" (batch normalisation in training mode keeps this batch's statistics) or "coupled".
     split:
         Whether the samples may be taken one at a time.
+    population:
+        Whether the squared norms of the loss gradient's samples will be asked for, beside the gradient.
     """
 
     loss: str | Callable | None = None
@@ -60,6 +62,7 @@ class Options:
     microbatch: int | None = None
     batch_statistics: str = "frozen"
     split: bool = True
+    population: bool = False
 
 
 def find(model: Any) -> Any:

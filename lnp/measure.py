@@ -106,7 +106,7 @@ def decompose(
     (3.555556, 3.555556)
     """
     split = estimator in SPLITTING or microbatch is not None  # which needs to be seen not to change the function
-    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split)
+    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
     return explained(_measure(_Decompose(estimator, rtol, max_probes, by_layer, population), model, (batch,), options))
 
 

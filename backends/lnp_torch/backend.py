@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from lnp.backends import Options
 from lnp.linearization import Linearization, coupling_tolerance
 from lnp.structure import leaves, map_leaves
 from lnp_torch import directional, losses, samples
+from lnp_torch.apart import Apart, Tapped, Verdict, general_note, judge
 from lnp_torch.complex import real
 from lnp_torch.huggingface import own_loss_terms, split_batch
 from lnp_torch.isolation import undisturbed
@@ -22,6 +24,7 @@ from lnp_torch.models import Program, accepts, program
 from lnp_torch.outputs import Outputs, flatten, wide, widened
 from lnp_torch.passes import Passes, first_pass
 from lnp_torch.scaling import at_scale_one
+from lnp_torch.taps import Taps
 
 __all__ = ["accepts", "evaluate", "linearize"]
 
@@ -67,8 +70,9 @@ class _Loss:
 def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization:
     inputs, targets = split_batch(batch, options.loss)
     whole = options.microbatch is None
+    taps = Taps(prepared.parameters) if whole and options.split else None
     outputs, repeat = first_pass(
-        prepared, inputs, options.batch_statistics == "frozen", keep_graph=whole or targets is None
+        prepared, inputs, options.batch_statistics == "frozen", whole or targets is None, taps or nullcontext()
     )
     parts = outputs.parts
     flat = flatten([part.detach() for part in parts])
@@ -78,16 +82,15 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
     passes = repeat(flat.shape[0])
     parameters = list(prepared.parameters.values())
     if whole:
-
-        def vjp(v: torch.Tensor) -> Vector:
-            return samples.gradients(parts, parameters, v)
+        one = [] if taps is None else [Tapped(slice(None), parts, taps)]
+        apart = Apart(passes, lambda: one, flat)
+        gradients = lambda v: samples.gradients(parts, parameters, v)
     else:
         pull_groups = samples.looped(passes, options.microbatch or flat.shape[0])
-
-        def vjp(v: torch.Tensor) -> Vector:
-            return samples.total(pull_groups, v)
-
-    apart, notes = _taken_apart(passes, flat, [part.dtype for part in parts], loss.gradient, vjp, options)
+        apart = Apart(passes, lambda: _tapped_groups(passes, options.microbatch or flat.shape[0]), flat)
+        gradients = lambda v: samples.total(pull_groups, v)
+    found, notes = _taken_apart(apart, [part.dtype for part in parts], options)
+    pulls = _Pulls(apart, found, gradients, loss.gradient if options.population else None)
     names = list(prepared.parameters)
     return Linearization(
         xp=xp,
@@ -95,11 +98,11 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         loss=loss.value,
         loss_gradient=loss.gradient,
         loss_terms=loss.terms,
-        vjp=vjp,
+        vjp=pulls.vjp,
         inner_products=lambda u, w: {n: _dot(a, b) for n, a, b in zip(names, u, w, strict=True)},
         signs=_signs(options.seed, flat),
         jvp=lambda u: _jvp(prepared, passes, u),
-        sample_square_norms=apart,
+        sample_square_norms=None if found is None else pulls.sample_square_norms,
         group_square_norms=None if whole else lambda v: samples.square_norms(pull_groups, v),
         groups=1 if whole else -(-flat.shape[0] // options.microbatch),
         loss_along=lambda u, step: _loss_along(prepared, passes, loss, u, step),
@@ -107,6 +110,50 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         violations=loss.violations,
         notes=(*_frozen_notes(passes), *loss.notes, *notes),
     )
+
+
+def _tapped_groups(passes: Passes, size: int) -> Iterator[Tapped]:
+    """Micro-batches after their forward pass, one in memory at a time."""
+    for start in range(0, passes.samples, size):
+        rows = slice(start, min(start + size, passes.samples))
+        with Taps(passes.program.parameters) as taps:
+            parts = passes.part(passes.program.parameters, rows).parts
+        yield Tapped(rows, parts, taps)
+
+
+@dataclass
+class _Pulls:
+    """Pull-backs that remember the squared norms of the loss gradient's samples, where both will be asked for.
+
+    Attributes
+    ----------
+    apart:
+        The samples.
+    verdict:
+        How they are taken apart, or None.
+    gradients:
+        v -> J^T v.
+    both:
+        The cotangent of which J^T v and the squared norms are wanted, or None.
+    """
+
+    apart: Apart
+    verdict: Verdict | None
+    gradients: Callable[[torch.Tensor], Vector]
+    both: torch.Tensor | None
+    norms: dict[str, torch.Tensor] | None = None
+
+    def vjp(self, v: torch.Tensor) -> Vector:
+        if v is not self.both or self.verdict is None:
+            return self.gradients(v)
+        self.norms, vector = self.apart.pulled(v, self.verdict)
+        return vector
+
+    def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        if v is self.both and self.norms is not None:
+            return self.norms
+        assert self.verdict is not None, "the record offers this only then"
+        return self.apart.square_norms(v, self.verdict)
 
 
 def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, options: Options) -> _Loss:
@@ -157,10 +204,9 @@ def _own_gradient(loss: torch.Tensor, parts: Vector, terms: Any) -> torch.Tensor
     return flatten(list(torch.autograd.grad(loss, parts, scale.to(loss.dtype), retain_graph=True))) / scale
 
 
-def _taken_apart(
-    passes: Passes, outputs: torch.Tensor, dtypes: list, g: torch.Tensor, vjp: Callable, options: Options
-) -> tuple[Callable | None, tuple[str, ...]]:
-    """`sample_square_norms`, seen to give the batch's outputs and gradient, or None and the reason."""
+def _taken_apart(apart: Apart, dtypes: list, options: Options) -> tuple[Verdict | None, tuple[str, ...]]:
+    """How the samples are taken apart, or None and the reason."""
+    passes = apart.passes
     if not options.split:
         return None, ()
     if not passes.divisible:
@@ -169,32 +215,15 @@ def _taken_apart(
         )
     tolerance = coupling_tolerance(xp, _narrowest(passes.program, dtypes))
     # micro-batches of one sample cannot differ from single samples: pairs can
-    gradient = samples.total(samples.looped(passes, 2), g) if options.microbatch == 1 else vjp(g)
-    found = ""
-    for pull in (samples.vectorized(passes), samples.looped(passes)):
-        try:
-            seen = samples.compare(pull, outputs, g, gradient)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
-            found = f"one sample alone fails with {type(error).__name__}: {_first_line(error)}"
-            continue
-        if not seen.difference > tolerance:
-            return _square_norms(pull, g, seen), ()
-        found = (
-            f"a sample's output or gradient changes by {seen.difference:.1g} (relative) when the others are left out"
-        )
+    found = judge(apart, (options.forward, options.microbatch), tolerance, pairs=options.microbatch == 1)
+    if not found.reason:
+        return found, general_note(found)
     if options.microbatch is not None:
         raise ValueError(
-            f"microbatch={options.microbatch} was asked for, but the samples interact in this network: {found}. "
-            "Expected independent samples. Leave microbatch unset, or remove what couples them."
+            f"microbatch={options.microbatch} was asked for, but the samples interact in this network: "
+            f"{found.reason}. Expected independent samples. Leave microbatch unset, or remove what couples them."
         )
-    return None, (f"the samples interact in this network ({found}): they are not taken apart",)
-
-
-def _square_norms(pull: samples.Pull, g: torch.Tensor, seen: samples.Comparison) -> Callable:
-    """v -> {name: (N,) array of ||J_n^T v_n||^2}, without a second pass for the loss gradient that was compared."""
-    return lambda v: seen.square_norms if v is g else samples.square_norms(pull, v)
+    return None, (f"the samples interact in this network ({found.reason}): they are not taken apart",)
 
 
 def _jvp(prepared: Program, passes: Passes, u: Vector) -> torch.Tensor:
@@ -277,7 +306,3 @@ def _narrowest(prepared: Program, outputs: list[torch.dtype]) -> torch.dtype:
     autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
     dtypes = [p.dtype for p in prepared.parameters.values()] + outputs + autocast
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120]

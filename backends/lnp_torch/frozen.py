@@ -94,12 +94,12 @@ class Frozen(TorchFunctionMode):
         return (weights * mask) @ value
 
 
-def rows(record: list[tuple[str, Any]], samples: int, part: slice) -> list[tuple[str, Any]]:
+def rows(record: list[tuple[str, Any]], samples: int, part: slice | torch.Tensor) -> list[tuple[str, Any]]:
     """The recorded values for some of the samples. Masks may have several rows per sample, as attention heads do."""
     return [(kind, _mask_rows(value, samples, part) if kind == "mask" else value) for kind, value in record]
 
 
-def _mask_rows(mask: torch.Tensor, samples: int, part: slice) -> torch.Tensor:
+def _mask_rows(mask: torch.Tensor, samples: int, part: slice | torch.Tensor) -> torch.Tensor:
     if mask.ndim == 0 or mask.shape[0] % samples:
         return mask
     return mask.unflatten(0, (samples, -1))[part].flatten(0, 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,16 +29,25 @@ class Program:
         (parameters, inputs) -> outputs of any structure. Takes a dictionary that replaces the selected parameters.
     modules:
         The modules that are called.
+    owner:
+        The user's module or function.
     """
 
     parameters: Parameters
     call: Callable[[Parameters, Any], Any]
     modules: tuple[nn.Module, ...] = ()
+    owner: Any = None
 
     @property
     def device(self) -> torch.device:
         """Of the first parameter."""
         return next(iter(self.parameters.values())).device
+
+    def restricted(self, names: Iterable[str]) -> Program:
+        """The same with some of the parameters, the others as they are."""
+        chosen = {name: self.parameters[name] for name in names}
+        fixed = {name: p.detach() for name, p in self.parameters.items() if name not in chosen}
+        return replace(self, parameters=chosen, call=lambda values, inputs: self.call({**fixed, **values}, inputs))
 
 
 def accepts(model: Any) -> bool:
@@ -142,7 +151,7 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Prog
         state = {name: values[source] for name, source in tied.items()} | buffers.fresh()
         return torch.func.functional_call(whole, state, (inputs,), tie_weights=False)
 
-    return Program(aliases, call, tuple(model.modules()))
+    return Program(aliases, call, tuple(model.modules()), model)
 
 
 def _function(function: Callable, tree: Any, parameters: Any) -> Program:
@@ -156,7 +165,7 @@ def _function(function: Callable, tree: Any, parameters: Any) -> Program:
         )
         return function(map_leaves(lambda _: next(values), tree), inputs)
 
-    return Program(aliases, call)
+    return Program(aliases, call, owner=function)
 
 
 def _alias(parameter: torch.Tensor) -> torch.Tensor:

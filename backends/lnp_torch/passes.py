@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,6 +14,9 @@ from lnp_torch.frozen import Frozen, rows
 from lnp_torch.isolation import RandomState, same_randomness
 from lnp_torch.models import Parameters, Program
 from lnp_torch.outputs import Outputs, read
+
+Part: TypeAlias = slice | torch.Tensor
+"""Which samples: a slice, or their indices."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,19 @@ class Passes:
         with same_randomness(self.state), Frozen(self.statistics, self.record):
             return read(self.program.call(parameters, copied(self.inputs)))
 
-    def part(self, parameters: Parameters, part: slice) -> Outputs:
+    def part(self, parameters: Parameters, part: Part) -> Outputs:
         """Some of the samples."""
-        inputs = copied(map_leaves(lambda leaf: leaf[part] if self.has_samples(leaf) else leaf, self.inputs))
-        with same_randomness(self.state), Frozen(self.statistics, rows(self.record, self.samples, part)):
-            return read(self.program.call(parameters, inputs))
+        return self.some(part).whole(parameters)
+
+    def some(self, part: Part) -> Passes:
+        """The same with some of the samples."""
+        inputs = map_leaves(lambda leaf: leaf[part] if self.has_samples(leaf) else leaf, self.inputs)
+        count = len(range(*part.indices(self.samples))) if isinstance(part, slice) else len(part)
+        return replace(self, inputs=inputs, samples=count, record=rows(self.record, self.samples, part))
+
+    def restricted(self, names: Iterable[str]) -> Passes:
+        """The same with some of the parameters to differentiate."""
+        return replace(self, program=self.program.restricted(names))
 
     def has_samples(self, leaf: Any) -> bool:
         """Whether an input runs over the samples along its first axis."""
@@ -74,11 +86,11 @@ def copied(inputs: Any) -> Any:
 
 
 def first_pass(
-    program: Program, inputs: Any, statistics: bool, keep_graph: bool
+    program: Program, inputs: Any, statistics: bool, keep_graph: bool, watch: AbstractContextManager
 ) -> tuple[Outputs, Callable[[int], Passes]]:
     """The outputs of the whole batch, and the passes that repeat it once the number of samples is known."""
     state = RandomState([program.device])
     mode = Frozen(statistics)
-    with mode, torch.set_grad_enabled(keep_graph):
+    with watch, mode, torch.set_grad_enabled(keep_graph):
         outputs = read(program.call(program.parameters, copied(inputs)))
     return outputs, lambda samples: Passes(program, inputs, samples, mode.record, state, statistics)

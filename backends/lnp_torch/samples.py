@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -145,12 +145,16 @@ def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Te
         if not used:
             return [torch.zeros_like(leaf) for leaf in leaves]
         outputs, cotangents = zip(*used, strict=True)
-        grads = torch.autograd.grad(
-            outputs, leaves, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return [grad.to_dense() if grad.is_sparse else grad for grad in grads]  # embeddings can ask for sparse ones
+        grads = torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
+        return dense(grads, leaves)
 
     return at_scale_one(backward, [v], [*parts, *leaves])
+
+
+def dense(grads: Iterable[torch.Tensor | None], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of unused parameters are zero, and embeddings can ask for sparse ones."""
+    pairs = zip(grads, leaves, strict=True)
+    return [torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad for grad, p in pairs]
 
 
 def _scalar(value: torch.Tensor) -> torch.Tensor:

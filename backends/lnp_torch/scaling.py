@@ -17,10 +17,15 @@ Vector = list[torch.Tensor]
 
 def at_scale_one(linear: Callable[[Vector], Vector], vector: Vector, through: Iterable[torch.Tensor]) -> Vector:
     """linear(vector); in float32 and at a scale of one where float16 is among the tensors that it goes through."""
-    if not _half(list(through)):
+    scale = scale_to_one(vector, through)
+    if scale is None:
         return linear(vector)
-    scale = _power_of_two(vector)
     return [widened(part) / scale for part in linear([widened(part) * scale for part in vector])]
+
+
+def scale_to_one(vector: Vector, through: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """What brings the vector to a scale of one, shape (); None where no float16 asks for it."""
+    return _power_of_two(vector) if _half(list(through)) else None
 
 
 def _half(tensors: Vector) -> bool:

@@ -315,6 +315,31 @@ def test_model(name, dtype):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_square_norms_of_single_samples(name, dtype):
+    """Any cotangent, each parameter: as by one backward pass for each sample."""
+    build, draw = MODELS[name]
+    model, x = in_dtype(build(), dtype), cast(draw(), dtype)
+    reference = with_batch_statistics(model, lambda m: called(m, x))
+    out = called(reference, x)
+    record = lnp.load("torch").linearize(model, (x, torch.randn_like(out)), lnp.Options())
+    v = torch.randn(record.outputs.shape, dtype=dtype)
+    found = record.sample_square_norms(v)
+    names, parameters = zip(*((n, p) for n, p in reference.named_parameters() if p.requires_grad), strict=True)
+    for sample in range(len(v)):
+        masked = torch.zeros_like(v)
+        masked[sample] = v[sample]
+        grads = torch.autograd.grad(
+            out, parameters, masked.reshape(out.shape), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        expected = {
+            name: torch.linalg.vector_norm(grad.to_dense() if grad.is_sparse else grad).item() ** 2
+            for name, grad in zip(names, grads, strict=True)
+        }
+        measured = {name: norm[sample].item() for name, norm in found.items()}
+        assert measured == pytest.approx(expected, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype] * max(expected.values()))
+
+
 def test_spectral_norm_in_training_mode(dtype):
     """Each pass would take one more step of the power iteration: the first one is measured, none is kept."""
     model = parametrized(parametrizations.spectral_norm)().to(dtype)

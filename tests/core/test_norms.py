@@ -1,0 +1,109 @@
+"""Squared norms from factors, beside the gradients that the factors stand for."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lnp import norms
+from lnp.norms import Window
+
+BUDGETS = [1, 300, norms.BUDGET]
+"""One sample at a time, some, and all."""
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def square(gradients):
+    return (gradients**2).reshape(len(gradients), -1).sum(1)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("shape", [(1, 3, 4), (2, 9, 8), (7, 3, 2), (2, 1, 1)])
+def test_outer(shape, budget):
+    positions, p, q = shape
+    left, right = normal(5, positions, p), normal(5, positions, q, seed=1)
+    expected = square(np.einsum("nsp,nsq->npq", left, right))
+    np.testing.assert_allclose(norms.outer(np, left, right, budget=budget), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [1e-9, 1e9])
+def test_both_forms(advantage):
+    left, right = normal(5, 3, 4), normal(5, 3, 2, seed=1)
+    expected = square(np.einsum("nsp,nsq->npq", left, right))
+    np.testing.assert_allclose(norms.outer(np, left, right, advantage), expected, rtol=1e-12)
+
+
+def table(index, values, rows):
+    gradients = np.zeros((len(index), rows, values.shape[2]))
+    for n, s in itertools.product(range(index.shape[0]), range(index.shape[1])):
+        if index[n, s] >= 0:
+            gradients[n, index[n, s]] += values[n, s]
+    return gradients
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("positions", [1, 6])
+def test_rows(positions, budget):
+    """Rows that are looked up twice add, those that are left out do not count."""
+    index, values = np.random.default_rng(0).integers(-1, 3, (5, positions)), normal(5, positions, 4)
+    expected = square(table(index, values, 3))
+    np.testing.assert_allclose(norms.rows(np, index, values, budget=budget), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_rows_and_outer(budget):
+    index, values = np.random.default_rng(0).integers(-1, 3, (5, 6)), normal(5, 6, 4)
+    left, right = normal(5, 2, 3, seed=1), normal(5, 2, 4, seed=2)
+    product = table(index, values, 3) * np.einsum("ntp,ntq->npq", left, right)
+    found = norms.rows_and_outer(np, index, values, left, right, budget=budget)
+    np.testing.assert_allclose(found, product.sum((1, 2)), rtol=1e-12)
+
+
+CONVOLUTIONS = {
+    "1-d": ((4, 9), (3,), (1,), (1,), 1, 5),
+    "1-d, strided and dilated": ((4, 9), (3,), (2,), (2,), 1, 5),
+    "2-d": ((3, 5, 6), (3, 2), (1, 1), (1, 1), 1, 4),
+    "2-d, dilated": ((3, 5, 6), (2, 2), (1, 1), (2, 3), 1, 4),
+    "2-d, strided, grouped": ((4, 5, 6), (2, 3), (2, 1), (1, 1), 2, 6),
+    "2-d, few positions": ((12, 2, 2), (2, 1), (1, 1), (1, 1), 1, 12),
+    "2-d, few positions, strided": ((12, 3, 3), (2, 2), (2, 2), (1, 1), 2, 12),
+    "3-d, depthwise": ((2, 3, 4, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1), 2, 4),
+}
+
+
+def kernel_gradients(x, d, window):
+    """dL_n/dW of y[n, o, p] = sum_{c, k} W[o, c, k] x[n, c, stride p + dilation k], one number at a time."""
+    channels, outputs = x.shape[1] // window.groups, d.shape[1] // window.groups
+    gradients = np.zeros((len(x), d.shape[1], channels, *window.kernel))
+    for o, c, *k in np.ndindex(d.shape[1], channels, *window.kernel):
+        cut = [
+            slice(dilation * i, dilation * i + stride * (size - 1) + 1, stride)
+            for i, dilation, stride, size in zip(k, window.dilation, window.stride, d.shape[2:], strict=True)
+        ]
+        seen = x[(slice(None), o // outputs * channels + c, *cut)]
+        gradients[(slice(None), o, c, *k)] = (seen * d[:, o]).reshape(len(x), -1).sum(1)
+    return gradients
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name, budget):
+    shape, kernel, stride, dilation, groups, outputs = CONVOLUTIONS[name]
+    window = Window(kernel, stride, dilation, groups)
+    places = [
+        (size - step * (width - 1) - 1) // jump + 1
+        for size, width, jump, step in zip(shape[1:], kernel, stride, dilation, strict=True)
+    ]
+    x, d = normal(5, *shape), normal(5, outputs, *places, seed=1)
+    expected = square(kernel_gradients(x, d, window))
+    np.testing.assert_allclose(norms.convolution(np, x, d, window, budget=budget), expected, rtol=1e-12)
+
+
+def test_float32_for_narrower_types():
+    left, right = (np.full((1, 1, 1), 300, np.float16) for _ in range(2))
+    assert norms.outer(np, left, right)[0] == 300.0**4
