@@ -51,7 +51,8 @@ class Options:
     split:
         Whether the samples may be taken one at a time.
     population:
-        Whether the squared norms of the loss gradient's samples will be asked for, beside the gradient.
+        Whether the squared norms of the loss gradient's samples will be asked for, beside the gradient; None for where
+        they are cheap and the loss is separable.
     """
 
     loss: str | Callable | None = None
@@ -62,7 +63,7 @@ class Options:
     microbatch: int | None = None
     batch_statistics: str = "frozen"
     split: bool = True
-    population: bool = False
+    population: bool | None = None
 
 
 def find(model: Any) -> Any:

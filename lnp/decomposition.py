@@ -121,7 +121,7 @@ def decompose(
     rtol: float = 0.01,
     max_probes: int = 64,
     by_layer: ByLayer = False,
-    population: bool = False,
+    population: bool | None = False,
 ) -> Decomposition:
     """Decompose one linearised batch. Pure, safe to trace and compile; every number is an array of shape ().
 
@@ -143,7 +143,12 @@ def decompose(
         for i, rate in enumerate(rates)
     ]
     whole = parts[0]
-    finite, reason = _population(lin, gradient, rates[0], estimate) if population else (None, ())
+    if population is None and not lin.cheap:
+        finite, reason = None, ("no population values: single samples are not cheap here; ask for population=True",)
+    elif population is False:
+        finite, reason = None, ()
+    else:
+        finite, reason = _population(lin, gradient, rates[0], estimate)
     return Decomposition(
         loss=lin.loss,
         rate=whole.rate,

@@ -25,6 +25,25 @@ def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], stat
 
 
 @dataclass(frozen=True)
+class Subset:
+    """Some samples of a batch, drawn at random, with a forward pass of their own.
+
+    Attributes
+    ----------
+    index:
+        Which samples, shape (M,).
+    sample_square_norms:
+        v (M, K) -> {parameter name: (M,) array of ||J_ml^T v_m||^2}.
+    jvp:
+        u -> J u of shape (M, K), or None.
+    """
+
+    index: Array
+    sample_square_norms: Callable[[Array], Mapping[str, Array]]
+    jvp: Callable[[Vector], Array] | None = None
+
+
+@dataclass(frozen=True)
 class Linearization:
     """A network and its loss around the current parameters, for one batch.
 
@@ -53,6 +72,10 @@ class Linearization:
         u -> J u of shape (N, K) (Jacobian-vector product), or None.
     sample_square_norms:
         v -> {parameter name: (N,) array of ||J_nl^T v_n||^2}, without N x P memory. None where it cannot be had.
+    subset:
+        M -> `Subset` of M samples, or None where the backend has none to offer. The same samples at each call.
+    cheap:
+        Whether `sample_square_norms` costs about as much as one pull-back.
     coupled:
         Array of shape (), True if the samples turn out to interact although they are taken apart: a sample's output,
         or the gradient, changes when the others are left out. The core's numbers are nan then. None where the
@@ -85,6 +108,8 @@ class Linearization:
     signs: Callable[[Any], Array]
     jvp: Callable[[Vector], Array] | None = None
     sample_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
+    subset: Callable[[int], Subset] | None = None
+    cheap: bool = False
     coupled: Array | None = None
     group_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     groups: int = 1

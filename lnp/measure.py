@@ -25,7 +25,7 @@ def decompose(
     forward: Callable | None = None,
     parameters: Any = None,
     by_layer: ByLayer = False,
-    population: bool = False,
+    population: bool | None = None,
     estimator: str = "auto",
     rtol: float = 0.01,
     max_probes: int = 64,
@@ -61,8 +61,9 @@ def decompose(
     by_layer:
         True for one entry per module in `Decomposition.layers`, or a function parameter name -> layer name.
     population:
-        True for `Decomposition.population`: rate, position and noise scale of the population that the batch was
-        drawn from. Costs one more pull-back of single samples and a Jacobian-vector product.
+        For `Decomposition.population`: rate, position and noise scale of the population that the batch was drawn from.
+        None computes them where that is cheap (the squared norms of single samples come with the gradient) and the
+        loss is a mean over samples; True also where it is not cheap, False never.
     estimator:
         Of tr Theta: "exact", "per_sample", "grouped", "joint", or "auto": exact for few outputs, per sample otherwise,
         joint (or grouped, with `microbatch`) where the samples interact in the network. See `lnp.trace`.
@@ -210,7 +211,7 @@ class _Decompose:
     rtol: float
     max_probes: int
     by_layer: ByLayer = False
-    population: bool = False
+    population: bool | None = False
 
     def __post_init__(self) -> None:
         if self.estimator not in trace.ESTIMATORS:

@@ -8,7 +8,8 @@ E ||grad L_batch||^2 = ||grad L||^2 + tr Cov / N. The mean over pairs of differe
     noise_scale = N sum_n q_n / rate_population - 1
 
 The first is unbiased for a loss that is a mean over samples; where samples hold different numbers of labels (padding),
-it is a ratio of means, unbiased to order 1/N. Standard errors are the jackknife's, over samples.
+it is a ratio of means, unbiased to order 1/N. Standard errors are the jackknife's, over samples: where the record
+offers a subset, over samples drawn at random.
 
 Source: docs/theory.md, "Finite batches"; noise scale: McCandlish et al., arXiv 1812.06162.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lnp.linearization import Array, Linearization, Vector, accumulation_dtype, ratio
+from lnp.trace import pilot_size
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,20 @@ def population(lin: Linearization, gradient: Vector, rate: Array, traces: Array,
         tr Theta_nn for each sample, shape (N,), with the standard error `stderr` of their sum.
     """
     assert lin.sample_square_norms is not None, "decompose() looks for it"
-    assert lin.jvp is not None, "decompose() looks for it"
     xp, n = lin.xp, lin.outputs.shape[0]
-    g = xp.astype(lin.loss_gradient, accumulation_dtype(xp, lin.loss_gradient.dtype), copy=False)
     norms = list(lin.sample_square_norms(lin.loss_gradient).values())
     q = sum(norms[1:], start=norms[0])
-    along = xp.sum(g * lin.jvp(gradient), axis=1)  # <G_n, sum_m G_m>
+    g = xp.astype(lin.loss_gradient, accumulation_dtype(xp, lin.loss_gradient.dtype), copy=False)
     g2 = xp.sum(g * g, axis=1)
+    # <G_n, sum_m G_m> costs a Jacobian-vector product: of some samples only, whose spread stands for that of all
+    size = pilot_size(n)
+    if lin.subset is not None and size < n:
+        chosen = lin.subset(size)
+        jvp, some = chosen.jvp, lambda values: xp.take(values, chosen.index, axis=0)
+    else:
+        jvp, some = lin.jvp, lambda values: values
+    assert jvp is not None, "decompose() looks for it"
+    along = xp.sum(some(g) * jvp(gradient), axis=1)
 
     def values(count: int, square: Array, own: Array, g2: Array, trace: Array) -> tuple[Array, Array, Array]:
         """(rate, position, noise scale) from sums over `count` samples whose loss gradients are those of n samples."""
@@ -74,7 +83,9 @@ def population(lin: Linearization, gradient: Vector, rate: Array, traces: Array,
 
     own, norm, trace = xp.sum(q), xp.sum(g2), xp.sum(traces)
     whole = values(n, rate, own, norm, trace)
-    without = values(n - 1, rate - 2 * along + q, own - q, norm - g2, trace - traces)
-    errors = [xp.sqrt((n - 1) / n * xp.sum((part - xp.mean(part)) ** 2)) for part in without]
+    without = values(n - 1, rate - 2 * along + some(q), own - some(q), norm - some(g2), trace - some(traces))
+    count = along.shape[0]
+    spread = [xp.sum((part - xp.mean(part)) ** 2) / (count - 1) for part in without]
+    errors = [xp.sqrt((n - 1) ** 2 / n * variance) for variance in spread]
     probing = whole[1] * ratio(xp, stderr, trace)
     return Population(*whole, errors[0], xp.sqrt(errors[1] ** 2 + probing**2), errors[2])

@@ -84,13 +84,14 @@ class Probe:
 
     square_norms: Callable[[Array], Array]
     groups: int
+    rows: Rows = ()
 
 
 def per_sample(lin: Linearization, rows: Rows) -> Probe:
     """||J_n^T v_n||^2 for each sample n, whose expectation over signs is tr Theta_nn. Samples must not interact."""
     square_norms = lin.sample_square_norms
     assert square_norms is not None, "choose() takes this estimator only where the record has them"
-    return Probe(lambda v: _by_row(lin, rows, square_norms(v)), lin.outputs.shape[0])
+    return Probe(lambda v: _by_row(lin, rows, square_norms(v)), lin.outputs.shape[0], rows)
 
 
 def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
@@ -151,11 +152,14 @@ def to_tolerance(
     """Average probes until the standard error is below `rtol` times the estimate, or `max_probes` are spent.
 
     With k >= 2 probes x_1 ... x_k per group g the standard error pools the differences within the groups,
-    SE^2 = sum_g sum_i (x_gi - mean_g)^2 / (k (k - 1)), G (k - 1) degrees of freedom. With one probe the spread across
-    groups stands in, an upper bound: SE^2 <= G/(G - 1) sum_g (x_g - mean)^2.
+    SE^2 = sum_g sum_i (x_gi - mean_g)^2 / (k (k - 1)), G (k - 1) degrees of freedom. One probe is enough if the spread
+    across groups, an upper bound, says so: SE^2 <= G/(G - 1) sum_g (x_g - mean)^2; or if a second probe of M samples
+    drawn at random does: SE^2 = N/M sum_m (x_m - x'_m)^2 / 2.
     """
     xp = lin.xp
     least = min(max_probes, 2 + (DEGREES_OF_FREEDOM - 1) // probe.groups)
+    first = probe.square_norms(lin.signs(0))
+    enough, single = _of_one(lin, probe, first, rtol, estimator, max_probes)
 
     def body(state: tuple) -> tuple:
         count, mean, squares = state
@@ -166,16 +170,50 @@ def to_tolerance(
 
     def unfinished(state: tuple) -> Any:
         count, mean, squares = state
-        if isinstance(count, int) and not least <= count < max_probes:
-            return count < least  # known without reading anything from the device
-        wide = xp.sum(squares[0, :]) > (rtol * xp.sum(mean[0, :])) ** 2 * _number(lin, count * (count - 1))
-        return (count < least) | ((count < max_probes) & wide)
+        if isinstance(count, int) and 1 < count < least:
+            return True  # known without reading anything from the device
+        if isinstance(count, int) and count >= max_probes:
+            return False
+        pairs = _number(lin, count * (count - 1))
+        wide = xp.sum(squares[0, :]) > (rtol * xp.sum(mean[0, :])) ** 2 * pairs
+        return ((count < least) | ((count < max_probes) & wide)) & ((count > 1) | xp.logical_not(enough))
 
-    empty = _zeros(lin, (rows, probe.groups))
-    count, mean, squares = lin.while_loop(unfinished, body, (0, empty, empty))
-    variance = _across(xp, mean) if max_probes == 1 else xp.sum(squares, axis=1) / _number(lin, count * (count - 1))
+    count, mean, squares = lin.while_loop(unfinished, body, (1, first, xp.zeros_like(first)))
+    if isinstance(count, int):
+        variance = single if count == 1 else xp.sum(squares, axis=1) / (count * (count - 1))
+    else:
+        pairs = xp.where(count > 1, count * (count - 1), xp.ones_like(count))
+        variance = xp.where(count > 1, xp.sum(squares, axis=1) / _number(lin, pairs), single)
     apart = mean[0, :] if estimator == "per_sample" else None
     return TraceEstimate(xp.sum(mean, axis=1), xp.sqrt(variance), estimator, count, apart)
+
+
+def _of_one(
+    lin: Linearization, probe: Probe, first: Array, rtol: float, estimator: str, max_probes: int
+) -> tuple[Array, Array]:
+    """(whether one probe meets the tolerance, its squared standard error or an upper bound, shape (R,))."""
+    xp = lin.xp
+    allowed = (rtol * xp.sum(first[0, :])) ** 2
+    bound = _across(xp, first)
+    few = probe.groups <= DEGREES_OF_FREEDOM
+    enough = xp.zeros_like(bound[0], dtype=xp.bool) if few else bound[0] <= allowed
+    size = pilot_size(probe.groups)
+    if estimator != "per_sample" or lin.subset is None or size >= probe.groups or max_probes == 1:
+        return enough, bound
+
+    def pilot(state: tuple) -> tuple:
+        subset = lin.subset(size)
+        second = _by_row(lin, probe.rows, subset.sample_square_norms(xp.take(lin.signs(1), subset.index, axis=0)))
+        difference = second - xp.take(first, subset.index, axis=1)
+        return state[0] + 1, xp.sum(difference * difference, axis=1) * (0.5 * probe.groups / size)
+
+    _, variance = lin.while_loop(lambda state: (state[0] < 1) & xp.logical_not(enough), pilot, (0, bound))
+    return variance[0] <= allowed, variance
+
+
+def pilot_size(samples: int) -> int:
+    """Samples that are probed a second time to learn the error of the first probe."""
+    return min(max(samples // 8, DEGREES_OF_FREEDOM + 1), 32)
 
 
 def _across(xp: Any, values: Array) -> Array:

@@ -13,7 +13,7 @@ from array_api_compat import torch as xp
 
 from lnp import batches
 from lnp.backends import Options
-from lnp.linearization import Linearization, coupling_tolerance
+from lnp.linearization import Linearization, Subset, coupling_tolerance
 from lnp.structure import leaves, map_leaves
 from lnp_torch import directional, losses, samples
 from lnp_torch.apart import Apart, Tapped, Verdict, general_note, judge
@@ -90,7 +90,9 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         apart = Apart(passes, lambda: _tapped_groups(passes, options.microbatch or flat.shape[0]), flat)
         gradients = lambda v: samples.total(pull_groups, v)
     found, notes = _taken_apart(apart, [part.dtype for part in parts], options)
-    pulls = _Pulls(apart, found, gradients, loss.gradient if options.population else None)
+    cheap = found is not None and not found.general
+    both = options.population if options.population is not None else cheap and loss.separable
+    pulls = _Pulls(apart, found, gradients, loss.gradient if both else None)
     names = list(prepared.parameters)
     return Linearization(
         xp=xp,
@@ -103,6 +105,8 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         signs=_signs(options.seed, flat),
         jvp=lambda u: _jvp(prepared, passes, u),
         sample_square_norms=None if found is None else pulls.sample_square_norms,
+        subset=None if found is None else lambda size: _subset(prepared, passes, found, options, size),
+        cheap=cheap,
         group_square_norms=None if whole else lambda v: samples.square_norms(pull_groups, v),
         groups=1 if whole else -(-flat.shape[0] // options.microbatch),
         loss_along=lambda u, step: _loss_along(prepared, passes, loss, u, step),
@@ -110,6 +114,19 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         violations=loss.violations,
         notes=(*_frozen_notes(passes), *loss.notes, *notes),
     )
+
+
+def _subset(prepared: Program, passes: Passes, verdict: Verdict, options: Options, size: int) -> Subset:
+    """Samples drawn at random, with a forward pass of their own once squared norms are asked for."""
+    drawn = np.random.default_rng(np.random.SeedSequence((options.seed, passes.samples))).permutation(passes.samples)
+    index = torch.as_tensor(np.sort(drawn[:size]), device=prepared.device)
+    some = passes.some(index)
+
+    def square_norms(v: torch.Tensor) -> dict[str, torch.Tensor]:
+        size = min(options.microbatch or some.samples, some.samples)
+        return Apart(some, lambda: _tapped_groups(some, size), v).square_norms(v, verdict)
+
+    return Subset(index, square_norms, lambda u: _jvp(prepared, some, u))
 
 
 def _tapped_groups(passes: Passes, size: int) -> Iterator[Tapped]:
