@@ -58,7 +58,9 @@ class Decomposition:
     loss_terms:
         n, the number of terms that the loss's mean reduction averages.
     probes:
-        Cotangents spent on the trace.
+        Cotangents spent on the trace, for each sample that was probed.
+    probed:
+        Samples that were probed: N, or fewer where `rtol` asked for no more.
     samples, outputs:
         N and K.
     estimator:
@@ -80,6 +82,7 @@ class Decomposition:
     chi_pos_stderr: Any
     loss_terms: Any
     probes: Any
+    probed: Any
     layers: Mapping[str, Layer] | None
     population: Population | None
     samples: int
@@ -129,7 +132,7 @@ def decompose(
     numbers are nan.
     """
     xp = lin.xp
-    name, notes = trace.choose(lin, estimator)
+    name, notes = trace.choose(lin, estimator, rtol, max_probes)
     gradient = lin.vjp(lin.loss_gradient)
     square_norms = lin.inner_products(gradient, gradient)
     layers = layer_names(tuple(square_norms), by_layer)
@@ -159,6 +162,7 @@ def decompose(
         chi_pos_stderr=whole.chi_pos_stderr,
         loss_terms=lin.loss_terms,
         probes=estimate.probes,
+        probed=estimate.probed,
         layers=dict(zip(layers, parts[1:], strict=True)) if layers else None,
         population=finite,
         samples=lin.outputs.shape[0],

@@ -36,11 +36,15 @@ class Subset:
         v (M, K) -> {parameter name: (M,) array of ||J_ml^T v_m||^2}.
     jvp:
         u -> J u of shape (M, K), or None.
+    along:
+        u -> (M,) array of <J_m^T g_m, u> with the loss gradient g, where the backend has a cheaper way to it than J u;
+        or None.
     """
 
     index: Array
     sample_square_norms: Callable[[Array], Mapping[str, Array]]
     jvp: Callable[[Vector], Array] | None = None
+    along: Callable[[Vector], Array] | None = None
 
 
 @dataclass(frozen=True)
