@@ -16,6 +16,7 @@ itself, for eager work.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ def _turn(entry: Any) -> int:
     return {"keras": 0, "numpy": 2}.get(entry.name, 1)
 
 
+@functools.cache
 def _entries() -> EntryPoints:
+    """Read once: it takes milliseconds, as long as a training step of a small network."""
     from importlib.metadata import entry_points  # takes longer to import than all of lnp
 
     return entry_points(group=GROUP)

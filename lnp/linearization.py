@@ -78,6 +78,9 @@ class Linearization:
         v -> {parameter name: (N,) array of ||J_nl^T v_n||^2}, without N x P memory. None where it cannot be had.
     subset:
         M -> `Subset` of M samples, or None where the backend has none to offer. The same samples at each call.
+    subset_pays:
+        Whether a pass over a few of the samples is much cheaper than one over all: not where the work is small beside
+        what starts it.
     cheap:
         Whether `sample_square_norms` costs about as much as one pull-back.
     coupled:
@@ -113,6 +116,7 @@ class Linearization:
     jvp: Callable[[Vector], Array] | None = None
     sample_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     subset: Callable[[int], Subset] | None = None
+    subset_pays: bool = True
     cheap: bool = False
     coupled: Array | None = None
     group_square_norms: Callable[[Array], Mapping[str, Array]] | None = None

@@ -109,7 +109,7 @@ def per_sample(lin: Linearization, rows: Rows) -> Probe:
         return Pilot(some.index, lambda v: _by_row(lin, rows, own(v)))
 
     probe = lambda v: _by_row(lin, rows, square_norms(v))
-    return Probe(probe, samples, len(rows), None if subset is None else pilot)
+    return Probe(probe, samples, len(rows), pilot if subset is not None and lin.subset_pays else None)
 
 
 def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from lnp.structure import leaves as leaves_of
 from lnp_torch import samples
+from lnp_torch.models import Parameters
 from lnp_torch.outputs import split, widened
 from lnp_torch.passes import Passes
+from lnp_torch.reading import LAYOUTS, Kept, Layouts, along
 from lnp_torch.samples import Comparison, Pull, dense
 from lnp_torch.scaling import scale_to_one
-from lnp_torch.taps import LAYOUTS, Layouts, Taps
+from lnp_torch.taps import Taps
 
 Norms = dict[str, torch.Tensor]
 """{parameter name: (N,) squared norms}."""
@@ -95,48 +97,91 @@ class Apart:
 
     def square_norms(self, v: torch.Tensor, verdict: Verdict) -> Norms:
         """{name: (N,) array of ||J_nl^T v_n||^2} for every parameter."""
-        return self.pulled(v, verdict, gradient=False)[0]
+        return self.pulled(v, verdict, gradient=False).square_norms
 
-    def pulled(self, v: torch.Tensor, verdict: Verdict, gradient: bool = True) -> tuple[Norms, list[torch.Tensor]]:
-        """The squared norms and, by the same backward pass, J^T v."""
-        known, _, vector = self.tapped(v, verdict.general, verdict.layouts, gradient)
+    def pulled(
+        self, v: torch.Tensor, verdict: Verdict, gradient: bool = True, keep: torch.Tensor | None = None
+    ) -> Pullback:
+        """The squared norms and, by the same backward pass, J^T v and what is kept of some samples."""
+        found = self.tapped(v, verdict.general, verdict.layouts, gradient, keep)
         names = list(self.passes.program.parameters)
-        missing = [name for name in names if name not in known]
+        missing = [name for name in names if name not in found.square_norms]
         general = samples.square_norms(verdict.pull(self.passes.restricted(missing)), v) if missing else {}
-        return {name: known[name] if name in known else general[name] for name in names}, vector
+        norms = {name: found.square_norms[name] if name in found.square_norms else general[name] for name in names}
+        return replace(found, square_norms=norms)
 
     def tapped(
-        self, v: torch.Tensor, general: Iterable[str], layouts: Layouts, gradient: bool
-    ) -> tuple[Norms, dict[str, str], list[torch.Tensor]]:
-        """({name: (N,)} where taps know, {other name: reason}, J^T v or [])."""
+        self,
+        v: torch.Tensor,
+        general: Iterable[str],
+        layouts: Layouts,
+        gradient: bool,
+        keep: torch.Tensor | None = None,
+    ) -> Pullback:
+        """What the taps know, and J^T v if it is asked for."""
         leaves = list(self.passes.program.parameters.values()) if gradient else []
-        found: list[Norms] = []
-        total: list[torch.Tensor] = []
-        unknown: dict[str, str] = {}
+        found = []
         for part in self.visit():
-            norms, missing, vector = _pulled(part, v[part.rows], leaves, set(general), layouts)
-            unknown |= missing
-            found.append(norms)
-            total = [a + b for a, b in zip(total, vector, strict=True)] if total else vector
-        names = [name for name in self.passes.program.parameters if name not in unknown]
-        return {name: torch.cat([norms[name] for norms in found]) for name in names}, unknown, total
+            some = None if keep is None else keep[(keep >= part.rows.start) & (keep < part.rows.stop)] - part.rows.start
+            found.append(_pulled(part, v[part.rows], leaves, set(general), layouts, some))
+        missing = {name: why for pull in found for name, why in pull.missing.items()}
+        names = [name for name in self.passes.program.parameters if name not in missing]
+        return Pullback(
+            {name: torch.cat([pull.square_norms[name] for pull in found]) for name in names},
+            missing,
+            [sum(grads[1:], start=grads[0]) for grads in zip(*(pull.gradient for pull in found), strict=True)],
+            [kept for pull in found for kept in pull.kept],
+        )
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """What one pull-back of a cotangent v has shown.
+
+    Attributes
+    ----------
+    square_norms:
+        {name: (N,) array of ||J_nl^T v_n||^2}.
+    missing:
+        {name of any other parameter: why}.
+    gradient:
+        J^T v, or [] if it was not asked for.
+    kept:
+        For each part of the batch what is kept of its samples' gradients, and the scale they were pulled back at.
+    """
+
+    square_norms: Norms
+    missing: dict[str, str]
+    gradient: list[torch.Tensor]
+    kept: list[tuple[list[Kept], float | torch.Tensor]] = field(default_factory=list)
+
+    def along(self, parameters: Parameters, u: dict[str, torch.Tensor]) -> torch.Tensor:
+        """<J_m^T v_m, u> of the samples that were kept, (M,)."""
+        sums = [sum(along(one, parameters[one.name], u[one.name]) for one in kept) / scale for kept, scale in self.kept]
+        return torch.cat(sums)
 
 
 def _pulled(
-    part: Tapped, v: torch.Tensor, leaves: list[torch.Tensor], general: set[str], layouts: Layouts
-) -> tuple[Norms, dict[str, str], list[torch.Tensor]]:
+    part: Tapped,
+    v: torch.Tensor,
+    leaves: list[torch.Tensor],
+    general: set[str],
+    layouts: Layouts,
+    keep: torch.Tensor | None,
+) -> Pullback:
     scale = scale_to_one([v], [*part.parts, *part.taps.parameters.values()])
     cotangents = split(v if scale is None else widened(v) * scale, part.parts)
     used = [(p, w) for p, w in zip(part.parts, cotangents, strict=True) if p.requires_grad]
     if not used:
         none = torch.zeros(len(v), device=v.device)
-        return dict.fromkeys(part.taps.parameters, none), {}, [torch.zeros_like(leaf) for leaf in leaves]
+        return Pullback(dict.fromkeys(part.taps.parameters, none), {}, [torch.zeros_like(leaf) for leaf in leaves])
     outputs, given = ([pair[i] for pair in used] for i in (0, 1))
-    norms, missing, grads = part.taps.pull(outputs, given, leaves, general, layouts)
-    vector = dense(grads, leaves)
+    found, grads = part.taps.pull(outputs, given, leaves, general, layouts, keep)
+    vector, kept = dense(grads, leaves), [] if keep is None or not len(keep) else [(found.kept, scale or 1.0)]
     if scale is None:
-        return norms, missing, vector
-    return {name: norm / scale**2 for name, norm in norms.items()}, missing, [widened(g) / scale for g in vector]
+        return Pullback(found.square_norms, found.missing, vector, kept)
+    norms = {name: norm / scale**2 for name, norm in found.square_norms.items()}
+    return Pullback(norms, found.missing, [widened(g) / scale for g in vector], kept)
 
 
 def judge(apart: Apart, key: tuple, tolerance: float, pairs: bool) -> Verdict:
@@ -171,7 +216,8 @@ def _compared(apart: Apart, tolerance: float, pairs: bool) -> Verdict:
     signs = torch.randint(0, 2, outputs[index].shape, generator=generator, device=outputs.device)
     v = torch.zeros_like(outputs).index_copy(0, index, (2 * signs - 1).to(outputs.dtype))
     alone = passes.some(index)
-    norms, general, gradient = apart.tapped(v, (), {}, gradient=True)
+    tapped = apart.tapped(v, (), {}, gradient=True)
+    norms, general, gradient = tapped.square_norms, dict(tapped.missing), tapped.gradient
     if pairs:
         gradient = samples.total(samples.looped(alone, 2), v[index])
     reason = ""
@@ -200,8 +246,8 @@ def _laid_out(
     for layout in LAYOUTS:
         tried = dict.fromkeys(general, layout)
         if tried:
-            norms, unread, _ = apart.tapped(v, (), tried, gradient=False)
-            wrong = unread | _differing(norms, seen, index, tolerance)
+            found = apart.tapped(v, (), tried, gradient=False)
+            wrong = found.missing | _differing(found.square_norms, seen, index, tolerance)
             layouts |= {name: layout for name in tried if name not in wrong}
             general = {name: why for name, why in general.items() if name in wrong}
     return general, layouts

@@ -14,9 +14,10 @@ from array_api_compat import torch as xp
 from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, Subset, coupling_tolerance
+from lnp.population import jackknife_size
 from lnp.structure import leaves, map_leaves
 from lnp_torch import directional, losses, samples
-from lnp_torch.apart import Apart, Tapped, Verdict, general_note, judge
+from lnp_torch.apart import Apart, Pullback, Tapped, Verdict, general_note, judge
 from lnp_torch.complex import real
 from lnp_torch.huggingface import own_loss_terms, split_batch
 from lnp_torch.isolation import undisturbed
@@ -29,6 +30,10 @@ from lnp_torch.taps import Taps
 __all__ = ["accepts", "evaluate", "linearize"]
 
 Vector = list[torch.Tensor]
+
+WORTH = {"cpu": 2**27}
+"""Multiplications of a forward pass from which on one over some of the samples pays: below, Python takes as long."""
+WORTH_ELSEWHERE = 2**34
 
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
@@ -82,7 +87,7 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
     passes = repeat(flat.shape[0])
     parameters = list(prepared.parameters.values())
     if whole:
-        one = [] if taps is None else [Tapped(slice(None), parts, taps)]
+        one = [] if taps is None else [Tapped(slice(0, flat.shape[0]), parts, taps)]
         apart = Apart(passes, lambda: one, flat)
         gradients = lambda v: samples.gradients(parts, parameters, v)
     else:
@@ -92,7 +97,7 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
     found, notes = _taken_apart(apart, [part.dtype for part in parts], options)
     cheap = found is not None and not found.general
     both = options.population if options.population is not None else cheap and loss.separable
-    pulls = _Pulls(apart, found, gradients, loss.gradient if both else None)
+    pulls = _Pulls(apart, found, gradients, loss.gradient if both else None, cheap, options.seed)
     names = list(prepared.parameters)
     return Linearization(
         xp=xp,
@@ -105,7 +110,8 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
         signs=_signs(options.seed, flat),
         jvp=lambda u: _jvp(prepared, passes, u),
         sample_square_norms=None if found is None else pulls.sample_square_norms,
-        subset=None if found is None else lambda size: _subset(prepared, passes, found, options, size),
+        subset=None if found is None else lambda size: _subset(pulls, options, size),
+        subset_pays=taps is None or taps.products > WORTH.get(flat.device.type, WORTH_ELSEWHERE),
         cheap=cheap,
         group_square_norms=None if whole else lambda v: samples.square_norms(pull_groups, v),
         groups=1 if whole else -(-flat.shape[0] // options.microbatch),
@@ -116,17 +122,17 @@ def _linearize(prepared: Program, batch: Any, options: Options) -> Linearization
     )
 
 
-def _subset(prepared: Program, passes: Passes, verdict: Verdict, options: Options, size: int) -> Subset:
+def _subset(pulls: _Pulls, options: Options, size: int) -> Subset:
     """Samples drawn at random, with a forward pass of their own once squared norms are asked for."""
-    drawn = np.random.default_rng(np.random.SeedSequence((options.seed, passes.samples))).permutation(passes.samples)
-    index = torch.as_tensor(np.sort(drawn[:size]), device=prepared.device)
-    some = passes.some(index)
+    index, verdict = pulls.drawn(size), pulls.verdict
+    some = pulls.apart.passes.some(index)
+    assert verdict is not None, "the record offers this only then"
 
     def square_norms(v: torch.Tensor) -> dict[str, torch.Tensor]:
         size = min(options.microbatch or some.samples, some.samples)
         return Apart(some, lambda: _tapped_groups(some, size), v).square_norms(v, verdict)
 
-    return Subset(index, square_norms, lambda u: _jvp(prepared, some, u))
+    return Subset(index, square_norms, lambda u: _jvp(some.program, some, u), pulls.along(index))
 
 
 def _tapped_groups(passes: Passes, size: int) -> Iterator[Tapped]:
@@ -152,25 +158,45 @@ class _Pulls:
         v -> J^T v.
     both:
         The cotangent of which J^T v and the squared norms are wanted, or None.
+    keep:
+        Whether parts of some samples' gradients are kept with them.
+    seed:
+        Of the samples that are drawn.
     """
 
     apart: Apart
     verdict: Verdict | None
     gradients: Callable[[torch.Tensor], Vector]
     both: torch.Tensor | None
-    norms: dict[str, torch.Tensor] | None = None
+    keep: bool
+    seed: Any
+    found: Pullback | None = None
 
     def vjp(self, v: torch.Tensor) -> Vector:
         if v is not self.both or self.verdict is None:
             return self.gradients(v)
-        self.norms, vector = self.apart.pulled(v, self.verdict)
-        return vector
+        kept = self.drawn(jackknife_size(self.apart.passes.samples)) if self.keep else None
+        self.found = self.apart.pulled(v, self.verdict, keep=kept)
+        return self.found.gradient
 
     def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
-        if v is self.both and self.norms is not None:
-            return self.norms
+        if v is self.both and self.found is not None:
+            return self.found.square_norms
         assert self.verdict is not None, "the record offers this only then"
         return self.apart.square_norms(v, self.verdict)
+
+    def along(self, index: torch.Tensor) -> Callable[[Vector], torch.Tensor] | None:
+        """u -> <J_m^T g_m, u> of these samples, if they are those that were kept."""
+        found, parameters = self.found, self.apart.passes.program.parameters
+        if found is None or not found.kept or len(index) != jackknife_size(self.apart.passes.samples):
+            return None
+        return lambda u: found.along(parameters, dict(zip(parameters, u, strict=True)))
+
+    def drawn(self, size: int) -> torch.Tensor:
+        """Samples drawn at random, in the batch's order; the same ones at each call."""
+        samples = self.apart.passes.samples
+        order = np.random.default_rng(np.random.SeedSequence((self.seed, samples))).permutation(samples)
+        return torch.as_tensor(np.sort(order[:size]), device=self.apart.passes.program.device)
 
 
 def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, options: Options) -> _Loss:

@@ -48,6 +48,12 @@ class Use:
     transposed: bool = False
     index: Tensor | None = None
 
+    def products(self, out: Tensor) -> int:
+        """Multiplications that made the output, if there are many."""
+        if self.kind not in ("outer", "window"):
+            return 0
+        return out.numel() * self.tensor.numel() // self.tensor.shape[1 if self.transposed else 0]
+
 
 def recognised(func: Callable, args: tuple, kwargs: dict) -> list[Use]:
     """The uses that a call makes of its tensors, as far as they are known. The tensors may be no parameters."""
