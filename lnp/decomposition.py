@@ -146,12 +146,10 @@ def decompose(
         for i, rate in enumerate(rates)
     ]
     whole = parts[0]
-    if population is None and not lin.cheap:
-        finite, reason = None, ("no population values: single samples are not cheap here; ask for population=True",)
-    elif population is False:
-        finite, reason = None, ()
-    else:
-        finite, reason = _population(lin, gradient, rates[0], estimate)
+    finite: Population | None = None
+    reason: tuple[str, ...] = ()
+    if population is not False:
+        finite, reason = _population(lin, gradient, rates[0], estimate, asked=population is True)
     return Decomposition(
         loss=lin.loss,
         rate=whole.rate,
@@ -173,7 +171,7 @@ def decompose(
 
 
 def _population(
-    lin: Linearization, gradient: Vector, rate: Array, estimate: trace.TraceEstimate
+    lin: Linearization, gradient: Vector, rate: Array, estimate: trace.TraceEstimate, asked: bool
 ) -> tuple[Population | None, tuple[str, ...]]:
     """The population's values, or None and the reason."""
     reason = ""
@@ -183,6 +181,8 @@ def _population(
         reason = "it is not known whether the loss is a mean over samples"
     elif lin.outputs.shape[0] < 3:
         reason = "fewer than three samples tell nothing about their spread"
+    elif not (lin.cheap or asked):
+        reason = "single samples are not cheap in this network; ask for population=True"
     elif lin.jvp is None:
         reason = "the backend has no Jacobian-vector products"
     if reason:

@@ -20,7 +20,7 @@ from lnp_torch import samples
 from lnp_torch.models import Parameters
 from lnp_torch.outputs import split, widened
 from lnp_torch.passes import Passes
-from lnp_torch.reading import LAYOUTS, Kept, Layouts, along
+from lnp_torch.reading import LAYOUTS, Kept, Layouts, Reading, along
 from lnp_torch.samples import Comparison, Pull, dense
 from lnp_torch.scaling import scale_to_one
 from lnp_torch.taps import Taps
@@ -76,6 +76,10 @@ class Verdict:
     pull: Callable[[Passes], Pull] = samples.vectorized
     reason: str = ""
 
+    def reading(self, keep: torch.Tensor | None = None) -> Reading:
+        """How taps are read accordingly."""
+        return Reading(frozenset(self.general), self.layouts, keep)
+
 
 @dataclass(frozen=True)
 class Apart:
@@ -103,27 +107,16 @@ class Apart:
         self, v: torch.Tensor, verdict: Verdict, gradient: bool = True, keep: torch.Tensor | None = None
     ) -> Pullback:
         """The squared norms and, by the same backward pass, J^T v and what is kept of some samples."""
-        found = self.tapped(v, verdict.general, verdict.layouts, gradient, keep)
+        found = self.tapped(v, verdict.reading(keep), gradient)
         names = list(self.passes.program.parameters)
         missing = [name for name in names if name not in found.square_norms]
         general = samples.square_norms(verdict.pull(self.passes.restricted(missing)), v) if missing else {}
         norms = {name: found.square_norms[name] if name in found.square_norms else general[name] for name in names}
         return replace(found, square_norms=norms)
 
-    def tapped(
-        self,
-        v: torch.Tensor,
-        general: Iterable[str],
-        layouts: Layouts,
-        gradient: bool,
-        keep: torch.Tensor | None = None,
-    ) -> Pullback:
+    def tapped(self, v: torch.Tensor, reading: Reading, gradient: bool) -> Pullback:
         """What the taps know, and J^T v if it is asked for."""
-        leaves = list(self.passes.program.parameters.values()) if gradient else []
-        found = []
-        for part in self.visit():
-            some = None if keep is None else keep[(keep >= part.rows.start) & (keep < part.rows.stop)] - part.rows.start
-            found.append(_pulled(part, v[part.rows], leaves, set(general), layouts, some))
+        found = [_pulled(part, v[part.rows], gradient, _of_rows(reading, part.rows)) for part in self.visit()]
         missing = {name: why for pull in found for name, why in pull.missing.items()}
         names = [name for name in self.passes.program.parameters if name not in missing]
         return Pullback(
@@ -161,14 +154,16 @@ class Pullback:
         return torch.cat(sums)
 
 
-def _pulled(
-    part: Tapped,
-    v: torch.Tensor,
-    leaves: list[torch.Tensor],
-    general: set[str],
-    layouts: Layouts,
-    keep: torch.Tensor | None,
-) -> Pullback:
+def _of_rows(reading: Reading, rows: slice) -> Reading:
+    """The reading of a part of the batch, whose samples count from zero."""
+    if reading.keep is None:
+        return reading
+    inside = (reading.keep >= rows.start) & (reading.keep < rows.stop)
+    return replace(reading, keep=reading.keep[inside] - rows.start)
+
+
+def _pulled(part: Tapped, v: torch.Tensor, gradient: bool, reading: Reading) -> Pullback:
+    leaves = list(part.taps.parameters.values()) if gradient else []
     scale = scale_to_one([v], [*part.parts, *part.taps.parameters.values()])
     cotangents = split(v if scale is None else widened(v) * scale, part.parts)
     used = [(p, w) for p, w in zip(part.parts, cotangents, strict=True) if p.requires_grad]
@@ -176,8 +171,9 @@ def _pulled(
         none = torch.zeros(len(v), device=v.device)
         return Pullback(dict.fromkeys(part.taps.parameters, none), {}, [torch.zeros_like(leaf) for leaf in leaves])
     outputs, given = ([pair[i] for pair in used] for i in (0, 1))
-    found, grads = part.taps.pull(outputs, given, leaves, general, layouts, keep)
-    vector, kept = dense(grads, leaves), [] if keep is None or not len(keep) else [(found.kept, scale or 1.0)]
+    found, grads = part.taps.pull(outputs, given, leaves, reading)
+    kept = [(found.kept, 1.0 if scale is None else scale)] if reading.keep is not None and len(reading.keep) else []
+    vector = dense(grads, leaves)
     if scale is None:
         return Pullback(found.square_norms, found.missing, vector, kept)
     norms = {name: norm / scale**2 for name, norm in found.square_norms.items()}
@@ -216,7 +212,7 @@ def _compared(apart: Apart, tolerance: float, pairs: bool) -> Verdict:
     signs = torch.randint(0, 2, outputs[index].shape, generator=generator, device=outputs.device)
     v = torch.zeros_like(outputs).index_copy(0, index, (2 * signs - 1).to(outputs.dtype))
     alone = passes.some(index)
-    tapped = apart.tapped(v, (), {}, gradient=True)
+    tapped = apart.tapped(v, Reading(), gradient=True)
     norms, general, gradient = tapped.square_norms, dict(tapped.missing), tapped.gradient
     if pairs:
         gradient = samples.total(samples.looped(alone, 2), v[index])
@@ -246,7 +242,7 @@ def _laid_out(
     for layout in LAYOUTS:
         tried = dict.fromkeys(general, layout)
         if tried:
-            found = apart.tapped(v, (), tried, gradient=False)
+            found = apart.tapped(v, Reading(layouts=tried), gradient=False)
             wrong = found.missing | _differing(found.square_norms, seen, index, tolerance)
             layouts |= {name: layout for name in tried if name not in wrong}
             general = {name: why for name, why in general.items() if name in wrong}

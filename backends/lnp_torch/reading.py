@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from array_api_compat import torch as xp
@@ -93,6 +93,25 @@ class Pulled:
     kept: list[Kept]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How taps are to be read.
+
+    Attributes
+    ----------
+    general:
+        Parameters that are left out.
+    layouts:
+        Where the samples of the others are, where not along the first axis.
+    keep:
+        Samples whose parts of the gradient are kept, as indices, or None.
+    """
+
+    general: frozenset[str] = frozenset()
+    layouts: Layouts = field(default_factory=dict)
+    keep: Tensor | None = None
+
+
 class Reader:
     """Adds up, during one backward pass, what the taps say; single uses at once, others when all are seen."""
 
@@ -100,12 +119,12 @@ class Reader:
         self,
         sites: list[list[Site]],
         lookups: dict[str, Lookup],
-        general: set[str],
-        layouts: Layouts,
+        reading: Reading,
+        unrecognised: set[str],
         samples: int,
-        keep: Tensor | None,
     ) -> None:
-        self._sites, self._lookups, self._layouts, self._samples, self._keep = sites, lookups, layouts, samples, keep
+        self._sites, self._lookups, self._samples = sites, lookups, samples
+        self._layouts, self._keep, general = reading.layouts, reading.keep, {*reading.general, *unrecognised}
         self.kept: list[Kept] = []
         self._uses: dict[str, list[Site]] = {}
         for site in (site for row in sites for site in row):

@@ -6,6 +6,7 @@ about the gradients of single samples: nothing of size samples x parameters, and
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lnp_torch.models import Parameters
-from lnp_torch.reading import Layouts, Lookup, Pulled, Reader, Site
+from lnp_torch.reading import Lookup, Pulled, Reader, Reading, Site
 from lnp_torch.sites import Use, recognised
 
 
@@ -28,6 +29,8 @@ class Taps(TorchFunctionMode):
         {name: leaf} that are watched.
     general:
         {name of a parameter whose use was not recognised: the operation}.
+    watching:
+        Whether operations are tapped; can be switched.
     products:
         Multiplications of the forward pass, about.
     program:
@@ -37,6 +40,7 @@ class Taps(TorchFunctionMode):
     def __init__(self, parameters: Parameters) -> None:
         super().__init__()
         self.parameters = parameters
+        self.watching = True
         self._names = {id(p): name for name, p in parameters.items()}
         self._sites: list[list[Site]] = []
         self._reader: Reader | None = None
@@ -50,6 +54,8 @@ class Taps(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if not self.watching:
+            return out
         name = getattr(func, "__name__", "") or str(func)
         if name != "__get__":
             self.program = hash((self.program, name))
@@ -57,6 +63,11 @@ class Taps(TorchFunctionMode):
         if not used or not _differentiable(out) or self._only_views(out):
             return out
         return self._tapped(func, name, args, kwargs, out, used)
+
+    def forget(self) -> None:
+        """Let go of what was watched."""
+        self._sites.clear()
+        self._lookups.clear()
 
     def __exit__(self, *exception):
         self._tables.clear()  # they hold the graph, which holds this
@@ -124,34 +135,32 @@ class Taps(TorchFunctionMode):
         return Site(name, use, (start, shape[::order], tuple(strides)[::order]), use.transposed != turned)
 
     def pull(
-        self,
-        outputs: list[Tensor],
-        cotangents: list[Tensor],
-        also: list[Tensor],
-        general: set[str],
-        layouts: Layouts,
-        keep: Tensor | None = None,
+        self, outputs: list[Tensor], cotangents: list[Tensor], also: list[Tensor], reading: Reading
     ) -> tuple[Pulled, tuple]:
-        """What the taps say, and J^T v with respect to `also`, by one backward pass.
-
-        Left out are the parameters of `general`, and those whose use or samples were not recognised. Of the samples in
-        `keep` the parts of their gradients are kept.
-        """
-        samples = len(cotangents[0])
-        reader = Reader(self._sites, self._lookups, {*self.general, *general}, layouts, samples, keep)
+        """What the taps say, and J^T v with respect to `also`, by one backward pass."""
         inputs = [*also, *([] if self._anchor is None else [self._anchor])]
-        self._reader = reader
-        try:
+        with self.read(reading, len(cotangents[0])) as pulled:
             grads = (
                 torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True) if inputs else ()
             )
+        return pulled(outputs[0].device), grads[: len(also)]
+
+    @contextlib.contextmanager
+    def read(self, reading: Reading, samples: int) -> Iterator[Callable[[torch.device], Pulled]]:
+        """During the backward pass inside, the taps are read; afterwards what is yielded tells what they said."""
+        reader = Reader(self._sites, self._lookups, reading, set(self.general), samples)
+        self._reader = reader
+        try:
+            yield lambda device: self._pulled(reader, reading, samples, device)
         finally:
             self._reader = None
+
+    def _pulled(self, reader: Reader, reading: Reading, samples: int, device: torch.device) -> Pulled:
         found, unread = reader.result(), {**reader.unread, **self.general}
-        zero = torch.zeros(samples, device=outputs[0].device)  # of what no cotangent reached
-        missing = {name: unread.get(name, "") for name in self.parameters if name in unread or name in general}
+        zero = torch.zeros(samples, device=device)  # of what no cotangent reached
+        missing = {n: unread.get(n, "") for n in self.parameters if n in unread or n in reading.general}
         norms = {name: found.get(name, zero) for name in self.parameters if name not in missing}
-        return Pulled(norms, missing, reader.kept), grads[: len(also)]
+        return Pulled(norms, missing, reader.kept)
 
     def seen(self, index: int, d: Tensor) -> None:
         """Called by a tap with the cotangent of its output."""
