@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,11 @@ import torch
 from lnp.linearization import Subset
 from lnp.population import jackknife_size
 from lnp_torch import directional
-from lnp_torch.apart import Apart, Pullback, Tapped, Verdict
+from lnp_torch.apart import Apart, Pullback, Verdict, tapped_groups
 from lnp_torch.isolation import undisturbed
 from lnp_torch.outputs import flatten
 from lnp_torch.passes import Passes
 from lnp_torch.scaling import at_scale_one
-from lnp_torch.taps import Taps
 
 Vector = list[torch.Tensor]
 
@@ -92,15 +91,6 @@ def subset(pulls: Pulls, microbatch: int | None, size: int) -> Subset:
         return Apart(some, lambda: tapped_groups(some, size), v).square_norms(v, verdict)
 
     return Subset(index, square_norms, lambda u: jvp(some, u), pulls.along(index))
-
-
-def tapped_groups(passes: Passes, size: int) -> Iterator[Tapped]:
-    """Micro-batches after their forward pass, one in memory at a time."""
-    for start in range(0, passes.samples, size):
-        rows = slice(start, min(start + size, passes.samples))
-        with Taps(passes.program.parameters) as taps:
-            parts = passes.part(passes.program.parameters, rows).parts
-        yield Tapped(rows, parts, taps)
 
 
 def jvp(passes: Passes, u: Vector) -> torch.Tensor:

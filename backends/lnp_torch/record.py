@@ -15,13 +15,14 @@ from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, coupling_tolerance
 from lnp_torch import losses, samples
-from lnp_torch.apart import Apart, Tapped, Verdict, general_note, judge
+from lnp_torch.apart import Apart, Tapped, Verdict, tapped_groups
 from lnp_torch.huggingface import own_loss_terms, split_batch
 from lnp_torch.isolation import undisturbed
+from lnp_torch.judge import general_note, judge
 from lnp_torch.models import Program
 from lnp_torch.outputs import Outputs, flatten, wide, widened
 from lnp_torch.passes import Passes, first_pass
-from lnp_torch.pulls import Pulls, Vector, jvp, subset, tapped_groups
+from lnp_torch.pulls import Pulls, Vector, jvp, subset
 from lnp_torch.taps import Taps
 
 WORTH = {"cpu": 2**27}

@@ -106,7 +106,7 @@ class Layout:
 
     def reduced(self, gradient: Tensor, shape: tuple) -> Tensor:
         """Summed over the axes along which a parameter of this shape was broadcast, but the samples: (N, *shape)."""
-        if gradient.ndim == len(shape) and shape[0] == 1:
+        if shape and gradient.ndim == len(shape) and shape[0] == 1:
             shape = shape[1:]
         gradient = self.first(gradient, len(shape))
         lead = gradient.ndim - 1 - len(shape)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lnp
-from lnp_torch import apart, sites
+from lnp_torch import judge, sites
 
 NOTE = "run on their own"
 
@@ -151,22 +151,37 @@ def test_a_wrong_rule_is_caught(broken, monkeypatch):
 
 def test_compared_once_for_each_program_and_shape(monkeypatch):
     compared = []
-    original = apart._compared
-    monkeypatch.setattr(apart, "_compared", lambda *args: (compared.append(1), original(*args))[1])
+    original = judge._compared
+    monkeypatch.setattr(judge, "_compared", lambda *args: (compared.append(1), original(*args))[1])
     model = Runs(lambda m, x: m.b(torch.tanh(m.a(x)) if m.deep else m.a(x)), a=linear(), b=linear())
     model.deep = True
     measure = lambda samples: lnp.decompose(model, (torch.randn(samples, 4), torch.randn(samples, 4)))
     for _ in range(3):
         measure(6)
-    assert len(compared) == 1
+    assert len(compared) == 2  # at the parameters as they are, and at others
     measure(7)
-    assert len(compared) == 2
+    assert len(compared) == 4
     model.deep = False
     measure(6)
-    assert len(compared) == 3
+    assert len(compared) == 6
     model.deep = True
     measure(6)
-    assert len(compared) == 3
+    assert len(compared) == 6
+
+
+def test_what_a_closed_gate_hides_is_seen_all_the_same():
+    """Behind two factors of zero neither outputs nor gradients show at first that samples interact, or are shuffled."""
+    x = torch.randn(6, 4)
+    two = {"first": nn.Parameter(torch.zeros(())), "second": nn.Parameter(torch.zeros(()))}
+    mixed = Runs(lambda m, x: m.a(x) + m.first * m.second * x.mean(0), a=linear(), **two)
+    record, _ = recorded(mixed, x)
+    assert record.sample_square_norms is None
+    hidden = Runs(lambda m, x: m.a(x) + m.first * shuffled(m, x), a=linear(), b=linear(), first=two["first"])
+    record = assert_single_samples(hidden, x)
+    assert "b.weight" in record.notes[0]
+    with torch.no_grad():
+        hidden.first.fill_(1.0)
+    assert_single_samples(hidden, x)
 
 
 def test_parameters_that_move_keep_what_was_found():
