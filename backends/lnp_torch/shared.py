@@ -38,7 +38,8 @@ def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
     The parameters' `.grad` receives exactly what `loss.backward()` would give: nothing is computed differently, and the
     measured gradient is the one that training gets. Not shared is what belongs to the measurement alone: one data-only
     backward pass for each probe. Batch normalisation in training mode and dropout inside fused attention stay what they
-    are in the step, so that the samples interact: it is measured jointly, with a note.
+    are in the step, so that the samples interact: it is measured jointly, with a note. What is returned can be used
+    again for the next step.
 
     Parameters
     ----------
@@ -77,14 +78,18 @@ class SharedStep(contextlib.AbstractContextManager):
         self._prepared = program(self._module, _call, parameters)
         own = dict(self._module.named_parameters())
         self._own = {name: own[name] for name in self._prepared.parameters}
+        self._stack = contextlib.ExitStack()
+        self._forget()
+
+    def _forget(self) -> None:
         self._taps, self._masks = Taps(self._own), Frozen(statistics=False, attention=False)
+        self._taps.watching = False
         self._given: Any = None
         self._returned: Any = None
         self._calls = 0
-        self._stack = contextlib.ExitStack()
-        self._taps.watching = False
 
     def __enter__(self) -> SharedStep:
+        self._forget()
         before = self._module.register_forward_pre_hook(self._called, with_kwargs=True)
         after = self._module.register_forward_hook(self._answered)
         self._stack.callback(before.remove)
@@ -157,9 +162,7 @@ class SharedStep(contextlib.AbstractContextManager):
                 record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer, population=population
             )
             result, _ = to_host(found, [])
-        # a loop keeps this object until its next step: the activations must not stay with it
-        self._calls, self._given, self._returned = 0, None, None
-        self._taps.forget()
+        self._forget()  # a loop keeps this object until its next step: the activations must not stay with it
         return explained(result)
 
     def _record(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> lnp.Linearization:

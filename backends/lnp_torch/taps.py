@@ -64,11 +64,6 @@ class Taps(TorchFunctionMode):
             return out
         return self._tapped(func, name, args, kwargs, out, used)
 
-    def forget(self) -> None:
-        """Let go of what was watched."""
-        self._sites.clear()
-        self._lookups.clear()
-
     def __exit__(self, *exception):
         self._tables.clear()  # they hold the graph, which holds this
         return super().__exit__(*exception)

@@ -127,6 +127,17 @@ def test_training_is_what_it_was(name, dtype):
     assert not other._forward_pre_hooks
 
 
+def test_used_again():
+    model, x, y = made("dense")
+    watched = lnp_torch.shared(model)
+    found = []
+    for _ in range(2):
+        with watched:
+            loss = criterion(model(x), y)
+        found.append(watched.backward(loss, y, nn.CrossEntropyLoss()))
+    assert found[0].to_dict() == found[1].to_dict()
+
+
 def test_gradients_add_up():
     model, x, y = made("dense")
     step(model, x, y)
