@@ -199,7 +199,7 @@ def _relative(values: list[float]) -> float:
 
 def memory(name: str) -> list[dict]:
     """Peak memory of each case as a multiple of the step's."""
-    cases = list(cases_of(name, *made(name))) + [*PER_SAMPLE]
+    cases = [*cases_of(name, *made(name)), *PER_SAMPLE]
     peaks = {}
     for case in cases:
         answer = _own_process(name, case)

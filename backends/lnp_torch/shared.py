@@ -179,9 +179,10 @@ class SharedStep(contextlib.AbstractContextManager):
         def gradients(v: torch.Tensor) -> list[torch.Tensor]:
             return trained.gradient if v is g and not others else samples.gradients(parts, leaves, v)
 
-        pulls = Pulls(apart, verdict, gradients, g if cheap else None, cheap, options.seed)
-        trained = self._backward(loss, verdict.reading(pulls.kept()) if cheap and verdict else None, len(flat), scale)
-        if cheap and not others:
+        both = cheap and (separable if options.population is None else options.population)
+        pulls = Pulls(apart, verdict, gradients, g if both else None, cheap, options.seed)
+        trained = self._backward(loss, verdict.reading(pulls.kept()) if both and verdict else None, len(flat), scale)
+        if both and not others:
             pulls.found = trained
         meant = Loss(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
         made = replace(assembled(pulls, meant, options, self._taps), loss_along=None)
