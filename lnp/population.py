@@ -9,7 +9,9 @@ E ||grad L_batch||^2 = ||grad L||^2 + tr Cov / N. The mean over pairs of differe
 
 The first is unbiased for a loss that is a mean over samples; where samples hold different numbers of labels (padding),
 it is a ratio of means, unbiased to order 1/N. Standard errors are the jackknife's, over samples: where the record
-offers a subset, over samples drawn at random.
+offers a subset, over samples drawn at random. Where noise is all there is (a noise scale far above N), the jackknife
+gives about twice the true variance, since a pair's noise is counted with each of its two samples (Efron and Stein, Ann.
+Statist. 9 (1981), doi:10.1214/aos/1176345462).
 
 Source: docs/theory.md, "Finite batches"; noise scale: McCandlish et al., arXiv 1812.06162.
 """
