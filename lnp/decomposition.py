@@ -178,7 +178,7 @@ def _population(
     if estimate.samples is None:
         reason = "the samples were not taken one at a time"
     elif not lin.separable:
-        reason = "it is not known whether the loss is a mean over samples"
+        reason = "it is not known whether the loss is a mean over samples; if it is, set loss.separable = True"
     elif lin.outputs.shape[0] < 3:
         reason = "fewer than three samples tell nothing about their spread"
     elif not (lin.cheap or asked):
