@@ -7,22 +7,27 @@ position, for PyTorch, JAX and NumPy models.
 from lnp.backends import Options, load
 from lnp.cross import CrossResponse
 from lnp.decomposition import Decomposition, Layer
+from lnp.density import Density
 from lnp.linearization import Linearization
 from lnp.measure import cross_response, decompose, measured_loss_change, predicted_loss_change
 from lnp.population import Population
+from lnp.spectrum import Spectrum, spectrum
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossResponse",
     "Decomposition",
+    "Density",
     "Layer",
     "Linearization",
     "Options",
     "Population",
+    "Spectrum",
     "cross_response",
     "decompose",
     "load",
     "measured_loss_change",
     "predicted_loss_change",
+    "spectrum",
 ]
