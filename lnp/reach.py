@@ -92,9 +92,10 @@ def reach(
 
 
 def reach_of_runs(runs: Sequence[Reach]) -> Reach:
-    """The mean reach of runs that differ in their seed, with the standard error over runs.
+    """The mean reach of runs that differ in their seed.
 
-    With one run, its own error.
+    Its standard error is the larger of what the spread over runs gives, std / sqrt(R), and of what their own errors
+    give, sqrt(sum SE^2) / R: of few runs the spread may come out small by luck.
 
     Raises
     ------
@@ -109,7 +110,9 @@ def reach_of_runs(runs: Sequence[Reach]) -> Reach:
     if len(windows) != 1:
         raise ValueError(f"Received {len(runs)} runs with windows {sorted(windows)}. Expected runs of one window.")
     values = np.array([run.chi_pos for run in runs])
-    stderr = float(np.std(values, ddof=1)) / math.sqrt(values.size) if values.size > 1 else runs[0].stderr
+    own = float(np.sqrt(np.sum([run.stderr**2 for run in runs]))) / values.size
+    spread = float(np.std(values, ddof=1)) / math.sqrt(values.size) if values.size > 1 else own
+    stderr = spread if math.isnan(own) else max(own, spread)
     return Reach(
         float(np.mean(values)), stderr, _middle(np.array([run.step for run in runs])), windows.pop(), values.size
     )

@@ -3,9 +3,10 @@ r"""Larger models reach further: loss and spectral reach against the number of p
 The paper claims that larger models get to lower chi_pos within a budget of training, and that this spectral reach
 follows a power law in the number of parameters, as the loss does.
 
-This study trains students of seven widths, from 4 to 256, with Adam and one learning rate, on labels of a random
-teacher: new samples at every step, so that there is no noise of a finite data set to learn. Reach is `lnp.reach` of the
-population's position, measured on 4096 new samples; the power laws are weighted fits over three seeds.
+This study trains students of seven widths, from 4 to 256, with plain gradient descent and one learning rate, on labels
+of a random teacher: new samples at every step, so that there is no noise of a finite data set to learn. Reach is
+`lnp.reach` of the population's position, measured on 4096 new samples; the power laws are weighted fits over three
+seeds.
 """
 
 import math
@@ -17,14 +18,14 @@ from teacher import Teacher, loss_of, student
 
 import lnp
 
-WIDTHS, SEEDS, STEPS, BATCH, RATE, MEASURED, WINDOW = (4, 8, 16, 32, 64, 128, 256), 3, 1500, 256, 3e-3, 4096, 4
+WIDTHS, SEEDS, STEPS, BATCH, RATE, MEASURED, WINDOW = (4, 8, 16, 32, 64, 128, 256), 3, 1500, 256, 0.1, 4096, 4
 
 
 def run(width, seed):
     """(number of parameters, [(step, Decomposition)])."""
     teacher, generator = Teacher(), torch.Generator().manual_seed(seed)
     model = student(width, seed)
-    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
     points, found = schedule(STEPS, 14), []
     for step in range(STEPS + 1):
         if step in points:

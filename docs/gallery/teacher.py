@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,9 +17,7 @@ class Teacher:
     def __init__(self, seed: int = 1234, width: int = 256, scale: float = 1.5) -> None:
         generator = torch.Generator().manual_seed(seed)
         sizes = (INPUTS, width, width, CLASSES)
-        self.weights = [
-            scale * torch.randn(a, b, generator=generator) / a**0.5 for a, b in zip(sizes, sizes[1:], strict=False)
-        ]
+        self.weights = [scale * torch.randn(a, b, generator=generator) / a**0.5 for a, b in itertools.pairwise(sizes)]
 
     def draw(self, samples: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs, labels) of new samples."""

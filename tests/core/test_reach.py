@@ -49,9 +49,16 @@ def test_runs():
     mean = lnp.reach_of_runs(runs)
     values = [run.chi_pos for run in runs]
     assert mean.chi_pos == pytest.approx(np.mean(values))
-    assert mean.stderr == pytest.approx(np.std(values, ddof=1) / 3**0.5)
+    own = sum(run.stderr**2 for run in runs) ** 0.5 / 3
+    assert mean.stderr == pytest.approx(max(own, np.std(values, ddof=1) / 3**0.5))
     assert (mean.runs, mean.step) == (3, pytest.approx(runs[0].step))
     assert lnp.reach_of_runs(runs[:1]).stderr == runs[0].stderr
+    close = [lnp.Reach(0.1 * f, 0.03, 10.0, 2) for f in (1.0, 1.001, 1.002)]
+    assert lnp.reach_of_runs(close).stderr == pytest.approx(0.03 / 3**0.5)
+    apart = [lnp.Reach(f, 0.03, 10.0, 2) for f in (1.0, 2.0)]
+    assert lnp.reach_of_runs(apart).stderr == pytest.approx(0.5)
+    unknown = [lnp.Reach(0.1 * f, np.nan, 10.0, 1) for f in (1.0, 1.1)]
+    assert lnp.reach_of_runs(unknown).stderr == pytest.approx(0.005)
 
 
 def test_bad_runs():
