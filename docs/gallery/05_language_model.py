@@ -121,10 +121,11 @@ def main():
             [step for step, _ in found], [p.chi_pos for p in parts], [p.chi_pos_stderr for p in parts], window=WINDOW
         )
         first, last = found[0][1], found[-1][1]
+        at_the_end = last.population
         print(
-            f"{label}, {size} parameters: loss {first.loss:.2f} -> {last.loss:.3f}, reach {r.chi_pos:.1e} ± {r.stderr:.0e}, "
-            f"chi_pos at first {first.population.chi_pos:.1e}, chi_net x {last.chi_net / first.chi_net:.2f}, at the end "
-            f"batch {last.chi_pos:.1e}, population {last.population.chi_pos:.1e} ± {last.population.chi_pos_stderr:.0e}",
+            f"{label}, {size} parameters: loss {first.loss:.2f} -> {last.loss:.3f}, chi_net x "
+            f"{last.chi_net / first.chi_net:.2f}, chi_pos {first.population.chi_pos:.1e} -> {at_the_end.chi_pos:.1e} ± "
+            f"{at_the_end.chi_pos_stderr:.0e} (the batch's {last.chi_pos:.1e}), reach {r.chi_pos:.1e} ± {r.stderr:.0e}",
             flush=True,
         )
         if not frozen:
@@ -143,9 +144,10 @@ def finish(figure, axes, sizes, losses, reaches):
     values, errors = zip(*reaches, strict=True)
     axes["reach"].errorbar(sizes, values, errors, fmt="C3.", label="reach")
     axes["reach"].loglog(sizes, [law.predict(size)[0] for size in sizes], "C3-", lw=1)
-    axes["reach"].set(xlabel="parameters", title=f"reach $\\propto$ parameters$^{{{law.exponent:.2f} \\pm
-    {law.exponent_stderr:.2f}}}$") for name, title in (("loss", "loss"), ("position", "$\\chi_{pos}$ of the
-    population"), ("net", "$\\chi_{net}$ / its first value")):
+    exponent = f"{law.exponent:.2f} \\pm {law.exponent_stderr:.2f}"
+    axes["reach"].set(xlabel="parameters", title=f"reach $\\propto$ parameters$^{{{exponent}}}$")
+    titles = {"loss": "loss", "position": "$\\chi_{pos}$ of the population", "net": "$\\chi_{net}$ / its first value"}
+    for name, title in titles.items():
         axes[name].set(xscale="log", yscale="log", xlabel="step", title=title)
     axes["loss"].legend()
     save(figure, "05_language_model")
