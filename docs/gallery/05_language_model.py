@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import lnp
 
-WIDTHS, HEADS, LENGTH, STEPS, BATCH, RATE = (8, 16, 32, 64), 4, 64, 1000, 16, 3e-3
-MEASURED, WINDOW, FRAMES, FILMED = 96, 4, (0, 10, 100, 1000), 48
+WIDTHS, HEADS, LENGTH, STEPS, BATCH, RATE, WARM = (8, 16, 32, 64), 4, 64, 1500, 16, 2e-3, 100
+MEASURED, WINDOW, FRAMES, FILMED = 96, 4, (0, 15, 150, 1500), 48
 
 
 def text():
@@ -80,7 +80,8 @@ def run(corpus, symbols, width, frozen=False, filmed=False):
     generator = torch.Generator().manual_seed(0)
     model = Language(symbols, width)
     trained = list((model.head if frozen else model).parameters())
-    optimizer = torch.optim.Adam(trained, RATE)
+    optimizer = torch.optim.Adam(trained, RATE, betas=(0.9, 0.99))
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM))
     points, found, spectra = schedule(STEPS, 12), [], {}
     options = {"parameters": "head.*" if frozen else None, "rtol": 0.03}
     for step in range(STEPS + 1):
@@ -93,6 +94,7 @@ def run(corpus, symbols, width, frozen=False, filmed=False):
         optimizer.zero_grad()
         F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
         optimizer.step()
+        warm.step()
     return sum(p.numel() for p in trained), found, spectra
 
 
