@@ -1,7 +1,7 @@
 r"""Larger models reach further: loss and spectral reach against the number of parameters.
 
-The paper claims that larger models get to lower chi_pos, their spectral reach, while the loss follows a power law in the
-number of parameters.
+The paper claims that larger models get to lower chi_pos, their spectral reach, while the loss follows a power law in
+the number of parameters.
 
 This study trains students of seven widths, from 4 to 256, with plain gradient descent and one learning rate, on labels
 of a random teacher: new samples at every step, so that there is no noise of a finite data set to learn. Reach is

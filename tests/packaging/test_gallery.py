@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 GALLERY = Path(__file__).parents[2] / "docs" / "gallery"
-PAGE = (GALLERY / "README.md").read_text(encoding="utf-8")
+PAGE = " ".join((GALLERY / "README.md").read_text(encoding="utf-8").split())
 STUDIES = sorted(path.name for path in GALLERY.glob("[0-9][0-9]_*.py"))
 
 
