@@ -7,12 +7,14 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import threadpoolctl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 FIGURES = Path(__file__).parent / "figures"
 START = time.perf_counter()
+threadpoolctl.threadpool_limits(1)  # threads of products this small wait for each other more than they compute
 COLORS = plt.get_cmap("viridis")
 
 plt.rcParams.update(
