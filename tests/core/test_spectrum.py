@@ -5,6 +5,9 @@ import itertools
 import array_api_strict
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import lnp
 import lnp_numpy
@@ -91,6 +94,24 @@ def test_the_mean_is_the_position(name):
         assert s.moment_error < 1e-12
         assert (s.weights.sum(), s.shares.sum()) == pytest.approx((1, 1), rel=1e-12)
         assert s.notes == ()
+
+
+@given(
+    eigenvalues=arrays(float, SIZE, elements=st.floats(0, 1e3).map(lambda x: round(x, 3))),
+    steps=st.integers(1, SIZE + 3),
+    seed=st.integers(0, 9),
+)
+def test_a_measure_whatever_the_spectrum(eigenvalues, steps, seed):
+    """Weights that add to one, on nodes between the smallest and the largest eigenvalue, with the dense mean."""
+    model, batch, theta, g = operator(eigenvalues, seed)
+    s = lnp.spectrum(model, batch, steps=steps)
+    largest = eigenvalues.max()
+    assert s.weights.sum() == pytest.approx(1, rel=1e-12)
+    assert s.eigenvalues.size <= min(steps, SIZE)
+    assert np.all(s.eigenvalues <= largest * (1 + 1e-10))
+    assert np.all(s.eigenvalues >= eigenvalues.min() - 1e-10 * largest)
+    assert s.first_moment == pytest.approx(g @ theta @ g / (g @ g), rel=1e-9, abs=1e-12 * largest)
+    assert s.moment_error < 1e-9 or largest == 0
 
 
 def test_residuals_bound_the_distance_to_an_eigenvalue():

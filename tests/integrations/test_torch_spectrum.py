@@ -79,6 +79,15 @@ def test_models(name, dtype):
     assert s.exhausted or s.eigenvalues.size == 24 or name == "attention"
 
 
+def test_micro_batches_change_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    batch = (torch.randn(7, 5).double(), torch.randint(4, (7,)))
+    whole, parts = (lnp.spectrum(model, batch, steps=6, estimator="exact", microbatch=m) for m in (None, 2))
+    assert parts.eigenvalues == pytest.approx(whole.eigenvalues, rel=1e-8)
+    assert parts.chi_pos == pytest.approx(whole.chi_pos, rel=1e-10)
+
+
 def test_half_precision_runs():
     """bfloat16 has 8 bits: the position agrees to 2%, where the Lanczos products round."""
     torch.manual_seed(0)
