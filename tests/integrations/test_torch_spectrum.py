@@ -12,6 +12,15 @@ import lnp
 from integrations.spectral_reference import check
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Hundreds of small products: on a busy machine threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Attention(nn.Module):
     """Whose fused kernel has no forward mode, so that products go by two backward passes."""
 
