@@ -10,7 +10,7 @@ import numpy as np
 
 from lnp.backends import Options
 from lnp.eager import once, record, to_numpy
-from lnp.linearization import Array, Linearization, Vector
+from lnp.linearization import Array, Linearization, Vector, accumulation_dtype
 
 KINDS = ("kernel", "jacobian")
 
@@ -107,7 +107,12 @@ class _Space:
     def flat(self, vector: Vector) -> np.ndarray:
         """All parts after one another, shape (P,)."""
         parts = [vector[name] for name in self._names] if self._named else vector
-        return np.concatenate([to_numpy(part).reshape(-1) for part in parts])
+        return np.concatenate([to_numpy(self._wide(part)).reshape(-1) for part in parts])
+
+    def _wide(self, part: Array) -> Array:
+        """In float32 or better: NumPy has no bfloat16."""
+        xp = self._lin.xp
+        return xp.astype(part, accumulation_dtype(xp, part.dtype), copy=False)
 
     def vector(self, flat: np.ndarray) -> Vector:
         """The backend's vector with these entries."""

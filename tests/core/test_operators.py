@@ -10,6 +10,7 @@ from scipy.sparse.linalg import eigsh, svds
 import lnp
 import lnp_numpy
 from lnp import deflation
+from lnp.eager import to_numpy
 
 X = np.random.default_rng(0).normal(size=(5, 4))
 WEIGHT, BIAS = np.random.default_rng(1).normal(size=(4, 3)), np.zeros(3)
@@ -43,6 +44,21 @@ def test_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(ImportError, match=r"pip install 'lnp\[spectrum\]'"):
         lnp.linear_operator(MODEL, BATCH)
+
+
+def test_values_on_another_device():
+    """Whose arrays do not turn into NumPy's by themselves."""
+
+    class Remote:
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("not on the host")
+
+        def to_device(self, device, /, *, stream=None):
+            assert device == "cpu"
+            return np.array([1.0, 2.0], "float32")
+
+    values = to_numpy(Remote())
+    assert (values.tolist(), values.dtype) == ([1, 2], np.float64)
 
 
 def decaying(size=40, rate=0.7, seed=0):

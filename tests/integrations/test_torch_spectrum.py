@@ -105,6 +105,9 @@ def test_half_precision_runs():
     expected = lnp.spectrum(model, (x, y), estimator="exact")
     s = lnp.spectrum(model.bfloat16(), (x.bfloat16(), y), estimator="exact", steps=4)
     assert s.chi_pos == pytest.approx(expected.chi_pos, rel=0.02)
+    j = lnp.linear_operator(model, (x.bfloat16(), y), which="jacobian")
+    v = np.random.default_rng(0).standard_normal(24)
+    assert j @ (j.T @ v) == pytest.approx(lnp.kernel(model, (x.bfloat16(), y)).matrix @ v, abs=0.05 * s.lambda_max)
 
 
 def test_random_state_is_left_alone():
