@@ -7,22 +7,47 @@ position, for PyTorch, JAX and NumPy models.
 from lnp.backends import Options, load
 from lnp.cross import CrossResponse
 from lnp.decomposition import Decomposition, Layer
+from lnp.deflation import hutch_plus_plus, xtrace
+from lnp.density import Density
+from lnp.kernel import Kernel, kernel
 from lnp.linearization import Linearization
 from lnp.measure import cross_response, decompose, measured_loss_change, predicted_loss_change
+from lnp.operators import linear_operator
 from lnp.population import Population
+from lnp.reach import Reach, reach, reach_of_runs
+from lnp.scaling import PowerLaw, power_law
+from lnp.similarity import KernelVelocity, alignment, kernel_velocity, target_alignment
+from lnp.spectrum import Spectrum, spectrum
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossResponse",
     "Decomposition",
+    "Density",
+    "Kernel",
+    "KernelVelocity",
     "Layer",
     "Linearization",
     "Options",
     "Population",
+    "PowerLaw",
+    "Reach",
+    "Spectrum",
+    "alignment",
     "cross_response",
     "decompose",
+    "hutch_plus_plus",
+    "kernel",
+    "kernel_velocity",
+    "linear_operator",
     "load",
     "measured_loss_change",
+    "power_law",
     "predicted_loss_change",
+    "reach",
+    "reach_of_runs",
+    "spectrum",
+    "target_alignment",
+    "xtrace",
 ]
