@@ -4,25 +4,31 @@
 position, for PyTorch, JAX and NumPy models.
 """
 
+from lnp import schedule
 from lnp.backends import Options, load
 from lnp.cross import CrossResponse
 from lnp.decomposition import Decomposition, Layer
+from lnp.history import History
 from lnp.linearization import Linearization
 from lnp.measure import cross_response, decompose, measured_loss_change, predicted_loss_change
 from lnp.population import Population
+from lnp.tracker import Tracker
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossResponse",
     "Decomposition",
+    "History",
     "Layer",
     "Linearization",
     "Options",
     "Population",
+    "Tracker",
     "cross_response",
     "decompose",
     "load",
     "measured_loss_change",
     "predicted_loss_change",
+    "schedule",
 ]

@@ -119,6 +119,8 @@ def cross_response(
     *,
     forward: Callable | None = None,
     parameters: Any = None,
+    by_layer: ByLayer = False,
+    population: bool | None = False,
     estimator: str = "auto",
     rtol: float = 0.01,
     max_probes: int = 64,
@@ -132,7 +134,8 @@ def cross_response(
         -dL_m/dt = <grad L_m, grad L_t> = chi_loss * chi_net * chi_pos
 
     with the geometric means of the two batches' loss and network scales. The position is what is left, in [-1, 1];
-    where it is negative, a step on `train_batch` raises the loss on `measured_batch`. Parameters as for `decompose`.
+    where it is negative, a step on `train_batch` raises the loss on `measured_batch`. Parameters as for `decompose`;
+    layers and population values are those of the two decompositions.
 
     Examples
     --------
@@ -143,8 +146,8 @@ def cross_response(
     -1.0
     """
     split = estimator in SPLITTING or microbatch is not None  # which needs to be seen not to change the function
-    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split)
-    computation = _CrossResponse(estimator, rtol, max_probes)
+    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
+    computation = _CrossResponse(estimator, rtol, max_probes, by_layer, population)
     return _measure(computation, model, (train_batch, measured_batch), options)
 
 
