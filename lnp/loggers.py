@@ -87,7 +87,7 @@ def _active(module: str) -> Any:
 
 
 def _wandb_like(find: Callable[[], Any]) -> Logger:
-    defined = []
+    defined: list[bool] = []
 
     def log(values: Mapping[str, float], step: int) -> None:
         run = find()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class Cycle:
 
     def seek(self, position: int) -> None:
         """Have the batch after so many be the next."""
-        length = len(self._batches) if hasattr(self._batches, "__len__") else 0
+        length = len(self._batches) if isinstance(self._batches, Sized) else 0
         self._behind = position % length if length else position
         self._iterator, self.position = None, position
 

@@ -231,7 +231,7 @@ class Tracker:
                 f"observe({step}, ...) received no batch, and the tracker has none. Expected one of the two: pass the "
                 "batch that the step trains on, or make the tracker with batch=."
             )
-        row = {"step": step, "time": time.time()}
+        row: dict[str, Any] = {"step": step, "time": time.time()}
         if batch is not None and own is not None:
             cross = measure.cross_response(model, batch, own, **options)
             d = cross.trained
@@ -245,7 +245,7 @@ class Tracker:
         if window is not None and (centre := window(step)) is not None:
             row["window"] = centre
         self._spent(time.perf_counter() - started, row)
-        self._record(row | self.tags | values)
+        self._record({**row, **self.tags, **values})
         return d
 
     def _spent(self, seconds: float, row: dict[str, Any]) -> None:
