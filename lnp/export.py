@@ -39,12 +39,14 @@ def to_csv(table: Table, path: str | os.PathLike) -> None:
         writer.writerows(zip(*(values.tolist() for values in table.values()), strict=True))
 
 
-def needed(module: str, what: str) -> Any:
-    """The module, or an error that names the extra."""
+def needed(module: str, what: str, extra: str | None = None) -> Any:
+    """The module, or an error that names the extra: by default of the same name."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{what} needs {module}, which is not installed. Run: pip install 'lnp[{module}]'") from error
+        raise ImportError(
+            f"{what} needs {module}, which is not installed. Run: pip install 'lnp[{extra or module}]'"
+        ) from error
 
 
 def _uniform(values: np.ndarray) -> Any:

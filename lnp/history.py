@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,12 @@ class History:
         self._pending: list[Mapping[str, Any]] = [dict(row) for row in rows]
 
     @classmethod
-    def read(cls, path: str | os.PathLike, superseded: bool = False) -> History:
+    def read(
+        cls, path: str | os.PathLike, superseded: bool = False, report: Callable[[int], None] = lambda done: None
+    ) -> History:
         """The history in a tracker's file; with `superseded`, also what a run that went back has replaced.
+
+        `report` is called with the bytes that were read since it was last called.
 
         Raises
         ------
@@ -57,7 +61,7 @@ class History:
             If it holds no records with steps.
         """
         history = cls()
-        parts = [_table(records) for records in storage.read(path) if records]
+        parts = [_table(records) for records in storage.read(path, report) if records]
         history._join(parts)
         if history._length and "step" not in history._values:
             raise ValueError(

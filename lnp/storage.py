@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ def decode(line: bytes) -> Record:
     return record
 
 
-def read(path: str | os.PathLike) -> Iterator[list[Record]]:
-    """The records of a file, many at a time; not finite numbers are still named.
+def read(path: str | os.PathLike, report: Callable[[int], None] = lambda done: None) -> Iterator[list[Record]]:
+    """The records of a file, many at a time; not finite numbers are still named. `report` hears of the bytes read.
 
     A torn last line is left out. Lines in the middle that hold no record, which only a damaged disk or an editor leaves
     behind, are skipped with a warning.
@@ -88,6 +88,7 @@ def read(path: str | os.PathLike) -> Iterator[list[Record]]:
             records, bad = _records(block)
             damaged += bad
             yield records
+            report(len(chunk))
     if damaged:
         warnings.warn(f"{path}: {damaged} lines hold no record and were left out", stacklevel=2)
 

@@ -233,7 +233,7 @@ class Tracker:
             )
         row: dict[str, Any] = {"step": step, "time": time.time()}
         if batch is not None and own is not None:
-            cross = measure.cross_response(model, batch, own, **options)
+            cross = measure.cross_response(model, batch, own, **{"population": None, **options})
             d = cross.trained
             row |= d.to_dict() | _cross_values(cross)
         else:

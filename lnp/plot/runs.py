@@ -1,0 +1,61 @@
+"""Runs against each other: position against loss, reach against size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lnp.curves import POSITION, reach, runs_of, size, smoothed
+from lnp.curves import curve as curve_of
+from lnp.plot import style
+from lnp.plot.lines import LABELS
+
+
+def position_against_loss(runs: Any, ax: Any = None, *, legend: bool = True) -> Any:
+    """Spectral position over loss, both averaged over three windows; training goes from right to left, to the dot."""
+    named = runs_of(runs)
+    ax = style.axes(ax)
+    ax.set(xscale="log", yscale="log")
+    for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
+        column = POSITION if POSITION in run else "chi_pos"
+        step, position = smoothed(curve_of(run, column))
+        loss_step, loss = smoothed(curve_of(run, "loss"))
+        if not len(step):
+            continue
+        loss = np.interp(step, loss_step, loss)
+        ax.plot(style.positive(loss), style.positive(position), color=colour, label=name, linewidth=1.5)
+        ax.plot(loss[-1], max(position[-1], np.nanmin(style.positive(position))), "o", color=colour, markersize=5)
+    ax.invert_xaxis()
+    style.tidy(ax, "loss", LABELS[POSITION])
+    if legend:
+        style.legend(ax, len(named))
+    return ax
+
+
+def reach_against_size(runs: Any, ax: Any = None, *, names: bool = True) -> Any:
+    """Spectral reach of each run, with its standard error, over its number of trained parameters, the tag `parameters`.
+
+    Raises
+    ------
+    ValueError
+        If no run says how many parameters it has.
+    """
+    named = runs_of(runs)
+    sizes = [size(run) for run in named.values()]
+    if not np.isfinite(sizes).any():
+        raise ValueError(
+            "No run says how many parameters it has. Expected Tracker(..., tags={'parameters': n}) in the runs' "
+            "scripts."
+        )
+    ax = style.axes(ax)
+    ax.set(xscale="log", yscale="log")
+    for (name, run), parameters, colour in zip(named.items(), sizes, style.colours(named), strict=True):
+        lowest, error, _ = reach(run)
+        down = min(error, 0.9 * lowest) if lowest > 0 else error  # the axis has no place for what is not positive
+        ax.errorbar(parameters, lowest, [[down], [error]], fmt="o", color=colour, markersize=6, capsize=2)
+        if names:
+            ax.annotate(name, (parameters, lowest), xytext=(6, 4), textcoords="offset points", fontsize="small")
+    ax.margins(x=0.15, y=0.15)
+    style.tidy(ax, "trained parameters", r"spectral reach  (lowest $\chi_\mathrm{pos}$)")
+    return ax
