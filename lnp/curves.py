@@ -198,7 +198,7 @@ def reach(history: History) -> tuple[float, float, float]:
 def stalled(history: History, column: str) -> float:
     """The step from which on a column stays within a factor 1.25 of where it ends; nan if it still moves."""
     step, value = smoothed(curve(history, column))
-    if not len(value) or not value[-1] > 0:
+    if not len(value) or not 0 < value[-1] < np.inf:
         return float("nan")
     with np.errstate(divide="ignore", invalid="ignore"):
         away = ~(np.abs(np.log(np.maximum(value, 0) / value[-1])) <= np.log(STALLED))

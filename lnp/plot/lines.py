@@ -48,8 +48,15 @@ def curve(runs: Any, column: str, ax: Any = None, *, label: str | None = None, l
         known = ", ".join(name for name in columns if "layer/" not in name)
         raise KeyError(f"{column!r} is not a column of the runs. Expected one of {known}.")
     ax = style.axes(ax)
+    curves = {name: curve_of(run, column) for name, run in named.items()}
+    logarithmic = ax.get_yscale() == "log" or any((c.mean[np.isfinite(c.mean)] > 0).any() for c in curves.values())
     for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
-        _draw(ax, run, column, len(named) == 1, label or name, {"color": colour, **line})
+        _draw(ax, curves[name], logarithmic, len(named) == 1, {"label": label or name, "color": colour, **line})
+        if len(named) == 1:
+            _measurements(ax, run, column, curves[name], line.get("color", colour), logarithmic)
+    if logarithmic:
+        ax.set_yscale("log")
+    _open(ax)
     style.step_axis(ax)
     style.tidy(ax, STEP, LABELS.get(column, column))
     if legend:
@@ -108,25 +115,22 @@ def noise_scale(runs: Any, ax: Any = None, **options: Any) -> Any:
     return ax
 
 
-def _draw(ax: Any, run: History, column: str, single: bool, label: str, line: dict[str, Any]) -> None:
-    averaged = curve_of(run, column)
-    finite = averaged.mean[np.isfinite(averaged.mean)]
-    if not len(finite):
-        return
-    logarithmic = finite.max() > 0
-    visible = style.positive if logarithmic else style.finite
-    if logarithmic:
-        ax.set_yscale("log")
+def _draw(ax: Any, averaged: Curve, logarithmic: bool, single: bool, line: dict[str, Any]) -> None:
     few = {"marker": "o", "markersize": 2.2} if len(averaged.step) < 60 else {}
-    shown = {"linewidth": 1.8 if single else 1.4} | few | line
-    (drawn,) = ax.plot(averaged.step, visible(averaged.mean), label=label, **shown)
-    colour = drawn.get_color()
-    _band(ax, averaged, colour, single, logarithmic)
-    if single:
-        _measurements(ax, run, column, averaged, colour, visible)
+    visible = (style.positive if logarithmic else style.finite)(averaged.mean)
+    if np.isfinite(visible).any():
+        ax.plot(averaged.step, visible, **{"linewidth": 1.8 if single else 1.4} | few | line)
+        _band(ax, averaged, line["color"], single, logarithmic)
     if logarithmic:
-        _outside(ax, averaged.step[averaged.mean <= 0], 0.02, "v", colour)
-    _outside(ax, averaged.step[averaged.mean == np.inf], 0.98, "^", colour)
+        _outside(ax, averaged.step[averaged.mean <= 0], 0.02, "v", line["color"])
+    _outside(ax, averaged.step[averaged.mean == np.inf], 0.98, "^", line["color"])
+
+
+def _open(ax: Any) -> None:
+    """Room around a quantity that does not change."""
+    low, high = ax.dataLim.y0, ax.dataLim.y1
+    if np.isfinite(low) and not high - low > 1e-9 * abs(low):
+        ax.set_ylim((low / 2, low * 2) if ax.get_yscale() == "log" else (low - 1, low + 1))
 
 
 def _band(ax: Any, averaged: Curve, colour: Any, single: bool, logarithmic: bool) -> None:
@@ -139,8 +143,9 @@ def _band(ax: Any, averaged: Curve, colour: Any, single: bool, logarithmic: bool
     ax.fill_between(averaged.step, low, high, where=shown, color=colour, alpha=0.22 if single else 0.08, linewidth=0)
 
 
-def _measurements(ax: Any, run: History, column: str, averaged: Curve, colour: Any, visible: Any) -> None:
+def _measurements(ax: Any, run: History, column: str, averaged: Curve, colour: Any, logarithmic: bool) -> None:
     """The single measurements as dots, and the windows that they were averaged over as bars."""
+    visible = style.positive if logarithmic else style.finite
     wide = averaged.last > averaged.first
     if wide.any() and len(run) <= 10 * MOST_POINTS and column != NOISE_SCALE:
         ax.plot(run["step"], visible(run.get(column)), ".", color=colour, alpha=0.25, markersize=3, markeredgewidth=0)

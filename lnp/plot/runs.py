@@ -16,16 +16,18 @@ def position_against_loss(runs: Any, ax: Any = None, *, legend: bool = True) -> 
     """Spectral position over loss, both averaged over three windows; training goes from right to left, to the dot."""
     named = runs_of(runs)
     ax = style.axes(ax)
-    ax.set(xscale="log", yscale="log")
     for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
         column = POSITION if POSITION in run else "chi_pos"
         step, position = smoothed(curve_of(run, column))
         loss_step, loss = smoothed(curve_of(run, "loss"))
-        if not len(step):
+        if not (len(step) and len(loss_step)):
             continue
-        loss = np.interp(step, loss_step, loss)
-        ax.plot(style.positive(loss), style.positive(position), color=colour, label=name, linewidth=1.5)
-        ax.plot(loss[-1], max(position[-1], np.nanmin(style.positive(position))), "o", color=colour, markersize=5)
+        loss = style.positive(np.interp(step, loss_step, loss))
+        shown = np.isfinite(loss) & np.isfinite(style.positive(position))
+        if shown.any():
+            ax.set(xscale="log", yscale="log")
+            ax.plot(loss, style.positive(position), color=colour, label=name, linewidth=1.5)
+            ax.plot(loss[shown][-1], position[shown][-1], "o", color=colour, markersize=5)
     ax.invert_xaxis()
     style.tidy(ax, "loss", LABELS[POSITION])
     if legend:
@@ -49,11 +51,16 @@ def reach_against_size(runs: Any, ax: Any = None, *, names: bool = True) -> Any:
             "scripts."
         )
     ax = style.axes(ax)
-    ax.set(xscale="log", yscale="log")
+    ax.set_xscale("log")
     for (name, run), parameters, colour in zip(named.items(), sizes, style.colours(named), strict=True):
         lowest, error, _ = reach(run)
-        down = min(error, 0.9 * lowest) if lowest > 0 else error  # the axis has no place for what is not positive
-        ax.errorbar(parameters, lowest, [[down], [error]], fmt="o", color=colour, markersize=6, capsize=2)
+        if not lowest > 0:  # the axis has no place for it
+            continue
+        ax.set_yscale("log")
+        down = np.nan_to_num(min(error, 0.9 * lowest))
+        ax.errorbar(
+            parameters, lowest, [[down], [np.nan_to_num(error)]], fmt="o", color=colour, markersize=6, capsize=2
+        )
         if names:
             ax.annotate(name, (parameters, lowest), xytext=(6, 4), textcoords="offset points", fontsize="small")
     ax.margins(x=0.15, y=0.15)

@@ -11,12 +11,10 @@ from lnp.export import needed
 
 SINGLE = "#1f5a99"
 BATCH = "#8a8a8a"
-MOST_NAMES = 12
-"""Runs that a legend names one by one."""
 
 
 def axes(ax: Any = None) -> Any:
-    """The given axes, or those of a new figure. Figures are made without a window system."""
+    """The given axes, or those of a new figure."""
     if ax is not None:
         return ax
     return figure(6.0, 4.0).subplots()
@@ -69,7 +67,7 @@ def colours(runs: Runs) -> list[Any]:
 
 def legend(ax: Any, entries: int) -> None:
     """Names inside the axes where they are few, beside them where they are many."""
-    if entries < 2:
+    if entries < 2 or not ax.get_legend_handles_labels()[0]:
         return
     if entries <= 4:
         ax.legend(frameon=False, fontsize="small")
