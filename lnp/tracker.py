@@ -55,6 +55,13 @@ class Tracker:
     options:
         Of `lnp.decompose`: loss, by_layer, rtol and the others. The seed of the random signs is `seed` plus the step.
 
+    Attributes
+    ----------
+    history:
+        What has been measured, also by earlier processes.
+    latest:
+        The last measurement as loggers get it: {"lnp/chi_pos": 0.01, ...}.
+
     Raises
     ------
     TypeError
@@ -98,8 +105,11 @@ class Tracker:
         self._observed = ZERO
         self._resumed: int | None = None
         self._notes: tuple[str, ...] = ()
+        self.latest: dict[str, float] = {}
 
-    def observe(self, step: int, model: Any, batch: Any = None, **values: Any) -> Decomposition | None:
+    def observe(
+        self, step: int, model: Any, batch: Any = None, *, options: Mapping[str, Any] | None = None, **values: Any
+    ) -> Decomposition | None:
         """Measure if the schedule says so. Call it before the update of this step, with the batch that it trains on.
 
         Parameters
@@ -109,6 +119,8 @@ class Tracker:
             that the run went back, to a checkpoint for example.
         model, batch:
             As for `lnp.decompose`. The batch may be left out if the tracker has one.
+        options:
+            Options of `lnp.decompose` in the place of the tracker's, where they are known only with the batch.
         values:
             More numbers for the row, such as learning_rate=0.1.
 
@@ -124,7 +136,11 @@ class Tracker:
         self._observed = step
         if self._idle or not self.schedule(step):
             return None
-        return self._measure(operator.index(step), model, batch, values)
+        return self._measure(operator.index(step), model, batch, options or {}, values)
+
+    def option(self, name: str) -> Any:
+        """An option of `lnp.decompose` that the tracker was made with, or None."""
+        return self._options.get(name)
 
     def due(self, step: int) -> bool:
         """Whether `observe` would measure at this step; for loops in which getting at the batch is work."""
@@ -222,9 +238,11 @@ class Tracker:
         self._resumed = step if self._resumed is None else min(step, self._resumed)
         return True
 
-    def _measure(self, step: int, model: Any, batch: Any, values: Mapping[str, Any]) -> Decomposition:
+    def _measure(
+        self, step: int, model: Any, batch: Any, own_options: Mapping[str, Any], values: Mapping[str, Any]
+    ) -> Decomposition:
         started = time.perf_counter()
-        options = self._options | {"seed": _moved(self._options.get("seed", 0), step)}
+        options = {**self._options, "seed": _moved(self._options.get("seed", 0), step), **own_options}
         own = None if self._source is None else self._source.next(model)
         if batch is None and own is None:
             raise ValueError(
@@ -262,7 +280,7 @@ class Tracker:
         assert self._history is not None, "the first step has made it"
         self._history.append(row)
         step = row["step"]
-        numbers = {
+        self.latest = numbers = {
             f"lnp/{name}": float(value)
             for name, value in row.items()
             if isinstance(value, int | float) and name not in (RESUMED, "time", *self.tags)

@@ -6,5 +6,6 @@ except ImportError as error:
     raise ImportError("lnp_torch needs PyTorch, which is not installed. Run: pip install 'lnp[torch]'") from error
 
 from lnp_torch.backend import accepts, evaluate, linearize
+from lnp_torch.randomness import untouched
 
-__all__ = ["accepts", "evaluate", "linearize"]
+__all__ = ["accepts", "evaluate", "linearize", "untouched"]
