@@ -129,12 +129,15 @@ class Tracker:
         Decomposition or None
             Of the training batch, or of the tracker's own without one. None where nothing was measured.
         """
-        if self._idle is None:
-            self._start(step)
-        if step <= self._observed and not self._goes_back(step):
+        if not self._reaches(step) or not self.schedule(step):
             return None
-        self._observed = step
-        if self._idle or not self.schedule(step):
+        return self._measure(operator.index(step), model, batch, options or {}, values)
+
+    def measure(
+        self, step: int, model: Any, batch: Any = None, *, options: Mapping[str, Any] | None = None, **values: Any
+    ) -> Decomposition | None:
+        """Measure at this step, whatever the schedule says, unless it has been measured. As `observe`."""
+        if not self._reaches(step):
             return None
         return self._measure(operator.index(step), model, batch, options or {}, values)
 
@@ -215,6 +218,15 @@ class Tracker:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None, "_idle": None}  # a copy in another process opens the file itself
+
+    def _reaches(self, step: int) -> bool:
+        """Whether this process measures, and the step is a new one."""
+        if self._idle is None:
+            self._start(step)
+        if step <= self._observed and not self._goes_back(step):
+            return False
+        self._observed = step
+        return not self._idle
 
     def _start(self, step: int) -> None:
         """At the first step in this process: is it the one that measures, and does it continue a run?"""
