@@ -48,7 +48,7 @@ def _one(named: tuple[str, Any], axes: Any) -> None:
     _, run = named
     if run.layers:
         layers(run, "chi_pos", axes[0])
-        layers(run, "rate_share", axes[1])
+        layers(run, "rate_share", axes[1], names=False)
     else:
         curve(run, "rate", axes[0], legend=False)
         curve(run, "seconds", axes[1], legend=False)
@@ -77,7 +77,7 @@ def story(run: Any) -> list[tuple[str, str]]:
     s = summary(run)
     lines = [
         ("measurements", f"{s.rows}, up to step {s.last_step}"),
-        ("trained parameters", number(s.parameters)),
+        *([("trained parameters", number(s.parameters))] if math.isfinite(s.parameters) else []),
         ("loss", f"{number(s.first_loss)} to {number(s.loss)}"),
         ("spectral reach", measured(s.reach, s.reach_stderr)),
         ("reached at step", whole(s.reach_step)),
@@ -88,7 +88,7 @@ def story(run: Any) -> list[tuple[str, str]]:
         for name, at in s.stalled.items()
     ]
     seconds = run.get("seconds")
-    lines.append(("measuring took", f"{seconds.sum():.3g} s, {1e3 * seconds.mean():.3g} ms each"))
+    lines.append(("measuring took", f"{number(seconds.sum())} s, {number(seconds.mean())} s each"))
     return lines
 
 
@@ -96,8 +96,8 @@ def _text(ax: Any, lines: list[tuple[str, str]]) -> None:
     ax.axis("off")
     for index, (name, value) in enumerate(lines):
         y = 1.0 - 0.11 * index
-        _write(ax, 0.0, y, name, color="#555555")
-        _write(ax, 0.47, y, value)
+        _write(ax, 0.0, y, name, color="#555555", fontsize="small")
+        _write(ax, 0.47, y, value, fontsize="small")
 
 
 def _table(ax: Any, header: tuple, cells: list[tuple], colours: list) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ VALUES = {
     "rate_share": "share of the rate",
     "chi_net_share": r"share of $\chi_\mathrm{net}$",
 }
-MOST_LABELS = 24
+MOST_LABELS, MOST_LETTERS = 24, 20
 
 
-def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, colorbar: bool = True) -> Any:
+def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, names: bool = True) -> Any:
     """A heat map: one row for each layer, in the network's order, over the steps.
 
     Parameters
@@ -30,6 +31,8 @@ def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, colorbar: bool =
         One run, tracked with `by_layer=`.
     value:
         "chi_pos", "chi_net", "rate" (colours are logarithmic), "rate_share" or "chi_net_share" (of the whole, 0 to 1).
+    names:
+        Write the layers' names beside the rows, without what they share, and long ones cut at their beginning.
 
     Raises
     ------
@@ -59,14 +62,28 @@ def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, colorbar: bool =
     mesh = ax.pcolormesh(_edges(steps), np.arange(len(table) + 1), table, norm=norm, cmap="viridis", rasterized=True)
     ax.invert_yaxis()
     every = -(-len(table) // MOST_LABELS)
-    ax.set_yticks(np.arange(0, len(table), every) + 0.5, history.layers[::every], fontsize="small")
+    labels = short(history.layers)[::every] if names else []
+    ax.set_yticks((np.arange(0, len(table), every) + 0.5)[: len(labels)], labels, fontsize="small")
     style.step_axis(ax)
-    ax.set(xlabel="training step", ylabel="layer", xlim=_edges(steps)[[0, -1]])
+    ax.set(xlabel="training step", ylabel="layer" if names else "", xlim=_edges(steps)[[0, -1]])
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    if colorbar:
-        _colorbar(ax, mesh, VALUES[value])
+    _colorbar(ax, mesh, VALUES[value])
     return ax
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Names without the part before a dot that all of them share, of at most 20 letters.
+
+    >>> short(["model.layers.0.attention.query.weight", "model.head"])
+    ['…ention.query.weight', 'head']
+    """
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(parts) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    joined = [".".join(p[shared:]) for p in parts]
+    return [name if len(name) <= MOST_LETTERS else f"…{name[1 - MOST_LETTERS :]}" for name in joined]
 
 
 def _colorbar(ax: Any, mesh: Any, label: str) -> None:

@@ -58,6 +58,7 @@ def curve(runs: Any, column: str, ax: Any = None, *, label: str | None = None, l
         ax.set_yscale("log")
     _open(ax)
     style.step_axis(ax)
+    style.log_ticks(ax.yaxis)
     style.tidy(ax, STEP, LABELS.get(column, column))
     if legend:
         style.legend(ax, len(named))

@@ -29,6 +29,8 @@ def position_against_loss(runs: Any, ax: Any = None, *, legend: bool = True) -> 
             ax.plot(loss, style.positive(position), color=colour, label=name, linewidth=1.5)
             ax.plot(loss[shown][-1], position[shown][-1], "o", color=colour, markersize=5)
     ax.invert_xaxis()
+    style.log_ticks(ax.xaxis)
+    style.log_ticks(ax.yaxis)
     style.tidy(ax, "loss", LABELS[POSITION])
     if legend:
         style.legend(ax, len(named))
@@ -64,5 +66,7 @@ def reach_against_size(runs: Any, ax: Any = None, *, names: bool = True) -> Any:
         if names:
             ax.annotate(name, (parameters, lowest), xytext=(6, 4), textcoords="offset points", fontsize="small")
     ax.margins(x=0.15, y=0.15)
+    style.log_ticks(ax.xaxis)
+    style.log_ticks(ax.yaxis)
     style.tidy(ax, "trained parameters", r"spectral reach  (lowest $\chi_\mathrm{pos}$)")
     return ax

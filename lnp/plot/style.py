@@ -49,6 +49,20 @@ def step_axis(ax: Any) -> None:
     ax.xaxis.set_minor_locator(FixedLocator(minor))
 
 
+def log_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic axis that do not run into each other where it spans little."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    if axis.get_scale() != "log" or not 0 < low < high:
+        return
+    decades = np.log10(high / low)
+    axis.set_minor_formatter(NullFormatter())
+    if decades < 1.5:
+        axis.set_major_locator(MaxNLocator(4) if decades < 0.7 else LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+
+
 def colours(runs: Runs) -> list[Any]:
     """One for each run: by size, darker is larger, where sizes differ; otherwise distinct ones."""
     from matplotlib import colormaps
