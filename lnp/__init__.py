@@ -12,6 +12,7 @@ from lnp.history import History
 from lnp.linearization import Linearization
 from lnp.measure import cross_response, decompose, measured_loss_change, predicted_loss_change
 from lnp.population import Population
+from lnp.steps import StepTaken, snapshot, step_taken
 from lnp.tracker import Tracker
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Linearization",
     "Options",
     "Population",
+    "StepTaken",
     "Tracker",
     "cross_response",
     "decompose",
@@ -31,4 +33,6 @@ __all__ = [
     "measured_loss_change",
     "predicted_loss_change",
     "schedule",
+    "snapshot",
+    "step_taken",
 ]

@@ -36,11 +36,11 @@ class Fixed:
     position = 0
 
     def __init__(self, batch: Any) -> None:
-        self._batch = batch
+        self.last = batch
 
     def next(self, model: Any) -> Any:
         """The batch."""
-        return self._batch
+        return self.last
 
     def seek(self, position: int) -> None:
         """Nothing to do: it is always the same."""
@@ -57,6 +57,7 @@ class Cycle:
             )
         self._batches = batches
         self._iterator: Iterator | None = None
+        self.last: Any = None
         self.position, self._behind = 0, 0
 
     def next(self, model: Any) -> Any:
@@ -65,9 +66,9 @@ class Cycle:
             for _ in range(self._behind):
                 self._following()
             self._behind = 0
-            batch = self._following()
+            self.last = self._following()
         self.position += 1
-        return batch
+        return self.last
 
     def seek(self, position: int) -> None:
         """Have the batch after so many be the next."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import operator
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lnp import measure, sources
-from lnp.cross import CrossResponse
+from lnp import measure, sources, steps
 from lnp.decomposition import Decomposition
 from lnp.history import RESUMED, History
 from lnp.loggers import Logger, as_logger
+from lnp.rows import Watched, check_options, cross_values, moved, process_rank
 from lnp.schedule import Schedule, as_schedule
 from lnp.storage import Appender
 
@@ -90,7 +89,7 @@ class Tracker:
         fsync: bool = False,
         **options: Any,
     ) -> None:
-        _check_options(options)
+        check_options(options)
         self.path = None if path is None else os.fspath(path)
         self.schedule: Schedule = as_schedule(schedule)
         self.tags = dict(tags or {})
@@ -140,6 +139,35 @@ class Tracker:
         if not self._reaches(step):
             return None
         return self._measure(operator.index(step), model, batch, options or {}, values)
+
+    @contextlib.contextmanager
+    def step(self, step: int, model: Any, batch: Any = None, **values: Any) -> Iterator[Watched]:
+        """Measure before the update that the block makes, and what the update did to the loss after it.
+
+            with tracker.step(step, model, batch):
+                loss.backward()
+                optimizer.step()
+
+        The row gets "update/predicted" and "update/measured", the loss change of `lnp.step_taken`, for any optimizer.
+        It is written after the block. A copy of the parameters is kept meanwhile, where a step is measured. In JAX,
+        where an update makes new parameters, tell them: `with tracker.step(...) as watched: ...;
+        watched.after(new_model)`.
+        """
+        watched = Watched(None, model)
+        if not self._reaches(step) or not self.schedule(step):
+            yield watched
+            return
+        before = steps.snapshot(model)
+        row, watched.decomposition = self._row(operator.index(step), model, batch, {}, values)
+        try:
+            yield watched
+            own = batch if batch is not None else self._source.last if self._source is not None else None
+            same = ("loss", "forward", "loss_terms", "batch_statistics")
+            options = {name: self._options[name] for name in same if name in self._options}
+            taken = steps.step_taken(before, watched.model, own, **options)
+            row |= {"update/predicted": taken.predicted, "update/measured": taken.measured}
+        finally:
+            self._record(row)
 
     def option(self, name: str) -> Any:
         """An option of `lnp.decompose` that the tracker was made with, or None."""
@@ -250,11 +278,16 @@ class Tracker:
         self._resumed = step if self._resumed is None else min(step, self._resumed)
         return True
 
-    def _measure(
+    def _measure(self, *arguments: Any) -> Decomposition:
+        row, d = self._row(*arguments)
+        self._record(row)
+        return d
+
+    def _row(
         self, step: int, model: Any, batch: Any, own_options: Mapping[str, Any], values: Mapping[str, Any]
-    ) -> Decomposition:
+    ) -> tuple[dict[str, Any], Decomposition]:
         started = time.perf_counter()
-        options = {**self._options, "seed": _moved(self._options.get("seed", 0), step), **own_options}
+        options = {**self._options, "seed": moved(self._options.get("seed", 0), step), **own_options}
         own = None if self._source is None else self._source.next(model)
         if batch is None and own is None:
             raise ValueError(
@@ -265,7 +298,7 @@ class Tracker:
         if batch is not None and own is not None:
             cross = measure.cross_response(model, batch, own, **{"population": None, **options})
             d = cross.trained
-            row |= d.to_dict() | _cross_values(cross)
+            row |= d.to_dict() | cross_values(cross)
         else:
             d = measure.decompose(model, own if batch is None else batch, **options)
             row |= d.to_dict()
@@ -275,8 +308,7 @@ class Tracker:
         if window is not None and (centre := window(step)) is not None:
             row["window"] = centre
         self._spent(time.perf_counter() - started, row)
-        self._record({**row, **self.tags, **values})
-        return d
+        return {**row, **self.tags, **values}, d
 
     def _spent(self, seconds: float, row: dict[str, Any]) -> None:
         row["seconds"] = seconds
@@ -306,44 +338,3 @@ class Tracker:
                     f"A logger failed at step {step} and gets no more values: {type(error).__name__}: {error}",
                     stacklevel=4,
                 )
-
-
-def process_rank() -> int:
-    """The number of this process among those that train together, from the environment.
-
-    Raises
-    ------
-    ValueError
-        If the variable holds no integer.
-    """
-    for name in ("RANK", "LOCAL_RANK"):
-        if value := os.environ.get(name):
-            try:
-                return int(value)
-            except ValueError as error:
-                raise ValueError(
-                    f"The environment variable {name} is {value!r}. Expected the number of the process. Pass rank= to "
-                    "the tracker if it means something else."
-                ) from error
-    return 0
-
-
-def _cross_values(cross: CrossResponse) -> dict[str, Any]:
-    names = ("rate", "chi_loss", "chi_net", "chi_pos", "chi_net_stderr", "chi_pos_stderr")
-    flat = {f"cross/{name}": getattr(cross, name) for name in names}
-    return flat | {f"measured/{name}": value for name, value in cross.measured.to_dict().items()}
-
-
-def _moved(seed: Any, step: int) -> Any:
-    """Another seed at each step, so that errors average out over a window; keys of other kinds stay as they are."""
-    return seed + step if isinstance(seed, int) else seed
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    known = [name for name in inspect.signature(measure.decompose).parameters if name not in ("model", "batch")]
-    wrong = sorted(set(options) - set(known))
-    if wrong:
-        raise TypeError(
-            f"Tracker received the options {', '.join(wrong)}. Expected path, schedule, batch, tags, loggers, rank, "
-            f"fsync, or an option of lnp.decompose: {', '.join(known)}."
-        )
