@@ -118,3 +118,14 @@ def test_the_step_of_an_nnx_module():
     step = lnp.step_taken(before, model, BATCH, batch_statistics="coupled")
     assert step.predicted == pytest.approx(-1e-3 * rate, rel=2e-3)
     assert step.measured == pytest.approx(step.predicted, rel=0.02)
+
+
+def test_a_preconditioned_kernel():
+    p = parameters()
+    m = jax.tree.map(lambda leaf: 0.5 + jnp.abs(leaf), p)
+    d = lnp.decompose((apply, p), BATCH, preconditioner=m, estimator="exact")
+    gradient = jax.grad(lambda p: loss_of(apply(p, BATCH[0]), BATCH[1]))(p)
+    assert d.rate == pytest.approx(float(sum(jnp.sum(m[n] * gradient[n] ** 2) for n in p)), rel=1e-5)
+    jacobian = jax.jacobian(apply)(p, BATCH[0])
+    trace = sum(float(jnp.sum(m[n] * jacobian[n] ** 2)) for n in p)
+    assert d.chi_net == pytest.approx(trace / 16, rel=1e-5)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lnp
+from lnp_torch.optimizers import preconditioner
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 1e-4),
@@ -93,3 +94,50 @@ def test_another_model_is_refused():
     before = lnp.snapshot(nn.Linear(2, 1))
     with pytest.raises(ValueError, match=r"other trained parameters than before: \['bias'\]"):
         lnp.step_taken(before, nn.Linear(2, 1, bias=False), (torch.ones(1, 2), torch.ones(1, 1)))
+
+
+PRECONDITIONED = {
+    "adam": lambda p: torch.optim.Adam(p, 1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+    "sgd": lambda p: torch.optim.SGD(p, 1e-2),
+}
+
+
+@pytest.mark.parametrize("name", PRECONDITIONED)
+def test_the_preconditioner_is_the_one_of_the_update(name):
+    # without momentum the update is -lr M grad: the next one shows M, once v has hardly moved
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2).double()
+    batch = torch.randn(8, 4, dtype=torch.float64), torch.randint(2, (8,))
+    optimizer = PRECONDITIONED[name](model.parameters())
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0
+        if "betas" in group:
+            group["betas"] = (0.0, 1 - 1e-9)
+        if "alpha" in group:
+            group["alpha"] = 1 - 1e-9
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+    if name == "adagrad":
+        for state in optimizer.state.values():
+            state["sum"] += 1e9
+    m = preconditioner(optimizer, model)
+    d = lnp.decompose(model, batch, preconditioner=m, estimator="exact")
+    before = lnp.snapshot(model)
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    expected = sum((p.grad**2 * m[n]).sum().item() for n, p in model.named_parameters())
+    assert d.rate == pytest.approx(expected, rel=1e-9)
+    optimizer.step()
+    taken = lnp.step_taken(before, model, batch)
+    # an average over three gradients before, over four in the update
+    assert taken.predicted == pytest.approx(-1e-2 * d.rate, rel=0.25 if name in ("adam", "adamw", "rmsprop") else 1e-6)
+
+
+def test_another_optimizer_is_refused():
+    with pytest.raises(ValueError, match="trains none of the model's parameters"):
+        preconditioner(torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1), nn.Linear(1, 1))
