@@ -113,6 +113,14 @@ def test_budget_adapts_when_measuring_gets_dearer():
     assert early / 5000 > 5 * late / 15000
 
 
+def test_the_cost_of_the_first_measurement_is_soon_forgotten():
+    schedule = budget(0.1)
+    for seconds in (9.0, 1.0, 1.0):
+        schedule.measured(seconds)
+    assert schedule.state_dict()["cost"] == 3.0
+    assert schedule.state_dict()["spent"] == 11.0
+
+
 def test_budget_goes_on_after_a_restart_and_takes_only_steps_among_those_given():
     clock = Clock()
     schedule = budget(0.1, among=every(10), clock=clock)

@@ -176,6 +176,9 @@ def test_lightning_is_not_changed(options, tmp_path):
     steps = STEPS // LIGHTNING[options].get("accumulate_grad_batches", 1)
     history = lnp.History.read(tmp_path / "run.jsonl")
     assert history["step"].tolist() == list(range(steps))
+    # the very loss of the training step: in its precision, and with its dropout mask
+    accumulated = LIGHTNING[options].get("accumulate_grad_batches", 1)
+    assert history["loss"].tolist() == pytest.approx(watched[0][::accumulated], rel=1e-6)
     assert set(history["parameters"]) == {sum(p.numel() for p in network().parameters())}
 
 
@@ -267,6 +270,7 @@ HUGGING_FACE = {
     "compute_loss_func": ({}, {"compute_loss_func": squared}),
     "bf16": ({"bf16": True}, {}),
     "clipping": ({"max_grad_norm": 0.01}, {}),
+    "evaluation in between": ({"eval_strategy": "steps", "eval_steps": 1}, {"eval_dataset": texts(4)}),
 }
 
 
@@ -295,7 +299,7 @@ def test_hugging_face_is_not_changed(options, tmp_path):
     assert [row["step"] for row in trainer.state.log_history if "lnp/chi_pos" in row] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("options", ["plain", "label smoothing", "compute_loss_func"])
+@pytest.mark.parametrize("options", ["label smoothing", "compute_loss_func", "bf16", "evaluation in between"])
 def test_hugging_face_minimises_the_loss_that_is_measured(options, tmp_path):
     arguments, more = HUGGING_FACE[options]
     model = {"more": more, "arguments": arguments}
