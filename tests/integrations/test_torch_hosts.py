@@ -241,7 +241,7 @@ def test_lightning_takes_a_tracker_or_its_options():
 def language_model():
     config = transformers.LlamaConfig(
         vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, attention_dropout=0.2, pad_token_id=0,
+        max_position_embeddings=8, attention_dropout=0.4, initializer_range=0.5, pad_token_id=0,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
