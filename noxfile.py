@@ -43,14 +43,15 @@ def types(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core and its NumPy backend where no framework is installed."""
     install(session, ".[test]")
-    refuse(session, "torch", "jax", "tensorflow", "keras", "transformers", "matplotlib", "pandas", "sklearn", "rich")
+    found = ("matplotlib", "pandas", "polars", "pyarrow", "sklearn", "rich", "tqdm")
+    refuse(session, "torch", "jax", "tensorflow", "keras", "transformers", *found)
     pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/core", *suite("numpy"))
 
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    """PyTorch and Hugging Face models, and the demo on PyTorch."""
-    install(session, ".[torch,transformers,demo,test]", "pandas")
+    """PyTorch and Hugging Face models, hosts of training loops, tables and figures, and the demo on PyTorch."""
+    install(session, ".[torch,transformers,lightning,tensorboard,pandas,polars,pyarrow,demo,test]")
     refuse(session, "jax", "tensorflow", "keras")
     pytest(session, "torch", "--pyargs", "lnp_torch", *suite("torch"))
     if not session.posargs:
@@ -60,7 +61,7 @@ def torch(session: nox.Session) -> None:
 @nox.session
 def jax(session: nox.Session) -> None:
     """JAX with the libraries whose models lnp takes."""
-    install(session, ".[jax,test]", *JAX_LIBRARIES, "pytest-xdist")
+    install(session, ".[jax,demo,test]", *JAX_LIBRARIES, "pytest-xdist")
     refuse(session, "torch", "tensorflow", "keras")
     compile_fast(session)
     pytest(session, "jax", *PARALLEL, "--pyargs", "lnp_jax", *suite("jax"))
@@ -69,7 +70,7 @@ def jax(session: nox.Session) -> None:
 @nox.session
 def tensorflow(session: nox.Session) -> None:
     """TensorFlow's modules and functions."""
-    install(session, ".[test]", TENSORFLOW, "pytest-xdist")
+    install(session, ".[demo,test]", TENSORFLOW, "pytest-xdist")
     refuse(session, "torch", "jax")
     compile_fast(session)
     pytest(session, "tensorflow", *PARALLEL, "--pyargs", "lnp_tensorflow", *suite("tensorflow"))
@@ -79,7 +80,7 @@ def tensorflow(session: nox.Session) -> None:
 @nox.parametrize("framework", ["tensorflow", "jax", "torch"])
 def keras(session: nox.Session, framework: str) -> None:
     """Keras models on each framework that can train them."""
-    install(session, ".[keras,test]", TENSORFLOW if framework == "tensorflow" else framework, "pytest-xdist")
+    install(session, ".[keras,demo,test]", TENSORFLOW if framework == "tensorflow" else framework, "pytest-xdist")
     refuse(session, *{"tensorflow", "jax", "torch"} - {framework})
     compile_fast(session)
     session.env["KERAS_BACKEND"] = framework

@@ -1,4 +1,4 @@
-"""The command line: `lnp demo`."""
+"""The command line: `lnp demo`, `lnp plot`, `lnp compare`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lnp import __version__
+
+RUNS = "files that trackers wrote, or folders of them"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,12 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--steps", type=int, default=300, help="training steps of each network (default: 300)")
     demo.add_argument("--seeds", type=int, default=3, help="repetitions, for the error bars (default: 3)")
+    plot = commands.add_parser("plot", help="draw runs on one page")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUNS)
+    plot.add_argument("--out", type=Path, default=Path("lnp.png"), help="PNG, PDF or SVG (default: lnp.png)")
+    plot.add_argument("--title", help="default: the run's name")
+    compare = commands.add_parser("compare", help="runs next to each other: loss, reach, where each factor stalls")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUNS)
+    compare.add_argument("--out", type=Path, help="also draw them, to this PNG, PDF or SVG file")
     options = parser.parse_args(arguments)
-    if options.steps < 3 or options.seeds < 1:
+    if options.command == "demo" and (options.steps < 3 or options.seeds < 1):
         parser.error(f"received --steps {options.steps} --seeds {options.seeds}; expected at least 3 steps and 1 seed")
     try:
-        return _demo(options)
-    except (ImportError, OSError) as error:
+        return {"demo": _demo, "plot": _plot, "compare": _compare}[options.command](options)
+    except (ImportError, OSError, ValueError) as error:
         print(f"lnp: {error}", file=sys.stderr)
         return 1
 
@@ -42,3 +52,43 @@ def _demo(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     show(replace(Settings(), framework=options.framework, steps=options.steps, seeds=options.seeds), options.out)
     return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    _draw(_read(options.runs), options.out, options.title)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from lnp.compare import compare, to_text
+
+    runs = _read(options.runs)
+    print(to_text(compare(runs)))
+    if options.out is not None:
+        _draw(runs, options.out)
+    return 0
+
+
+def _read(paths: Sequence[Path]) -> dict[str, Any]:
+    """The runs that have rows, read with a progress bar; a ValueError if there is none."""
+    from lnp.curves import paths_of
+    from lnp.history import History
+    from lnp.progress import bar
+
+    named = paths_of(paths)
+    with bar("reading", sum(path.stat().st_size for path in named.values())) as advance:
+        runs = {name: History.read(path, report=advance) for name, path in named.items()}
+    empty = [name for name, run in runs.items() if not len(run)]
+    if empty:
+        print(f"lnp: nothing has been measured yet in {', '.join(empty)}", file=sys.stderr)
+    if len(empty) == len(runs):
+        raise ValueError("no measurements to show. Expected files that trackers wrote.")
+    return {name: run for name, run in runs.items() if len(run)}
+
+
+def _draw(runs: dict[str, Any], out: Path, title: str | None = None) -> None:
+    from lnp import plot
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plot.dashboard(runs, title).savefig(out, dpi=160)
+    print(f"Figure: {out}")

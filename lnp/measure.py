@@ -12,6 +12,7 @@ from lnp.cross import CrossResponse, cross_response_of
 from lnp.decomposition import ByLayer, Decomposition, explained
 from lnp.decomposition import decompose as decompose_linearization
 from lnp.linearization import Linearization, Vector, valid
+from lnp.preconditioner import Preconditioned
 
 SPLITTING = ("auto", "exact", "per_sample")
 """Estimators that take the samples one at a time where they do not interact."""
@@ -33,6 +34,7 @@ def decompose(
     loss_terms: int | None = None,
     microbatch: int | None = None,
     batch_statistics: str = "frozen",
+    preconditioner: Any = None,
 ) -> Decomposition:
     r"""Split the speed at which the loss falls into loss scale, network scale and spectral position.
 
@@ -82,6 +84,10 @@ def decompose(
         "frozen": batch normalisation in training mode keeps this batch's statistics. "coupled": they depend on
         the parameters,
         as in the training step itself.
+    preconditioner:
+        The diagonal of M for an optimizer whose update is -eta M grad L, such as Adam's 1 / (sqrt(v) + eps); in the
+        form of `measured_loss_change`'s update. Rate, network scale and position are then those of J M J^T, with the
+        trace estimated jointly. See `lnp.preconditioner`.
 
     Returns
     -------
@@ -107,6 +113,11 @@ def decompose(
     >>> round(d.rate, 6), round(d.chi_loss * d.chi_net * d.chi_pos, 6)
     (3.555556, 3.555556)
     """
+    if preconditioner is not None:
+        options = Options(loss, forward, parameters, seed, loss_terms, None, batch_statistics, False, False)
+        _Decompose(estimator, rtol, max_probes)  # checks them
+        computation = Preconditioned(estimator, rtol, max_probes, by_layer)
+        return explained(_measure(computation, model, (batch,), options, update=preconditioner))
     split = estimator in SPLITTING or microbatch is not None  # which needs to be seen not to change the function
     options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
     return explained(_measure(_Decompose(estimator, rtol, max_probes, by_layer, population), model, (batch,), options))
@@ -120,6 +131,8 @@ def cross_response(
     *,
     forward: Callable | None = None,
     parameters: Any = None,
+    by_layer: ByLayer = False,
+    population: bool | None = False,
     estimator: str = "auto",
     rtol: float = 0.01,
     max_probes: int = 64,
@@ -133,7 +146,8 @@ def cross_response(
         -dL_m/dt = <grad L_m, grad L_t> = chi_loss * chi_net * chi_pos
 
     with the geometric means of the two batches' loss and network scales. The position is what is left, in [-1, 1];
-    where it is negative, a step on `train_batch` raises the loss on `measured_batch`. Parameters as for `decompose`.
+    where it is negative, a step on `train_batch` raises the loss on `measured_batch`. Parameters as for `decompose`;
+    layers and population values are those of the two decompositions.
 
     Examples
     --------
@@ -144,8 +158,8 @@ def cross_response(
     -1.0
     """
     split = estimator in SPLITTING or microbatch is not None  # which needs to be seen not to change the function
-    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split)
-    computation = _CrossResponse(estimator, rtol, max_probes)
+    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
+    computation = _CrossResponse(estimator, rtol, max_probes, by_layer, population)
     return _measure(computation, model, (train_batch, measured_batch), options)
 
 

@@ -7,7 +7,8 @@ except ImportError as error:
 
 from lnp_jax import results
 from lnp_jax.backend import accepts, decompose, evaluate, linearize
+from lnp_jax.steps import difference, snapshot
 
-__all__ = ["accepts", "decompose", "evaluate", "linearize"]
+__all__ = ["accepts", "decompose", "difference", "evaluate", "linearize", "snapshot"]
 
 results.register()

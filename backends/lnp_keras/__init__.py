@@ -5,6 +5,6 @@ try:
 except ImportError as error:
     raise ImportError("lnp_keras needs Keras 3. Run: pip install 'lnp[keras]' and a framework") from error
 
-from lnp_keras.backend import accepts, evaluate, linearize
+from lnp_keras.backend import accepts, evaluate, linearize, untouched
 
-__all__ = ["accepts", "evaluate", "linearize"]
+__all__ = ["accepts", "evaluate", "linearize", "untouched"]

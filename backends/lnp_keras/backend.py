@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,9 @@ __all__ = ["accepts", "evaluate", "linearize"]
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation with the backend of the framework that Keras runs on."""
-    backend, handed = lnp.load(keras.backend.backend()), _handed(model, batches, options)
+    backend = lnp.load(keras.backend.backend())
+    with untouched():  # the passes that look for batch statistics draw dropout masks
+        handed = _handed(model, batches, options)
     if operands.get("update") is not None:
         operands["update"] = _by_name(handed.options.parameters, operands["update"])
     result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
@@ -29,10 +32,16 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch."""
-    handed = _handed(model, (batch,), options)
+    with untouched():
+        handed = _handed(model, (batch,), options)
     record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
     keep = lambda v: (model, record.vjp(v))[1]  # the function that was handed over refers to the model weakly
     return replace(record, vjp=keep, notes=(*record.notes, *handed.notes))
+
+
+def untouched() -> contextlib.AbstractContextManager:
+    """The random states of the framework that Keras runs on are as before afterwards, where it has any."""
+    return getattr(lnp.load(keras.backend.backend()), "untouched", contextlib.nullcontext)()
 
 
 @dataclass(frozen=True)

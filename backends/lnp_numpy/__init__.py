@@ -2,6 +2,7 @@
 
 from lnp_numpy.backend import accepts, evaluate, linearize
 from lnp_numpy.models import JacobianModel, LinearModel, OperatorModel, RandomFeatureModel
+from lnp_numpy.steps import difference, snapshot
 
 __all__ = [
     "JacobianModel",
@@ -9,6 +10,8 @@ __all__ = [
     "OperatorModel",
     "RandomFeatureModel",
     "accepts",
+    "difference",
     "evaluate",
     "linearize",
+    "snapshot",
 ]

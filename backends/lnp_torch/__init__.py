@@ -6,6 +6,8 @@ except ImportError as error:
     raise ImportError("lnp_torch needs PyTorch, which is not installed. Run: pip install 'lnp[torch]'") from error
 
 from lnp_torch.backend import accepts, evaluate, linearize
+from lnp_torch.randomness import untouched
 from lnp_torch.shared import shared
+from lnp_torch.steps import difference, replayed, snapshot
 
-__all__ = ["accepts", "evaluate", "linearize", "shared"]
+__all__ = ["accepts", "difference", "evaluate", "linearize", "replayed", "shared", "snapshot", "untouched"]

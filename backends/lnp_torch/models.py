@@ -50,9 +50,21 @@ class Program:
         return replace(self, parameters=chosen, call=lambda values, inputs: self.call({**fixed, **values}, inputs))
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A model with other values of its trained parameters: those from before an update (see `lnp_torch.steps`).
+
+    Parameters that are not trained, buffers and modes are the model's own.
+    """
+
+    model: Any
+    parameters: Parameters
+    randomness: Any = None
+
+
 def accepts(model: Any) -> bool:
     """Whether the model is a module, or a function with parameters that are tensors."""
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module | Snapshot):
         return True
     if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
         return False
@@ -62,6 +74,8 @@ def accepts(model: Any) -> bool:
 
 def program(model: Any, forward: Callable | None, parameters: Any) -> Program:
     """The model as a program, with its trainable or selected parameters."""
+    if isinstance(model, Snapshot):
+        return replace(program(model.model, forward, parameters), parameters=model.parameters)
     if isinstance(model, nn.Module):
         return _module(unwrapped(model), forward, parameters)
     if forward is not None:

@@ -1,0 +1,74 @@
+"""A callback for `fit`, on each framework that Keras runs on.
+
+    model.fit(x, y, callbacks=[LNPCallback(data=(x[:256], y[:256]), path="run.jsonl")])
+
+Keras tells callbacks the number of a batch, but never its data: what is measured on is given to the callback. Where
+nothing is due the model is not touched, which on JAX would make Keras rebuild its state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+
+from lnp.tracker import Tracker
+
+
+class LNPCallback(keras.callbacks.Callback):
+    """Measures a model while `fit` trains it.
+
+    Parameters
+    ----------
+    data:
+        A batch (inputs, targets) or (inputs, targets, sample_weight) to measure on, or something to iterate over, such
+        as a `PyDataset` of its own, which is gone through again and again.
+    path, schedule, options:
+        Of `lnp.Tracker`; or a Tracker, made with `batch=`, in the place of the data. The loss is the compiled one.
+
+    Steps are the optimizer's iterations, also over several calls of `fit` and after restoring a checkpoint. With
+    `steps_per_execution=n` Keras calls every n steps: what is due among them is measured before the first of them.
+
+    Raises
+    ------
+    TypeError
+        If a tracker and options of another one are given.
+    """
+
+    def __init__(self, data: Any, path: Any = None, schedule: Any = None, **options: Any) -> None:
+        super().__init__()
+        if isinstance(data, Tracker) and (path is not None or schedule is not None or options):
+            raise TypeError(
+                "LNPCallback received a tracker, and options beside it. Expected one of the two: give the options to "
+                "the tracker."
+            )
+        self.tracker = data if isinstance(data, Tracker) else Tracker(path, schedule, batch=data, **options)
+        self._before, self._every, self._together = 0, 1, 1
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """How many batches an update takes, and how many Keras runs at a time."""
+        model = self.model
+        self._every = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
+        self._together = getattr(model, "steps_per_execution", None) or 1
+        self.tracker.tags.setdefault("parameters", trained(model))
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """The batches before this epoch."""
+        self._before = int(self.model.optimizer.iterations) * self._every
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Measure if one of the updates that come now is due."""
+        first, last = (self._before + b for b in (batch, batch + self._together - 1))
+        steps = range(first // self._every, last // self._every + 1)
+        if any(map(self.tracker.due, steps)):
+            self.tracker.measure(steps[0], self.model)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Let others write to the file."""
+        self.tracker.close()
+
+
+def trained(model: Any) -> int:
+    """Number of trained parameters."""
+    return sum(math.prod(variable.shape) for variable in model.trainable_variables)

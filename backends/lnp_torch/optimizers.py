@@ -1,0 +1,63 @@
+"""What PyTorch's optimizers multiply gradients with, for `lnp.decompose(preconditioner=)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The diagonal M of the optimizer's next update, -eta M (its average of gradients), for each of the model's
+    parameters.
+
+        Adam, AdamW      1 / (sqrt(v / (1 - beta2^t)) + eps)     v: the average of squared gradients after t updates
+        RMSprop          1 / (sqrt(v) + eps)
+        Adagrad          1 / (sqrt(s) + eps)                     s: their sum
+        others           1
+
+    Before the first update of an Adam-like optimizer there is no average yet, and M is 1. A parameter that the
+    optimizer does not train has 0. Learning rates that differ between parameter groups are part of M, relative to the
+    first group's.
+
+    Raises
+    ------
+    ValueError
+        If the optimizer trains none of the model's parameters.
+
+    Examples
+    --------
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    >>> preconditioner(optimizer, model)["bias"]
+    tensor([1.])
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    first = float(optimizer.param_groups[0]["lr"])
+    found: dict[str, torch.Tensor] = {}
+    for group in optimizer.param_groups:
+        scale = float(group["lr"]) / first if first else 1.0
+        for p in group["params"]:
+            if id(p) in names:
+                found[names[id(p)]] = scale * _diagonal(optimizer.state.get(p, {}), group, p)
+    if not found:
+        raise ValueError(
+            f"This {type(optimizer).__name__} trains none of the model's parameters. Expected the optimizer of the "
+            "model."
+        )
+    return {name: found.get(name, torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _diagonal(state: Mapping[str, Any], group: Mapping[str, Any], p: torch.Tensor) -> torch.Tensor:
+    """1 / (sqrt(v) + eps), or 1 for an optimizer or a parameter without squared gradients."""
+    epsilon = group.get("eps", 0.0)
+    if "exp_avg_sq" in state:
+        squares = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+        return 1 / ((squares / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + epsilon)
+    if "square_avg" in state and not group.get("centered"):
+        return 1 / (state["square_avg"].sqrt() + epsilon)
+    if "sum" in state:
+        return 1 / (state["sum"].sqrt() + epsilon) if float(state["step"]) else torch.ones_like(p)
+    return torch.ones_like(p)

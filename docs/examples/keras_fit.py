@@ -1,0 +1,35 @@
+"""Keras on handwritten digits, on TensorFlow, JAX or PyTorch: one callback, measuring on images that are not trained
+on.
+
+    KERAS_BACKEND=jax python docs/examples/keras_fit.py [folder] [epochs]
+"""
+
+import sys
+from pathlib import Path
+
+import keras
+from sklearn.datasets import load_digits
+
+import lnp
+import lnp.plot
+from lnp_keras.callback import LNPCallback
+
+
+def main(folder: Path, epochs: int) -> lnp.Tracker:
+    images, labels = load_digits(return_X_y=True)
+    images = ((images - images.mean()) / images.std()).astype("float32")
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(64, "relu"), keras.layers.Dropout(0.2), keras.layers.Dense(10)]
+    model = keras.Sequential([keras.Input((64,)), *layers])
+    model.compile(keras.optimizers.Adam(2e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+    held_out = images[1500:], labels[1500:]
+    schedule = lnp.schedule.log_windows(6, width=3)
+    callback = LNPCallback(held_out, folder / "keras.jsonl", schedule, by_layer=True, population=True)
+    model.fit(images[:1500], labels[:1500], 64, epochs, verbose=0, callbacks=[callback])
+    lnp.plot.dashboard(callback.tracker, "Keras").savefig(folder / "keras.png", dpi=110)
+    return callback.tracker
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."), int(sys.argv[2]) if len(sys.argv) > 2 else 20)

@@ -1,0 +1,113 @@
+"""What the layers do over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lnp.curves import curve, runs_of
+from lnp.export import needed
+from lnp.history import LAYER
+from lnp.plot import style
+
+VALUES = {
+    "chi_pos": r"$\chi_\mathrm{pos}$ of the layer",
+    "chi_net": r"$\chi_\mathrm{net}$ of the layer",
+    "rate": "rate of the layer",
+    "rate_share": "share of the rate",
+    "chi_net_share": r"share of $\chi_\mathrm{net}$",
+}
+MOST_LABELS, MOST_LETTERS = 24, 20
+
+
+def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, names: bool = True) -> Any:
+    """A heat map: one row for each layer, in the network's order, over the steps.
+
+    Parameters
+    ----------
+    run:
+        One run, tracked with `by_layer=`.
+    value:
+        "chi_pos", "chi_net", "rate" (colours are logarithmic), "rate_share" or "chi_net_share" (of the whole, 0 to 1).
+    names:
+        Write the layers' names beside the rows, without what they share, and long ones cut at their beginning.
+
+    Raises
+    ------
+    ValueError
+        For several runs, a run without layers, or a value that layers do not have.
+    """
+    named = runs_of(run)
+    if len(named) != 1 or not (history := next(iter(named.values()))).layers:
+        what = f"{len(named)} runs" if len(named) != 1 else "a run without layers"
+        raise ValueError(f"layers() received {what}. Expected one run, tracked with by_layer=True.")
+    if value not in VALUES:
+        raise ValueError(f"value is {value!r}. Expected one of {', '.join(VALUES)}.")
+    needed("matplotlib", "lnp.plot", "plot")
+    from matplotlib.colors import LogNorm, Normalize
+
+    base, share = value.removesuffix("_share"), value.endswith("_share")
+    curves = [curve(history, f"{LAYER}{layer}/{base}") for layer in history.layers]
+    steps = max((line.step for line in curves), key=len)
+    table = np.array([np.interp(steps, line.step, line.mean) if len(line.step) else np.nan * steps for line in curves])
+    if share:
+        total = table.sum(axis=0)
+        table = table / np.where(total > 0, total, np.nan)
+    else:
+        table = style.positive(table)
+    ax = style.axes(ax)
+    norm = Normalize(0, 1) if share else LogNorm(*_range(table))
+    mesh = ax.pcolormesh(_edges(steps), np.arange(len(table) + 1), table, norm=norm, cmap="viridis", rasterized=True)
+    ax.invert_yaxis()
+    every = -(-len(table) // MOST_LABELS)
+    labels = short(history.layers)[::every] if names else []
+    ax.set_yticks((np.arange(0, len(table), every) + 0.5)[: len(labels)], labels, fontsize="small")
+    style.step_axis(ax)
+    ax.set(xlabel="training step", ylabel="layer" if names else "", xlim=_edges(steps)[[0, -1]])
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    _colorbar(ax, mesh, VALUES[value])
+    return ax
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Names without the part before a dot that all of them share, of at most 20 letters.
+
+    >>> short(["model.layers.0.attention.query.weight", "model.head"])
+    ['…ention.query.weight', 'head']
+    """
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(parts) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    joined = [".".join(p[shared:]) for p in parts]
+    return [name if len(name) <= MOST_LETTERS else f"…{name[1 - MOST_LETTERS :]}" for name in joined]
+
+
+def _colorbar(ax: Any, mesh: Any, label: str) -> None:
+    """Above the axes, so that their width stays that of their neighbours."""
+    bar = ax.figure.colorbar(mesh, cax=ax.inset_axes((0.55, 1.04, 0.45, 0.05)), orientation="horizontal")
+    bar.ax.xaxis.set_ticks_position("top")
+    bar.ax.tick_params(labelsize="x-small", pad=1)
+    bar.ax.minorticks_off()
+    low, high = mesh.norm.vmin, mesh.norm.vmax
+    bar.set_ticks([low, high], labels=[f"{low:.2g}", f"{high:.2g}"])
+    ax.text(0.53, 1.065, label, transform=ax.transAxes, ha="right", va="center", fontsize="small")
+
+
+def _edges(steps: np.ndarray) -> np.ndarray:
+    """Cell boundaries: halfway between neighbouring steps."""
+    if len(steps) == 1:
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
+    middle = (steps[:-1] + steps[1:]) / 2
+    return np.r_[max(2 * steps[0] - middle[0], -0.15), middle, 2 * steps[-1] - middle[-1]]
+
+
+def _range(table: np.ndarray) -> tuple[float, float]:
+    finite = table[np.isfinite(table)]
+    if not len(finite):
+        return 0.1, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    return (low, high) if high > low else (low / 2, high * 2)

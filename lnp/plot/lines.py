@@ -1,0 +1,164 @@
+"""Quantities along one run or several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lnp.curves import MOST_POINTS, NOISE_SCALE, POSITION, Curve, runs_of
+from lnp.curves import curve as curve_of
+from lnp.history import History
+from lnp.plot import style
+
+LABELS = {
+    "loss": "loss",
+    "rate": "rate  $-dL/dt$",
+    "chi_loss": r"loss scale  $\chi_\mathrm{loss}$",
+    "chi_net": r"network scale  $\chi_\mathrm{net}$",
+    "chi_pos": r"spectral position  $\chi_\mathrm{pos}$ (batch)",
+    POSITION: r"spectral position  $\chi_\mathrm{pos}$",
+    NOISE_SCALE: "gradient noise scale  (samples)",
+}
+STEP = "training step"
+
+
+def curve(runs: Any, column: str, ax: Any = None, *, label: str | None = None, legend: bool = True, **line: Any) -> Any:
+    """A column of the history over the steps, on a logarithmic axis if it is positive.
+
+    Parameters
+    ----------
+    runs:
+        One run or several.
+    column:
+        Its name in the history.
+    label:
+        In the legend; default: the runs' names.
+    line:
+        Passed on to `Axes.plot`, such as color= or linestyle=.
+
+    Raises
+    ------
+    KeyError
+        If no run has the column.
+    """
+    named = runs_of(runs)
+    if not any(column in run for run in named.values()):
+        columns = next(iter(named.values())).columns if named else ()
+        known = ", ".join(name for name in columns if "layer/" not in name)
+        raise KeyError(f"{column!r} is not a column of the runs. Expected one of {known}.")
+    ax = style.axes(ax)
+    curves = {name: curve_of(run, column) for name, run in named.items()}
+    logarithmic = ax.get_yscale() == "log" or any((c.mean[np.isfinite(c.mean)] > 0).any() for c in curves.values())
+    for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
+        _draw(ax, curves[name], logarithmic, len(named) == 1, {"label": label or name, "color": colour, **line})
+        if len(named) == 1:
+            _measurements(ax, run, column, curves[name], line.get("color", colour), logarithmic)
+    if logarithmic:
+        ax.set_yscale("log")
+    _open(ax)
+    style.step_axis(ax)
+    style.log_ticks(ax.yaxis)
+    style.tidy(ax, STEP, LABELS.get(column, column))
+    if legend:
+        style.legend(ax, len(named))
+    return ax
+
+
+def loss(runs: Any, ax: Any = None, **options: Any) -> Any:
+    """The loss over the steps. Options as for `curve`."""
+    return curve(runs, "loss", ax, **options)
+
+
+def chi_loss(runs: Any, ax: Any = None, **options: Any) -> Any:
+    """The loss scale over the steps. Options as for `curve`."""
+    return curve(runs, "chi_loss", ax, **options)
+
+
+def chi_net(runs: Any, ax: Any = None, **options: Any) -> Any:
+    """The network scale over the steps. Options as for `curve`."""
+    return curve(runs, "chi_net", ax, **options)
+
+
+def chi_pos(runs: Any, ax: Any = None, **options: Any) -> Any:
+    """The spectral position over the steps: of the population where it is known, and of the batch for a single run.
+
+    Options as for `curve`.
+    """
+    named = runs_of(runs)
+    known = {name: run for name, run in named.items() if POSITION in run}
+    if len(known) < len(named):
+        return curve(named, "chi_pos", ax, **options)
+    if len(named) == 1:
+        batch: dict[str, Any] = {"color": style.BATCH, "linestyle": "--", "label": "of the batch", "legend": False}
+        ax = curve(named, "chi_pos", ax, **batch)
+        own: dict[str, Any] = {"label": "of the population"} | options | {"legend": False}
+        ax = curve(named, POSITION, ax, **own)
+        style.legend(ax, 2 if options.get("legend", True) else 0)
+        return ax
+    return curve(named, POSITION, ax, **options)
+
+
+def noise_scale(runs: Any, ax: Any = None, **options: Any) -> Any:
+    """The gradient noise scale over the steps; for a single run with the size of the batch beside it.
+
+    Options as for `curve`.
+    """
+    named = runs_of(runs)
+    ax = curve(named, NOISE_SCALE, ax, **options)
+    samples = next(iter(named.values())).get("samples")
+    if len(named) == 1 and len(samples):
+        ax.axhline(samples[-1], color=style.BATCH, linewidth=1, linestyle=":")
+        text, at = f"batch of {samples[-1]:.0f}", (1, samples[-1])
+        ax.annotate(
+            text, at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small", color="#555"
+        )
+    return ax
+
+
+def _draw(ax: Any, averaged: Curve, logarithmic: bool, single: bool, line: dict[str, Any]) -> None:
+    few = {"marker": "o", "markersize": 2.2} if len(averaged.step) < 60 else {}
+    visible = (style.positive if logarithmic else style.finite)(averaged.mean)
+    if np.isfinite(visible).any():
+        ax.plot(averaged.step, visible, **{"linewidth": 1.8 if single else 1.4} | few | line)
+        _band(ax, averaged, line["color"], single, logarithmic)
+    if logarithmic:
+        _outside(ax, averaged.step[averaged.mean <= 0], 0.02, "v", line["color"])
+    _outside(ax, averaged.step[averaged.mean == np.inf], 0.98, "^", line["color"])
+
+
+def _open(ax: Any) -> None:
+    """Room around a quantity that does not change."""
+    low, high = ax.dataLim.y0, ax.dataLim.y1
+    if np.isfinite(low) and not high - low > 1e-9 * abs(low):
+        ax.set_ylim((low / 2, low * 2) if ax.get_yscale() == "log" else (low - 1, low + 1))
+
+
+def _band(ax: Any, averaged: Curve, colour: Any, single: bool, logarithmic: bool) -> None:
+    """One standard error to each side."""
+    low, high = averaged.mean - averaged.stderr, averaged.mean + averaged.stderr
+    if logarithmic:
+        floor = 0.3 * np.nanmin(style.positive(averaged.mean))
+        low, high = np.maximum(low, floor), np.where(high > floor, high, np.nan)
+    shown = np.isfinite(averaged.mean) & np.isfinite(low) & np.isfinite(high)
+    ax.fill_between(averaged.step, low, high, where=shown, color=colour, alpha=0.22 if single else 0.08, linewidth=0)
+
+
+def _measurements(ax: Any, run: History, column: str, averaged: Curve, colour: Any, logarithmic: bool) -> None:
+    """The single measurements as dots, and the windows that they were averaged over as bars."""
+    visible = style.positive if logarithmic else style.finite
+    wide = averaged.last > averaged.first
+    if wide.any() and len(run) <= 10 * MOST_POINTS and column != NOISE_SCALE:
+        ax.plot(run["step"], visible(run.get(column)), ".", color=colour, alpha=0.25, markersize=3, markeredgewidth=0)
+    if "window" in run and wide.any():
+        bars = visible(averaged.mean)[wide], averaged.first[wide], averaged.last[wide]
+        ax.hlines(*bars, color=colour, linewidth=3.0, alpha=0.9)
+
+
+def _outside(ax: Any, step: np.ndarray, height: float, marker: str, colour: Any) -> None:
+    """Values that have no place on the axis are marked at its foot or its top."""
+    if len(step):
+        ax.plot(
+            step, np.full(len(step), height), marker, color=colour, alpha=0.6, markersize=4, markeredgewidth=0,
+            transform=ax.get_xaxis_transform(), clip_on=False,
+        )  # fmt: skip

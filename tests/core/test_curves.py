@@ -1,0 +1,153 @@
+"""What figures and tables say about a run is what its rows say."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from lnp.cli import main
+from lnp.compare import compare, measured, number, to_text
+from lnp.curves import MOST_POINTS, curve, reach, runs_of, stalled, summary
+from lnp.history import History
+
+
+def row(step, **more):
+    return {"step": step, "loss": 1 / (1 + step), "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5} | more
+
+
+def history(column, values, **more):
+    return History([{"step": step, column: value, **more} for step, value in enumerate(values)])
+
+
+def test_windows_are_averaged_with_the_error_of_their_mean():
+    values = [1.0, 2.0, 6.0, 10.0, 20.0]
+    windows = [0, 1, 1, 1, 4]
+    rows = [
+        {"step": s, "chi_net": v, "window": w, "chi_net_stderr": 0.5}
+        for s, (v, w) in enumerate(zip(values, windows, strict=True))
+    ]
+    line = curve(History(rows), "chi_net")
+    assert line.step.tolist() == [0, 2, 4]
+    assert line.mean.tolist() == [1.0, 6.0, 20.0]
+    assert line.stderr == pytest.approx([0.5, np.std([2, 6, 10], ddof=1) / math.sqrt(3), 0.5])
+    assert (line.first.tolist(), line.last.tolist()) == ([0, 1, 4], [0, 3, 4])
+
+
+def test_rows_without_the_value_are_left_out():
+    rows = [{"step": 0, "a": 1.0}, {"step": 1}, {"step": 2, "a": math.nan}, {"step": 3, "a": 5.0}]
+    assert curve(History(rows), "a").step.tolist() == [0, 3]
+    assert curve(History(rows), "b").step.tolist() == []
+    assert curve(History(), "a").step.tolist() == []
+
+
+def test_the_noise_scale_is_a_ratio_of_means():
+    rate, scale, window = np.array([1.0, 3.0, -0.5, 0.2]), np.array([10.0, 2.0, -40.0, 100.0]), [0, 0, 2, 2]
+    rows = [
+        {"step": i, "population/rate": r, "population/noise_scale": s, "window": w}
+        for i, (r, s, w) in enumerate(zip(rate, scale, window, strict=True))
+    ]
+    line = curve(History(rows), "population/noise_scale")
+    # tr Cov = scale * rate; the second window's rate is not positive, so that nobody knows
+    assert line.mean.tolist() == [(10.0 + 6.0) / (1.0 + 3.0), math.inf]
+    residual = np.array([10.0, 6.0]) - 4.0 * rate[:2]
+    assert line.stderr[0] == pytest.approx(np.std(residual, ddof=1) / math.sqrt(2) / 2.0)
+
+
+def test_a_noise_scale_within_the_error_of_the_rate_is_not_known():
+    row = {"step": 0, "population/rate": 1.0, "population/noise_scale": 8.0}
+    for stderr, expected in ((0.5, 8.0), (1.5, math.inf)):
+        assert curve(History([row | {"population/rate_stderr": stderr}]), "population/noise_scale").mean[0] == expected
+
+
+def test_long_histories_become_few_points():
+    line = curve(history("loss", np.arange(50_000.0)), "loss")
+    assert len(line.step) <= MOST_POINTS + 1
+    assert np.average(line.mean, weights=line.last - line.first + 1) == pytest.approx(24_999.5)
+
+
+def test_reach_is_the_lowest_window_and_not_a_lucky_point():
+    run = history("population/chi_pos", [1.0, 0.5, 0.0, 0.4, 0.3, 0.9, 1.0], **{"population/chi_pos_stderr": 0.3})
+    lowest, error, step = reach(run)
+    assert lowest == pytest.approx((0.0 + 0.4 + 0.3) / 3)
+    assert error == pytest.approx(0.3 / math.sqrt(3))
+    assert step == 3
+    assert reach(history("chi_pos", [0.5, 0.2]))[0] == pytest.approx(0.35)
+    assert math.isnan(reach(history("loss", [1.0]))[0])
+
+
+def test_a_factor_stalls_where_it_stops_changing():
+    moving = np.exp(-np.arange(40) / 2.0)
+    assert math.isnan(stalled(history("chi_loss", moving), "chi_loss"))
+    settled = np.where(np.arange(40) < 10, moving, moving[10])
+    # within 25% of the end from step 10 on; averaged over three points, one step later
+    assert stalled(history("chi_loss", settled), "chi_loss") in (9, 10, 11)
+    assert stalled(history("chi_loss", np.ones(40)), "chi_loss") == 1
+    assert math.isnan(stalled(history("chi_loss", -np.ones(9)), "chi_loss"))
+    assert math.isnan(stalled(history("loss", np.ones(9)), "chi_loss"))
+
+
+def test_summary():
+    rows = [
+        {"step": s, "loss": 2.0 - s, "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5, "parameters": 7} for s in (0, 1)
+    ]
+    s = summary(History(rows))
+    assert (s.rows, s.last_step, s.parameters, s.first_loss, s.loss, s.reach) == (2, 1, 7.0, 2.0, 1.0, 0.5)
+    with pytest.raises(ValueError, match="no rows"):
+        summary(History())
+
+
+def test_numbers_as_people_read_them():
+    values = (0.0, 1.5, 1234.5, 2.93e-5, 1e9, -0.25, math.nan, math.inf)
+    assert [number(v) for v in values] == ["0", "1.5", "1,234", "2.9e-05", "1.0e+09", "-0.25", "-", "-"]
+    assert measured(0.5, 0.01) == "0.5 ± 0.01"
+    assert measured(0.5, math.nan) == "0.5"
+
+
+def write(folder, *names):
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"step": s, "loss": 1.0 / (1 + s), "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5}
+            for s in range(5 + index)
+        ]
+        History(rows).to_jsonl(folder / name)
+
+
+def test_runs_are_named_after_their_files(tmp_path):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path, "w16.jsonl", "w2.jsonl", "a/run.jsonl", "b/run.jsonl")
+    assert list(runs_of(tmp_path)) == ["w2", "w16"]
+    assert list(runs_of([tmp_path / "a" / "run.jsonl", str(tmp_path / "b")])) == ["a/run", "b/run"]
+    assert list(runs_of({"x": History()})) == ["x"]
+    assert list(runs_of(History())) == ["run 0"]
+    with pytest.raises(FileNotFoundError, match=r"no .jsonl file"):
+        runs_of(tmp_path / "empty")
+    with pytest.raises(TypeError, match="A run is of type int"):
+        runs_of([3])
+
+
+def test_compare_prints_a_table(tmp_path, capsys):
+    write(tmp_path, "a.jsonl", "b.jsonl")
+    (tmp_path / "c.jsonl").touch()
+    assert main(["compare", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["run", "a", "b"]
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert "nothing has been measured yet in c" in printed.err
+    assert to_text(compare(tmp_path)) in printed.out
+
+
+def test_what_cannot_be_read_is_said(tmp_path, capsys, monkeypatch):
+    assert main(["compare", str(tmp_path / "none.jsonl")]) == 1
+    assert "none.jsonl" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").touch()
+    assert main(["plot", str(tmp_path / "empty.jsonl")]) == 1
+    assert "no measurements to show" in capsys.readouterr().err
+    write(tmp_path, "a.jsonl")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plot", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "a.png")]) == 1
+    assert "pip install 'lnp[plot]'" in capsys.readouterr().err

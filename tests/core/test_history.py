@@ -1,0 +1,125 @@
+"""A history keeps what was measured, leaves out what was replaced, and goes wherever tables go."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lnp.history import History
+from lnp.storage import Appender
+
+ROWS = [
+    {"step": 0, "loss": 2.0, "layer/a/chi_net": 1.0, "layer/b.c/chi_net": 3.0, "estimator": "exact"},
+    {"step": 5, "loss": math.nan, "layer/a/chi_net": 2.0, "layer/b.c/chi_net": 4.0, "estimator": "joint"},
+    {"step": 9, "loss": math.inf, "layer/a/chi_net": -math.inf, "accuracy": 0.5},
+]
+
+
+def standing(records):
+    """What counts, said in another way: each record removes earlier ones from its step on, or from where it resumed."""
+    kept = []
+    for record in records:
+        back = min(record["step"], record.get("resumed", math.inf))
+        kept = [*(k for k in kept if k["step"] < back), record]
+    return [k["step"] for k in kept]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.none() | st.integers(0, 20)), max_size=30), st.integers(1, 30))
+def test_each_step_counts_once(pairs, together):
+    records = [{"step": s} | ({} if r is None else {"resumed": r}) for s, r in pairs]
+    history = History()
+    for index, record in enumerate(records):
+        history.append(record)
+        if index % together == 0:
+            assert len(history) > 0  # puts the rows into columns, which must not change what counts
+    steps = [row["step"] for row in history.rows()]
+    assert steps == standing(records) == [row["step"] for row in History(records).rows()]
+    assert steps == sorted(set(steps))
+
+
+def test_the_file_keeps_what_was_replaced(tmp_path):
+    path = tmp_path / "run.jsonl"
+    file = Appender(path)
+    for record in ({"step": 0}, {"step": 8}, {"step": 10}, {"step": 12, "resumed": 9}):
+        file.append(record)
+    file.close()
+    assert History.read(path)["step"].tolist() == [0, 8, 12]
+    assert History.read(path, superseded=True)["step"].tolist() == [0, 8, 10, 12]
+
+
+def test_columns_have_types_and_nan_where_nothing_was_given():
+    history = History(ROWS)
+    assert history["step"].dtype == np.int64
+    assert history["loss"].tolist()[::2] == [2.0, math.inf]
+    assert np.isnan(history["loss"][1])
+    assert np.isnan(history["accuracy"][:2]).all()
+    assert history["estimator"].tolist() == ["exact", "joint", None]
+    assert np.isnan(history.get("nothing")).all()
+    with pytest.raises(KeyError, match="Expected one of step, loss"):
+        history["nothing"]
+
+
+def test_rows_have_only_what_was_given():
+    back = History(ROWS).rows()
+    assert [list(row) for row in back] == [list(row) for row in ROWS]
+    assert repr(back) == repr(ROWS)
+
+
+def test_rows_come_back_from_a_file(tmp_path):
+    History(ROWS).to_jsonl(tmp_path / "run.jsonl")
+    assert repr(History.read(tmp_path / "run.jsonl").rows()) == repr(ROWS)
+
+
+def test_layers_as_a_long_table():
+    history = History(ROWS)
+    assert history.layers == ("a", "b.c")
+    table = history.by_layer()
+    assert table["step"].tolist() == [0, 0, 5, 5, 9, 9]
+    assert table["layer"].tolist() == ["a", "b.c"] * 3
+    assert table["chi_net"].tolist()[:5] == [1.0, 3.0, 2.0, 4.0, -math.inf]
+    assert math.isnan(table["chi_net"][5])
+
+
+def test_csv(tmp_path):
+    History(ROWS).to_csv(tmp_path / "run.csv")
+    with open(tmp_path / "run.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "5", "9"]
+    assert [float(row["loss"]) for row in rows][::2] == [2.0, math.inf]
+    assert rows[2]["estimator"] == ""
+    History(ROWS).to_csv(tmp_path / "layers.csv", by_layer=True)
+    assert (tmp_path / "layers.csv").read_text().splitlines()[1] == "0,a,1.0"
+
+
+def test_an_empty_history(tmp_path):
+    history = History()
+    assert (len(history), history.columns, history.rows(), history.layers, history.last_step) == (0, (), [], (), None)
+    history.to_csv(tmp_path / "run.csv")
+    (tmp_path / "run.jsonl").touch()
+    assert len(History.read(tmp_path / "run.jsonl")) == 0
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"name": "x"}\n')
+    with pytest.raises(ValueError, match="Expected a tracker's file"):
+        History.read(tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("pandas", lambda h, path: h.to_pandas()),
+        ("polars", lambda h, path: h.to_polars()),
+        ("pyarrow", lambda h, path: h.to_parquet(path)),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(module, call, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install 'lnp\[{module}\]'"):
+        call(History(ROWS), tmp_path / "x")

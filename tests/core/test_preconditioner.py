@@ -1,0 +1,73 @@
+"""J M J^T against the dense kernel."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import lnp
+import lnp_numpy
+from core.dense import network, record
+from lnp.decomposition import decompose
+from lnp.preconditioner import preconditioned
+
+JACOBIAN, GRADIENT = network()
+GENERATOR = np.random.default_rng(1)
+DIAGONAL = {name: GENERATOR.uniform(0.1, 3, size=(1, array.shape[-1])) for name, array in JACOBIAN.items()}
+
+
+def kernel(names=None):
+    flat = {n: a.reshape(-1, a.shape[-1]) for n, a in JACOBIAN.items() if names is None or n in names}
+    return sum(a @ np.diag(DIAGONAL[n][0]) @ a.T for n, a in flat.items())
+
+
+def test_against_the_dense_kernel():
+    d = decompose(preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL), estimator="exact", by_layer=True)
+    g, theta = GRADIENT.reshape(-1), kernel()
+    assert d.rate == pytest.approx(g @ theta @ g, rel=1e-12)
+    assert d.chi_net == pytest.approx(np.trace(theta) / 6, rel=1e-12)
+    assert d.chi_pos == pytest.approx(g @ theta @ g / (g @ g) / np.trace(theta), rel=1e-12)
+    for name, layer in d.layers.items():
+        own = kernel([f"{name}.weight"])
+        assert layer.chi_pos == pytest.approx(g @ own @ g / (g @ g) / np.trace(own), rel=1e-12)
+
+
+def test_the_probes_have_the_trace_as_their_mean():
+    lin = preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL)
+    d = decompose(lin, estimator="joint", rtol=0, max_probes=4000)
+    assert d.chi_net == pytest.approx(np.trace(kernel()) / 6, abs=4 * d.chi_net_stderr)
+    assert decompose(lin, estimator="auto").estimator in ("exact", "joint")
+
+
+def test_products_are_each_others_transpose():
+    lin = preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL)
+    u = {name: GENERATOR.standard_normal(d.shape) for name, d in DIAGONAL.items()}
+    assert np.sum(lin.jvp(u) * GRADIENT) == pytest.approx(sum(lin.inner_products(lin.vjp(GRADIENT), u).values()))
+
+
+MODEL = lnp_numpy.LinearModel(weight=np.zeros((2, 1)))
+BATCH = (np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), np.ones((3, 1)))
+
+
+def test_a_model():
+    same = lnp.decompose(MODEL, BATCH, preconditioner={"weight": np.ones((2, 1))})
+    plain = lnp.decompose(MODEL, BATCH)
+    assert (same.rate, same.chi_net, same.chi_pos) == pytest.approx((plain.rate, plain.chi_net, plain.chi_pos))
+    assert "J M J^T" in " ".join(same.notes)
+    half = lnp.decompose(MODEL, BATCH, preconditioner={"weight": np.array([[1.0], [0.0]])})
+    gradient = -2 * BATCH[0].T @ BATCH[1] / 3
+    assert half.rate == pytest.approx(gradient[0, 0] ** 2)
+    negative = lnp.decompose(MODEL, BATCH, preconditioner={"weight": -np.ones((2, 1))})
+    assert math.isnan(negative.rate)
+    with pytest.raises(ValueError, match="max_probes"):
+        lnp.decompose(MODEL, BATCH, max_probes=0, preconditioner={"weight": np.ones((2, 1))})
+
+
+def test_the_predicted_change_of_such_a_step_is_the_rate():
+    m, eta = {"weight": np.array([[0.5], [2.0]])}, 1e-3
+    d = lnp.decompose(MODEL, BATCH, preconditioner=m)
+    gradient = -2 * BATCH[0].T @ BATCH[1] / 3
+    update = {"weight": -eta * m["weight"] * gradient}
+    assert lnp.predicted_loss_change(MODEL, BATCH, update=update) == pytest.approx(d.predicted_loss_change(eta))

@@ -1,0 +1,151 @@
+"""Records survive: kills, torn lines, full disks, other writers, numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lnp import storage
+from lnp.history import History
+from lnp.storage import Appender
+
+KILLED = Path(__file__).with_name("killed.py")
+VALUES = st.floats() | st.integers(-(2**60), 2**60) | st.booleans() | st.none() | st.text().filter(
+    lambda text: text not in storage.NONFINITE
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_hundred_kills_lose_nothing_but_the_record_in_flight(tmp_path):
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(KILLED), str(tmp_path / "run.jsonl"), "100"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["lost"] == 0
+    assert seen["extra"] <= 1  # written, and killed before it could say so
+    assert seen["total"] > 200
+
+
+@given(st.dictionaries(st.text(), VALUES))
+def test_records_come_back_as_they_were(record):
+    line = storage.encode(record)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    back = {n: storage.NONFINITE.get(v, v) if isinstance(v, str) else v for n, v in storage.decode(line).items()}
+    assert list(back) == list(record)
+    assert all(same(back[name], value) for name, value in record.items())
+
+
+def same(a, b):
+    return type(a) is type(b) and (a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b)))
+
+
+def test_numbers_of_libraries_become_pythons():
+    line = storage.encode({"a": np.float32(0.5), "b": np.int64(3), "c": np.array(2.0), "d": np.float64("inf")})
+    assert json.loads(line) == {"a": 0.5, "b": 3, "c": 2.0, "d": "Infinity"}
+
+
+def test_what_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="Expected numbers, texts"):
+        storage.encode({"a": [1, 2]})
+    with pytest.raises(TypeError, match="type ndarray"):
+        storage.encode({"a": np.ones(3)})
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 17])
+def test_a_torn_last_line_is_dropped_and_cut_off(tmp_path, cut):
+    path = tmp_path / "run.jsonl"
+    write(path, [0, 1, 2])
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert History.read(path)["step"].tolist() == [0, 1]
+    write(path, [3])
+    assert History.read(path)["step"].tolist() == [0, 1, 3]
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_file_with_nothing_but_a_torn_line_is_empty(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b'{"step": 0')
+    assert len(History.read(path)) == 0
+    write(path, [5])
+    assert History.read(path)["step"].tolist() == [5]
+
+
+def test_damaged_lines_in_the_middle_are_left_out_with_a_warning(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b'{"step": 0}\n\x00\x00\x00\n[1]\n{"step": 1}\n')
+    with pytest.warns(UserWarning, match="2 lines hold no record"):
+        assert History.read(path)["step"].tolist() == [0, 1]
+
+
+def test_a_small_chunk_reads_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    write(path, range(50))
+    whole = History.read(path)["step"].tolist()
+    monkeypatch.setattr(storage, "CHUNK", 7)
+    assert History.read(path)["step"].tolist() == whole == list(range(50))
+
+
+def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first = Appender(path)
+    with pytest.raises(BlockingIOError, match="another tracker"):
+        Appender(path)
+    code = f"from lnp.storage import Appender\ntry: Appender({str(path)!r})\nexcept BlockingIOError: print('refused')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "refused\n"
+    first.close()
+    Appender(path).close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_copy_may_not_write(tmp_path, monkeypatch):
+    file = Appender(tmp_path / "run.jsonl")
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="another process"):
+        file.append({"step": 0})
+    monkeypatch.undo()
+    file.close()
+
+
+def test_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    file = Appender(path)
+    file.append({"step": 0})
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:4]))
+    with pytest.raises(OSError, match="disk full"):
+        file.append({"step": 1})
+    monkeypatch.undo()
+    file.append({"step": 2})
+    file.close()
+    assert History.read(path)["step"].tolist() == [0, 2]
+
+
+def test_fsync_waits_for_the_disk_at_each_record(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", calls.append)
+    for fsync, expected in ((False, 0), (True, 3)):
+        calls.clear()
+        file = Appender(tmp_path / f"{fsync}.jsonl", fsync)
+        for step in range(3):
+            file.append({"step": step})
+        assert len(calls) == expected
+        file.close()
+
+
+def write(path, steps):
+    file = Appender(path)
+    for step in steps:
+        file.append({"step": step, "loss": 0.5})
+    file.close()

@@ -1,0 +1,268 @@
+"""A tracker measures when it should, writes it once, and continues where a run was left."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+import time
+
+import numpy as np
+import pytest
+
+import lnp
+import lnp_numpy
+from lnp.schedule import budget, log_windows
+
+GENERATOR = np.random.default_rng(0)
+MODEL = lnp_numpy.LinearModel(weight=GENERATOR.standard_normal((3, 2)))
+BATCH = (GENERATOR.standard_normal((8, 3)), GENERATOR.standard_normal((8, 2)))
+OTHER = (GENERATOR.standard_normal((5, 3)), GENERATOR.standard_normal((5, 2)))
+
+
+def train(tracker, steps, model=MODEL, batch=BATCH):
+    return [step for step in steps if tracker.observe(step, model, batch) is not None]
+
+
+def test_it_measures_what_decompose_does():
+    tracker = lnp.Tracker(schedule=2, by_layer=True, tags={"width": 3})
+    d = tracker.observe(0, MODEL, BATCH, learning_rate=0.1)
+    assert d == lnp.decompose(MODEL, BATCH, by_layer=True)
+    assert tracker.observe(1, MODEL, BATCH) is None
+    row = tracker.history.rows()[0]
+    assert row | d.to_dict() == row
+    assert (row["step"], row["width"], row["learning_rate"]) == (0, 3, 0.1)
+    assert row["seconds"] > 0
+    assert abs(row["time"] - time.time()) < 60
+    assert tracker.history.layers == ("weight",)
+
+
+def test_signs_change_with_the_step_and_not_from_run_to_run():
+    options = {"estimator": "joint", "max_probes": 2}
+    rows = [lnp.Tracker(schedule=1, **options) for _ in range(2)]
+    for tracker in rows:
+        train(tracker, range(3))
+    values = [tracker.history["chi_net"].tolist() for tracker in rows]
+    assert values[0] == values[1]
+    assert len(set(values[0])) == 3
+
+
+def test_10000_unscheduled_steps_take_under_50_ms(tmp_path):
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", log_windows(8, width=5, growth=1.0, last=10**6))
+    tracker.observe(0, MODEL, BATCH)
+
+    def once(start):
+        begun = time.perf_counter()
+        for step in range(start, start + 10_000):
+            tracker.observe(step, MODEL, BATCH)
+        return time.perf_counter() - begun
+
+    # between 10^5 and the window before the next point nothing is due
+    starts = [101_000 + 10_000 * k for k in range(3)]
+    assert min(once(start) for start in starts) < 0.05
+    assert len(tracker.history) == 1
+
+
+def test_a_step_is_measured_once(tmp_path):
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=1)
+    assert train(tracker, [0, 0, 1, 1, 1, 2]) == [0, 1, 2]
+    assert tracker.history["step"].tolist() == [0, 1, 2]
+
+
+def test_a_resumed_run_continues_its_file(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with lnp.Tracker(path, schedule=2) as tracker:
+        train(tracker, range(9))
+    with lnp.Tracker(path, schedule=2) as tracker:
+        assert tracker.history["step"].tolist() == [0, 2, 4, 6, 8]
+        train(tracker, range(9, 13))
+    assert lnp.History.read(path)["step"].tolist() == [0, 2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("schedule", [1, 2, 3, 100, log_windows(1)])
+def test_no_step_counts_twice_after_going_back_with_another_schedule(tmp_path, schedule):
+    path = tmp_path / "run.jsonl"
+    with lnp.Tracker(path, schedule=2) as tracker:
+        train(tracker, range(9))  # killed after step 8, resumed from a checkpoint at 5
+    with lnp.Tracker(path, schedule=schedule) as tracker:
+        measured = train(tracker, range(5, 12))
+        expected = [0, 2, 4, *measured]
+        assert tracker.history["step"].tolist() == expected
+    back = lnp.History.read(path)["step"].tolist()
+    assert back == (expected if measured else [0, 2, 4, 6, 8])  # only a record can replace others
+
+
+def test_a_run_that_goes_back_in_one_process(tmp_path):
+    for path in (None, tmp_path / "run.jsonl"):
+        tracker = lnp.Tracker(path, schedule=2)
+        train(tracker, [*range(9), *range(5, 8)])
+        assert tracker.history["step"].tolist() == [0, 2, 4, 6]
+    assert lnp.History.read(path)["step"].tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_state_goes_through_a_checkpoint(tmp_path, on_disk):
+    path = tmp_path / "run.jsonl" if on_disk else None
+    loader = Loader([BATCH, OTHER, BATCH])
+    tracker = lnp.Tracker(path, budget(0.9), batch=loader)
+    train(tracker, range(4), batch=None)
+    state = json.loads(json.dumps(tracker.state_dict()))
+    rows = tracker.history.rows()
+    tracker.close()
+    resumed = lnp.Tracker(path, schedule=1, batch=Loader([BATCH, OTHER, BATCH]))
+    resumed.load_state_dict(state)
+    assert repr(resumed.history.rows()) == repr(rows)
+    following = len(rows) % 3
+    d = resumed.observe(4, MODEL)
+    assert d.samples == (5 if following == 1 else 8)
+    with pytest.raises(ValueError, match="version 99"):
+        resumed.load_state_dict({"version": 99})
+
+
+class Loader:
+    """Draws from the global random states, as loaders do."""
+
+    def __init__(self, batches):
+        self.batches, self.rounds = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.rounds += 1
+        for batch in self.batches:
+            random.random(), np.random.rand()  # noqa: NPY002
+            yield batch
+
+
+def test_a_loader_is_gone_through_again_and_leaves_no_trace():
+    loader = Loader([BATCH, OTHER])
+    tracker = lnp.Tracker(schedule=1, batch=loader)
+    states = random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    samples = [tracker.observe(step, MODEL).samples for step in range(5)]
+    assert samples == [8, 5, 8, 5, 8]
+    assert loader.rounds == 3
+    assert states == (random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
+
+
+def test_a_list_of_batches_is_a_loader_and_a_generator_is_used_up():
+    tracker = lnp.Tracker(schedule=1, batch=[BATCH, OTHER])
+    assert [tracker.observe(step, MODEL).samples for step in range(3)] == [8, 5, 8]
+    tracker = lnp.Tracker(schedule=1, batch=iter([BATCH]))
+    tracker.observe(0, MODEL)
+    with pytest.raises(ValueError, match="no more batches after 1"):
+        tracker.observe(1, MODEL)
+
+
+def test_cross_response_to_a_batch_of_its_own():
+    tracker = lnp.Tracker(schedule=1, batch=OTHER, by_layer=True)
+    d = tracker.observe(0, MODEL, BATCH)
+    row = tracker.history.rows()[0]
+    cross = lnp.cross_response(MODEL, BATCH, OTHER)
+    alone = lnp.decompose(MODEL, OTHER)
+    assert d.samples == 8
+    assert row["rate"] == lnp.decompose(MODEL, BATCH).rate
+    assert row["cross/chi_pos"] == cross.chi_pos
+    assert row["cross/rate"] == pytest.approx(row["cross/chi_loss"] * row["cross/chi_net"] * row["cross/chi_pos"])
+    assert row["measured/chi_net"] == alone.chi_net
+    assert "layer/weight/chi_pos" in row
+
+
+def test_without_any_batch_it_says_so():
+    with pytest.raises(ValueError, match="received no batch"):
+        lnp.Tracker(schedule=1).observe(0, MODEL)
+
+
+def test_only_rank_0_measures(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    for rank in (1, lambda: 3):
+        tracker = lnp.Tracker(path, schedule=1, rank=rank)
+        assert train(tracker, range(3)) == []
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert train(lnp.Tracker(path, schedule=1), range(3)) == []
+    assert not path.exists()
+    monkeypatch.setenv("RANK", "0")
+    assert train(lnp.Tracker(path, schedule=1), range(3)) == [0, 1, 2]
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ValueError, match="RANK is 'first'"):
+        lnp.Tracker(schedule=1).observe(0, MODEL, BATCH)
+
+
+def test_trackers_side_by_side_and_two_on_one_file(tmp_path):
+    a, b = (lnp.Tracker(tmp_path / f"{name}.jsonl", schedule=1) for name in "ab")
+    train(a, range(3)), train(b, range(2))
+    assert (len(a.history), len(b.history)) == (3, 2)
+    with pytest.raises(BlockingIOError, match="another tracker"):
+        train(lnp.Tracker(tmp_path / "a.jsonl", schedule=1), range(3))
+    a.close()
+    train(lnp.Tracker(tmp_path / "a.jsonl", schedule=1), range(3, 5))
+
+
+def test_nan_and_inf_are_kept(tmp_path):
+    path = tmp_path / "run.jsonl"
+    wild = lnp_numpy.LinearModel(weight=np.full((3, 2), np.inf))
+    with np.errstate(all="ignore"), lnp.Tracker(path, schedule=1) as tracker:
+        tracker.observe(0, wild, BATCH, odd=-math.inf)
+    row = lnp.History.read(path).rows()[0]
+    assert math.isnan(row["chi_pos"])
+    assert row["odd"] == -math.inf
+    assert "not finite" in row["notes"]
+
+
+def test_notes_are_written_when_they_change():
+    tracker = lnp.Tracker(schedule=1, estimator="joint", max_probes=2)
+    train(tracker, range(2))
+    flat = lnp_numpy.LinearModel(weight=np.linalg.lstsq(BATCH[0][:3], BATCH[1][:3], rcond=None)[0])
+    exact = (BATCH[0][:3], BATCH[0][:3] @ flat.weight)
+    tracker.observe(2, flat, exact), tracker.observe(3, flat, exact)
+    noted = [row["step"] for row in tracker.history.rows() if row.get("notes")]
+    assert noted == [0, 2] or noted == [2]
+
+
+def test_windows_are_part_of_the_rows():
+    tracker = lnp.Tracker(schedule=log_windows(1, width=3))
+    train(tracker, range(13))
+    assert tracker.history["step"].tolist() == [0, 1, 2, 9, 10, 11]
+    assert tracker.history["window"].tolist() == [0, 1, 1, 10, 10, 10]
+
+
+def test_loggers_get_floats_and_a_failing_one_is_dropped():
+    seen = []
+
+    def broken(values, step):
+        raise ConnectionError("no network")
+
+    tracker = lnp.Tracker(schedule=1, loggers=[broken, lambda values, step: seen.append((step, values))])
+    with pytest.warns(UserWarning, match="ConnectionError: no network"):
+        tracker.observe(0, MODEL, BATCH)
+    tracker.observe(1, MODEL, BATCH)
+    assert [step for step, _ in seen] == [0, 1]
+    assert seen[0][1]["lnp/chi_pos"] == tracker.history["chi_pos"][0]
+    assert all(type(value) is float and name.startswith("lnp/") for name, value in seen[0][1].items())
+    assert "lnp/time" not in seen[0][1]
+
+
+def test_the_budget_learns_what_measuring_costs():
+    schedule = budget(0.02)
+    tracker = lnp.Tracker(schedule=schedule)
+    train(tracker, range(3))
+    assert tracker.history["step"].tolist() == [0]
+    assert schedule.state_dict()["cost"] == tracker.history["seconds"][0]
+
+
+def test_wrong_options_are_refused_at_once():
+    with pytest.raises(TypeError, match="received the options by_layers"):
+        lnp.Tracker(by_layers=True)
+    with pytest.raises(TypeError, match="batch= is of type int"):
+        lnp.Tracker(batch=3)
+    with pytest.raises(TypeError, match="A logger is of type int"):
+        lnp.Tracker(loggers=3)
+
+
+def test_a_copy_in_another_process_opens_the_file_itself(tmp_path):
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=5)
+    train(tracker, range(3))
+    tracker.close()
+    copy = pickle.loads(pickle.dumps(tracker))
+    assert train(copy, range(3, 11)) == [5, 10]

@@ -1,0 +1,18 @@
+"""The examples of this framework train, are watched, and draw their figure."""
+
+from __future__ import annotations
+
+import pytest
+
+from integrations.examples import run
+
+
+@pytest.mark.parametrize(
+    ("example", "name", "length"),
+    [
+        ("optax_loop", "optax", 40),
+        ("flax_loop", "flax", 40),
+    ],
+)
+def test_examples(example, name, length, tmp_path):
+    run(example, name, tmp_path, length)

@@ -1,0 +1,17 @@
+"""The examples of this framework train, are watched, and draw their figure."""
+
+from __future__ import annotations
+
+import pytest
+
+from integrations.examples import run
+
+
+@pytest.mark.parametrize(
+    ("example", "name", "length"),
+    [
+        ("keras_fit", "keras", 1),
+    ],
+)
+def test_examples(example, name, length, tmp_path):
+    run(example, name, tmp_path, length)

@@ -1,0 +1,117 @@
+"""A `fit` that is watched ends as one that is not, bit by bit, on each framework."""
+
+from __future__ import annotations
+
+import random
+
+import keras
+import numpy as np
+import pytest
+
+import lnp
+from lnp_keras.callback import LNPCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras, on PyTorch
+GENERATOR = np.random.default_rng(0)
+INPUTS = GENERATOR.standard_normal((48, 6)).astype("float32")
+TARGETS = GENERATOR.integers(3, size=48)
+PROBE = (INPUTS[:10], TARGETS[:10])
+BATCHES = 6
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    tf.config.experimental.enable_op_determinism()
+
+KINDS = {
+    "sgd with momentum": {"optimizer": lambda: keras.optimizers.SGD(0.1, momentum=0.9)},
+    "AdamW": {"optimizer": lambda: keras.optimizers.AdamW(1e-2)},
+    "accumulation": {"optimizer": lambda: keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2)},
+    "mixed_bfloat16": {"optimizer": lambda: keras.optimizers.SGD(0.1), "policy": "mixed_bfloat16"},
+    "three steps per execution": {"optimizer": lambda: keras.optimizers.SGD(0.1), "together": 3},
+}
+
+if keras.backend.backend() == "torch":  # where Keras allows one step only
+    del KINDS["three steps per execution"]
+
+
+def network():
+    layers = [
+        keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.Activation("relu"),
+        keras.layers.Dropout(0.4), keras.layers.Dense(3, dtype="float32"),
+    ]  # fmt: skip
+    return keras.Sequential([keras.Input((6,)), *layers])
+
+
+def fit(kind, callbacks=(), epochs=2):
+    keras.utils.set_random_seed(1)
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(KINDS[kind].get("policy", "float32"))
+    try:
+        model = network()
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(KINDS[kind]["optimizer"](), loss, steps_per_execution=KINDS[kind].get("together", 1))
+        losses = []
+        log = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(logs["loss"]))
+        # the watcher comes first, so that it sees the state that the loop leaves
+        model.fit(INPUTS, TARGETS, 8, epochs, verbose=0, callbacks=[*callbacks, log])
+    finally:
+        keras.config.set_dtype_policy(policy)
+    states = random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    values = [keras.ops.convert_to_numpy(v.value) for v in (*model.variables, *model.optimizer.variables)]
+    return losses, [value.astype("float64") for value in values], states
+
+
+def same(a, b):
+    return a[0] == b[0] and a[2] == b[2] and all(np.array_equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_is_not_changed(kind, tmp_path):
+    callback = LNPCallback(PROBE, tmp_path / "run.jsonl", schedule=1, max_probes=2)
+    assert same(fit(kind, [callback]), fit(kind))
+    steps = lnp.History.read(tmp_path / "run.jsonl")["step"].tolist()
+    updates = 2 * BATCHES // (2 if kind == "accumulation" else 1)
+    assert steps == list(range(0, updates, KINDS[kind].get("together", 1)))
+
+
+def test_a_difference_would_be_seen():
+    class Careless(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.layers[0].kernel.assign(self.model.layers[0].kernel * 1.0001)
+
+    kind = "sgd with momentum"
+    assert not same(fit(kind, [Careless()]), fit(kind))
+    assert same(fit(kind), fit(kind))
+
+
+def test_it_measures_what_decompose_does():
+    seen = []
+
+    class Beside(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            step = int(self.model.optimizer.iterations)
+            if step in (0, 7):
+                seen.append(lnp.decompose(self.model, PROBE, seed=step).chi_net)
+
+    callback = LNPCallback(PROBE, schedule=[0, 7])
+    fit("AdamW", [callback, Beside()])
+    history = callback.tracker.history
+    assert history["step"].tolist() == [0, 7]
+    assert history["chi_net"].tolist() == pytest.approx(seen, rel=1e-6)
+    assert history["parameters"].tolist() == [6 * 8 + 8 + 8 + 8 + 8 * 3 + 3] * 2
+
+
+@pytest.mark.skipif("three steps per execution" not in KINDS, reason="Keras on PyTorch takes one step at a time")
+def test_what_is_due_within_an_execution_is_measured_before_it():
+    callback = LNPCallback(PROBE, schedule=[0, 4, 8, 11], max_probes=2)
+    fit("three steps per execution", [callback])
+    assert callback.tracker.history["step"].tolist() == [0, 3, 6, 9]
+
+
+def test_batches_of_its_own_and_a_tracker():
+    tracker = lnp.Tracker(schedule=3, batch=[PROBE, (INPUTS[:5], TARGETS[:5])], max_probes=2)
+    fit("AdamW", [LNPCallback(tracker)])
+    assert tracker.history["samples"].tolist() == [10, 5, 10, 5]
+    with pytest.raises(TypeError, match="received a tracker, and options"):
+        LNPCallback(tracker, schedule=3)

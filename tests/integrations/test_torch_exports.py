@@ -1,0 +1,109 @@
+"""Histories in pandas, Polars and Parquet, and values in loggers. Here because this session has the libraries."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import lnp.loggers
+from lnp.history import History
+
+ROWS = [
+    {"step": 0, "loss": 2.0, "layer/a/rate": 1.0, "layer/b/rate": 3.0, "estimator": "exact"},
+    {"step": 5, "loss": math.nan, "layer/a/rate": 2.0, "layer/b/rate": 4.0, "estimator": None},
+    {"step": 9, "loss": math.inf, "layer/a/rate": -math.inf, "accuracy": 0.5, "estimator": 3},
+]
+HISTORY = History(ROWS)
+
+
+def test_pandas():
+    frame = HISTORY.to_pandas()
+    assert frame["step"].tolist() == [0, 5, 9]
+    assert frame["step"].dtype == np.int64
+    assert frame["loss"].iloc[2] == math.inf
+    assert frame["loss"].isna().tolist() == [False, True, False]
+    long = HISTORY.to_pandas(by_layer=True)
+    assert long["layer"].tolist() == ["a", "b"] * 3
+    assert long["rate"].tolist()[:4] == [1.0, 3.0, 2.0, 4.0]
+
+
+def test_polars():
+    frame = HISTORY.to_polars()
+    assert frame["step"].to_list() == [0, 5, 9]
+    assert frame["loss"].to_list()[2] == math.inf
+    assert frame["estimator"].to_list() == ["exact", None, "3"]
+    assert HISTORY.to_polars(by_layer=True)["rate"].to_list()[:4] == [1.0, 3.0, 2.0, 4.0]
+
+
+def test_parquet(tmp_path):
+    import pyarrow.parquet
+
+    HISTORY.to_parquet(tmp_path / "run.parquet")
+    columns = pyarrow.parquet.read_table(tmp_path / "run.parquet").to_pydict()
+    assert columns["step"] == [0, 5, 9]
+    assert columns["loss"][2] == math.inf
+    assert columns["estimator"] == ["exact", None, "3"]
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tmp_path)
+    for logger in (lnp.loggers.tensorboard(writer), lnp.loggers.as_logger(writer)):
+        logger({"lnp/chi_pos": 0.5, "lnp/chi_net": math.nan}, 7)
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("lnp/chi_pos")] == [(7, 0.5), (7, 0.5)]
+    assert math.isnan(events.Scalars("lnp/chi_net")[0].value)
+    with pytest.raises(TypeError, match="SummaryWriter"):
+        lnp.loggers.tensorboard("folder")
+
+
+class Service:
+    """What Weights & Biases, trackio and MLflow have in common with a list."""
+
+    def __init__(self, step=None):
+        self.calls, self.defined = [], []
+        if step is not None:
+            self.step = step
+
+    def log(self, values, step=None):
+        self.calls.append((values, step))
+
+    def log_metrics(self, values, step=None, run_id=None):
+        self.calls.append((values, step, run_id))
+
+    def define_metric(self, name, step_metric=None):
+        self.defined.append((name, step_metric))
+
+
+def test_wandb_gets_rising_steps_and_its_own_axis():
+    service = Service(step=10)
+    logger = lnp.loggers.wandb(service)
+    logger({"lnp/step": 3.0}, 3), logger({"lnp/step": 30.0}, 30)
+    assert service.calls == [({"lnp/step": 3.0}, 10), ({"lnp/step": 30.0}, 30)]
+    assert service.defined == [("lnp/*", "lnp/step")]
+    assert lnp.loggers.as_logger(service)({"lnp/step": 31.0}, 31) is None
+
+
+def test_services_are_found_when_they_are_used(monkeypatch):
+    module, service = types.ModuleType("service"), Service()
+    module.run, module.log, module.log_metrics = None, service.log, service.log_metrics
+    for name in ("wandb", "trackio", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(RuntimeError, match=r"wandb.init\(\)"):
+        lnp.loggers.wandb()({}, 0)
+    module.run = service
+    lnp.loggers.wandb()({"a": 1.0}, 1)
+    lnp.loggers.trackio()({"a": 2.0}, 2)
+    lnp.loggers.mlflow("r")({"a": 3.0}, 3)
+    assert service.calls == [({"a": 1.0}, 1), ({"a": 2.0}, 2), ({"a": 3.0}, 3, "r")]
+    for name in ("wandb", "trackio", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=rf"lnp.loggers.{name}\(\) needs {name}"):
+            getattr(lnp.loggers, name)()({}, 0)

@@ -1,0 +1,128 @@
+"""Figures show what the histories hold, and come out whole for odd ones. Here because this session has Matplotlib."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+
+import lnp.plot
+from lnp.cli import main
+from lnp.history import History
+
+WIDTH = 3
+
+
+@pytest.fixture(autouse=True)
+def _no_figures_left():
+    yield
+    pyplot.close("all")
+
+
+def run(seed=0, rows=60, layers=True, population=True, size=100, **replaced):
+    generator = np.random.default_rng(seed)
+    history = History()
+    for step in range(rows):
+        x = 1 / (1 + step)
+        row = {"step": step, "loss": 2 * x, "rate": x * x, "chi_loss": x, "chi_net": 3.0 + step, "samples": 32}
+        row |= {"chi_pos": 0.1 * x + 1e-3, "chi_net_stderr": 0.1, "chi_pos_stderr": 1e-4, "seconds": 0.01}
+        row["window"] = WIDTH * (step // WIDTH)
+        if population:
+            values = {"chi_pos": 0.1 * x * generator.normal(1, 0.2), "rate": x * x, "noise_scale": 5.0 + step}
+            row |= {f"population/{name}": value for name, value in values.items()}
+        for index in range(3 if layers else 0):
+            row |= {f"layer/{index}/{name}": (1 + index) * x for name in ("rate", "chi_net", "chi_pos")}
+        history.append(row | ({"parameters": size} if size else {}) | replaced)
+    return history
+
+
+CURVES = ["loss", "chi_loss", "chi_net", "chi_pos", "noise_scale", "position_against_loss"]
+ODD = {
+    "one row": lambda: run(rows=1),
+    "two rows": lambda: run(rows=2),
+    "no layers": lambda: run(layers=False),
+    "no population": lambda: run(population=False),
+    "no size": lambda: run(size=None),
+    "loss of zero": lambda: run(loss=0.0, chi_loss=0.0),
+    "all nan": lambda: run(loss=math.nan, chi_net=math.nan, chi_pos=math.nan, **{"population/chi_pos": math.nan}),
+    "infinite": lambda: run(loss=math.inf, chi_net=math.inf),
+    "negative positions": lambda: run(**{"population/chi_pos": -1e-3, "population/rate": -1.0}),
+    "constant": lambda: run(**{f"layer/{i}/{n}": 1.0 for i in range(3) for n in ("rate", "chi_net", "chi_pos")}),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("count", [1, 13])
+def test_axes_go_in_and_come_out(name, count):
+    runs = {f"width {2**i}": run(i, size=10 * 2**i) for i in range(count)}
+    ax = pyplot.figure().subplots()
+    assert getattr(lnp.plot, name)(runs, ax=ax) is ax
+    labels = [line.get_label() for line in ax.get_lines()]
+    assert set(runs) <= set(labels) or (name, count) == ("chi_pos", 1)
+    assert getattr(lnp.plot, name)(runs) is not ax
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_the_page_is_drawn_for_odd_runs(kind, tmp_path):
+    for runs in ({"odd": ODD[kind]()}, {"odd": ODD[kind](), "plain": run()}):
+        page = lnp.plot.dashboard(runs)
+        page.set_layout_engine("none")  # which takes most of the time
+        page.savefig(tmp_path / "page.png", dpi=40)
+
+
+def test_a_curve_is_the_windows_means():
+    history = run()
+    line = lnp.plot.chi_net(history).get_lines()[0]
+    expected = history["chi_net"].reshape(-1, WIDTH).mean(axis=1)
+    assert line.get_ydata() == pytest.approx(expected)
+    assert line.get_xdata() == pytest.approx(np.arange(1, 60, WIDTH))
+
+
+def test_values_without_a_logarithm_are_marked_at_the_foot():
+    values = [0.1, 0.1, -0.1, 0.1]
+    history = History({"step": i, "chi_pos": v} for i, v in enumerate(values))
+    marks = [line for line in lnp.plot.curve(history, "chi_pos").get_lines() if line.get_marker() == "v"]
+    assert [line.get_xdata().tolist() for line in marks] == [[2]]
+
+
+def test_the_heat_map_shows_each_layer():
+    ax = lnp.plot.layers(run(), "rate_share")
+    (mesh,) = ax.collections
+    assert mesh.get_array().shape == (3, 60 // WIDTH)
+    assert np.asarray(mesh.get_array())[:, 0] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["0", "1", "2"]
+
+
+def test_reach_is_shown_over_the_size():
+    runs = {str(n): run(size=n) for n in (10, 1000)}
+    ax = lnp.plot.reach_against_size(runs)
+    assert [c.lines[0].get_xdata().tolist() for c in ax.containers] == [[10.0], [1000.0]]
+    with pytest.raises(ValueError, match="tags="):
+        lnp.plot.reach_against_size(run(size=None))
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: lnp.plot.curve(run(), "chi_positive"), "Expected one of step, loss"),
+        (lambda: lnp.plot.layers([run(), run()]), "received 2 runs"),
+        (lambda: lnp.plot.layers(run(layers=False)), "by_layer=True"),
+        (lambda: lnp.plot.layers(run(), "chi"), "Expected one of chi_pos"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(draw, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        draw()
+
+
+def test_the_commands_write_figures(tmp_path, capsys):
+    for name in ("a", "b"):
+        run().to_jsonl(tmp_path / f"{name}.jsonl")
+    assert main(["plot", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out" / "a.svg"), "--title", "A"]) == 0
+    assert main(["compare", str(tmp_path), "--out", str(tmp_path / "ab.png")]) == 0
+    assert (tmp_path / "out" / "a.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "ab.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("Figure:") == 2
