@@ -107,8 +107,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def write(name: str, data: Mapping[str, Any], folder: Path = RESULTS) -> tuple[Path, Path]:
     """Write `<name>.json` with everything and `<name>.md` with the tables, and return where they are.
 
-    data["tables"] is {heading: rows}; data["machine"] is described in the Markdown file, and data["notes"], strings, are
-    listed under the tables.
+    data["tables"] is {heading: rows}; data["machine"] is described in the Markdown file, and data["notes"], strings,
+    are listed under the tables.
     """
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_markdown = folder / f"{name}.json", folder / f"{name}.md"
