@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,17 +11,18 @@ import jax.numpy as jnp
 
 from lnp import batches
 from lnp.backends import Options
-from lnp.linearization import Linearization, coupling_tolerance
+from lnp.linearization import Linearization, Subset
 from lnp.losses import separable
-from lnp_jax import batch_norm, losses, parts
+from lnp_jax import losses, parts
+from lnp_jax.apart import Verdict, impossible, pair
 from lnp_jax.models import Arrays, Structure
-from lnp_jax.outputs import flatten, rebuild
+from lnp_jax.network import Network, prepared
 from lnp_jax.outputs import parts as parts_of
+from lnp_jax.outputs import rebuild
+from lnp_jax.tapped import Tapped, general_note, tapped
 
-COUPLED = (
-    "the samples interact in this network (a sample's output or gradient changes when the others are left out; a "
-    "dropout mask that is drawn for the whole batch does that too): they are not taken apart"
-)
+DRAWN = 2**31 - 1
+"""Folded into the key for the samples of a subset; probes count from 0."""
 
 
 @dataclass(frozen=True)
@@ -34,72 +35,110 @@ class _Loss:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """Passes forward and back.
+
+    Attributes
+    ----------
+    outputs:
+        f, shape (N, K).
+    run:
+        parameters -> f.
+    pull:
+        v -> (J^T v, {name: (N,) array of ||J_nl^T v_n||^2} or None).
+    """
+
+    outputs: jax.Array
+    run: Callable[[Mapping], jax.Array]
+    pull: Callable[[jax.Array], tuple[Mapping, Mapping | None]]
+
+
 def record(
-    structure: Structure, arrays: Arrays, batch: Any, seed: Any, options: Options, coupled: bool
+    structure: Structure, arrays: Arrays, batch: Any, seed: Any, options: Options, verdict: Verdict | None
 ) -> Linearization:
-    """Linearise the model on a batch. `coupled` says that its samples are known to interact."""
+    """Linearise the model on a batch. Without a verdict two samples are compared; numbers are nan if they differ."""
     inputs, targets = batches.unpack(batch)
-    notes: tuple[str, ...] = (COUPLED,) if coupled else ()
-    if options.batch_statistics == "frozen":
-        structure, arrays, more = batch_norm.frozen(structure, arrays, inputs)
-        notes = (*notes, *more)
-    shown = structure.shown
-    parameters = {shown[name]: jnp.asarray(arrays[name]) for name in structure.trained}
-    rest = {name: value for name, value in arrays.items() if name not in shown}
-
-    def function(parameters: Mapping, inputs: Any) -> Any:
-        return structure.call(rest | {name: parameters[known] for name, known in shown.items()}, inputs)
-
-    run, outputs, vjp, split, tree = _passes(function, parameters, inputs, options.microbatch)
-    loss = _loss(outputs, tree, targets, options)
-    groups = None if options.microbatch is None else parts.Micro(function, split, options.microbatch)
-    types = [leaf.dtype for leaf in (*parameters.values(), *parts_of(tree))]
-    narrow = max(types, key=lambda dtype: jnp.finfo(dtype).eps)
-    apart, flag, why = _apart(function, split, parameters, outputs, loss.gradient, vjp, narrow, options)
+    net = prepared(structure, arrays, inputs, options)
+    check = verdict is None and options.split
+    reason = "" if not options.split else impossible(net) if verdict is None else verdict.reason
+    if reason and options.microbatch is not None:
+        raise ValueError(
+            f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
+            "microbatch unset, or remove what couples them."
+        )
+    taken_apart = options.split and not reason
+    taps = None if not taken_apart else _taps(net, options, verdict or Verdict())
+    passes = _whole(net) if taps is None else _tapped(net, taps, options.microbatch)
+    loss = _loss(passes.outputs, _tree(net), targets, options)
+    g, of_gradient = loss.gradient, passes.pull(loss.gradient)
+    pull = lambda v: of_gradient if v is g else passes.pull(v)
+    micro = None if options.microbatch is None else parts.Micro(net.function, net.split, options.microbatch)
+    parameters = net.parameters
     return Linearization(
         xp=jnp,
-        outputs=outputs,
+        outputs=passes.outputs,
         loss=loss.value,
-        loss_gradient=loss.gradient,
+        loss_gradient=g,
         loss_terms=loss.terms,
-        vjp=vjp,
+        vjp=lambda v: pull(v)[0],
         inner_products=lambda u, w: {name: jnp.sum(parts.wide(u[name]) * parts.wide(w[name])) for name in parameters},
-        signs=_signs(seed, outputs),
-        jvp=lambda u: jax.jvp(run, (parameters,), (_as(u, parameters),))[1],
-        sample_square_norms=apart,
-        coupled=flag,
-        group_square_norms=None if groups is None else lambda v: groups.square_norms(parameters, v),
-        groups=1 if groups is None else groups.groups,
-        loss_along=lambda u, step: loss.of(run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})),
+        signs=_signs(seed, passes.outputs),
+        jvp=lambda u: jax.jvp(passes.run, (dict(parameters),), (_as(u, parameters),))[1],
+        sample_square_norms=None if taps is None else lambda v: pull(v)[1],
+        subset=None if taps is None else lambda size: _subset(net, taps, options.microbatch, seed, size),
+        cheap=taps is not None and not taps.plan.general,
+        coupled=pair(net, taps, passes.outputs) if check and taps is not None else None,
+        group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
+        groups=1 if micro is None else micro.groups,
+        loss_along=lambda u, step: loss.of(
+            passes.run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})
+        ),
         separable=separable(options.loss),
         violations=loss.violations,
-        notes=(*notes, *loss.notes, *why),
+        notes=(*net.notes, *([reason] if reason else []), *loss.notes, *(general_note(taps.plan) if taps else ())),
         while_loop=lambda going, body, state: jax.lax.while_loop(going, body, jax.tree.map(jnp.asarray, state)),
     )
 
 
-def _passes(
-    function: parts.Function, parameters: Mapping, inputs: Any, microbatch: int | None
-) -> tuple[Callable, jax.Array, Callable, parts.Split, Any]:
-    """(parameters -> (N, K), its value, vjp, the inputs' split, outputs as the model returns them)."""
-    if microbatch is None:
+def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:
+    samples = min(options.microbatch or net.split.samples, net.split.samples)
+    return tapped(net.function, net.split, net.parameters, samples, verdict.excluded)
 
-        def whole(parameters: Mapping) -> tuple[jax.Array, Any]:
-            tree = function(parameters, inputs)
-            return flatten(tree), tree
 
-        outputs, pullback, tree = jax.vjp(whole, parameters, has_aux=True)
-        split = parts.Split(inputs, outputs.shape[0])
-        return (lambda p: whole(p)[0]), outputs, lambda v: pullback(v)[0], split, tree
-    tree = jax.eval_shape(function, parameters, inputs)
-    split = parts.Split(inputs, jax.eval_shape(flatten, tree).shape[0])
-    if not split.possible:
-        raise ValueError(
-            f"microbatch={microbatch} was asked for, but no input runs over the {split.samples} samples along its "
-            "first axis. Expected at least one that does. Leave microbatch unset."
-        )
-    micro = parts.Micro(function, split, microbatch)
-    return micro.outputs, micro.outputs(parameters), lambda v: micro.vjp(parameters, v), split, tree
+def _whole(net: Network) -> _Passes:
+    outputs, pullback = jax.vjp(net.whole, dict(net.parameters))
+    return _Passes(outputs, net.whole, lambda v: (pullback(v)[0], None))
+
+
+def _tapped(net: Network, taps: Tapped, size: int | None) -> _Passes:
+    if size is None:
+        outputs, pull = taps.forward(net.split.rows)
+        return _Passes(outputs, lambda p: taps.plain(p, net.split.rows), pull)
+    micro = parts.Micro(net.function, net.split, size)
+    part = lambda arrays: taps.forward(arrays[:-1])[1](arrays[-1])
+    return _Passes(
+        micro.outputs(net.parameters), micro.outputs, lambda v: micro.visited(part, [*net.split.rows, v])
+    )  # fmt: skip
+
+
+def _subset(net: Network, taps: Tapped, microbatch: int | None, seed: Any, size: int) -> Subset:
+    """Samples drawn at random, with a forward pass of their own."""
+    drawn = jax.random.permutation(jax.random.fold_in(_key(seed), DRAWN), net.split.samples)
+    index = jnp.sort(drawn[:size])
+    some = replace(net, split=net.split.some(index, size))
+    passes = _tapped(some, taps, microbatch)
+    return Subset(
+        index,
+        lambda v: passes.pull(v)[1] or {},
+        lambda u: jax.jvp(passes.run, (dict(net.parameters),), (_as(u, net.parameters),))[1],
+    )
+
+
+def _tree(net: Network) -> Any:
+    """The outputs' structure, with the leaves that are not measured."""
+    floating = len(parts_of(net.tree)) == len(jax.tree.leaves(net.tree))
+    return net.tree if floating else net.function(net.parameters, net.inputs)
 
 
 def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Loss:
@@ -117,34 +156,6 @@ def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Los
 
     value, gradient = jax.value_and_grad(of)(outputs)
     return _Loss(value, gradient, of, terms, violations, notes)
-
-
-def _apart(
-    function: parts.Function,
-    split: parts.Split,
-    parameters: Mapping,
-    outputs: jax.Array,
-    g: jax.Array,
-    vjp: Callable,
-    narrow: Any,
-    options: Options,
-) -> tuple[Callable | None, jax.Array | None, tuple[str, ...]]:
-    """(sample_square_norms, whether the samples interact after all, notes)."""
-    if not options.split:
-        return None, None, ()
-    if not split.possible:
-        return (
-            None,
-            None,
-            (f"no input runs over the {split.samples} samples along its first axis: they are not taken apart",),
-        )
-    if options.microbatch == 1:  # cannot differ from single samples: pairs can
-        pairs = parts.Micro(function, split, 2)
-        outputs, gradient = pairs.outputs(parameters), pairs.vjp(parameters, g)
-    else:
-        gradient = vjp(g)
-    flag = parts.coupling(function, split, parameters, outputs, g, gradient) > coupling_tolerance(jnp, narrow)
-    return parts.sample_square_norms(function, split, parameters), flag, ()
 
 
 def _signs(seed: Any, outputs: jax.Array) -> Callable[[Any], jax.Array]:
