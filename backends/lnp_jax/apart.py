@@ -6,6 +6,7 @@ remembered, a pair of samples is compared each time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +109,7 @@ def compared(net: Network, size: int | None) -> Differences:
     samples = rows[0].shape[0]
     outputs, pullback = jax.vjp(lambda p: flatten(function(p, split.inputs(rows))), dict(parameters))
     index = np.unique(np.linspace(0, samples - 1, min(CHECKED, max(samples // 2, 1))).round().astype(int))
-    signs = jax.random.rademacher(jax.random.key(0), (len(index), outputs.shape[1]), outputs.dtype)
+    signs = _signs((len(index), outputs.shape[1]), outputs.dtype)
     v = jnp.zeros_like(outputs).at[index].set(signs)
     (gradient,) = pullback(v)
     network = tapped(function, split, parameters, samples)
@@ -131,7 +132,7 @@ def pair(net: Network, network: Tapped, outputs: jax.Array) -> jax.Array:
     both, pullback = jax.vjp(lambda p: flatten(net.function(p, split.inputs(rows))), dict(net.parameters))
     if both.shape != (len(index), outputs.shape[1]):
         return jnp.asarray(True)
-    v = jax.random.rademacher(jax.random.key(0), both.shape, both.dtype).at[1].set(0)
+    v = _signs(both.shape, both.dtype).at[1].set(0)
     (gradient,) = pullback(v)
     _, pull = network.forward([row[:1] for row in rows])
     by_taps, norms = pull(v[:1])
@@ -162,6 +163,16 @@ def _alone(network: Tapped, rows: list, v: jax.Array) -> _Alone:
     zeros = {name: jnp.zeros_like(p) for name, p in network.parameters.items()}
     total, (outputs, squares) = jax.lax.scan(step, zeros, (rows, v))
     return _Alone(outputs, total, squares)
+
+
+def irregular(shape: tuple[int, ...], number: int = 0) -> jax.Array:
+    """Numbers in [-1, 1] without a pattern that a network could share; drawing random ones takes long to compile."""
+    count = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
+    return jnp.sin(78.233 * (count + 1) + 12.9898 * (count % 97) * (number + 1))
+
+
+def _signs(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.where(irregular(shape) < 0, -1, 1).astype(dtype)
 
 
 def _apart(one: jax.Array, other: jax.Array) -> jax.Array:

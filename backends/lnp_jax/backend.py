@@ -66,7 +66,8 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
 
 
 def _traced(arrays: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+    """Whether this runs inside a compiled function: some arrays have no value, or what is made of them has none."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in (*jax.tree.leaves(arrays), jnp.zeros(())))
 
 
 def _raise(answer: Any) -> None:

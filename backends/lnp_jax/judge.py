@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lnp import batches
 from lnp.backends import Options
-from lnp_jax.apart import Differences, Verdict, compared, impossible
+from lnp_jax.apart import Differences, Verdict, compared, impossible, irregular
 from lnp_jax.models import Arrays, Structure
 from lnp_jax.network import Network, prepared
 
@@ -53,10 +53,9 @@ def _differences(structure: Structure, options: Options, arrays: Arrays, inputs:
 
 
 def _moved(net: Network, noise: Any) -> Network:
-    """The network with normal noise on its parameters: a tenth of their size, and a tenth."""
+    """The network with irregular numbers on its parameters: of a tenth of their size, and a tenth."""
     moved = {}
     for number, (name, p) in enumerate(net.parameters.items()):
         size = 0.1 * jnp.sqrt(jnp.mean(jnp.square(p.astype(jnp.float32)))) + 0.1
-        drawn = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), p.shape)
-        moved[name] = p + (noise * size * drawn).astype(p.dtype)
+        moved[name] = p + (noise * size * irregular(p.shape, number)).astype(p.dtype)
     return net.at(moved)

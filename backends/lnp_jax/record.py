@@ -107,8 +107,9 @@ def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:
 
 
 def _whole(net: Network) -> _Passes:
-    outputs, pullback = jax.vjp(net.whole, dict(net.parameters))
-    return _Passes(outputs, net.whole, lambda v: (pullback(v)[0], None))
+    run = jax.jit(net.whole)  # for eager callers: one program, not one per operation
+    outputs, pullback = jax.vjp(run, dict(net.parameters))
+    return _Passes(outputs, run, lambda v: (pullback(v)[0], None))
 
 
 def _tapped(net: Network, taps: Tapped, size: int | None) -> _Passes:

@@ -80,14 +80,16 @@ class Tapped:
     def forward(self, rows: list) -> tuple[jax.Array, Callable[[jax.Array], tuple[Mapping, Norms]]]:
         """(outputs (N, K), v -> (J^T v, {name: (N,) array of ||J_n^T v_n||^2}))."""
         samples = rows[0].shape[0]
-        of_all = jax.vmap(self._one, (None, 0, 0))
+        of_all = jax.jit(jax.vmap(self._one, (None, 0, 0)))  # for eager callers: one program, not one per operation
+        read = jax.jit(lambda taps, kept: self._norms(taps, kept, samples))
         outputs, pullback, kept = jax.vjp(
             lambda p, taps: of_all(p, taps, rows), dict(self.parameters), self._taps(samples), has_aux=True
         )
 
         def pull(v: jax.Array) -> tuple[Mapping, Norms]:
             gradient, taps = pullback(v.astype(outputs.dtype))
-            return gradient, self._norms(taps, kept, samples) | self._on_their_own(rows, v)
+            found = read(taps, kept) | self._on_their_own(rows, v)
+            return gradient, {name: found[name] for name in self.parameters}
 
         return outputs, pull
 
