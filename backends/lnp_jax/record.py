@@ -35,6 +35,9 @@ class _Loss:
     notes: tuple[str, ...]
 
 
+Pull = Callable[[jax.Array], tuple[Mapping, Mapping | None]]
+
+
 @dataclass(frozen=True)
 class _Passes:
     """Passes forward and back.
@@ -47,11 +50,48 @@ class _Passes:
         parameters -> f.
     pull:
         v -> (J^T v, {name: (N,) array of ||J_nl^T v_n||^2} or None).
+    again:
+        () -> the same of a pass that keeps little, for a loop; or None.
     """
 
     outputs: jax.Array
     run: Callable[[Mapping], jax.Array]
-    pull: Callable[[jax.Array], tuple[Mapping, Mapping | None]]
+    pull: Pull
+    again: Callable[[], Pull] | None = None
+
+
+@dataclass
+class _Pulls:
+    """Pull-backs, remembered for the loss gradient; inside a loop, of the pass that was made for it.
+
+    Outside a loop what XLA keeps between forward and backward pass is up to XLA. Into a loop all of it would be copied,
+    whether the loop is entered or not.
+    """
+
+    passes: _Passes
+    g: jax.Array
+    of_g: tuple[Mapping, Mapping | None]
+    inside: Pull | None = None
+
+    def __call__(self, v: jax.Array) -> tuple[Mapping, Mapping | None]:
+        return self.of_g if v is self.g else (self.inside or self.passes.pull)(v)
+
+    def while_loop(self, going: Callable, body: Callable, state: Any) -> Any:
+        """`jax.lax.while_loop`, with a forward pass of its own if it is entered."""
+        entered = going(state)
+
+        def loop(state: Any) -> Any:
+            outside = self.inside
+            self.inside = outside or (None if self.passes.again is None else self.passes.again())
+            try:
+                return jax.lax.while_loop(going, body, state)
+            finally:
+                self.inside = outside
+
+        state = jax.tree.map(jnp.asarray, state)
+        if isinstance(entered, bool):
+            return loop(state) if entered else state
+        return jax.lax.cond(entered, loop, lambda state: state, state)
 
 
 def record(
@@ -71,8 +111,8 @@ def record(
     taps = None if not taken_apart else _taps(net, options, verdict or Verdict())
     passes = _whole(net) if taps is None else _tapped(net, taps, options.microbatch)
     loss = _loss(passes.outputs, _tree(net), targets, options)
-    g, of_gradient = loss.gradient, passes.pull(loss.gradient)
-    pull = lambda v: of_gradient if v is g else passes.pull(v)
+    g = loss.gradient
+    pull = _Pulls(passes, g, passes.pull(g))
     micro = None if options.microbatch is None else parts.Micro(net.function, net.split, options.microbatch)
     parameters = net.parameters
     return Linearization(
@@ -97,7 +137,7 @@ def record(
         separable=separable(options.loss),
         violations=loss.violations,
         notes=(*net.notes, *([reason] if reason else []), *loss.notes, *(general_note(taps.plan) if taps else ())),
-        while_loop=lambda going, body, state: jax.lax.while_loop(going, body, jax.tree.map(jnp.asarray, state)),
+        while_loop=pull.while_loop,
     )
 
 
@@ -115,7 +155,8 @@ def _whole(net: Network) -> _Passes:
 def _tapped(net: Network, taps: Tapped, size: int | None) -> _Passes:
     if size is None:
         outputs, pull = taps.forward(net.split.rows)
-        return _Passes(outputs, lambda p: taps.plain(p, net.split.rows), pull)
+        again = lambda: taps.forward(net.split.rows, lean=True)[1]
+        return _Passes(outputs, lambda p: taps.plain(p, net.split.rows), pull, again)
     micro = parts.Micro(net.function, net.split, size)
     part = lambda arrays: taps.forward(arrays[:-1])[1](arrays[-1])
     return _Passes(
@@ -160,8 +201,15 @@ def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Los
 
 
 def _signs(seed: Any, outputs: jax.Array) -> Callable[[Any], jax.Array]:
-    key = _key(seed)
-    return lambda index: jax.random.rademacher(jax.random.fold_in(key, index), outputs.shape, outputs.dtype)
+    key, (samples, numbers) = _key(seed), outputs.shape
+
+    def signs(index: Any) -> jax.Array:
+        """One bit for each: drawing whole numbers takes as long as a product of matrices."""
+        words = jax.random.bits(jax.random.fold_in(key, index), (samples, -(-numbers // 32)), jnp.uint32)
+        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return 2 * bits.reshape(samples, -1)[:, :numbers].astype(outputs.dtype) - 1
+
+    return signs
 
 
 def _key(seed: Any) -> jax.Array:
