@@ -14,7 +14,7 @@ import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
 from lnp_jax.compiled import Plan, check_hashable, measure, run
-from lnp_jax.judge import judged
+from lnp_jax.judge import judged, traced
 from lnp_jax.models import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
 
@@ -45,7 +45,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
         operands["update"] = _as_vector(structure, arrays, model, operands["update"])
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
-    if _traced(dynamic):
+    if traced(dynamic):
         return measure(plan, *dynamic).result
     check_hashable(plan)
     if options.split:
@@ -60,14 +60,9 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not compiled."""
     structure, arrays = separate(model, options.forward, options.parameters)
-    known = options.split and not _traced((arrays, batch, options.seed))
+    known = options.split and not traced((arrays, batch, options.seed))
     verdict = judged(structure, arrays, batch, options) if known else None
     return record(structure, arrays, batch, options.seed, options, verdict)
-
-
-def _traced(arrays: Any) -> bool:
-    """Whether this runs inside a compiled function: some arrays have no value, or what is made of them has none."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in (*jax.tree.leaves(arrays), jnp.zeros(())))
 
 
 def _raise(answer: Any) -> None:

@@ -7,7 +7,8 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -47,13 +48,27 @@ class Answer:
     messages: tuple[str, ...]
 
 
+@dataclass
+class Observer:
+    """Sees the records of a measurement that is traced into another function, and may bring the verdict on it."""
+
+    verdict: Verdict | None = None
+    records: list = field(default_factory=list)
+
+
+OBSERVER: ContextVar[Observer | None] = ContextVar("OBSERVER", default=None)
+
+
 def measure(plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
     """Linearise each batch and compute. Pure."""
-    verdicts = plan.verdicts or [None] * len(batches)
+    observer = OBSERVER.get()
+    verdicts = plan.verdicts or [None if observer is None else observer.verdict] * len(batches)
     records = [
         record(plan.structure, arrays, batch, seed, plan.options, verdict)
         for batch, verdict in zip(batches, verdicts, strict=True)
     ]
+    if observer is not None:
+        observer.records += records
     checks = [check for lin in records for check in lin.violations]
     return Answer(
         plan.computation(*records, **operands),

@@ -45,6 +45,11 @@ def judged(structure: Structure, arrays: Arrays, batch: Any, options: Options) -
     return verdict
 
 
+def traced(arrays: Any) -> bool:
+    """Whether this runs inside a compiled function: some arrays have no value, or what is made of them has none."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in (*jax.tree.leaves(arrays), jnp.zeros(())))
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _differences(structure: Structure, options: Options, arrays: Arrays, inputs: Any, noise: Any) -> Differences:
     net = prepared(structure, arrays, inputs, options)

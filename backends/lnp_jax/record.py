@@ -76,6 +76,10 @@ class _Pulls:
     def __call__(self, v: jax.Array) -> tuple[Mapping, Mapping | None]:
         return self.of_g if v is self.g else (self.inside or self.passes.pull)(v)
 
+    def square_norms(self, v: jax.Array) -> Mapping:
+        """Of single samples, where they are taken apart."""
+        return self(v)[1] or {}
+
     def while_loop(self, going: Callable, body: Callable, state: Any) -> Any:
         """`jax.lax.while_loop`, with a forward pass of its own if it is entered."""
         entered = going(state)
@@ -125,7 +129,7 @@ def record(
         inner_products=lambda u, w: {name: jnp.sum(parts.wide(u[name]) * parts.wide(w[name])) for name in parameters},
         signs=_signs(seed, passes.outputs),
         jvp=lambda u: jax.jvp(passes.run, (dict(parameters),), (_as(u, parameters),))[1],
-        sample_square_norms=None if taps is None else lambda v: pull(v)[1],
+        sample_square_norms=None if taps is None else pull.square_norms,
         subset=None if taps is None else lambda size: _subset(net, taps, options.microbatch, seed, size),
         cheap=taps is not None and not taps.plan.general,
         coupled=pair(net, taps, passes.outputs) if check and taps is not None else None,
@@ -139,6 +143,17 @@ def record(
         notes=(*net.notes, *([reason] if reason else []), *loss.notes, *(general_note(taps.plan) if taps else ())),
         while_loop=pull.while_loop,
     )
+
+
+def loss_and_gradient(
+    structure: Structure, arrays: Arrays, batch: Any, options: Options
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """(L, J^T g) of the batch as a whole."""
+    inputs, targets = batches.unpack(batch)
+    net = prepared(structure, arrays, inputs, options)
+    passes = _whole(net)
+    loss = _loss(passes.outputs, _tree(net), targets, options)
+    return loss.value, passes.pull(loss.gradient)[0]
 
 
 def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:

@@ -163,7 +163,8 @@ def _dot(eqn: Any, position: int, view: View) -> Use:
         return left, right
 
     def square_norms(x: jax.Array, d: jax.Array) -> jax.Array:
-        found = norms.outer(jnp, *factors(x, d), budget=UNBOUNDED)
+        left, right = factors(x, d)
+        found = norms.outer(jnp, left, right, budget=UNBOUNDED)
         return jnp.sum(found.reshape(-1, outer), axis=1)
 
     row_axes = tuple(sorted(view.axes[axis] for axis in w_rows))
@@ -188,7 +189,7 @@ def _gather(eqn: Any, position: int, view: View) -> Use | None:
     table, index, y = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
     looked_up = [axis for axis in range(table.ndim) if sizes[axis] != table.shape[axis]]
     clips = "CLIP" in str(mode)
-    if position != 0 or getattr(how, "operand_batching_dims", ()) or len(looked_up) != 1 or sizes[looked_up[0]] != 1:
+    if position != 0 or how.operand_batching_dims or len(looked_up) != 1 or sizes[looked_up[0]] != 1:
         return None
     axis = looked_up[0]
     if axis not in how.start_index_map or not (clips or tuple(how.start_index_map) == (axis,)):
@@ -205,11 +206,13 @@ def _gather(eqn: Any, position: int, view: View) -> Use | None:
         rows = jnp.clip(rows, 0, count - 1) if clips else jnp.where(outside, -1, rows)
         return rows, _permuted(d, (), positions, columns).reshape(*rows.shape, -1)
 
+    def square_norms(index: jax.Array, d: jax.Array) -> jax.Array:
+        rows, values = factors(index, d)
+        return norms.rows(jnp, rows, values, budget=UNBOUNDED)
+
     length = math.prod(index.shape[:-1])
     frame = (view.space, (view.axes[axis],), tuple(sorted(a for a, _ in offset)))
-    return Use(
-        "rows", 1, factors, lambda index, d: norms.rows(jnp, *factors(index, d), budget=UNBOUNDED), 2 * length**2, frame
-    )
+    return Use("rows", 1, factors, square_norms, 2 * length**2, frame)
 
 
 def _convolution(eqn: Any, position: int, view: View) -> Use | None:
@@ -232,7 +235,8 @@ def _convolution(eqn: Any, position: int, view: View) -> Use | None:
         return lax.pad(x, jnp.zeros((), x.dtype), padding), d
 
     def square_norms(x: jax.Array, d: jax.Array) -> jax.Array:
-        return norms.convolution(jnp, *factors(x, d), window, budget=UNBOUNDED)
+        padded, cotangent = factors(x, d)
+        return norms.convolution(jnp, padded, cotangent, window, budget=UNBOUNDED)
 
     positions = y.size // y.shape[how.out_spec[1]]
     direct = 2 * w.size // max(1, math.prod(window.kernel)) + positions * y.shape[how.out_spec[1]]
