@@ -131,7 +131,7 @@ def reshaped(p, x):
 
 
 def in_carry(p, x):
-    h, w = jax.lax.fori_loop(0, 2, lambda _, s: (jnp.tanh(s[0] @ s[1]), s[1]), (x, p["w"]))
+    h, w = jax.lax.fori_loop(0, 2, lambda _, s: (jnp.tanh(s[0] @ s[1]), 0.9 * s[1]), (x, p["w"]))
     return h @ w
 
 
@@ -173,7 +173,7 @@ OTHER = {
     "stacked layers": {"b"},
     "pieces": {"rows"},
     "overlapping pieces": {"w"},
-    "branches": {"s"},
+    "branches": {"s", "b", "c"},  # one predicate for each sample becomes a selection
     "merged": {"w", "left", "right", "masked", "v"},
     "a rule of its own": {"w"},
     "one weight in two shapes": {"w"},
