@@ -161,7 +161,7 @@ def _alone(network: Tapped, rows: list, v: jax.Array) -> _Alone:
         return jax.tree.map(jnp.add, total, gradient), (outputs, squares)
 
     zeros = {name: jnp.zeros_like(p) for name, p in network.parameters.items()}
-    total, (outputs, squares) = jax.lax.scan(step, zeros, (rows, v))  # type: ignore[var-annotated]
+    total, (outputs, squares) = jax.lax.scan(step, zeros, (rows, v))
     return _Alone(outputs, total, squares)
 
 
