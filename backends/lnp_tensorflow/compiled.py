@@ -45,6 +45,10 @@ class Answer:
     messages: tuple[str, ...] = ()
 
 
+class Place(int):
+    """Where a tensor that is no number is found among those of an answer."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """A measurement as a graph.
@@ -52,9 +56,9 @@ class Traced:
     Attributes
     ----------
     function:
-        (arrays, batches' tensors, seed, operands) -> every number of the answer, in one float64 vector.
+        (arrays, batches' tensors, seed, operands) -> every number of the answer in one float64 vector, and its arrays.
     answer:
-        The answer with specifications in the numbers' places.
+        The answer with specifications in the places of both.
     written:
         Variables that the model writes to.
     """
@@ -144,13 +148,16 @@ def _run(key: Any, body: Callable, plan: Plan, tree: Any, arrays: Arrays, pairs:
         _forget_with(plan.structure.static, _TRACED, key)
     before = [(variable, variable.read_value()) for variable in traced.written]
     try:
-        values = iter(traced.function(*dynamic).numpy().tolist())
+        packed, *made = traced.function(*dynamic)
+        values = iter(packed.numpy().tolist())
     except BaseException:
         for variable, value in before:
             variable.assign(value)
         raise
 
     def number(spec: Any) -> Any:
+        if isinstance(spec, Place):
+            return made[spec]
         if not isinstance(spec, tf.DType):
             return spec
         value = next(values)
@@ -162,16 +169,17 @@ def _run(key: Any, body: Callable, plan: Plan, tree: Any, arrays: Arrays, pairs:
 def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> Traced:
     seen: list[Any] = []
 
-    def graph(arrays: Arrays, tensors: list, seed: tf.Tensor, operands: dict[str, Any]) -> tf.Tensor:
+    def graph(arrays: Arrays, tensors: list, seed: tf.Tensor, operands: dict[str, Any]) -> list[tf.Tensor]:
         given = iter(tensors)
         filled = map_leaves(lambda leaf: next(given) if tf.is_tensor(leaf) else leaf, pairs)
         answer, runs = body(plan, tree, arrays, filled, seed, operands)
-        numbers = [tf.cast(leaf, tf.float64) for leaf in leaves(answer) if tf.is_tensor(leaf)]
-        seen[:] = [
-            map_leaves(lambda leaf: leaf.dtype if tf.is_tensor(leaf) else leaf, answer),
-            tuple({id(v): v for run in runs for v, _ in run.written}.values()),
-        ]
-        return tf.stack(numbers)
+        tensors = [leaf for leaf in leaves(answer) if tf.is_tensor(leaf)]
+        numbers = [tf.cast(leaf, tf.float64) for leaf in tensors if not leaf.shape.rank]
+        made = [leaf for leaf in tensors if leaf.shape.rank]
+        places = map(Place, range(len(made)))
+        shown = lambda leaf: (next(places) if leaf.shape.rank else leaf.dtype) if tf.is_tensor(leaf) else leaf
+        seen[:] = [map_leaves(shown, answer), tuple({id(v): v for run in runs for v, _ in run.written}.values())]
+        return [tf.stack(numbers) if numbers else tf.zeros(0, tf.float64), *made]
 
     function = tf.function(graph, autograph=False, jit_compile=plan.jit_compile or None)
     spec = tf.nest.map_structure(tf.type_spec_from_value, dynamic, expand_composites=False)
