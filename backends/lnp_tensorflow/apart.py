@@ -91,18 +91,21 @@ def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tap
     singles = Groups(run, cut(inputs, index, batch.samples), (few, whole.shape[1]), whole.dtype)
     flat, grads, expected = singles.seen(signs)
     coupling = difference(flat, grads, tf.gather(whole, index), gradient)
-    missed = {name: _missed(norm, expected, name, index) for name, norm in found.items()}
-    return Comparison(coupling, missed, unread, coupling_tolerance(namespace, run.narrow))
+    return Comparison(coupling, _missed(found, expected, index), unread, coupling_tolerance(namespace, run.narrow))
 
 
-def _missed(norm: tf.Tensor, expected: Norms, name: str, index: list[int]) -> tf.Tensor:
+def _missed(found: Norms, expected: Norms, index: list[int]) -> dict[str, tf.Tensor]:
     """How far taps are from single samples, where nothing may arrive at the others."""
-    total = tf.add_n([tf.cast(one, tf.float64) for one in expected.values()])
-    norm, own = tf.cast(norm, tf.float64), tf.cast(expected[name], tf.float64)
-    missed = tf.abs(tf.gather(norm, index) - own) / tf.maximum(own + 1e-3 * total, 1e-300)
-    others = tf.constant([n not in index for n in range(norm.shape[0])])
-    leaked = tf.where(others, norm, tf.zeros_like(norm)) / tf.maximum(tf.reduce_max(total), 1e-300)
-    return tf.maximum(tf.reduce_max(missed), tf.reduce_max(leaked))
+    if not found:
+        return {}
+    taps = tf.stack([tf.cast(norm, tf.float64) for norm in found.values()])
+    single = {name: tf.cast(norm, tf.float64) for name, norm in expected.items()}
+    total, own = tf.add_n(list(single.values())), tf.stack([single[name] for name in found])
+    missed = tf.abs(tf.gather(taps, index, axis=1) - own) / tf.maximum(own + 1e-3 * total, 1e-300)
+    others = tf.constant([n not in index for n in range(taps.shape[1])])
+    leaked = tf.where(others, taps, tf.zeros_like(taps)) / tf.maximum(tf.reduce_max(total), 1e-300)
+    worst = tf.maximum(tf.reduce_max(missed, 1), tf.reduce_max(leaked, 1))
+    return dict(zip(found, tf.unstack(worst), strict=True))
 
 
 def _spread(samples: int, few: int) -> list[int]:

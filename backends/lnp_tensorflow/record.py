@@ -12,6 +12,7 @@ from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, Subset, while_loop
 from lnp.losses import separable
+from lnp.trace import pilot_size
 from lnp_tensorflow import losses, namespace
 from lnp_tensorflow.apart import Apart, Verdict, compare, cut, general_note
 from lnp_tensorflow.forward import Forward, draws_since, in_xla, moved, operations
@@ -55,7 +56,10 @@ def record(
     pulls = _Pulls(batch, groups, loss.gradient)
     apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, (), batch if groups is None else None, options.microbatch)
     taken = _taken_apart(apart, pulls, options, verdict)
-    xla = in_xla()
+    xla, known = in_xla(), separable(options.loss)
+    population = not (xla or tf.executing_eagerly()) and (
+        options.population or (options.population is None and taken.cheap and known)
+    )
     return Linearization(
         xp=namespace,
         outputs=flat,
@@ -67,13 +71,13 @@ def record(
         signs=lambda index: _signs(seed, index, flat),
         jvp=None if xla else lambda u: _jvp(batch, u),
         sample_square_norms=taken.square_norms,
-        subset=None if taken.square_norms is None else lambda size: _subset(taken.apart, seed, size, xla),
+        subset=_subsets(taken, seed, not xla, population),
         cheap=taken.cheap,
         coupled=taken.coupled,
         group_square_norms=None if groups is None else groups.square_norms,
         groups=1 if groups is None else groups.count,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
-        separable=separable(options.loss),
+        separable=known,
         violations=loss.violations,
         notes=(*((COUPLED,) if coupled else ()), *loss.notes, *taken.notes, *((XLA,) if xla and options.population is not False else ())),
         while_loop=_while_loop,
@@ -140,15 +144,27 @@ def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict
     return _Taken(made, checked, not seen.unread, coupled, notes)
 
 
-def _subset(apart: Apart, seed: Any, size: int, xla: bool) -> Subset:
-    """Samples drawn at random, with a forward pass of their own once something is asked of them."""
+def _subsets(taken: _Taken, seed: Any, jvp: bool, population: bool) -> Callable[[int], Subset] | None:
+    """M -> M samples. For the population's values some will certainly be asked for: they run at once, outside of the
+    loop that may ask for them too.
+    """
+    if taken.square_norms is None:
+        return None
+    size = pilot_size(taken.apart.shape[0])
+    ahead = {size: _subset(taken.apart, seed, size, jvp, True)} if population and size < taken.apart.shape[0] else {}
+    return lambda size: ahead[size] if size in ahead else _subset(taken.apart, seed, size, jvp, False)
+
+
+def _subset(apart: Apart, seed: Any, size: int, jvp: bool, now: bool) -> Subset:
+    """Samples drawn at random, with a forward pass of their own."""
     samples = apart.shape[0]
     order = tf.random.stateless_uniform((samples,), tf.stack([tf.cast(seed, tf.int64), tf.cast(samples, tf.int64)]))
     index = tf.sort(tf.argsort(order)[:size])
     inputs = cut(apart.inputs, index, samples)
-    some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=None)
-    jvp = lambda u: _jvp(recorded(apart.run, inputs), u)
-    return Subset(index, some.square_norms, None if xla else jvp)
+    batch = recorded(apart.run, inputs) if now else None
+    some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=batch)
+    along = lambda u: _jvp(batch or recorded(apart.run, inputs), u)
+    return Subset(index, some.square_norms, along if jvp else None)
 
 
 def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: Options) -> _Loss:

@@ -210,22 +210,36 @@ def _expand(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
 def _convolution(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
     transposed = "Backprop" in op.type
     data = op.inputs[2 if transposed else 0]
-    wide, narrow = (d, data) if transposed else (data, d)
-    if place != 1 or data.shape[0] != samples or d.shape[0] != samples:
-        raise Unread("the samples are not along the first axis" if place == 1 else op.type)
+    if place != 1:
+        raise Unread(op.type)
     kernel = tuple(op.inputs[1].shape)
     channels_last = op.get_attr("data_format") in (b"NHWC", b"NDHWC")
     axes = slice(1, -1) if channels_last else slice(2, None)
     stride, dilation = tuple(op.get_attr("strides"))[axes], tuple(op.get_attr("dilations"))[axes]
-    groups = wide.shape[-1 if channels_last else 1] // kernel[-2]
-    if op.type.startswith("Depthwise"):
-        groups = kernel[-2]
+    if not channels_last:
+        data, d = _channels_last(data), _channels_last(d)
+    wide, narrow = (d, data) if transposed else (data, d)
+    groups = kernel[-2] if op.type.startswith("Depthwise") else wide.shape[-1] // kernel[-2]
     window = Window(kernel[:-2], stride, dilation, groups)
-    padding = _padding(op, window, tuple(wide.shape)[axes], tuple(narrow.shape)[axes], axes)
-    wide, narrow = (_channels_first(array) if channels_last else array for array in (wide, narrow))
+    padding = _padding(op, window, tuple(wide.shape)[1:-1], tuple(narrow.shape)[1:-1], axes)
     if any(side != (0, 0) for side in padding):
-        wide = tf.pad(wide, [(0, 0), (0, 0), *padding])
+        wide = tf.pad(wide, [(0, 0), *padding, (0, 0)])
+    if "SpaceToBatchND" in (data.op.type, data.op.inputs[0].op.type if data.op.type == "ExpandDims" else ""):
+        # how a dilated one is computed
+        wide, narrow = (_blocks(array, samples) for array in (wide, narrow))
+        window = Window((1, *window.kernel), (1, *stride), (1, *dilation), groups)
+    if wide.shape[0] != samples or narrow.shape[0] != samples:
+        raise Unread("the samples are not along the first axis")
     return Use("window", (wide, narrow, window), (("window",),))
+
+
+def _blocks(array: tf.Tensor, samples: int) -> tf.Tensor:
+    """(N, blocks, ...) of (blocks * N, ...)."""
+    rows = array.shape[0]
+    if rows % samples:
+        raise Unread("the samples are not along the first axis")
+    split = tf.reshape(array, (rows // samples, samples, *array.shape[1:]))
+    return tf.transpose(split, [1, 0, *range(2, array.shape.rank + 1)])
 
 
 def _padding(op: tf.Operation, window: Window, wide: tuple, narrow: tuple, axes: slice) -> list[tuple[int, int]]:
@@ -244,9 +258,8 @@ def _padding(op: tf.Operation, window: Window, wide: tuple, narrow: tuple, axes:
     return [(total // 2, total - total // 2) for total in missing]
 
 
-def _channels_first(array: tf.Tensor) -> tf.Tensor:
-    rank = array.shape.rank
-    return tf.transpose(array, [0, rank - 1, *range(1, rank - 1)])
+def _channels_last(array: tf.Tensor) -> tf.Tensor:
+    return tf.transpose(array, [0, *range(2, array.shape.rank), 1])
 
 
 RULES: dict[str, Callable[[Any, int, Any, int], Use]] = {

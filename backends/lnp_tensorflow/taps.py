@@ -21,6 +21,7 @@ from lnp_tensorflow.outputs import parts, split, wide
 from lnp_tensorflow.rules import Unread, Use, used
 from lnp_tensorflow.samples import Gradients, has_samples
 from lnp_tensorflow.walk import walk
+from lnp_tensorflow.windows import convolution
 
 Norms = dict[str, tf.Tensor]
 """{parameter: (N,) squared norms}."""
@@ -231,7 +232,7 @@ def _of_frame(uses: list[Use]) -> tf.Tensor:
     """(N,), or (N * blocks,) where each sample uses several matrices."""
     kind = uses[0].kind
     if kind == "window":
-        return norms.convolution(xp, *uses[0].factors)
+        return convolution(*uses[0].factors)
     if kind == "explicit":
         return norms.explicit(xp, tf.add_n([use.factors[0] for use in uses]))
     outer = [use.factors for use in uses if use.kind == "outer"]
