@@ -1,7 +1,7 @@
 """Samples taken apart: squared norms of their gradients, from taps where the operations are known.
 
-Once per model and shapes, taps are compared with single samples that run on their own. What differs takes the general way,
-one sample at a time; where single samples differ from the batch itself, they interact, and none are taken apart.
+Once per model and shapes, taps are compared with single samples that run on their own. What differs takes the general
+way, one sample at a time; where single samples differ from the batch itself, they interact, and none are taken apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lnp.linearization import coupling_tolerance
 from lnp.structure import map_leaves
 from lnp_tensorflow import namespace
 from lnp_tensorflow.forward import Forward
-from lnp_tensorflow.outputs import flatten, wide
+from lnp_tensorflow.outputs import flatten
 from lnp_tensorflow.samples import Groups, difference, has_samples, square_norm
 from lnp_tensorflow.taps import Norms, Tapped, recorded
 
@@ -65,7 +65,9 @@ class Comparison:
 
     def verdict(self) -> Verdict:
         """From numbers."""
-        differing = {n: "its taps differ from single samples" for n, m in self.missed.items() if not m <= 2 * self.tolerance}
+        differing = {
+            n: "its taps differ from single samples" for n, m in self.missed.items() if not m <= 2 * self.tolerance
+        }
         return Verdict(tuple((self.unread | differing).items()), self.coupling > self.tolerance)
 
 

@@ -17,7 +17,7 @@ from lnp.batches import unpack
 from lnp.linearization import Linearization
 from lnp.structure import leaves, map_leaves
 from lnp_tensorflow import sharing
-from lnp_tensorflow.compiled import Answer, Plan, measure, run
+from lnp_tensorflow.compiled import CONVERTED, Answer, Plan, measure, remember, run
 from lnp_tensorflow.forward import forward
 from lnp_tensorflow.isolation import undisturbed
 from lnp_tensorflow.models import Arrays, Structure, accepts, is_module, separate
@@ -101,10 +101,14 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
 
 def _traced(plan: Plan, *dynamic: Any) -> Any:
     """The answer; a network with Python control flow over tensors is converted by AutoGraph."""
+    converted = replace(plan, structure=replace(plan.structure, autograph=True))
+    if plan.structure in CONVERTED:
+        return run(converted, *dynamic)
     try:
         return run(plan, *dynamic)
     except tf.errors.OperatorNotAllowedInGraphError:
-        return run(replace(plan, structure=replace(plan.structure, autograph=True)), *dynamic)
+        remember(CONVERTED, plan.structure, None)
+        return run(converted, *dynamic)
 
 
 @contextlib.contextmanager

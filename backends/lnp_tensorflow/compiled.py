@@ -69,7 +69,9 @@ class Traced:
 
 
 _TRACED: OrderedDict[Any, Traced] = OrderedDict()
-_VERDICTS: OrderedDict[Any, Verdict] = OrderedDict()
+_VERDICTS: OrderedDict[Any, tuple[Verdict, ...]] = OrderedDict()
+CONVERTED: OrderedDict[Any, None] = OrderedDict()
+"""Structures that need AutoGraph."""
 
 
 def measure(
@@ -122,7 +124,7 @@ def _verdicts(key: Any, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple) -> 
         found.append(seen.verdict())
         lasting &= all(missed == missed for missed in seen.missed.values())  # what is not a number tells nothing
     if lasting:
-        _remember(_VERDICTS, key, tuple(found))
+        remember(_VERDICTS, key, tuple(found))
         _forget_with(plan.structure.static, _VERDICTS, key)
     return tuple(found)
 
@@ -138,13 +140,15 @@ def _judge(
     return Answer(seen, (), ()), [run]
 
 
-def _run(key: Any, body: Callable, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
+def _run(
+    key: Any, body: Callable, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]
+) -> Answer:
     tensors = [leaf for leaf in leaves(pairs) if tf.is_tensor(leaf)]
     dynamic = (arrays, tensors, tf.cast(seed, tf.int64), operands)
     traced = _TRACED.get(key)
     if traced is None:
         traced = _trace(body, plan, tree, pairs, dynamic)
-        _remember(_TRACED, key, traced)
+        remember(_TRACED, key, traced)
         _forget_with(plan.structure.static, _TRACED, key)
     before = [(variable, variable.read_value()) for variable in traced.written]
     try:
@@ -203,7 +207,8 @@ def _key(plan: Plan, arrays: Arrays, pairs: tuple, operands: dict[str, Any]) -> 
     return key
 
 
-def _remember(memory: OrderedDict, key: Any, value: Any) -> None:
+def remember(memory: OrderedDict, key: Any, value: Any) -> None:
+    """Keep the last few."""
     memory[key] = value
     while len(memory) > REMEMBERED:
         memory.popitem(last=False)

@@ -100,9 +100,7 @@ def inlined(on: bool) -> Iterator[None]:
 
 def in_xla() -> bool:
     """Whether what is traced will be compiled by XLA."""
-    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
-        tf.compat.v1.get_default_graph()
-    )
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def traced(structure: Structure, tree: Any, arrays: Arrays, inputs: Any, inline: bool = False) -> Any:

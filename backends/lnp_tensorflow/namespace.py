@@ -6,6 +6,7 @@ used: TensorFlow places an operation where its operands are.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ def asarray(value: Any, *, dtype: Any = None, device: Any = None) -> tf.Tensor:
     return tensor if dtype is None else tf.cast(tensor, dtype)
 
 
-def astype(x: tf.Tensor, dtype: Any, *, copy: bool = True) -> tf.Tensor:
+def astype(x: tf.Tensor, dtype: Any, *, copy: builtins.bool = True) -> tf.Tensor:
     """Tensors cannot be written to, so that there is nothing to copy."""
     return tf.cast(x, dtype)
 
@@ -77,11 +78,11 @@ def sqrt(x: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(x)
 
 
-def sum(x: tf.Tensor, *, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> tf.Tensor:
+def sum(x: tf.Tensor, *, axis: int | tuple[int, ...] | None = None, keepdims: builtins.bool = False) -> tf.Tensor:
     return tf.reduce_sum(x, axis, keepdims)
 
 
-def mean(x: tf.Tensor, *, axis: int | None = None, keepdims: bool = False) -> tf.Tensor:
+def mean(x: tf.Tensor, *, axis: int | None = None, keepdims: builtins.bool = False) -> tf.Tensor:
     return tf.reduce_mean(x, axis, keepdims)
 
 

@@ -1,7 +1,7 @@
 """From a tensor that depends on parameters alone back to the parameters.
 
-A weight reaches the data through reshapes, transpositions, slices, sums and products with other parameters. Each step takes
-what is known of the gradient by its output to that by its input.
+A weight reaches the data through reshapes, transpositions, slices, sums and products with other parameters. Each step
+takes what is known of the gradient by its output to that by its input.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def origins(tensor: tf.Tensor, walk: Walk) -> tuple[list[tuple[str, tuple[Step, 
                 continue
             seen.add(given.name)
             step = _step(op, place, tensor)
-            if step is None or len(paths) > PATHS or list(map(lambda t: t.name, op.inputs)).count(given.name) > 1:
+            if step is None or len(paths) > PATHS or [t.name for t in op.inputs].count(given.name) > 1:
                 lost.update(dict.fromkeys(walk.origins[given.name], op.type))
             else:
                 follow(given, (*steps, step))
@@ -66,10 +66,7 @@ def _step(op: tf.Operation, place: int, out: tf.Tensor) -> Step | None:
         (slope,) = tf.gradients(out, op.inputs[place])
         return lambda use, samples: _scaled(use, slope, op, place, samples)
     if op.type in PARTS and place == PARTS[op.type]:
-        return _framed(("part", op.name, list(map(lambda t: t.name, op.outputs)).index(out.name)))
-    if op.type == "StridedSlice" and place == 0:
-        ranges = _ranges(op)
-        return None if ranges is None else _framed(("slice", ranges))
+        return _framed(("part", op.name, [t.name for t in op.outputs].index(out.name)))
     return STEPS[op.type](op, place) if op.type in STEPS else None
 
 
@@ -90,6 +87,14 @@ def _reshape(op: tf.Operation, place: int) -> Step | None:
         return Use(use.kind, use.factors, (("reshape", after), *use.frame))
 
     return step
+
+
+def _slice(op: tf.Operation, place: int) -> Step | None:
+    ranges = _ranges(op)
+    if place != 0 or ranges is None:
+        return None
+    whole = all(taken == (0, size, 1) for taken, size in zip(ranges, op.inputs[0].shape, strict=True))
+    return _reshape(op, place) if whole else _framed(("slice", ranges))
 
 
 def _transpose(op: tf.Operation, place: int) -> Step | None:
@@ -179,25 +184,25 @@ def _product(op: tf.Operation, place: int) -> Step | None:
 def _ranges(op: tf.Operation) -> tuple | None:
     """The range that a slice takes of each axis."""
     given = [tf.get_static_value(tensor) for tensor in op.inputs[1:4]]
-    if any(value is None for value in given) or op.get_attr("ellipsis_mask") or op.get_attr("new_axis_mask"):
+    if any(value is None for value in given) or op.get_attr("ellipsis_mask"):
         return None
-    masks = [op.get_attr(name) for name in ("begin_mask", "end_mask", "shrink_axis_mask")]
-    ranges = []
-    for axis, size in enumerate(op.inputs[0].shape):
-        if axis >= len(given[0]):
-            ranges.append((0, size, 1))
+    masks = [op.get_attr(f"{name}_mask") for name in ("new_axis", "shrink_axis", "begin", "end")]
+    sizes, ranges = list(op.inputs[0].shape), []
+    for place, (start, stop, step) in enumerate(zip(*given, strict=True)):
+        new, shrink, begin, end = (bool(mask & 1 << place) for mask in masks)
+        if new:
             continue
-        start, stop, step = (int(value[axis]) for value in given)
-        begin, end, shrink = (bool(mask & 1 << axis) for mask in masks)
+        size = sizes[len(ranges)]
         if shrink:
-            ranges.append((start % size, start % size + 1, 1))
+            ranges.append((int(start) % size, int(start) % size + 1, 1))
         else:
-            ranges.append(slice(None if begin else start, None if end else stop, step).indices(size))
-    return tuple(ranges)
+            ranges.append(slice(None if begin else int(start), None if end else int(stop), int(step)).indices(size))
+    return (*ranges, *((0, size, 1) for size in sizes[len(ranges) :]))
 
 
 STEPS: dict[str, Callable[[tf.Operation, int], Step | None]] = {
     **dict.fromkeys(RESHAPED, _reshape),
+    "StridedSlice": _slice,
     "Transpose": _transpose,
     "GatherV2": _looked_up,
     "MatMul": _product,

@@ -79,7 +79,12 @@ def record(
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
         separable=known,
         violations=loss.violations,
-        notes=(*((COUPLED,) if coupled else ()), *loss.notes, *taken.notes, *((XLA,) if xla and options.population is not False else ())),
+        notes=(
+            *((COUPLED,) if coupled else ()),
+            *loss.notes,
+            *taken.notes,
+            *((XLA,) if xla and options.population is not False else ()),
+        ),
         while_loop=_while_loop,
     )
 
@@ -122,7 +127,9 @@ def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict
         return _Taken(apart)
     if not apart.singles.possible:
         n = apart.shape[0]
-        return _Taken(apart, notes=(f"no input runs over the {n} samples along its first axis: they are not taken apart",))
+        return _Taken(
+            apart, notes=(f"no input runs over the {n} samples along its first axis: they are not taken apart",)
+        )
     if verdict is not None:
         made = replace(apart, general=tuple(name for name, _ in verdict.general))
         square_norms = lambda v: pulls.square_norms(made, v)

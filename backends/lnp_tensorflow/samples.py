@@ -63,7 +63,10 @@ class Groups:
 
     def outputs(self) -> tf.Tensor:
         """f, shape (N, K), with the activations of one group in memory at a time."""
-        visit = lambda inputs, _: ([flatten(parts(self.forward(inputs)))], [])
+
+        def visit(inputs: Any, _: Any) -> tuple[list, list]:
+            return [flatten(parts(self.forward(inputs)))], []
+
         return self._visit(visit, None, [(self.shape[1], self.dtype)])[0][0]
 
     def square_norms(self, v: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -35,9 +35,7 @@ def leave(structure: Structure, arrays: dict, gradient: list[tf.Tensor]) -> None
     wanted = WANTED.get()
     assert wanted is not None, "evaluate() looks for it"
     shapes = {name: source.shape for name, source in structure.sources(arrays).items()}
-    wanted.append(
-        {n: g if s.rank else tf.reshape(g, ()) for (n, s), g in zip(shapes.items(), gradient, strict=True)}
-    )
+    wanted.append({n: g if s.rank else tf.reshape(g, ()) for (n, s), g in zip(shapes.items(), gradient, strict=True)})
 
 
 def value_and_grad(

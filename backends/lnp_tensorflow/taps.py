@@ -107,7 +107,11 @@ class Tapped:
                 unread[site.name] = str(error)
         unread |= {n: "several uses" for n, many in uses.items() if n not in unread and not _combine(many)}
         zero = tf.zeros(self.samples, wide(self.outputs))
-        found = {name: _square_norm(uses[name], self.samples) if name in uses else zero for name in self.sources if name not in unread}
+        found = {
+            name: _square_norm(uses[name], self.samples) if name in uses else zero
+            for name in self.sources
+            if name not in unread
+        }
         return found, unread
 
     def _use(self, site: Site, d: Any) -> Use:
@@ -155,7 +159,9 @@ def _plain(returned: Any, sources: dict[str, Any], tape: tf.GradientTape) -> Tap
 def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, str], data: list[str]) -> Tapped:
     seen = walk(made, parameters, data, plain.samples)
     reaching = _reaching(made, plain.outputs)
-    taps, sites, general = [], [], {}
+    taps: list[tf.Tensor] = []
+    sites: list[Site] = []
+    general: dict[str, str] = {}
     for out in plain.outputs:
         if out.name not in seen.data:
             general |= dict.fromkeys(seen.origins.get(out.name, ()), "an output without data")
@@ -172,7 +178,9 @@ def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, st
             else:
                 general |= dict.fromkeys((name for name, _ in paths), op.type)
         taps.append(op.outputs[0])
-    return Tapped(plain.returned, plain.outputs, plain.sources, plain.tape, plain.samples, tuple(taps), tuple(sites), general)
+    return Tapped(
+        plain.returned, plain.outputs, plain.sources, plain.tape, plain.samples, tuple(taps), tuple(sites), general
+    )
 
 
 def _reaching(made: list[tf.Operation], outputs: list[tf.Tensor]) -> set[str]:
@@ -211,7 +219,11 @@ def _disjoint(a: tuple, b: tuple) -> bool:
         if one[0] == other[0] == "part":
             return one[1] == other[1]
         if one[0] == other[0] == "slice":
-            return any(stop <= start or end <= begin for (begin, stop, s), (start, end, t) in zip(one[1], other[1], strict=True) if s == t == 1)
+            return any(
+                stop <= start or end <= begin
+                for (begin, stop, s), (start, end, t) in zip(one[1], other[1], strict=True)
+                if s == t == 1
+            )
         return False
     return False
 

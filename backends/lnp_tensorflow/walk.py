@@ -1,8 +1,8 @@
 """A traced forward pass, walked from its inputs to its outputs: where the data meet the parameters.
 
-Each tensor is one of three kinds: it depends on the samples of the batch; or on parameters alone (a transposed weight, the
-inverse of a standard deviation times a scale); or on neither. An operation that makes the first from the second is a
-frontier. The cotangents of the frontiers' outputs hold all that single samples do to the parameters.
+Each tensor is one of three kinds: it depends on the samples of the batch; or on parameters alone (a transposed weight,
+the inverse of a standard deviation times a scale); or on neither. An operation that makes the first from the second is
+a frontier. The cotangents of the frontiers' outputs hold all that single samples do to the parameters.
 """
 
 from __future__ import annotations

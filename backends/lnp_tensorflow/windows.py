@@ -15,8 +15,8 @@ from lnp_tensorflow import namespace as xp
 def convolution(x: tf.Tensor, d: tf.Tensor, window: Window) -> tf.Tensor:
     """||dL_n/dW||^2 for x (N, ..., C), padded already, and the cotangent d (N, ..., O) of y = x * W. Shape (N,).
 
-    Each offset of the kernel is one product of d with the shifted x: no patches are formed. `lnp.norms.convolution` does
-    the same with channels first, where another product may be cheaper; transposing to it would take longer here.
+    Each offset of the kernel is one product of d with the shifted x: no patches are formed. `lnp.norms.convolution`
+    does the same with channels first, and knows groups and the Gram form; transposing to it takes longer here.
     """
     positions, taps = math.prod(d.shape[1:-1]), math.prod(window.kernel)
     channels, outputs = x.shape[-1], d.shape[-1]
