@@ -43,10 +43,10 @@ def check(name, dtype):
     expected = np.stack([np.sum(part**2, 1) for part in np.split(pulled, sizes, axis=1)], 1)
     names = {id(p): key for key, p in lnp_keras.models.named_variables(model).items()}
     norms = np.stack([numpy(found["norms"][names[id(p)]]) for p in model.trainable_variables], 1)
-    floor = 1e-3 * expected.sum(1, keepdims=True)
-    assert np.max(np.abs(norms - expected) / (expected + floor)) < TOLERANCE[dtype]
-    assert not any("differ" in note for note in found["notes"])
+    floor = 1e-3 * expected.sum(1, keepdims=True)  # a parameter's own norm may be rounding noise beside the whole
+    assert np.all(np.abs(norms - expected) <= TOLERANCE[dtype] * (expected + floor))
     if BACKEND == "tensorflow":
+        assert not any("differ" in note for note in found["notes"])
         assert found["cheap"] == (name not in GENERAL), found["notes"]
 
 
@@ -85,7 +85,7 @@ def test_gradients_in_the_order_of_the_trained_variables():
     model, batch = classifier(layers.BatchNormalization())
     _, gradients = lnp_keras.value_and_grad(model, batch)
     assert [tuple(g.shape) for g in gradients] == [tuple(v.shape) for v in model.trainable_variables]
-    model.layers[1].trainable = False
+    model.layers[0].trainable = False
     _, fewer = lnp_keras.value_and_grad(model, batch)
     assert [tuple(g.shape) for g in fewer] == [tuple(v.shape) for v in model.trainable_variables]
     _, picked = lnp_keras.value_and_grad(model, batch, parameters="*bias")
