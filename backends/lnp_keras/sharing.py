@@ -19,7 +19,7 @@ WANTED: contextvars.ContextVar[list | None] = contextvars.ContextVar("gradients"
 
 @dataclass(frozen=True)
 class WithGradient:
-    """A computation, and J^T g by name beside it: flat, since arrays of shape () become numbers."""
+    """A computation, and J^T g by name beside it: with one axis at least, since arrays of shape () become numbers."""
 
     computation: Callable
 
@@ -28,7 +28,8 @@ class WithGradient:
         known = replace(lin, vjp=lambda v: gradient if v is lin.loss_gradient else lin.vjp(v))
         names = list(lin.inner_products(gradient, gradient))
         parts = gradient if isinstance(gradient, Mapping) else dict(zip(names, gradient, strict=True))
-        return self.computation(known, **operands), {name: lin.xp.reshape(parts[name], (-1,)) for name in names}
+        raised = {n: parts[n] if len(parts[n].shape) else lin.xp.reshape(parts[n], (1,)) for n in names}
+        return self.computation(known, **operands), raised
 
 
 def value_and_grad(
@@ -86,9 +87,11 @@ def value_and_grad(
     finally:
         WANTED.reset(token)
     variables = named_variables(model)
-    by_variable = {
-        id(variables[name]): keras.ops.reshape(keras.ops.convert_to_tensor(gradient), variables[name].shape)
-        for name, gradient in found[0].items()
-    }
+    by_variable = {id(variables[name]): _shaped(gradient, variables[name]) for name, gradient in found[0].items()}
     first = [id(variable) for variable in model.trainable_variables if id(variable) in by_variable]
     return (d.loss, d), [by_variable[key] for key in (*first, *(key for key in by_variable if key not in set(first)))]
+
+
+def _shaped(gradient: Any, variable: Any) -> Any:
+    tensor = keras.ops.convert_to_tensor(gradient)
+    return tensor if len(variable.shape) else keras.ops.reshape(tensor, ())

@@ -194,9 +194,8 @@ def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) 
 
 def _key(plan: Plan, arrays: Arrays, pairs: tuple, operands: dict[str, Any]) -> Any:
     """What traced code is found by: the plan, and the shapes and dtypes of everything that is passed to it."""
-    given = (arrays, pairs, operands)
-    shown = str(map_leaves(lambda leaf: tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf, given))
-    key = (plan, shown)
+    given = map_leaves(_described, (pairs, operands))
+    key = (plan, tuple(map(_described, arrays.values())), str(given))
     try:
         hash(key)
     except TypeError as error:
@@ -205,6 +204,12 @@ def _key(plan: Plan, arrays: Arrays, pairs: tuple, operands: dict[str, Any]) -> 
             "function, or an object with __hash__."
         ) from error
     return key
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, tf.Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf
 
 
 def remember(memory: OrderedDict, key: Any, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ COUPLED = (
     "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
     "dropout and batch normalisation in training mode do that too): they are not taken apart"
 )
+ONE = 0x3F800000
+"""The bits of 1.0 in float32."""
 XLA = "no Jacobian-vector products under XLA, which computes the second derivative of max-pooling wrongly"
 
 
@@ -239,9 +242,13 @@ def _loss_along(
 
 
 def _signs(seed: Any, index: Any, like: tf.Tensor) -> tf.Tensor:
+    """Each random bit is the sign bit of a 1."""
     pair = tf.stack([tf.cast(seed, tf.int64), tf.cast(index, tf.int64)])
-    bits = tf.random.stateless_uniform(like.shape, pair, minval=0, maxval=2, dtype=tf.int32)
-    return tf.cast(2 * bits - 1, like.dtype)
+    size = math.prod(like.shape)
+    words = tf.random.stateless_uniform((-(-size // 32), 1), pair, minval=None, maxval=None, dtype=tf.int32)
+    sign = tf.bitwise.bitwise_and(tf.bitwise.left_shift(words, tf.range(32)), tf.int32.min)
+    ones = tf.bitcast(tf.bitwise.bitwise_or(sign, ONE), tf.float32)
+    return tf.cast(tf.reshape(tf.reshape(ones, (-1,))[:size], like.shape), like.dtype)
 
 
 def _while_loop(condition: Callable, body: Callable, state: Any) -> Any:
