@@ -36,10 +36,13 @@ class Verdict:
         (parameter that takes the general way, why) pairs.
     coupled:
         Whether the samples interact.
+    expanded:
+        As in `Tapped`, where they were compared.
     """
 
     general: tuple[tuple[str, str], ...] = ()
     coupled: bool = False
+    expanded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,22 @@ class Comparison:
         {parameter that has no taps: why}.
     tolerance:
         What coupling may be.
+    expanded:
+        As in `Tapped`.
     """
 
     coupling: Any
     missed: dict[str, Any]
     unread: dict[str, str]
     tolerance: float
+    expanded: tuple[str, ...]
 
     def verdict(self) -> Verdict:
         """From numbers."""
         differing = {
             n: "its taps differ from single samples" for n, m in self.missed.items() if not m <= 2 * self.tolerance
         }
-        return Verdict(tuple((self.unread | differing).items()), self.coupling > self.tolerance)
+        return Verdict(tuple((self.unread | differing).items()), self.coupling > self.tolerance, self.expanded)
 
 
 def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tapped | None = None) -> Comparison:
@@ -93,7 +99,9 @@ def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tap
     singles = Groups(run, cut(inputs, index, batch.samples), (few, whole.shape[1]), whole.dtype)
     flat, grads, expected = singles.seen(signs)
     coupling = difference(flat, grads, tf.gather(whole, index), gradient)
-    return Comparison(coupling, _missed(found, expected, index), unread, coupling_tolerance(namespace, run.narrow))
+    return Comparison(
+        coupling, _missed(found, expected, index), unread, coupling_tolerance(namespace, run.narrow), batch.expanded
+    )
 
 
 def _missed(found: Norms, expected: Norms, index: list[int]) -> dict[str, tf.Tensor]:
@@ -131,6 +139,9 @@ class Apart:
         Of the outputs, (N, K).
     general:
         Parameters that take the general way.
+    expanded:
+        As in `Tapped`, where taps were compared with single samples: another number of samples, which may happen to be
+        another size in the network, must not be read in another way.
     batch:
         The samples after a forward pass, or None to run one when it is needed, in micro-batches of
     microbatch:
@@ -142,6 +153,7 @@ class Apart:
     shape: tuple[int, int]
     dtype: tf.DType
     general: tuple[str, ...] = ()
+    expanded: tuple[str, ...] = ()
     batch: Tapped | None = None
     microbatch: int | None = None
 
@@ -153,12 +165,15 @@ class Apart:
     def square_norms(self, v: tf.Tensor, cotangents: list | None = None) -> Norms:
         """{parameter: (N,) array of ||J_n^T v_n||^2}; v may have been pulled back to the batch's taps already."""
         if self.microbatch is not None and self.microbatch < self.shape[0]:
-            part = lambda inputs, v: Apart(self.run, inputs, tuple(v.shape), self.dtype, self.general).square_norms(v)
+            alone = replace(self, batch=None, microbatch=None)
+            part = lambda inputs, v: replace(alone, inputs=inputs, shape=tuple(v.shape)).square_norms(v)
             return replace(self.singles, size=self.microbatch).each(part, v)
         names = list(self.run.sources)
         known: Norms = {}
         if not set(names) <= set(self.general):
-            known = _read(self.batch or recorded(self.run, self.inputs), v, self.general, cotangents)
+            batch = self.batch or recorded(self.run, self.inputs)
+            other = () if batch.expanded == self.expanded else (*batch.expanded, *self.expanded)
+            known = _read(batch, v, {*self.general, *other}, cotangents)
         missing = tuple(name for name in names if name not in known)
         general = replace(self.singles, wanted=missing).square_norms(v) if missing else {}
         return {name: known[name] if name in known else general[name] for name in names}

@@ -57,7 +57,8 @@ def record(
         flat = groups.outputs()  # in a graph, the pass over the whole batch is not run if nothing else needs it
     loss = _loss(flat, outputs, batch.returned, targets, options)
     pulls = _Pulls(batch, groups, loss.gradient)
-    apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, (), batch if groups is None else None, options.microbatch)
+    first = batch if groups is None else None
+    apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, batch=first, microbatch=options.microbatch)
     taken = _taken_apart(apart, pulls, options, verdict)
     xla, known = in_xla(), separable(options.loss)
     population = not (xla or tf.executing_eagerly()) and (
@@ -134,11 +135,11 @@ def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict
             apart, notes=(f"no input runs over the {n} samples along its first axis: they are not taken apart",)
         )
     if verdict is not None:
-        made = replace(apart, general=tuple(name for name, _ in verdict.general))
+        made = replace(apart, general=tuple(name for name, _ in verdict.general), expanded=verdict.expanded)
         square_norms = lambda v: pulls.square_norms(made, v)
         return _Taken(made, square_norms, not verdict.general, None, general_note(verdict.general))
     seen = compare(apart.run, apart.inputs, apart.microbatch, apart.batch)
-    made = replace(apart, general=tuple(seen.unread))
+    made = replace(apart, general=tuple(seen.unread), expanded=seen.expanded)
     wrong = [missed > 2 * seen.tolerance for missed in seen.missed.values()]
     general = replace(apart, general=tuple(apart.run.sources))
 

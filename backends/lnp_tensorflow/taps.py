@@ -7,7 +7,7 @@ parameters tells what each of them does, and `lnp.norms` does the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tensorflow as tf
@@ -72,6 +72,8 @@ class Tapped:
         What they are read for.
     general:
         {parameter that is not read: the operation that is not known}.
+    expanded:
+        Parameters whose rows are taken to become one for each sample somewhere, once for each place.
     """
 
     returned: Any
@@ -82,6 +84,7 @@ class Tapped:
     taps: tuple[tf.Tensor, ...] = ()
     sites: tuple[Site, ...] = ()
     general: dict[str, str] = field(default_factory=dict)
+    expanded: tuple[str, ...] = ()
 
     def pulled(self, v: tf.Tensor, gradient: bool = True) -> tuple[Gradients, list]:
         """(J^T v, cotangents at the taps), by one backward pass. Where nothing arrives: zero, and None."""
@@ -162,6 +165,7 @@ def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, st
     taps: list[tf.Tensor] = []
     sites: list[Site] = []
     general: dict[str, str] = {}
+    expanded: list[str] = []
     for out in plain.outputs:
         if out.name not in seen.data:
             general |= dict.fromkeys(seen.origins.get(out.name, ()), "an output without data")
@@ -172,15 +176,15 @@ def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, st
         for place in frontier.places:
             paths, lost = origins(op.inputs[place], seen)
             general |= lost
+            expanded += [name for name, _ in paths if frontier.expanding]
             known = len(op.outputs) == 1 and op.inputs[place].shape.is_fully_defined()
             if op.type == "ResourceGather" or known:
                 sites += [Site(name, len(taps), op, place, steps) for name, steps in paths]
             else:
                 general |= dict.fromkeys((name for name, _ in paths), op.type)
         taps.append(op.outputs[0])
-    return Tapped(
-        plain.returned, plain.outputs, plain.sources, plain.tape, plain.samples, tuple(taps), tuple(sites), general
-    )
+    made_of = {"taps": tuple(taps), "sites": tuple(sites), "general": general, "expanded": tuple(sorted(expanded))}
+    return replace(plain, **made_of)
 
 
 def _reaching(made: list[tf.Operation], outputs: list[tf.Tensor]) -> set[str]:

@@ -28,10 +28,13 @@ class Frontier:
         The operation.
     places:
         Which of its inputs depend on parameters alone.
+    expanding:
+        Whether it has no data among its inputs, and is taken for where one row becomes one for each sample.
     """
 
     op: tf.Operation
     places: tuple[int, ...]
+    expanding: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def walk(operations: Iterable[tf.Operation], parameters: Mapping[str, str], data
         if op.type in UNDIFFERENTIATED or not any(_differentiable(out) for out in op.outputs):
             places = ()
         if places and (of_data or _expands(op, places, samples)):
-            frontiers.append(Frontier(op, places))
+            frontiers.append(Frontier(op, places, not of_data))
             of_data = True
         if of_data:
             seen |= {out.name for out in op.outputs}

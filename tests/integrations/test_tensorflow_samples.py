@@ -91,6 +91,15 @@ def test_in_micro_batches(microbatch):
     same(measured(model, x, microbatch=microbatch), model, x, "float64")
 
 
+def test_a_size_that_happens_to_be_the_number_of_samples():
+    """Twelve positions, in micro-batches of twelve, which are compared in eight."""
+    table = tf.constant(normal(12, 3))
+    model = Wrapped(lambda p, x: tf.tanh(x + p["s"] * table), {"s": normal(3)})
+    x = tf.constant(normal(24, 12, 3, seed=1))
+    for microbatch in (None, 12):
+        same(measured(model, x, microbatch=microbatch), model, x, "float64")
+
+
 def folded(p, x):
     return tf.tanh(x @ p["w"] + p["b"]) @ p["w"] * tf.exp(p["s"]) - p["b"]
 
