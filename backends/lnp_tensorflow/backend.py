@@ -32,7 +32,8 @@ def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **o
     """`lnp.decompose(model, batch, ...)`, with `jit_compile=True` compiled by XLA.
 
     Compiling takes seconds and pays where the same measurement is made many times. XLA computes the second derivative
-    of max-pooling wrongly in float32, so that `population=True`, which needs it, is refused.
+    of max-pooling wrongly in float32, which population values need: there are none by default, and `population=True`
+    is refused.
 
     >>> import tensorflow as tf
     >>> function = lambda w, x: x @ w
