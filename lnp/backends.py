@@ -105,9 +105,13 @@ def _turn(entry: Any) -> int:
     return {"keras": 0, "numpy": 2}.get(entry.name, 1)
 
 
-@functools.cache
 def _entries() -> EntryPoints:
-    """Read once: it takes milliseconds, as long as a training step of a small network."""
+    return _entries_on(tuple(sys.path))
+
+
+@functools.cache
+def _entries_on(path: tuple[str, ...]) -> EntryPoints:
+    """Remembered, since reading every distribution's metadata takes milliseconds."""
     from importlib.metadata import entry_points  # takes longer to import than all of lnp
 
     return entry_points(group=GROUP)

@@ -65,11 +65,12 @@ def _as_vector(prepared: Program, update: Any) -> Vector:
 
 def to_host(result: Any, flags: list[torch.Tensor]) -> tuple[Any, list[bool]]:
     """Every tensor of shape () as a Python number, in one transfer."""
-    tensors = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)] + flags
+    single = lambda leaf: isinstance(leaf, torch.Tensor) and not leaf.ndim
+    tensors = [leaf for leaf in leaves(result) if single(leaf)] + flags
     if not tensors:
         return result, []
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     values = torch.stack([tensor.detach().to(dtype) for tensor in tensors]).tolist()
     numbers = iter([v if t.is_floating_point() else int(v) for v, t in zip(values, tensors, strict=True)])
-    result = map_leaves(lambda leaf: next(numbers) if isinstance(leaf, torch.Tensor) else leaf, result)
+    result = map_leaves(lambda leaf: next(numbers) if single(leaf) else leaf, result)
     return result, [bool(number) for number in numbers]
