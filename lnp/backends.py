@@ -16,6 +16,7 @@ itself, for eager work.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,6 +106,12 @@ def _turn(entry: Any) -> int:
 
 
 def _entries() -> EntryPoints:
+    return _entries_on(tuple(sys.path))
+
+
+@functools.cache
+def _entries_on(path: tuple[str, ...]) -> EntryPoints:
+    """Remembered, since reading every distribution's metadata takes milliseconds."""
     from importlib.metadata import entry_points  # takes longer to import than all of lnp
 
     return entry_points(group=GROUP)

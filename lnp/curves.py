@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lnp.history import History
+from lnp.reach import reach as lowest
 
 MOST_POINTS = 400
 """Points of a curve; a history with more is averaged over stretches that are even in the logarithm of the step."""
@@ -183,15 +184,16 @@ def smoothed(line: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reach(history: History) -> tuple[float, float, float]:
-    """(spectral reach, its standard error, the step at which it is attained); nan for a history without positions."""
+    """(spectral reach, its standard error, the step at which it is attained) over three windows of the run, as
+    `lnp.reach` has it; nan for a history without positions.
+    """
     for column in (POSITION, "chi_pos"):
         line = curve(history, column)
-        step, position = smoothed(line)
-        finite = np.isfinite(position)
-        if finite.any():
-            lowest = int(np.argmin(np.where(finite, position, np.inf)))
-            errors = line.stderr[lowest : lowest + SMOOTHED]
-            return float(position[lowest]), float(np.sqrt((errors**2).sum()) / len(errors)), float(step[lowest])
+        known = np.isfinite(line.mean)
+        if known.any():
+            errors, width = np.nan_to_num(line.stderr[known]), min(SMOOTHED, int(known.sum()))
+            found = lowest(line.step[known], line.mean[known], errors, window=width)
+            return found.chi_pos, found.stderr, found.step
     return float("nan"), float("nan"), float("nan")
 
 

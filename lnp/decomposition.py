@@ -58,7 +58,9 @@ class Decomposition:
     loss_terms:
         n, the number of terms that the loss's mean reduction averages.
     probes:
-        Cotangents spent on the trace.
+        Cotangents spent on the trace, for each sample that was probed.
+    probed:
+        Samples that were probed: N, or fewer where `rtol` asked for no more.
     samples, outputs:
         N and K.
     estimator:
@@ -80,6 +82,7 @@ class Decomposition:
     chi_pos_stderr: Any
     loss_terms: Any
     probes: Any
+    probed: Any
     layers: Mapping[str, Layer] | None
     population: Population | None
     samples: int
@@ -129,7 +132,7 @@ def decompose(
     numbers are nan.
     """
     xp = lin.xp
-    name, notes = trace.choose(lin, estimator)
+    name, notes = trace.choose(lin, estimator, rtol, max_probes)
     gradient = lin.vjp(lin.loss_gradient)
     square_norms = lin.inner_products(gradient, gradient)
     layers = layer_names(tuple(square_norms), by_layer)
@@ -143,12 +146,10 @@ def decompose(
         for i, rate in enumerate(rates)
     ]
     whole = parts[0]
-    if population is None and not lin.cheap:
-        finite, reason = None, ("no population values: single samples are not cheap here; ask for population=True",)
-    elif population is False:
-        finite, reason = None, ()
-    else:
-        finite, reason = _population(lin, gradient, rates[0], estimate)
+    finite: Population | None = None
+    reason: tuple[str, ...] = ()
+    if population is not False:
+        finite, reason = _population(lin, gradient, rates[0], estimate, asked=population is True)
     return Decomposition(
         loss=lin.loss,
         rate=whole.rate,
@@ -159,6 +160,7 @@ def decompose(
         chi_pos_stderr=whole.chi_pos_stderr,
         loss_terms=lin.loss_terms,
         probes=estimate.probes,
+        probed=estimate.probed,
         layers=dict(zip(layers, parts[1:], strict=True)) if layers else None,
         population=finite,
         samples=lin.outputs.shape[0],
@@ -169,16 +171,18 @@ def decompose(
 
 
 def _population(
-    lin: Linearization, gradient: Vector, rate: Array, estimate: trace.TraceEstimate
+    lin: Linearization, gradient: Vector, rate: Array, estimate: trace.TraceEstimate, asked: bool
 ) -> tuple[Population | None, tuple[str, ...]]:
     """The population's values, or None and the reason."""
     reason = ""
     if estimate.samples is None:
         reason = "the samples were not taken one at a time"
     elif not lin.separable:
-        reason = "it is not known whether the loss is a mean over samples"
+        reason = "it is not known whether the loss is a mean over samples; if it is, set loss.separable = True"
     elif lin.outputs.shape[0] < 3:
         reason = "fewer than three samples tell nothing about their spread"
+    elif not (lin.cheap or asked):
+        reason = "single samples are not cheap in this network; ask for population=True"
     elif lin.jvp is None:
         reason = "the backend has no Jacobian-vector products"
     if reason:

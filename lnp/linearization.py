@@ -36,11 +36,15 @@ class Subset:
         v (M, K) -> {parameter name: (M,) array of ||J_ml^T v_m||^2}.
     jvp:
         u -> J u of shape (M, K), or None.
+    along:
+        u -> (M,) array of <J_m^T g_m, u> with the loss gradient g, where the backend has a cheaper way to it than J u;
+        or None.
     """
 
     index: Array
     sample_square_norms: Callable[[Array], Mapping[str, Array]]
     jvp: Callable[[Vector], Array] | None = None
+    along: Callable[[Vector], Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Linearization:
         v -> {parameter name: (N,) array of ||J_nl^T v_n||^2}, without N x P memory. None where it cannot be had.
     subset:
         M -> `Subset` of M samples, or None where the backend has none to offer. The same samples at each call.
+    subset_pays:
+        Whether a pass over a few of the samples is much cheaper than one over all: not where the work is small beside
+        what starts it.
     cheap:
         Whether `sample_square_norms` costs about as much as one pull-back.
     coupled:
@@ -109,6 +116,7 @@ class Linearization:
     jvp: Callable[[Vector], Array] | None = None
     sample_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     subset: Callable[[int], Subset] | None = None
+    subset_pays: bool = True
     cheap: bool = False
     coupled: Array | None = None
     group_square_norms: Callable[[Array], Mapping[str, Array]] | None = None

@@ -54,7 +54,8 @@ def decompose(
     loss:
         `loss(outputs, targets) -> scalar`, or a name: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or
         "huber" (delta = 1). None takes the model's own (Hugging Face, compiled Keras models), else cross-entropy for
-        integer targets and mean squared error for float targets of the outputs' shape.
+        integer targets and mean squared error for float targets of the outputs' shape. A callable of your own that is
+        a mean over samples can say so by an attribute `separable = True`; population values need to know.
     forward:
         `forward(model, inputs) -> outputs`, for models that are not called as `model(inputs)`.
     parameters:
@@ -70,7 +71,7 @@ def decompose(
         Of tr Theta: "exact", "per_sample", "grouped", "joint", or "auto": exact for few outputs, per sample otherwise,
         joint (or grouped, with `microbatch`) where the samples interact in the network. See `lnp.trace`.
     rtol:
-        Relative standard error of chi_net at which the probing stops.
+        Relative standard error of chi_net at which the probing stops; 0 spends all of `max_probes`.
     max_probes:
         The most random probes to spend, also when `rtol` is not reached.
     seed:

@@ -24,7 +24,7 @@ from typing import Any
 
 from lnp.linearization import Array, accumulation_dtype
 
-BUDGET = 2**25
+BUDGET = 2**22
 """Numbers that are in memory at a time, beside what is given."""
 GRAM_ADVANTAGE = 1.2
 """How many times fewer multiplications the Gram form needs to be preferred: its products are smaller."""
@@ -44,7 +44,8 @@ def outer(xp: Any, left: Array, right: Array, advantage: float = GRAM_ADVANTAGE,
     direct, gram = rows * columns, positions * (rows + columns)
     if gram * advantage <= direct:
         return _chunked(xp, lambda a, b: _gram(xp, a, b), (left, right), 2 * positions**2, budget)
-    return _chunked(xp, lambda a, b: _direct(xp, a, b), (left, right), direct, budget)
+    turned = lambda a, b: _direct(xp, xp.matrix_transpose(a), xp.matrix_transpose(b))
+    return _chunked(xp, turned, (left, right), direct, budget)
 
 
 def rows(xp: Any, index: Array, values: Array, budget: int = BUDGET) -> Array:
@@ -100,31 +101,40 @@ class Window:
     groups: int = 1
 
 
-def convolution(xp: Any, x: Array, d: Array, window: Window, budget: int = BUDGET) -> Array:
+PATCHES = 2**20
+"""Numbers of patches that are in memory at a time: what a processor's cache holds."""
+
+
+def convolution(xp: Any, x: Array, d: Array, window: Window, budget: int = BUDGET, patches: int = PATCHES) -> Array:
     """||dL_n/dW||^2 of the weight of y = x * W, where x (N, C, ...) is padded already and d (N, O, ...) is the
     cotangent of y. Shape (N,). For a transposed convolution x and d change places.
 
-    Where the gradient has fewer numbers than the Gram matrix would, each offset of the kernel is one product of d with
-    the shifted x: no patches are formed.
+    The patches under the kernel are formed for a few samples at a time, so that one product makes their gradients;
+    where the Gram matrix over positions needs far fewer multiplications, that is summed over the kernel's offsets.
     """
     positions, taps = math.prod(d.shape[2:]), math.prod(window.kernel)
     channels, outputs = x.shape[1] // window.groups, d.shape[1] // window.groups
     parts = d.shape[0] * window.groups
     x, d = xp.reshape(x, (parts, channels, *x.shape[2:])), xp.reshape(d, (parts, outputs, *d.shape[2:]))
     gram = 3 * positions * (channels * taps + outputs) < channels * outputs * taps
-    function = _convolution_gram if gram else _convolution_direct
-    size = 2 * positions**2 + positions * channels if gram else outputs * (channels + positions)
-    norms = _chunked(xp, lambda x, d: function(xp, x, d, window), (x, d), size, budget)
+    if gram:
+        norms = _chunked(
+            xp,
+            lambda x, d: _convolution_gram(xp, x, d, window),
+            (x, d),
+            2 * positions**2 + positions * channels,
+            budget,
+        )
+    else:
+        norms = _chunked(
+            xp, lambda x, d: _convolution_direct(xp, x, d, window), (x, d), channels * taps * positions, patches
+        )
     return xp.sum(xp.reshape(norms, (-1, window.groups)), axis=1)
 
 
 def _convolution_direct(xp: Any, x: Array, d: Array, window: Window) -> Array:
-    d, slices = _aligned(xp, x, d, window)
-    total = None
-    for piece in slices:
-        squared = explicit(xp, xp.matmul(d, xp.matrix_transpose(piece)))
-        total = squared if total is None else total + squared
-    return total
+    stacked = xp.stack(list(_shifted(xp, x, d.shape[2:], window)), axis=1)
+    return _direct(xp, xp.reshape(d, (*d.shape[:2], -1)), xp.reshape(stacked, (d.shape[0], -1, stacked.shape[-1])))
 
 
 def _convolution_gram(xp: Any, x: Array, d: Array, window: Window) -> Array:
@@ -133,25 +143,6 @@ def _convolution_gram(xp: Any, x: Array, d: Array, window: Window) -> Array:
         products = xp.matmul(xp.matrix_transpose(piece), piece)
         total = products if total is None else total + products
     return xp.sum(total * xp.matmul(xp.matrix_transpose(flat), flat), axis=(1, 2))
-
-
-def _aligned(xp: Any, x: Array, d: Array, window: Window) -> tuple[Array, Any]:
-    """(d (N, O, L), x (N, C, L) at each offset of the kernel), with both flattened to the same positions.
-
-    With stride 1 a shift of x is a shift of the flattened x, without a copy, once rows of d are as long as rows of x.
-    """
-    if set(window.stride) != {1}:
-        return xp.reshape(d, (*d.shape[:2], -1)), _shifted(xp, x, d.shape[2:], window)
-    spatial, flat = x.shape[2:], xp.reshape(x, (*x.shape[:2], -1))
-    strides = [math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))]
-    length = 1 + sum((size - 1) * stride for size, stride in zip(d.shape[2:], strides, strict=True))
-    for axis in range(3, d.ndim):
-        missing = (*d.shape[:axis], spatial[axis - 2] - d.shape[axis], *d.shape[axis + 1 :])
-        if missing[axis]:
-            d = xp.concat([d, xp.zeros(missing, dtype=d.dtype, device=getattr(d, "device", None))], axis=axis)
-    steps = [dilation * stride for dilation, stride in zip(window.dilation, strides, strict=True)]
-    starts = [sum(o * step for o, step in zip(offset, steps, strict=True)) for offset in _offsets(window)]
-    return xp.reshape(d, (*d.shape[:2], -1))[:, :, :length], (flat[:, :, s : s + length] for s in starts)
 
 
 def _shifted(xp: Any, x: Array, out: Sequence[int], window: Window) -> Any:
@@ -169,9 +160,10 @@ def _offsets(window: Window) -> Any:
 
 
 def _direct(xp: Any, left: Array, right: Array) -> Array:
+    """||left[n] right[n]^T||_F^2 for left (N, p, S) and right (N, q, S)."""
     if left.dtype != getattr(xp, "bfloat16", None):  # whose range is wide enough; products are rounded, not biased
         left, right = _wide(xp, left), _wide(xp, right)
-    return explicit(xp, xp.matmul(xp.matrix_transpose(left), right))
+    return explicit(xp, xp.matmul(left, xp.matrix_transpose(right)))
 
 
 def _gram(xp: Any, left: Array, right: Array) -> Array:

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lnp.decomposition import Decomposition
 
-WHOLE = ("loss", "rate", "chi_loss", "chi_net", "chi_net_stderr", "chi_pos", "chi_pos_stderr", "loss_terms", "probes")
+WHOLE = (
+    "loss",
+    "rate",
+    "chi_loss",
+    "chi_net",
+    "chi_net_stderr",
+    "chi_pos",
+    "chi_pos_stderr",
+    "loss_terms",
+    "probes",
+    "probed",
+)
 SHAPE = ("samples", "outputs", "estimator")
 POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "noise_scale_stderr")
 LAYER = ("rate", "chi_net", "chi_net_stderr", "chi_pos", "chi_pos_stderr")
@@ -84,6 +95,7 @@ def to_html(d: Decomposition) -> str:
 def obtained(d: Decomposition) -> str:
     """One line on the batch and the estimator."""
     probes = "1 probe" if d.probes == 1 else f"{_count(d.probes)} probes"
+    probes += "" if d.probed == d.samples else f" of {_count(d.probed)} samples"
     terms = _count(d.loss_terms)
     return f"{d.samples} samples x {d.outputs} outputs, {terms} loss terms; trace: {d.estimator}, {probes}"
 

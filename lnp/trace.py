@@ -10,22 +10,22 @@ variance: Nikolaou et al., arXiv 2605.31244, and docs/theory.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lnp.linearization import Array, Linearization, accumulation_dtype
+from lnp.probing import Pilot, Probe, pilot_size, to_tolerance
 
 ESTIMATORS = ("auto", "exact", "per_sample", "grouped", "joint")
 GROUPS = 8
 """Groups that the grouped estimator forms when the batch was not split into micro-batches."""
-EXACT_OUTPUTS = 8
-"""`auto` is exact up to this many outputs per sample: as many probes as the tolerance could ask for."""
+TYPICAL_DEVIATION = 0.1
+"""Relative standard deviation of one sample's probe: 0.08 to 0.25 on networks of many kinds (docs/theory.md)."""
+LEAST_PROBES = 2
+"""What probing to a tolerance costs at least, in probes: one, and some samples again that tell its error."""
 EXACT_ROWS = 16
 """`auto` takes all N*K rows one by one up to this many, where samples interact."""
-DEGREES_OF_FREEDOM = 7
-"""A standard error is trusted to stop the probing once this many differences went into it."""
-
 Rows = Sequence[Sequence[str]]
 """For each row of an estimate, the parameters whose squared norms it adds; the first row holds all of them."""
 
@@ -43,25 +43,29 @@ class TraceEstimate:
     estimator:
         "exact", "per_sample", "grouped" or "joint".
     probes:
-        Cotangents that were pulled back.
+        Cotangents that were pulled back for each of these samples.
+    probed:
+        Samples that were probed: N, or fewer where the tolerance asked for no more.
     samples:
-        (N,) estimates of tr Theta_nn, or None where samples were not taken one at a time.
+        (N,) estimates of tr Theta_nn, or None where samples were not taken one at a time. Those that were not probed
+        have the mean of the others.
     """
 
     trace: Array
     standard_error: Array
     estimator: str
     probes: Any
+    probed: Any
     samples: Array | None = None
 
 
-def choose(lin: Linearization, estimator: str) -> tuple[str, tuple[str, ...]]:
+def choose(lin: Linearization, estimator: str, rtol: float, max_probes: int) -> tuple[str, tuple[str, ...]]:
     """The estimator that is used when the user asks for `estimator`, and notes where it is another one."""
     samples, outputs = lin.outputs.shape
     independent = lin.sample_square_norms is not None
     if estimator == "auto":
         if independent:
-            return ("exact" if outputs <= EXACT_OUTPUTS else "per_sample"), ()
+            return ("exact" if outputs <= expected_probes(samples, rtol, max_probes) else "per_sample"), ()
         if samples * outputs <= EXACT_ROWS:
             return "exact", ()
         return ("joint" if lin.group_square_norms is None else "grouped"), ()
@@ -70,28 +74,42 @@ def choose(lin: Linearization, estimator: str) -> tuple[str, tuple[str, ...]]:
     return estimator, ()
 
 
+def expected_probes(samples: int, rtol: float, max_probes: int) -> float:
+    """Random probes that the tolerance is likely to ask for: as many orthogonal ones, if K is no more, are exact.
+
+    >>> expected_probes(samples=16, rtol=0.01, max_probes=64)
+    6.25
+    """
+    if rtol == 0:
+        return max_probes
+    return min(max_probes, max(LEAST_PROBES, (TYPICAL_DEVIATION / rtol) ** 2 / samples))
+
+
 def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_probes: int) -> TraceEstimate:
     """tr Theta by the named estimator (not "auto"), for each row of parameters. Safe to trace and compile."""
     if estimator == "exact":
         return exact(lin, rows)
     probe = {"per_sample": per_sample, "grouped": grouped, "joint": joint}[estimator](lin, rows)
-    return to_tolerance(lin, probe, len(rows), estimator, rtol, max_probes)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """v -> (R, G) array of squared norms, one for each row of parameters and group of samples."""
-
-    square_norms: Callable[[Array], Array]
-    groups: int
-    rows: Rows = ()
+    found = to_tolerance(lin, probe, rtol, max_probes)
+    error, apart = lin.xp.sqrt(found.variance), found.mean[0, :] if estimator == "per_sample" else None
+    probed = found.groups if estimator == "per_sample" else lin.outputs.shape[0]
+    return TraceEstimate(lin.xp.sum(found.mean, axis=1), error, estimator, found.probes, probed, apart)
 
 
 def per_sample(lin: Linearization, rows: Rows) -> Probe:
     """||J_n^T v_n||^2 for each sample n, whose expectation over signs is tr Theta_nn. Samples must not interact."""
     square_norms = lin.sample_square_norms
     assert square_norms is not None, "choose() takes this estimator only where the record has them"
-    return Probe(lambda v: _by_row(lin, rows, square_norms(v)), lin.outputs.shape[0], rows)
+    samples, subset = lin.outputs.shape[0], lin.subset
+
+    def pilot() -> Pilot:
+        assert subset is not None, "a probe without a subset has no pilot"
+        some = subset(pilot_size(samples))
+        own = lambda v: some.sample_square_norms(lin.xp.take(v, some.index, axis=0))
+        return Pilot(some.index, lambda v: _by_row(lin, rows, own(v)))
+
+    probe = lambda v: _by_row(lin, rows, square_norms(v))
+    return Probe(probe, samples, len(rows), pilot if subset is not None and lin.subset_pays else None)
 
 
 def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
@@ -102,7 +120,7 @@ def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
     xp = lin.xp
     of_groups = lin.group_square_norms
     if of_groups is not None:
-        return Probe(lambda v: _by_row(lin, rows, of_groups(v)), lin.groups)
+        return Probe(lambda v: _by_row(lin, rows, of_groups(v)), lin.groups, len(rows))
     samples = lin.outputs.shape[0]
     groups = min(groups, samples)
     bounds = [(samples * g // groups, samples * (g + 1) // groups) for g in range(groups)]
@@ -112,12 +130,12 @@ def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
         parts = [xp.where((index >= start) & (index < stop), v, xp.zeros_like(v)) for start, stop in bounds]
         return xp.concat([_pulled_back(lin, rows, part) for part in parts], axis=1)
 
-    return Probe(square_norms, groups)
+    return Probe(square_norms, groups, len(rows))
 
 
 def joint(lin: Linearization, rows: Rows) -> Probe:
     """||J^T v||^2, whose expectation over signs is tr Theta; right for any network."""
-    return Probe(lambda v: _pulled_back(lin, rows, v), 1)
+    return Probe(lambda v: _pulled_back(lin, rows, v), 1, len(rows))
 
 
 def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
@@ -143,86 +161,7 @@ def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
     _, groups = lin.while_loop(lambda state: state[0] < count, body, (0, _zeros(lin, (len(rows), probe.groups))))
     total = xp.sum(groups, axis=1)
     apart = lin.sample_square_norms is not None
-    return TraceEstimate(total, xp.zeros_like(total), "exact", count, groups[0, :] if apart else None)
-
-
-def to_tolerance(
-    lin: Linearization, probe: Probe, rows: int, estimator: str, rtol: float, max_probes: int
-) -> TraceEstimate:
-    """Average probes until the standard error is below `rtol` times the estimate, or `max_probes` are spent.
-
-    With k >= 2 probes x_1 ... x_k per group g the standard error pools the differences within the groups,
-    SE^2 = sum_g sum_i (x_gi - mean_g)^2 / (k (k - 1)), G (k - 1) degrees of freedom. One probe is enough if the spread
-    across groups, an upper bound, says so: SE^2 <= G/(G - 1) sum_g (x_g - mean)^2; or if a second probe of M samples
-    drawn at random does: SE^2 = N/M sum_m (x_m - x'_m)^2 / 2.
-    """
-    xp = lin.xp
-    least = min(max_probes, 2 + (DEGREES_OF_FREEDOM - 1) // probe.groups)
-    first = probe.square_norms(lin.signs(0))
-    enough, single = _of_one(lin, probe, first, rtol, estimator, max_probes)
-
-    def body(state: tuple) -> tuple:
-        count, mean, squares = state
-        value = probe.square_norms(lin.signs(count))
-        difference = value - mean
-        mean = mean + difference / _number(lin, count + 1)
-        return count + 1, mean, squares + difference * (value - mean)
-
-    def unfinished(state: tuple) -> Any:
-        count, mean, squares = state
-        if isinstance(count, int) and 1 < count < least:
-            return True  # known without reading anything from the device
-        if isinstance(count, int) and count >= max_probes:
-            return False
-        pairs = _number(lin, count * (count - 1))
-        wide = xp.sum(squares[0, :]) > (rtol * xp.sum(mean[0, :])) ** 2 * pairs
-        return ((count < least) | ((count < max_probes) & wide)) & ((count > 1) | xp.logical_not(enough))
-
-    count, mean, squares = lin.while_loop(unfinished, body, (1, first, xp.zeros_like(first)))
-    if isinstance(count, int):
-        variance = single if count == 1 else xp.sum(squares, axis=1) / (count * (count - 1))
-    else:
-        pairs = xp.where(count > 1, count * (count - 1), xp.ones_like(count))
-        variance = xp.where(count > 1, xp.sum(squares, axis=1) / _number(lin, pairs), single)
-    apart = mean[0, :] if estimator == "per_sample" else None
-    return TraceEstimate(xp.sum(mean, axis=1), xp.sqrt(variance), estimator, count, apart)
-
-
-def _of_one(
-    lin: Linearization, probe: Probe, first: Array, rtol: float, estimator: str, max_probes: int
-) -> tuple[Array, Array]:
-    """(whether one probe meets the tolerance, its squared standard error or an upper bound, shape (R,))."""
-    xp = lin.xp
-    allowed = (rtol * xp.sum(first[0, :])) ** 2
-    bound = _across(xp, first)
-    few = probe.groups <= DEGREES_OF_FREEDOM
-    enough = xp.zeros_like(bound[0], dtype=xp.bool) if few else bound[0] <= allowed
-    size = pilot_size(probe.groups)
-    if estimator != "per_sample" or lin.subset is None or size >= probe.groups or max_probes == 1:
-        return enough, bound
-
-    def pilot(state: tuple) -> tuple:
-        subset = lin.subset(size)
-        second = _by_row(lin, probe.rows, subset.sample_square_norms(xp.take(lin.signs(1), subset.index, axis=0)))
-        difference = second - xp.take(first, subset.index, axis=1)
-        return state[0] + 1, xp.sum(difference * difference, axis=1) * (0.5 * probe.groups / size)
-
-    _, variance = lin.while_loop(lambda state: (state[0] < 1) & xp.logical_not(enough), pilot, (0, bound))
-    return variance[0] <= allowed, variance
-
-
-def pilot_size(samples: int) -> int:
-    """Samples that are probed a second time to learn the error of the first probe."""
-    return min(max(samples // 8, DEGREES_OF_FREEDOM + 1), 32)
-
-
-def _across(xp: Any, values: Array) -> Array:
-    """Squared standard error from the spread across groups, shape (R,); nan for a single group."""
-    groups = values.shape[1]
-    if groups == 1:
-        return values[:, 0] * float("nan")
-    spread = values - xp.mean(values, axis=1, keepdims=True)
-    return xp.sum(spread * spread, axis=1) * (groups / (groups - 1))
+    return TraceEstimate(total, xp.zeros_like(total), "exact", count, samples, groups[0, :] if apart else None)
 
 
 def _pulled_back(lin: Linearization, rows: Rows, v: Array) -> Array:
@@ -235,11 +174,6 @@ def _by_row(lin: Linearization, rows: Rows, square_norms: Mapping[str, Array]) -
     sums = [sum((square_norms[name] for name in row[1:]), start=square_norms[row[0]]) for row in rows]
     dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)  # parameters may be wider than the outputs
     return lin.xp.astype(lin.xp.stack([lin.xp.reshape(total, (-1,)) for total in sums]), dtype, copy=False)
-
-
-def _number(lin: Linearization, count: Any) -> Any:
-    """A count as a factor: not every framework multiplies integers with floats."""
-    return count if isinstance(count, int) else lin.xp.astype(count, accumulation_dtype(lin.xp, lin.outputs.dtype))
 
 
 def _zeros(lin: Linearization, shape: Any) -> Array:

@@ -7,8 +7,9 @@ except ImportError as error:
 
 from lnp_jax import results
 from lnp_jax.backend import accepts, decompose, evaluate, linearize
+from lnp_jax.sharing import value_and_grad
 from lnp_jax.steps import difference, snapshot
 
-__all__ = ["accepts", "decompose", "difference", "evaluate", "linearize", "snapshot"]
+__all__ = ["accepts", "decompose", "difference", "evaluate", "linearize", "snapshot", "value_and_grad"]
 
 results.register()

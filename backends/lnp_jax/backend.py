@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,13 +14,11 @@ import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
 from lnp_jax.compiled import Plan, check_hashable, measure, run
+from lnp_jax.judge import judged, traced
 from lnp_jax.models import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]
-
-_COUPLED: OrderedDict[Plan, None] = OrderedDict()
-"""Plans whose samples were found to interact: they are not taken apart again."""
 
 
 def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options: Any) -> lnp.Decomposition:
@@ -48,26 +45,14 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
         operands["update"] = _as_vector(structure, arrays, model, operands["update"])
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(dynamic)):
+    if traced(dynamic):
         return measure(plan, *dynamic).result
     check_hashable(plan)
-    if plan in _COUPLED:
-        plan = _joint(plan)
+    if options.split:
+        plan = replace(plan, verdicts=tuple(judged(structure, arrays, batch, plan.options) for batch in batches))
     answer, notes = run(plan, *dynamic)
     answer = jax.device_get(answer)
     _raise(answer)
-    if any(answer.coupled):
-        if options.microbatch is not None:
-            raise ValueError(
-                f"microbatch={options.microbatch} was asked for, but the samples interact in this network: a "
-                "sample's output or gradient changes when the others are left out. Expected independent samples. "
-                "Leave microbatch unset, or remove what couples them."
-            )
-        _COUPLED[plan] = None
-        while len(_COUPLED) > 256:
-            _COUPLED.popitem(last=False)
-        answer, notes = run(_joint(plan), *dynamic)
-        answer = jax.device_get(answer)
     result = jax.tree.map(_to_number, answer.result)
     return replace(result, notes=(*result.notes, *notes)) if notes and hasattr(result, "notes") else result
 
@@ -75,11 +60,9 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not compiled."""
     structure, arrays = separate(model, options.forward, options.parameters)
-    return record(structure, arrays, batch, options.seed, options, False)
-
-
-def _joint(plan: Plan) -> Plan:
-    return replace(plan, options=replace(plan.options, split=False), coupled=True)
+    known = options.split and not traced((arrays, batch, options.seed))
+    verdict = judged(structure, arrays, batch, options) if known else None
+    return record(structure, arrays, batch, options.seed, options, verdict)
 
 
 def _raise(answer: Any) -> None:

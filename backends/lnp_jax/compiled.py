@@ -7,13 +7,15 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 
 from lnp.backends import Options
+from lnp_jax.apart import Verdict
 from lnp_jax.models import Arrays, Structure
 from lnp_jax.record import record
 
@@ -24,33 +26,53 @@ REMEMBERED = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is fixed when a measurement is compiled; equal plans share the compiled code."""
+    """All that is fixed when a measurement is compiled; equal plans share the compiled code.
+
+    The verdicts say for each batch how its samples are taken apart; None where that cannot be known yet, inside the
+    user's own compiled function.
+    """
 
     computation: Callable
     structure: Structure
     options: Options
-    coupled: bool = False
+    verdicts: tuple[Verdict, ...] | None = None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["result", "violated", "coupled"], meta_fields=["messages"])
+@partial(jax.tree_util.register_dataclass, data_fields=["result", "violated"], meta_fields=["messages"])
 @dataclass(frozen=True)
 class Answer:
     """What a measurement returns: the computation's result, and the checks on values."""
 
     result: Any
     violated: tuple
-    coupled: tuple
     messages: tuple[str, ...]
+
+
+@dataclass
+class Observer:
+    """Sees the records of a measurement that is traced into another function, and may bring the verdict on it."""
+
+    verdict: Verdict | None = None
+    records: list = field(default_factory=list)
+
+
+OBSERVER: ContextVar[Observer | None] = ContextVar("OBSERVER", default=None)
 
 
 def measure(plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
     """Linearise each batch and compute. Pure."""
-    records = [record(plan.structure, arrays, batch, seed, plan.options, plan.coupled) for batch in batches]
+    observer = OBSERVER.get()
+    verdicts = plan.verdicts or [None if observer is None else observer.verdict] * len(batches)
+    records = [
+        record(plan.structure, arrays, batch, seed, plan.options, verdict)
+        for batch, verdict in zip(batches, verdicts, strict=True)
+    ]
+    if observer is not None:
+        observer.records += records
     checks = [check for lin in records for check in lin.violations]
     return Answer(
         plan.computation(*records, **operands),
         tuple(flag for flag, _ in checks),
-        tuple(lin.coupled for lin in records if lin.coupled is not None),
         tuple(message for _, message in checks),
     )
 

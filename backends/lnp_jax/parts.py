@@ -36,6 +36,13 @@ class Split:
         """The leaves that run over samples."""
         return [leaf for leaf, over in zip(self._leaves, self._over, strict=True) if over]
 
+    def some(self, index: jax.Array, size: int) -> Split:
+        """The split of as many samples."""
+        inputs = self.inputs([row[index] for row in self.rows])
+        part = Split(inputs, size)
+        part._over = self._over  # other leaves may happen to be as long
+        return part
+
     def inputs(self, rows: list) -> Any:
         """Inputs with other rows in place of the batch's."""
         values = iter(rows)
@@ -50,35 +57,17 @@ def single(function: Function, split: Split) -> Callable[[Mapping, list], jax.Ar
 
 
 def sample_square_norms(function: Function, split: Split, parameters: Mapping[str, jax.Array]) -> Callable:
-    """v -> {name: (N,) array of ||J_n^T v_n||^2}: gradients of as many samples at a time as fit the budget."""
+    """(rows, v) -> {name: (N,) array of ||J_n^T v_n||^2}: gradients of as many samples at a time as fit the budget."""
     of_one = single(function, split)
     size = sum(p.size * p.dtype.itemsize for p in parameters.values())
-    chunk = int(max(1, min(split.samples, BUDGET // max(size, 1))))
+    chunk = int(max(1, BUDGET // max(size, 1)))
 
     def square_norms(rows_and_v: tuple) -> dict[str, jax.Array]:
         rows, v = rows_and_v
         (pulled,) = jax.vjp(lambda p: of_one(p, rows), parameters)[1](v)
         return {name: jnp.sum(wide(grad) ** 2) for name, grad in pulled.items()}
 
-    return lambda v: jax.lax.map(square_norms, (split.rows, v), batch_size=chunk)
-
-
-def coupling(
-    function: Function, split: Split, parameters: Mapping, outputs: jax.Array, g: jax.Array, gradient: Mapping
-) -> jax.Array:
-    """The largest relative difference between single samples and the batch, in outputs and in J^T g."""
-    of_one = single(function, split)
-    alone, pullback = jax.vjp(lambda p: jax.vmap(of_one, (None, 0))(p, split.rows), parameters)
-    if alone.shape != outputs.shape:
-        return jnp.asarray(jnp.inf)
-    in_outputs = jnp.max(jnp.abs(alone - outputs)) / _positive(jnp.max(jnp.abs(outputs)))
-    (pulled,) = pullback(g.astype(alone.dtype))
-    norms = jnp.stack([jnp.linalg.norm(wide(gradient[name]).ravel()) for name in pulled])
-    missed = jnp.stack([jnp.linalg.norm((wide(pulled[name]) - wide(gradient[name])).ravel()) for name in pulled])
-    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
-    # whole
-    floor = 0.03 * jnp.linalg.norm(norms)
-    return jnp.maximum(in_outputs, jnp.max(missed / _positive(norms + floor)))
+    return lambda rows, v: jax.lax.map(square_norms, (rows, v), batch_size=min(chunk, v.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -96,47 +85,44 @@ class Micro:
 
     def outputs(self, parameters: Mapping) -> jax.Array:
         """f, shape (N, K)."""
-        full, rest = self._parts(self.split.rows)
-        made = [jax.lax.map(lambda rows: self._flat(parameters, rows), full)] if full else []
-        made += [self._flat(parameters, rest)] if rest else []
-        return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in made])
-
-    def vjp(self, parameters: Mapping, v: jax.Array) -> Mapping:
-        """J^T v as the sum over micro-batches."""
-        full, rest = self._parts([*self.split.rows, v])
-        total = jax.tree.map(jnp.zeros_like, dict(parameters))
-        if full:
-            add = lambda sums, arrays: (jax.tree.map(jnp.add, sums, self._pulled(parameters, arrays)), None)
-            total, _ = jax.lax.scan(add, total, full)
-        return jax.tree.map(jnp.add, total, self._pulled(parameters, rest)) if rest else total
+        return self.visited(lambda rows: ((), self._flat(parameters, rows)), self.split.rows)[1]
 
     def square_norms(self, parameters: Mapping, v: jax.Array) -> Mapping:
         """{name: (G,) array of ||J_g^T v_g||^2}."""
-        full, rest = self._parts([*self.split.rows, v])
-        squares = lambda arrays: {n: jnp.sum(wide(u) ** 2) for n, u in self._pulled(parameters, arrays).items()}
-        made = [jax.lax.map(squares, full)] if full else []
-        made += [jax.tree.map(lambda value: value[None], squares(rest))] if rest else []
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
+
+        def squares(arrays: list) -> tuple[tuple, dict]:
+            *rows, v = arrays
+            (pulled,) = jax.vjp(lambda p: self._flat(p, rows), dict(parameters))[1](v)
+            return (), {name: jnp.sum(wide(u) ** 2)[None] for name, u in pulled.items()}
+
+        return self.visited(squares, [*self.split.rows, v])[1]
+
+    def visited(self, function: Callable[[list], tuple[Any, Any]], arrays: list) -> tuple[Any, Any]:
+        """(sum, concatenation) over micro-batches of the two trees of arrays that the function returns."""
+        count = self.split.samples // self.size
+        head = count * self.size
+        full = [a[:head].reshape(count, self.size, *a.shape[1:]) for a in arrays]
+        rest = [a[head:] for a in arrays]
+        if not count:
+            return function(rest)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, [a[0] for a in full])[0])
+
+        def step(total: Any, some: list) -> tuple[Any, Any]:
+            added, made = function(some)
+            return jax.tree.map(jnp.add, total, added), made
+
+        total, stacked = jax.lax.scan(step, zeros, full)
+        made = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
+        if head == self.split.samples:
+            return total, made
+        added, last = function(rest)
+        joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), made, last)
+        return jax.tree.map(jnp.add, total, added), joined
 
     def _flat(self, parameters: Mapping, rows: list) -> jax.Array:
         return flatten(self.function(parameters, self.split.inputs(rows)))
-
-    def _pulled(self, parameters: Mapping, arrays: list) -> Mapping:
-        *rows, v = arrays
-        return jax.vjp(lambda p: self._flat(p, rows), dict(parameters))[1](v)[0]
-
-    def _parts(self, arrays: list) -> tuple[list, list]:
-        """Whole micro-batches stacked along a new first axis, and what is left over; empty lists for none."""
-        count = self.split.samples // self.size
-        head = count * self.size
-        full = [a[:head].reshape(count, self.size, *a.shape[1:]) for a in arrays] if count else []
-        return full, [a[head:] for a in arrays] if head < self.split.samples else []
 
 
 def wide(array: jax.Array) -> jax.Array:
     """In float32 or better."""
     return array.astype(jnp.result_type(jnp.float32, array.dtype))
-
-
-def _positive(value: jax.Array) -> jax.Array:
-    return jnp.maximum(value, jnp.finfo(value.dtype).tiny)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,17 +11,18 @@ import jax.numpy as jnp
 
 from lnp import batches
 from lnp.backends import Options
-from lnp.linearization import Linearization, coupling_tolerance
+from lnp.linearization import Linearization, Subset
 from lnp.losses import separable
-from lnp_jax import batch_norm, losses, parts
+from lnp_jax import losses, parts
+from lnp_jax.apart import Verdict, impossible, pair
 from lnp_jax.models import Arrays, Structure
-from lnp_jax.outputs import flatten, rebuild
+from lnp_jax.network import Network, prepared
 from lnp_jax.outputs import parts as parts_of
+from lnp_jax.outputs import rebuild
+from lnp_jax.tapped import Tapped, general_note, tapped
 
-COUPLED = (
-    "the samples interact in this network (a sample's output or gradient changes when the others are left out; a "
-    "dropout mask that is drawn for the whole batch does that too): they are not taken apart"
-)
+DRAWN = 2**31 - 1
+"""Folded into the key for the samples of a subset; probes count from 0."""
 
 
 @dataclass(frozen=True)
@@ -34,72 +35,167 @@ class _Loss:
     notes: tuple[str, ...]
 
 
+Pull = Callable[[jax.Array], tuple[Mapping, Mapping | None]]
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Passes forward and back.
+
+    Attributes
+    ----------
+    outputs:
+        f, shape (N, K).
+    run:
+        parameters -> f.
+    pull:
+        v -> (J^T v, {name: (N,) array of ||J_nl^T v_n||^2} or None).
+    again:
+        () -> the same of a pass that keeps little, for a loop; or None.
+    """
+
+    outputs: jax.Array
+    run: Callable[[Mapping], jax.Array]
+    pull: Pull
+    again: Callable[[], Pull] | None = None
+
+
+@dataclass
+class _Pulls:
+    """Pull-backs, remembered for the loss gradient; inside a loop, of the pass that was made for it.
+
+    Outside a loop what XLA keeps between forward and backward pass is up to XLA. Into a loop all of it would be copied,
+    whether the loop is entered or not.
+    """
+
+    passes: _Passes
+    g: jax.Array
+    of_g: tuple[Mapping, Mapping | None]
+    inside: Pull | None = None
+
+    def __call__(self, v: jax.Array) -> tuple[Mapping, Mapping | None]:
+        return self.of_g if v is self.g else (self.inside or self.passes.pull)(v)
+
+    def square_norms(self, v: jax.Array) -> Mapping:
+        """Of single samples, where they are taken apart."""
+        return self(v)[1] or {}
+
+    def while_loop(self, going: Callable, body: Callable, state: Any) -> Any:
+        """`jax.lax.while_loop`, with a forward pass of its own if it is entered."""
+        entered = going(state)
+
+        def loop(state: Any) -> Any:
+            outside = self.inside
+            self.inside = outside or (None if self.passes.again is None else self.passes.again())
+            try:
+                return jax.lax.while_loop(going, body, state)
+            finally:
+                self.inside = outside
+
+        state = jax.tree.map(jnp.asarray, state)
+        if isinstance(entered, bool):
+            return loop(state) if entered else state
+        return jax.lax.cond(entered, loop, lambda state: state, state)
+
+
 def record(
-    structure: Structure, arrays: Arrays, batch: Any, seed: Any, options: Options, coupled: bool
+    structure: Structure, arrays: Arrays, batch: Any, seed: Any, options: Options, verdict: Verdict | None
 ) -> Linearization:
-    """Linearise the model on a batch. `coupled` says that its samples are known to interact."""
+    """Linearise the model on a batch. Without a verdict two samples are compared; numbers are nan if they differ."""
     inputs, targets = batches.unpack(batch)
-    notes: tuple[str, ...] = (COUPLED,) if coupled else ()
-    if options.batch_statistics == "frozen":
-        structure, arrays, more = batch_norm.frozen(structure, arrays, inputs)
-        notes = (*notes, *more)
-    shown = structure.shown
-    parameters = {shown[name]: jnp.asarray(arrays[name]) for name in structure.trained}
-    rest = {name: value for name, value in arrays.items() if name not in shown}
-
-    def function(parameters: Mapping, inputs: Any) -> Any:
-        return structure.call(rest | {name: parameters[known] for name, known in shown.items()}, inputs)
-
-    run, outputs, vjp, split, tree = _passes(function, parameters, inputs, options.microbatch)
-    loss = _loss(outputs, tree, targets, options)
-    groups = None if options.microbatch is None else parts.Micro(function, split, options.microbatch)
-    types = [leaf.dtype for leaf in (*parameters.values(), *parts_of(tree))]
-    narrow = max(types, key=lambda dtype: jnp.finfo(dtype).eps)
-    apart, flag, why = _apart(function, split, parameters, outputs, loss.gradient, vjp, narrow, options)
+    net = prepared(structure, arrays, inputs, options)
+    check = verdict is None and options.split
+    reason = "" if not options.split else impossible(net) if verdict is None else verdict.reason
+    if reason and options.microbatch is not None:
+        raise ValueError(
+            f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
+            "microbatch unset, or remove what couples them."
+        )
+    taken_apart = options.split and not reason
+    taps = None if not taken_apart else _taps(net, options, verdict or Verdict())
+    passes = _whole(net) if taps is None else _tapped(net, taps, options.microbatch)
+    loss = _loss(passes.outputs, _tree(net), targets, options)
+    g = loss.gradient
+    pull = _Pulls(passes, g, passes.pull(g))
+    micro = None if options.microbatch is None else parts.Micro(net.function, net.split, options.microbatch)
+    parameters = net.parameters
     return Linearization(
         xp=jnp,
-        outputs=outputs,
+        outputs=passes.outputs,
         loss=loss.value,
-        loss_gradient=loss.gradient,
+        loss_gradient=g,
         loss_terms=loss.terms,
-        vjp=vjp,
+        vjp=lambda v: pull(v)[0],
         inner_products=lambda u, w: {name: jnp.sum(parts.wide(u[name]) * parts.wide(w[name])) for name in parameters},
-        signs=_signs(seed, outputs),
-        jvp=lambda u: jax.jvp(run, (parameters,), (_as(u, parameters),))[1],
-        sample_square_norms=apart,
-        coupled=flag,
-        group_square_norms=None if groups is None else lambda v: groups.square_norms(parameters, v),
-        groups=1 if groups is None else groups.groups,
-        loss_along=lambda u, step: loss.of(run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})),
+        signs=_signs(seed, passes.outputs),
+        jvp=lambda u: jax.jvp(passes.run, (dict(parameters),), (_as(u, parameters),))[1],
+        sample_square_norms=None if taps is None else pull.square_norms,
+        subset=None if taps is None else lambda size: _subset(net, taps, options.microbatch, seed, size),
+        cheap=taps is not None and not taps.plan.general,
+        coupled=pair(net, taps, passes.outputs) if check and taps is not None else None,
+        group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
+        groups=1 if micro is None else micro.groups,
+        loss_along=lambda u, step: loss.of(
+            passes.run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})
+        ),
         separable=separable(options.loss),
         violations=loss.violations,
-        notes=(*notes, *loss.notes, *why),
-        while_loop=lambda going, body, state: jax.lax.while_loop(going, body, jax.tree.map(jnp.asarray, state)),
+        notes=(*net.notes, *([reason] if reason else []), *loss.notes, *(general_note(taps.plan) if taps else ())),
+        while_loop=pull.while_loop,
     )
 
 
-def _passes(
-    function: parts.Function, parameters: Mapping, inputs: Any, microbatch: int | None
-) -> tuple[Callable, jax.Array, Callable, parts.Split, Any]:
-    """(parameters -> (N, K), its value, vjp, the inputs' split, outputs as the model returns them)."""
-    if microbatch is None:
+def loss_and_gradient(
+    structure: Structure, arrays: Arrays, batch: Any, options: Options
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """(L, J^T g) of the batch as a whole."""
+    inputs, targets = batches.unpack(batch)
+    net = prepared(structure, arrays, inputs, options)
+    passes = _whole(net)
+    loss = _loss(passes.outputs, _tree(net), targets, options)
+    return loss.value, passes.pull(loss.gradient)[0]
 
-        def whole(parameters: Mapping) -> tuple[jax.Array, Any]:
-            tree = function(parameters, inputs)
-            return flatten(tree), tree
 
-        outputs, pullback, tree = jax.vjp(whole, parameters, has_aux=True)
-        split = parts.Split(inputs, outputs.shape[0])
-        return (lambda p: whole(p)[0]), outputs, lambda v: pullback(v)[0], split, tree
-    tree = jax.eval_shape(function, parameters, inputs)
-    split = parts.Split(inputs, jax.eval_shape(flatten, tree).shape[0])
-    if not split.possible:
-        raise ValueError(
-            f"microbatch={microbatch} was asked for, but no input runs over the {split.samples} samples along its "
-            "first axis. Expected at least one that does. Leave microbatch unset."
-        )
-    micro = parts.Micro(function, split, microbatch)
-    return micro.outputs, micro.outputs(parameters), lambda v: micro.vjp(parameters, v), split, tree
+def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:
+    samples = min(options.microbatch or net.split.samples, net.split.samples)
+    return tapped(net.function, net.split, net.parameters, samples, verdict.excluded)
+
+
+def _whole(net: Network) -> _Passes:
+    run = jax.jit(net.whole)  # for eager callers: one program, not one per operation
+    outputs, pullback = jax.vjp(run, dict(net.parameters))
+    return _Passes(outputs, run, lambda v: (pullback(v)[0], None))
+
+
+def _tapped(net: Network, taps: Tapped, size: int | None) -> _Passes:
+    if size is None:
+        outputs, pull = taps.forward(net.split.rows)
+        again = lambda: taps.forward(net.split.rows, lean=True)[1]
+        return _Passes(outputs, lambda p: taps.plain(p, net.split.rows), pull, again)
+    micro = parts.Micro(net.function, net.split, size)
+    part = lambda arrays: taps.forward(arrays[:-1])[1](arrays[-1])
+    return _Passes(
+        micro.outputs(net.parameters), micro.outputs, lambda v: micro.visited(part, [*net.split.rows, v])
+    )  # fmt: skip
+
+
+def _subset(net: Network, taps: Tapped, microbatch: int | None, seed: Any, size: int) -> Subset:
+    """Samples drawn at random, with a forward pass of their own."""
+    drawn = jax.random.permutation(jax.random.fold_in(_key(seed), DRAWN), net.split.samples)
+    index = jnp.sort(drawn[:size])
+    some = replace(net, split=net.split.some(index, size))
+    passes = _tapped(some, taps, microbatch)
+    return Subset(
+        index,
+        lambda v: passes.pull(v)[1] or {},
+        lambda u: jax.jvp(passes.run, (dict(net.parameters),), (_as(u, net.parameters),))[1],
+    )
+
+
+def _tree(net: Network) -> Any:
+    """The outputs' structure, with the leaves that are not measured."""
+    floating = len(parts_of(net.tree)) == len(jax.tree.leaves(net.tree))
+    return net.tree if floating else net.function(net.parameters, net.inputs)
 
 
 def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Loss:
@@ -119,37 +215,16 @@ def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Los
     return _Loss(value, gradient, of, terms, violations, notes)
 
 
-def _apart(
-    function: parts.Function,
-    split: parts.Split,
-    parameters: Mapping,
-    outputs: jax.Array,
-    g: jax.Array,
-    vjp: Callable,
-    narrow: Any,
-    options: Options,
-) -> tuple[Callable | None, jax.Array | None, tuple[str, ...]]:
-    """(sample_square_norms, whether the samples interact after all, notes)."""
-    if not options.split:
-        return None, None, ()
-    if not split.possible:
-        return (
-            None,
-            None,
-            (f"no input runs over the {split.samples} samples along its first axis: they are not taken apart",),
-        )
-    if options.microbatch == 1:  # cannot differ from single samples: pairs can
-        pairs = parts.Micro(function, split, 2)
-        outputs, gradient = pairs.outputs(parameters), pairs.vjp(parameters, g)
-    else:
-        gradient = vjp(g)
-    flag = parts.coupling(function, split, parameters, outputs, g, gradient) > coupling_tolerance(jnp, narrow)
-    return parts.sample_square_norms(function, split, parameters), flag, ()
-
-
 def _signs(seed: Any, outputs: jax.Array) -> Callable[[Any], jax.Array]:
-    key = _key(seed)
-    return lambda index: jax.random.rademacher(jax.random.fold_in(key, index), outputs.shape, outputs.dtype)
+    key, (samples, numbers) = _key(seed), outputs.shape
+
+    def signs(index: Any) -> jax.Array:
+        """One bit for each: drawing whole numbers takes as long as a product of matrices."""
+        words = jax.random.bits(jax.random.fold_in(key, index), (samples, -(-numbers // 32)), jnp.uint32)
+        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return 2 * bits.reshape(samples, -1)[:, :numbers].astype(outputs.dtype) - 1
+
+    return signs
 
 
 def _key(seed: Any) -> jax.Array:

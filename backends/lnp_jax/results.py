@@ -7,6 +7,7 @@ from dataclasses import fields
 import jax
 
 import lnp
+from lnp.spectrum import Measured
 
 STATIC = ("samples", "outputs", "estimator", "notes")
 """Fields that are known when a function is traced."""
@@ -14,7 +15,7 @@ STATIC = ("samples", "outputs", "estimator", "notes")
 
 def register() -> None:
     """Make lnp's results known to JAX."""
-    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse):
+    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse, Measured):
         names = [field.name for field in fields(result)]
-        static = [name for name in names if name in STATIC and result is lnp.Decomposition]
+        static = [name for name in names if name in STATIC and result in (lnp.Decomposition, Measured)]
         jax.tree_util.register_dataclass(result, [name for name in names if name not in static], static)

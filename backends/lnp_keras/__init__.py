@@ -6,5 +6,6 @@ except ImportError as error:
     raise ImportError("lnp_keras needs Keras 3. Run: pip install 'lnp[keras]' and a framework") from error
 
 from lnp_keras.backend import accepts, evaluate, linearize, untouched
+from lnp_keras.sharing import value_and_grad
 
-__all__ = ["accepts", "evaluate", "linearize", "untouched"]
+__all__ = ["accepts", "evaluate", "linearize", "untouched", "value_and_grad"]

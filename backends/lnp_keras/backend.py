@@ -12,7 +12,7 @@ import keras
 import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
-from lnp_keras import batch_norm
+from lnp_keras import batch_norm, sharing
 from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
 from lnp_keras.models import Stateless, accepts, as_tensors, named_variables, selected, stateless
 
@@ -26,7 +26,12 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
         handed = _handed(model, batches, options)
     if operands.get("update") is not None:
         operands["update"] = _by_name(handed.options.parameters, operands["update"])
+    wanted = sharing.WANTED.get()
+    computation = computation if wanted is None else sharing.WithGradient(computation)
     result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
+    if wanted is not None:
+        result, gradient = result
+        wanted.append(gradient)
     return replace(result, notes=(*result.notes, *handed.notes)) if hasattr(result, "notes") else result
 
 

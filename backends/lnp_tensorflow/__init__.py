@@ -7,7 +7,8 @@ except ImportError as error:
 
 from lnp_tensorflow import results
 from lnp_tensorflow.backend import accepts, decompose, evaluate, linearize
+from lnp_tensorflow.sharing import value_and_grad
 
-__all__ = ["accepts", "decompose", "evaluate", "linearize"]
+__all__ = ["accepts", "decompose", "evaluate", "linearize", "value_and_grad"]
 
 results.register()

@@ -16,7 +16,8 @@ from lnp.backends import Options
 from lnp.batches import unpack
 from lnp.linearization import Linearization
 from lnp.structure import leaves, map_leaves
-from lnp_tensorflow.compiled import Plan, measure, run
+from lnp_tensorflow import sharing
+from lnp_tensorflow.compiled import CONVERTED, Answer, Plan, measure, remember, run
 from lnp_tensorflow.forward import forward
 from lnp_tensorflow.isolation import undisturbed
 from lnp_tensorflow.models import Arrays, Structure, accepts, is_module, separate
@@ -31,7 +32,8 @@ def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **o
     """`lnp.decompose(model, batch, ...)`, with `jit_compile=True` compiled by XLA.
 
     Compiling takes seconds and pays where the same measurement is made many times. XLA computes the second derivative
-    of max-pooling wrongly in float32, so that `population=True`, which needs it, is refused.
+    of max-pooling wrongly in float32, which population values need: there are none by default, and `population=True`
+    is refused.
 
     >>> import tensorflow as tf
     >>> function = lambda w, x: x @ w
@@ -56,11 +58,13 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
         operands["update"] = _as_vector(structure, arrays, operands["update"])
     operands = map_leaves(tf.convert_to_tensor, operands)
     pairs = _tensors(batches)
+    shared = sharing.WANTED.get() is not None
+    computation = sharing.WithGradient(computation) if shared else computation
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None, forward=None), _JIT.get())
     if tf.inside_function():
         with undisturbed(structure.static):
             answer, _ = measure(plan, tree, arrays, pairs, options.seed, operands)
-        return answer.result
+        return _result(answer, structure, arrays, shared)
     answer = _traced(plan, tree, arrays, pairs, options.seed, operands)
     for violated, message in zip(answer.violated, answer.messages, strict=True):
         if violated:
@@ -71,7 +75,15 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
             "output or gradient changes when the others are left out. Expected independent samples. Leave microbatch "
             "unset, or remove what couples them."
         )
-    return answer.result
+    return _result(answer, structure, arrays, shared)
+
+
+def _result(answer: Answer, structure: Structure, arrays: Arrays, shared: bool) -> Any:
+    if not shared:
+        return answer.result
+    result, gradient = answer.result
+    sharing.leave(structure, arrays, gradient)
+    return result
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
@@ -90,10 +102,14 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
 
 def _traced(plan: Plan, *dynamic: Any) -> Any:
     """The answer; a network with Python control flow over tensors is converted by AutoGraph."""
+    converted = replace(plan, structure=replace(plan.structure, autograph=True))
+    if plan.structure in CONVERTED:
+        return run(converted, *dynamic)
     try:
         return run(plan, *dynamic)
     except tf.errors.OperatorNotAllowedInGraphError:
-        return run(replace(plan, structure=replace(plan.structure, autograph=True)), *dynamic)
+        remember(CONVERTED, plan.structure, None)
+        return run(converted, *dynamic)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import tensorflow as tf
 from lnp import batches
 from lnp.backends import Options
 from lnp.structure import leaves, map_leaves
+from lnp_tensorflow.apart import Comparison, Verdict, compare
 from lnp_tensorflow.forward import Forward, forward
 from lnp_tensorflow.isolation import undisturbed
 from lnp_tensorflow.models import Arrays, Structure
@@ -31,6 +32,7 @@ class Plan:
     options: Options
     jit_compile: bool = False
     coupled: bool = False
+    verdicts: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Answer:
     messages: tuple[str, ...] = ()
 
 
+class Place(int):
+    """Where a tensor that is no number is found among those of an answer."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """A measurement as a graph.
@@ -50,9 +56,9 @@ class Traced:
     Attributes
     ----------
     function:
-        (arrays, batches' tensors, seed, operands) -> every number of the answer, in one float64 vector.
+        (arrays, batches' tensors, seed, operands) -> every number of the answer in one float64 vector, and its arrays.
     answer:
-        The answer with specifications in the numbers' places.
+        The answer with specifications in the places of both.
     written:
         Variables that the model writes to.
     """
@@ -63,7 +69,9 @@ class Traced:
 
 
 _TRACED: OrderedDict[Any, Traced] = OrderedDict()
-_COUPLED: OrderedDict[Any, None] = OrderedDict()
+_VERDICTS: OrderedDict[Any, tuple[Verdict, ...]] = OrderedDict()
+CONVERTED: OrderedDict[Any, None] = OrderedDict()
+"""Structures that need AutoGraph."""
 
 
 def measure(
@@ -72,7 +80,11 @@ def measure(
     """Linearise the model on each batch and compute. Pure but for what the model itself writes, which is put back."""
     given = [batches.unpack(pair) for pair in pairs]
     runs = [forward(plan.structure, tree, arrays, inputs) for inputs, _ in given]
-    records = [record(run, *pair, seed, plan.options, plan.coupled) for run, pair in zip(runs, given, strict=True)]
+    verdicts = plan.verdicts or [None] * len(runs)
+    records = [
+        record(run, *pair, seed, plan.options, plan.coupled, verdict)
+        for run, pair, verdict in zip(runs, given, verdicts, strict=True)
+    ]
     result = plan.computation(*records, **operands)
     for run in runs:
         run.restore()
@@ -82,36 +94,74 @@ def measure(
 
 
 def run(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
-    """The answer with numbers, in one transfer from the device. Samples that interact are not taken apart again."""
+    """The answer with numbers, in one transfer from the device.
+
+    What has once been compared with single samples is remembered. Samples that interact are not taken apart.
+    """
     key = _key(plan, arrays, pairs, operands)
-    if key in _COUPLED:
-        plan, key = _joint(plan), _joint_key(key)
-    answer = _run(key, plan, tree, arrays, pairs, seed, operands)
-    if not any(answer.coupled) or plan.options.microbatch is not None or any(answer.violated):
-        return answer
-    _remember(_COUPLED, key, None)
-    return _run(_joint_key(key), _joint(plan), tree, arrays, pairs, seed, operands)
+    if plan.options.split:
+        verdicts = _verdicts(key, plan, tree, arrays, pairs)
+        joint = any(verdict.coupled for verdict in verdicts)
+        if joint and plan.options.microbatch is not None:
+            return Answer(None, (), (True,))
+        change = {"options": replace(plan.options, split=False), "coupled": True} if joint else {"verdicts": verdicts}
+        plan = replace(plan, **change)
+    return _run((plan, *key[1:]), measure, plan, tree, arrays, pairs, seed, operands)
 
 
-def _run(key: Any, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
+def _verdicts(key: Any, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple) -> tuple[Verdict, ...]:
+    """How the samples of each batch are taken apart; found out once for each model and shapes."""
+    known = _VERDICTS.get(key)
+    if known is not None:
+        return known
+    found, lasting = [], True
+    for pair in pairs:
+        inputs, _ = batches.unpack(pair)
+        options = Options(microbatch=plan.options.microbatch)
+        mine = Plan(compare, plan.structure, options, plan.jit_compile)
+        answer = _run(_key(mine, arrays, inputs, {}), _judge, mine, tree, arrays, (inputs,), 0, {})
+        seen: Comparison = answer.result
+        found.append(seen.verdict())
+        lasting &= all(missed == missed for missed in seen.missed.values())  # what is not a number tells nothing
+    if lasting:
+        remember(_VERDICTS, key, tuple(found))
+        _forget_with(plan.structure.static, _VERDICTS, key)
+    return tuple(found)
+
+
+def _judge(
+    plan: Plan, tree: Any, arrays: Arrays, given: tuple, seed: Any, operands: dict[str, Any]
+) -> tuple[Answer, list[Forward]]:
+    """Compare taps with single samples."""
+    (inputs,) = given
+    run = forward(plan.structure, tree, arrays, inputs)
+    seen = compare(run, inputs, plan.options.microbatch)
+    run.restore()
+    return Answer(seen, (), ()), [run]
+
+
+def _run(
+    key: Any, body: Callable, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]
+) -> Answer:
     tensors = [leaf for leaf in leaves(pairs) if tf.is_tensor(leaf)]
     dynamic = (arrays, tensors, tf.cast(seed, tf.int64), operands)
     traced = _TRACED.get(key)
     if traced is None:
-        traced = _trace(plan, tree, pairs, dynamic)
-        _remember(_TRACED, key, traced)
-        if isinstance(plan.structure.static, weakref.ref):
-            # variables that the graph has captured live as long as it does
-            weakref.finalize(plan.structure.static(), _TRACED.pop, key, None)
+        traced = _trace(body, plan, tree, pairs, dynamic)
+        remember(_TRACED, key, traced)
+        _forget_with(plan.structure.static, _TRACED, key)
     before = [(variable, variable.read_value()) for variable in traced.written]
     try:
-        values = iter(traced.function(*dynamic).numpy().tolist())
+        packed, *made = traced.function(*dynamic)
+        values = iter(packed.numpy().tolist())
     except BaseException:
         for variable, value in before:
             variable.assign(value)
         raise
 
     def number(spec: Any) -> Any:
+        if isinstance(spec, Place):
+            return made[spec]
         if not isinstance(spec, tf.DType):
             return spec
         value = next(values)
@@ -120,19 +170,20 @@ def _run(key: Any, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: An
     return map_leaves(number, traced.answer)
 
 
-def _trace(plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> Traced:
+def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> Traced:
     seen: list[Any] = []
 
-    def graph(arrays: Arrays, tensors: list, seed: tf.Tensor, operands: dict[str, Any]) -> tf.Tensor:
+    def graph(arrays: Arrays, tensors: list, seed: tf.Tensor, operands: dict[str, Any]) -> list[tf.Tensor]:
         given = iter(tensors)
         filled = map_leaves(lambda leaf: next(given) if tf.is_tensor(leaf) else leaf, pairs)
-        answer, runs = measure(plan, tree, arrays, filled, seed, operands)
-        numbers = [tf.cast(leaf, tf.float64) for leaf in leaves(answer) if tf.is_tensor(leaf)]
-        seen[:] = [
-            map_leaves(lambda leaf: leaf.dtype if tf.is_tensor(leaf) else leaf, answer),
-            tuple({id(v): v for run in runs for v, _ in run.written}.values()),
-        ]
-        return tf.stack(numbers)
+        answer, runs = body(plan, tree, arrays, filled, seed, operands)
+        tensors = [leaf for leaf in leaves(answer) if tf.is_tensor(leaf)]
+        numbers = [tf.cast(leaf, tf.float64) for leaf in tensors if not leaf.shape.rank]
+        made = [leaf for leaf in tensors if leaf.shape.rank]
+        places = map(Place, range(len(made)))
+        shown = lambda leaf: (next(places) if leaf.shape.rank else leaf.dtype) if tf.is_tensor(leaf) else leaf
+        seen[:] = [map_leaves(shown, answer), tuple({id(v): v for run in runs for v, _ in run.written}.values())]
+        return [tf.stack(numbers) if numbers else tf.zeros(0, tf.float64), *made]
 
     function = tf.function(graph, autograph=False, jit_compile=plan.jit_compile or None)
     spec = tf.nest.map_structure(tf.type_spec_from_value, dynamic, expand_composites=False)
@@ -143,9 +194,8 @@ def _trace(plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> Traced:
 
 def _key(plan: Plan, arrays: Arrays, pairs: tuple, operands: dict[str, Any]) -> Any:
     """What traced code is found by: the plan, and the shapes and dtypes of everything that is passed to it."""
-    given = (arrays, pairs, operands)
-    shown = str(map_leaves(lambda leaf: tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf, given))
-    key = (plan, shown)
+    given = map_leaves(_described, (pairs, operands))
+    key = (plan, tuple(map(_described, arrays.values())), str(given))
     try:
         hash(key)
     except TypeError as error:
@@ -156,15 +206,20 @@ def _key(plan: Plan, arrays: Arrays, pairs: tuple, operands: dict[str, Any]) -> 
     return key
 
 
-def _joint(plan: Plan) -> Plan:
-    return replace(plan, options=replace(plan.options, split=False), coupled=True)
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, tf.Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf
 
 
-def _joint_key(key: tuple) -> tuple:
-    return _joint(key[0]), *key[1:]
-
-
-def _remember(memory: OrderedDict, key: Any, value: Any) -> None:
+def remember(memory: OrderedDict, key: Any, value: Any) -> None:
+    """Keep the last few."""
     memory[key] = value
     while len(memory) > REMEMBERED:
         memory.popitem(last=False)
+
+
+def _forget_with(static: Any, memory: OrderedDict, key: Any) -> None:
+    """Variables that a graph has captured live as long as it does: a module's goes with the module."""
+    if isinstance(static, weakref.ref):
+        weakref.finalize(static(), memory.pop, key, None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util  # there is no public way to ask for XLA
 
 from lnp.structure import leaves, map_leaves
 from lnp_tensorflow import namespace
@@ -18,6 +20,7 @@ WRITES = re.compile(r"Assign\w*VariableOp|Resource(Scatter|StridedSliceAssign)\w
 DRAWS = re.compile(
     r"(Parameterized)?TruncatedNormal|Random(Uniform|UniformInt|StandardNormal|Shuffle|Gamma|PoissonV2)|Multinomial"
 )
+CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 ANONYMOUS = "cd2c89b7-88b7-44c8-ad83-06c2a9158347"
 """What TensorFlow calls a variable that lives as long as something refers to it."""
 NESTED = (
@@ -39,6 +42,9 @@ class Forward:
         Variables that a pass writes to, and their values before the first.
     narrow:
         The floating-point type of the least precision that the model computes in.
+    inline:
+        Whether the `tf.function`s that the model calls are traced as if they were its own code, which shows what they
+        do with its parameters.
     """
 
     structure: Structure
@@ -46,6 +52,7 @@ class Forward:
     arrays: Arrays
     written: tuple[tuple[tf.Variable, tf.Tensor], ...] = ()
     narrow: tf.DType = tf.float64
+    inline: bool = False
 
     @property
     def sources(self) -> dict[str, Any]:
@@ -58,7 +65,8 @@ class Forward:
         arrays = self.arrays
         if sources is not None and self.structure.kind == "function":
             arrays = arrays | sources
-        return self.structure.call(self.tree, arrays, inputs)
+        with inlined(self.inline and not tf.executing_eagerly()):
+            return self.structure.call(self.tree, arrays, inputs)
 
     def restore(self) -> None:
         """Put back what a pass has written to."""
@@ -68,22 +76,43 @@ class Forward:
 
 def forward(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> Forward:
     """The model's passes. Traces the model once to see what it writes to."""
-    graph = traced(structure, tree, arrays, inputs).graph
+    graph, inline = traced(structure, tree, arrays, inputs).graph, False
+    if not structure.autograph and any(op.type in CALLS for op in graph.get_operations()):
+        with contextlib.suppress(Exception):  # as the inner functions may need AutoGraph: they stay as they are
+            graph, inline = traced(structure, tree, arrays, inputs, True).graph, True
     types = {tensor.dtype for op in graph.get_operations() for tensor in op.outputs if tensor.dtype.is_floating}
     narrow = max(types, key=lambda dtype: namespace.finfo(dtype).eps, default=tf.float64)
-    return Forward(structure, tree, arrays, tuple((v, v.read_value()) for v in _written(graph)), narrow)
+    return Forward(structure, tree, arrays, tuple((v, v.read_value()) for v in _written(graph)), narrow, inline)
 
 
-def traced(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> Any:
+@contextlib.contextmanager
+def inlined(on: bool) -> Iterator[None]:
+    """Where `tf.function`s are traced as if they were plain Python."""
+    before = tf.config.functions_run_eagerly()
+    try:
+        if on:
+            tf.config.run_functions_eagerly(True)
+        yield
+    finally:
+        if on:
+            tf.config.run_functions_eagerly(before)
+
+
+def in_xla() -> bool:
+    """Whether what is traced will be compiled by XLA."""
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def traced(structure: Structure, tree: Any, arrays: Arrays, inputs: Any, inline: bool = False) -> Any:
     """The concrete function (arrays, leaves of the inputs) -> floating-point leaves of the outputs."""
     given = leaves(inputs)
     tensors = [leaf for leaf in given if tf.is_tensor(leaf)]
 
     def run(arrays: Arrays, tensors: list) -> list:
         values = iter(tensors)
-        return parts(
-            structure.call(tree, arrays, map_leaves(lambda leaf: next(values) if tf.is_tensor(leaf) else leaf, inputs))
-        )
+        filled = map_leaves(lambda leaf: next(values) if tf.is_tensor(leaf) else leaf, inputs)
+        with inlined(inline):
+            return parts(structure.call(tree, arrays, filled))
 
     spec = tf.nest.map_structure(tf.type_spec_from_value, (arrays, tensors), expand_composites=False)
     return tf.function(run, autograph=False).get_concrete_function(*spec)
@@ -97,7 +126,7 @@ def moved(forward: Forward, inputs: Any, sources: dict[str, tf.Tensor], drawn: l
     """
     forward.restore()
     structure = forward.structure
-    concrete = traced(structure, forward.tree, forward.arrays, inputs)
+    concrete = traced(structure, forward.tree, forward.arrays, inputs, forward.inline)
     graph = concrete.graph
     replaced = _captured(structure, graph, sources) | _arguments(forward, graph, inputs, sources)
     first, again = list(drawn), _draws(graph.get_operations())

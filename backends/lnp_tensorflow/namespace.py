@@ -6,13 +6,15 @@ used: TensorFlow places an operation where its operands are.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import tensorflow as tf
 from ml_dtypes import finfo as _finfo
 
-float32, float64, int32 = tf.float32, tf.float64, tf.int32
+float32, float64, int32, bool = tf.float32, tf.float64, tf.int32, tf.bool
 
 
 def asarray(value: Any, *, dtype: Any = None, device: Any = None) -> tf.Tensor:
@@ -21,7 +23,7 @@ def asarray(value: Any, *, dtype: Any = None, device: Any = None) -> tf.Tensor:
     return tensor if dtype is None else tf.cast(tensor, dtype)
 
 
-def astype(x: tf.Tensor, dtype: Any, *, copy: bool = True) -> tf.Tensor:
+def astype(x: tf.Tensor, dtype: Any, *, copy: builtins.bool = True) -> tf.Tensor:
     """Tensors cannot be written to, so that there is nothing to copy."""
     return tf.cast(x, dtype)
 
@@ -36,8 +38,8 @@ def zeros(shape: Any, *, dtype: Any = tf.float32, device: Any = None) -> tf.Tens
     return tf.zeros(shape, dtype)
 
 
-def zeros_like(x: tf.Tensor) -> tf.Tensor:
-    return tf.zeros_like(x)
+def zeros_like(x: tf.Tensor, *, dtype: Any = None) -> tf.Tensor:
+    return tf.zeros_like(x, dtype)
 
 
 def ones_like(x: tf.Tensor) -> tf.Tensor:
@@ -76,13 +78,47 @@ def sqrt(x: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(x)
 
 
-def sum(x: tf.Tensor, *, axis: int | None = None, keepdims: bool = False) -> tf.Tensor:
+def sum(x: tf.Tensor, *, axis: int | tuple[int, ...] | None = None, keepdims: builtins.bool = False) -> tf.Tensor:
     return tf.reduce_sum(x, axis, keepdims)
 
 
-def mean(x: tf.Tensor, *, axis: int | None = None, keepdims: bool = False) -> tf.Tensor:
+def mean(x: tf.Tensor, *, axis: int | None = None, keepdims: builtins.bool = False) -> tf.Tensor:
     return tf.reduce_mean(x, axis, keepdims)
 
 
 def any(x: tf.Tensor) -> tf.Tensor:
     return tf.reduce_any(x)
+
+
+def logical_not(x: tf.Tensor) -> tf.Tensor:
+    return tf.logical_not(x)
+
+
+def take(x: tf.Tensor, indices: tf.Tensor, *, axis: int) -> tf.Tensor:
+    return tf.gather(x, indices, axis=axis)
+
+
+def take_along_axis(x: tf.Tensor, indices: tf.Tensor, *, axis: int) -> tf.Tensor:
+    """Of equal shapes but for this axis."""
+    axis %= len(x.shape)
+    if axis != len(x.shape) - 1:
+        order = [i for i in range(len(x.shape)) if i != axis] + [axis]
+        back = [order.index(i) for i in range(len(order))]
+        moved = take_along_axis(tf.transpose(x, order), tf.transpose(indices, order), axis=-1)
+        return tf.transpose(moved, back)
+    return tf.gather(x, indices, axis=-1, batch_dims=axis)
+
+
+def matmul(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    return tf.matmul(x, y)
+
+
+def matrix_transpose(x: tf.Tensor) -> tf.Tensor:
+    return tf.linalg.matrix_transpose(x)
+
+
+def _vector_norm(x: tf.Tensor, *, axis: int) -> tf.Tensor:
+    return tf.norm(x, axis=axis)
+
+
+linalg = SimpleNamespace(vector_norm=_vector_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,17 +11,23 @@ import tensorflow as tf
 
 from lnp import batches
 from lnp.backends import Options
-from lnp.linearization import Linearization, coupling_tolerance, while_loop
+from lnp.linearization import Linearization, Subset, while_loop
 from lnp.losses import separable
+from lnp.trace import pilot_size
 from lnp_tensorflow import losses, namespace
-from lnp_tensorflow.forward import Forward, draws_since, moved, operations
-from lnp_tensorflow.outputs import flatten, parts, rebuild, split, wide
-from lnp_tensorflow.samples import Groups, difference, gradients
+from lnp_tensorflow.apart import Apart, Verdict, compare, cut, general_note
+from lnp_tensorflow.forward import Forward, draws_since, in_xla, moved, operations
+from lnp_tensorflow.outputs import flatten, rebuild, split, wide
+from lnp_tensorflow.samples import Groups
+from lnp_tensorflow.taps import Norms, Tapped, recorded
 
 COUPLED = (
     "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
     "dropout and batch normalisation in training mode do that too): they are not taken apart"
 )
+ONE = 0x3F800000
+"""The bits of 1.0 in float32."""
+XLA = "no Jacobian-vector products under XLA, which computes the second derivative of max-pooling wrongly"
 
 
 @dataclass(frozen=True)
@@ -33,44 +40,142 @@ class _Loss:
     notes: tuple[str, ...]
 
 
-def record(run: Forward, inputs: Any, targets: Any, seed: Any, options: Options, coupled: bool) -> Linearization:
-    """Linearise the model on a batch. `coupled` says that its samples are known to interact."""
-    sources, before = run.sources, operations()
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(list(sources.values()))
-        returned = run(inputs)
-    drawn, outputs = draws_since(before), parts(returned)
+def record(
+    run: Forward, inputs: Any, targets: Any, seed: Any, options: Options, coupled: bool, verdict: Verdict | None = None
+) -> Linearization:
+    """Linearise the model on a batch.
+
+    `coupled` says that its samples are known to interact, `verdict` how they can be taken apart: without one, that is
+    found out by the record itself.
+    """
+    before = operations()
+    batch = recorded(run, inputs)
+    drawn, outputs = draws_since(before), batch.outputs
     flat = flatten(outputs)
     groups = _groups(Groups(run, inputs, tuple(flat.shape), flat.dtype, options.microbatch or 1), options)
     if groups is not None:
         flat = groups.outputs()  # in a graph, the pass over the whole batch is not run if nothing else needs it
-    loss = _loss(flat, outputs, returned, targets, options)
-
-    def vjp(v: tf.Tensor) -> list[tf.Tensor]:
-        pulled = gradients(tape, outputs, sources, v) if groups is None else groups.vjp(v)
-        return [tf.convert_to_tensor(pulled[name]) for name in sources]
-
-    apart, flag, why = _apart(run, inputs, flat, loss.gradient, vjp, options)
+    loss = _loss(flat, outputs, batch.returned, targets, options)
+    pulls = _Pulls(batch, groups, loss.gradient)
+    first = batch if groups is None else None
+    apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, batch=first, microbatch=options.microbatch)
+    taken = _taken_apart(apart, pulls, options, verdict)
+    xla, known = in_xla(), separable(options.loss)
+    population = not (xla or tf.executing_eagerly()) and (
+        options.population or (options.population is None and taken.cheap and known)
+    )
     return Linearization(
         xp=namespace,
         outputs=flat,
         loss=loss.value,
         loss_gradient=loss.gradient,
         loss_terms=loss.terms,
-        vjp=vjp,
-        inner_products=lambda u, w: {name: _dot(a, b) for name, a, b in zip(sources, u, w, strict=True)},
+        vjp=pulls.vjp,
+        inner_products=lambda u, w: {name: _dot(a, b) for name, a, b in zip(run.sources, u, w, strict=True)},
         signs=lambda index: _signs(seed, index, flat),
-        jvp=lambda u: _jvp(tape, outputs, sources, u),
-        sample_square_norms=apart,
-        coupled=flag,
+        jvp=None if xla else lambda u: _jvp(batch, u),
+        sample_square_norms=taken.square_norms,
+        subset=_subsets(taken, seed, not xla, population),
+        cheap=taken.cheap,
+        coupled=taken.coupled,
         group_square_norms=None if groups is None else groups.square_norms,
         groups=1 if groups is None else groups.count,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
-        separable=separable(options.loss),
+        separable=known,
         violations=loss.violations,
-        notes=(*((COUPLED,) if coupled else ()), *loss.notes, *why),
+        notes=(
+            *((COUPLED,) if coupled else ()),
+            *loss.notes,
+            *taken.notes,
+            *((XLA,) if xla and options.population is not False else ()),
+        ),
         while_loop=_while_loop,
     )
+
+
+class _Pulls:
+    """Pull-backs; that of the loss gradient is traced once, for the gradient and for single samples."""
+
+    def __init__(self, batch: Tapped, groups: Groups | None, g: tf.Tensor) -> None:
+        self._batch, self._groups, self._g = batch, groups, g
+        self.cotangents: list | None = None
+        if groups is None and not tf.executing_eagerly():
+            gradient, self.cotangents = batch.pulled(g)
+            self._gradient = [tf.convert_to_tensor(part) for part in gradient.values()]
+
+    def vjp(self, v: tf.Tensor) -> list[tf.Tensor]:
+        """J^T v."""
+        if v is self._g and self.cotangents is not None:
+            return self._gradient
+        pulled = self._batch.pulled(v)[0] if self._groups is None else self._groups.vjp(v)
+        return [tf.convert_to_tensor(part) for part in pulled.values()]
+
+    def square_norms(self, apart: Apart, v: tf.Tensor) -> Norms:
+        """Of single samples' gradients."""
+        return apart.square_norms(v, self.cotangents if v is self._g else None)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """How single samples are measured."""
+
+    apart: Apart
+    square_norms: Callable | None = None
+    cheap: bool = False
+    coupled: tf.Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict | None) -> _Taken:
+    if not options.split:
+        return _Taken(apart)
+    if not apart.singles.possible:
+        n = apart.shape[0]
+        return _Taken(
+            apart, notes=(f"no input runs over the {n} samples along its first axis: they are not taken apart",)
+        )
+    if verdict is not None:
+        made = replace(apart, general=tuple(name for name, _ in verdict.general), expanded=verdict.expanded)
+        square_norms = lambda v: pulls.square_norms(made, v)
+        return _Taken(made, square_norms, not verdict.general, None, general_note(verdict.general))
+    seen = compare(apart.run, apart.inputs, apart.microbatch, apart.batch)
+    made = replace(apart, general=tuple(seen.unread), expanded=seen.expanded)
+    wrong = [missed > 2 * seen.tolerance for missed in seen.missed.values()]
+    general = replace(apart, general=tuple(apart.run.sources))
+
+    def checked(v: tf.Tensor) -> Norms:
+        """Taps where they are right: which is known only when the graph runs."""
+        if not wrong:
+            return pulls.square_norms(made, v)
+        either = (lambda: list(general.square_norms(v).values())), (lambda: list(pulls.square_norms(made, v).values()))
+        return dict(zip(apart.run.sources, tf.cond(tf.reduce_any(wrong), *either), strict=True))
+
+    coupled = seen.coupling > seen.tolerance
+    notes = general_note(seen.unread.items())
+    return _Taken(made, checked, not seen.unread, coupled, notes)
+
+
+def _subsets(taken: _Taken, seed: Any, jvp: bool, population: bool) -> Callable[[int], Subset] | None:
+    """M -> M samples. For the population's values some will certainly be asked for: they run at once, outside of the
+    loop that may ask for them too.
+    """
+    if taken.square_norms is None:
+        return None
+    size = pilot_size(taken.apart.shape[0])
+    ahead = {size: _subset(taken.apart, seed, size, jvp, True)} if population and size < taken.apart.shape[0] else {}
+    return lambda size: ahead[size] if size in ahead else _subset(taken.apart, seed, size, jvp, False)
+
+
+def _subset(apart: Apart, seed: Any, size: int, jvp: bool, now: bool) -> Subset:
+    """Samples drawn at random, with a forward pass of their own."""
+    samples = apart.shape[0]
+    order = tf.random.stateless_uniform((samples,), tf.stack([tf.cast(seed, tf.int64), tf.cast(samples, tf.int64)]))
+    index = tf.sort(tf.argsort(order)[:size])
+    inputs = cut(apart.inputs, index, samples)
+    batch = recorded(apart.run, inputs) if now else None
+    some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=batch)
+    along = lambda u: _jvp(batch or recorded(apart.run, inputs), u)
+    return Subset(index, some.square_norms, along if jvp else None)
 
 
 def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: Options) -> _Loss:
@@ -109,36 +214,16 @@ def _groups(groups: Groups, options: Options) -> Groups | None:
     return None if options.microbatch is None else groups
 
 
-def _apart(
-    run: Forward, inputs: Any, outputs: tf.Tensor, g: tf.Tensor, vjp: Callable, options: Options
-) -> tuple[Callable | None, tf.Tensor | None, tuple[str, ...]]:
-    """(sample_square_norms, whether the samples interact after all, notes)."""
-    samples = outputs.shape[0]
-    singles = Groups(run, inputs, tuple(outputs.shape), outputs.dtype)
-    if not options.split:
-        return None, None, ()
-    if not singles.possible:
-        return None, None, (f"no input runs over the {samples} samples along its first axis: they are not taken apart",)
-    gradient = dict(zip(run.sources, vjp(g), strict=True))
-    whole = outputs
-    if options.microbatch == 1:  # cannot differ from single samples: pairs can
-        whole, gradient, _ = replace(singles, size=2).seen(g)
-    flat, grads, norms = singles.seen(g)
-    flag = difference(flat, grads, whole, gradient) > coupling_tolerance(namespace, run.narrow)
-    return (lambda v: norms if v is g else singles.square_norms(v)), flag, ()
-
-
-def _jvp(tape: tf.GradientTape, outputs: list, sources: dict[str, Any], u: list[tf.Tensor]) -> tf.Tensor:
+def _jvp(batch: Tapped, u: list[tf.Tensor]) -> tf.Tensor:
     """J u as the derivative of w -> <J^T w, u>, by a second pass through the first one's backward pass.
 
     Works through every operation that has a second derivative, loops and nested functions among them.
     """
-    flat = flatten(outputs)
+    flat = flatten(batch.outputs)
     with tf.GradientTape(watch_accessed_variables=False) as outer:
         w = tf.zeros_like(flat)
         outer.watch(w)
-        pulled = gradients(tape, outputs, sources, w)
-        dense = [tf.convert_to_tensor(pulled[name]) for name in sources]
+        dense = [tf.convert_to_tensor(part) for part in batch.pulled(w)[0].values()]
     seeds = [tf.cast(tangent, grad.dtype) for tangent, grad in zip(u, dense, strict=True)]
     return outer.gradient(dense, w, seeds, tf.UnconnectedGradients.ZERO)
 
@@ -158,9 +243,13 @@ def _loss_along(
 
 
 def _signs(seed: Any, index: Any, like: tf.Tensor) -> tf.Tensor:
+    """Each random bit is the sign bit of a 1."""
     pair = tf.stack([tf.cast(seed, tf.int64), tf.cast(index, tf.int64)])
-    bits = tf.random.stateless_uniform(like.shape, pair, minval=0, maxval=2, dtype=tf.int32)
-    return tf.cast(2 * bits - 1, like.dtype)
+    size = math.prod(like.shape)
+    words = tf.random.stateless_uniform((-(-size // 32), 1), pair, minval=None, maxval=None, dtype=tf.int32)
+    sign = tf.bitwise.bitwise_and(tf.bitwise.left_shift(words, tf.range(32)), tf.int32.min)
+    ones = tf.bitcast(tf.bitwise.bitwise_or(sign, ONE), tf.float32)
+    return tf.cast(tf.reshape(tf.reshape(ones, (-1,))[:size], like.shape), like.dtype)
 
 
 def _while_loop(condition: Callable, body: Callable, state: Any) -> Any:

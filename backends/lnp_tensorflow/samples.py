@@ -30,6 +30,8 @@ class Groups:
         (N, K) and the dtype of the flattened outputs.
     size:
         Samples per group.
+    wanted:
+        The parameters whose gradients are wanted, or None for all.
     """
 
     forward: Forward
@@ -37,6 +39,12 @@ class Groups:
     shape: tuple[int, int]
     dtype: tf.DType
     size: int = 1
+    wanted: tuple[str, ...] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters whose gradients are wanted."""
+        return list(self.forward.sources if self.wanted is None else self.wanted)
 
     @property
     def samples(self) -> int:
@@ -55,16 +63,19 @@ class Groups:
 
     def outputs(self) -> tf.Tensor:
         """f, shape (N, K), with the activations of one group in memory at a time."""
-        return self._visit(lambda inputs, _: ([flatten(parts(self.forward(inputs)))], []), None, 1)[0][0]
+
+        def visit(inputs: Any, _: Any) -> tuple[list, list]:
+            return [flatten(parts(self.forward(inputs)))], []
+
+        return self._visit(visit, None, [(self.shape[1], self.dtype)])[0][0]
 
     def square_norms(self, v: tf.Tensor) -> dict[str, tf.Tensor]:
         """{name: (G,) array of ||J_g^T v_g||^2}."""
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
-            flat, grads = pulled(self.forward, inputs, v)
-            return [flat, _square_norms(grads)], []
+            return [_square_norms(pulled(self.forward, inputs, v, self.names)[1])], []
 
-        return self._by_name(self._visit(visit, v, 2)[0][1])
+        return self._by_name(self._visit(visit, v, [(-1, self._norms_dtype)])[0][0])
 
     def vjp(self, v: tf.Tensor) -> Gradients:
         """J^T v as the sum over groups."""
@@ -74,24 +85,40 @@ class Groups:
         """Outputs, J^T v and {name: (G,) array of ||J_g^T v_g||^2}, by one pass over the groups."""
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
-            flat, grads = pulled(self.forward, inputs, v)
+            flat, grads = pulled(self.forward, inputs, v, self.names)
             return [flat, _square_norms(grads)], [tf.convert_to_tensor(grad) for grad in grads.values()]
 
-        (flat, norms), sums = self._visit(visit, v, 2)
-        return flat, dict(zip(self.forward.sources, sums, strict=True)), self._by_name(norms)
+        (flat, norms), sums = self._visit(visit, v, [(self.shape[1], self.dtype), (-1, self._norms_dtype)])
+        return flat, dict(zip(self.names, sums, strict=True)), self._by_name(norms)
+
+    def each(self, norms: Callable[[Any, tf.Tensor], dict[str, tf.Tensor]], v: tf.Tensor) -> dict[str, tf.Tensor]:
+        """{name: (N,)} of what `norms(inputs of a group, its rows of v)` returns for its samples."""
+        names, dtype = self.names, self._norms_dtype
+
+        def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
+            found = norms(inputs, v)
+            return [tf.stack([tf.cast(found[name], dtype) for name in names], 1)], []
+
+        return self._by_name(self._visit(visit, v, [(len(names), dtype)])[0][0])
+
+    @property
+    def _norms_dtype(self) -> tf.DType:
+        return wide([self.forward.sources[name] for name in self.names])
 
     def _by_name(self, norms: tf.Tensor) -> dict[str, tf.Tensor]:
-        return dict(zip(self.forward.sources, tf.unstack(norms, axis=1), strict=True))
+        return dict(zip(self.names, tf.unstack(norms, axis=1), strict=True))
 
     def _visit(
-        self, visit: Callable[[Any, Any], tuple[list, list]], v: tf.Tensor | None, kept: int
+        self, visit: Callable[[Any, Any], tuple[list, list]], v: tf.Tensor | None, kept: list[tuple[int, tf.DType]]
     ) -> tuple[list, list]:
-        """What `visit(inputs of a group, its rows of v)` returns, over all groups.
+        """What `visit(inputs of a group, its rows of v)` returns, over all groups: ([arrays to join], [to add up]).
 
-        The first `kept` of [outputs of a group, squared norms] are joined, gradients are added up.
+        `kept` has the width and dtype of what is joined: one row for each sample, or where the width is -1 one row for
+        each group, as wide as there are parameters.
         """
         whole = self.samples // self.size
-        sums = [tf.zeros(source.shape, source.dtype) for source in self.forward.sources.values()]
+        sources = self.forward.sources
+        sums = [tf.zeros(sources[name].shape, sources[name].dtype) for name in self.names]
 
         def at(start: Any, size: int) -> tuple[list, list]:
             return visit(self._rows(self.inputs, start, size), None if v is None else _cut(v, start, size))
@@ -103,12 +130,11 @@ class Groups:
         joined = [tf.concat(pair, 0) for pair in zip(joined, rest, strict=True)] if joined else rest
         return joined, [a + b for a, b in zip(sums, more, strict=False)]
 
-    def _loop(self, at: Callable[[Any], tuple[list, list]], count: int, kept: int, sums: list) -> tuple[list, list]:
+    def _loop(self, at: Callable[[Any], tuple[list, list]], count: int, kept: list, sums: list) -> tuple[list, list]:
         if not count:
             return [], sums
-        shapes = [(self.size, self.shape[1]), (1, len(sums))][:kept]
-        dtypes = [self.dtype, _norms_dtype(self.forward)][:kept]
-        stores = [tf.TensorArray(d, count, element_shape=shape) for d, shape in zip(dtypes, shapes, strict=True)]
+        shapes = [(1, len(sums)) if width < 0 else (self.size, width) for width, _ in kept]
+        stores = [tf.TensorArray(d, count, element_shape=s) for (_, d), s in zip(kept, shapes, strict=True)]
 
         def body(group: Any, stores: list, sums: list) -> tuple:
             rows, added = at(group)
@@ -124,15 +150,16 @@ class Groups:
         return map_leaves(lambda leaf: _cut(leaf, start, size) if has_samples(leaf, self.samples) else leaf, inputs)
 
 
-def pulled(forward: Forward, inputs: Any, v: tf.Tensor) -> tuple[tf.Tensor, Gradients]:
-    """The outputs (C, K) of some samples and J^T v, by a pass of their own."""
+def pulled(forward: Forward, inputs: Any, v: tf.Tensor, names: list[str]) -> tuple[tf.Tensor, Gradients]:
+    """The outputs (C, K) of some samples and J^T v for the named parameters, by a pass of their own."""
     sources = forward.sources
     if forward.structure.kind == "function":
         sources = {name: tf.identity(tensor) for name, tensor in sources.items()}
+    wanted = {name: sources[name] for name in names}
     with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(list(sources.values()))
+        tape.watch(list(wanted.values()))
         outputs = parts(forward(inputs, sources))
-    return flatten(outputs), gradients(tape, outputs, sources, v)
+    return flatten(outputs), gradients(tape, outputs, wanted, v)
 
 
 def gradients(tape: tf.GradientTape, outputs: list[tf.Tensor], sources: dict[str, Any], v: tf.Tensor) -> Gradients:
@@ -145,10 +172,6 @@ def _square_norms(gradients: Gradients) -> tf.Tensor:
     """Shape (1, number of parameters)."""
     norms = [square_norm(gradient) for gradient in gradients.values()]
     return tf.stack([tf.cast(norm, wide(norms)) for norm in norms])[None]
-
-
-def _norms_dtype(forward: Forward) -> tf.DType:
-    return wide(list(forward.sources.values()))
 
 
 def square_norm(gradient: Any) -> tf.Tensor:

@@ -28,11 +28,14 @@ class Frozen(TorchFunctionMode):
         Whether batch normalisation is frozen too.
     record:
         The values of an earlier pass to replay, or None to record.
+    attention:
+        Whether attention that draws its dropout inside a fused kernel is computed with a mask outside of it, which
+        rounds differently.
     """
 
-    def __init__(self, statistics: bool, record: list | None = None) -> None:
+    def __init__(self, statistics: bool, record: list | None = None, attention: bool = True) -> None:
         super().__init__()
-        self._statistics = statistics
+        self._statistics, self._fused = statistics, attention
         self._replay = None if record is None else iter(record)
         self.record: list[tuple[str, Any]] = []
 
@@ -42,7 +45,7 @@ class Frozen(TorchFunctionMode):
             return self._dropout(func, *args, **kwargs)
         if func is F.batch_norm and self._statistics:
             return self._batch_norm(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and _dropout_p(args, kwargs) > 0:
+        if func is F.scaled_dot_product_attention and self._fused and _dropout_p(args, kwargs) > 0:
             return self._attention(*args, **kwargs)
         if func is ATTENTION:
             with self:  # so that its parts are seen

@@ -68,9 +68,12 @@ def split(v: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     return [piece.reshape(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
 
 
+WIDE = (torch.float32, torch.float64)
+
+
 def widened(tensor: torch.Tensor) -> torch.Tensor:
     """In float32 or better."""
-    return tensor.to(wide([tensor]))
+    return tensor if tensor.dtype in WIDE else tensor.float()
 
 
 def wide(parts: list[torch.Tensor]) -> torch.dtype:

@@ -37,6 +37,8 @@ class Passes:
         Random state that the first pass began with.
     statistics:
         Whether batch normalisation keeps the first pass's statistics.
+    attention:
+        Whether the masks of fused attention were recorded too.
     """
 
     program: Program
@@ -45,10 +47,15 @@ class Passes:
     record: list[tuple[str, Any]]
     state: RandomState
     statistics: bool
+    attention: bool = True
+
+    def replayed(self, record: list[tuple[str, Any]]) -> Frozen:
+        """The mode in which the network repeats what was recorded."""
+        return Frozen(self.statistics, record, self.attention)
 
     def whole(self, parameters: Parameters) -> Outputs:
         """The whole batch at other parameters."""
-        with same_randomness(self.state), Frozen(self.statistics, self.record):
+        with same_randomness(self.state), self.replayed(self.record):
             return read(self.program.call(parameters, copied(self.inputs)))
 
     def part(self, parameters: Parameters, part: Part) -> Outputs:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from lnp.structure import leaves, map_leaves
-from lnp_torch.frozen import Frozen
 from lnp_torch.models import Parameters
 from lnp_torch.outputs import flatten, read, split, widened
 from lnp_torch.passes import Passes, copied
@@ -53,7 +52,7 @@ def vectorized(passes: Passes) -> Pull:
         record = [(kind, next(drawn) if kind == "mask" else value) for kind, value in passes.record]
 
         def outputs(parameters: Parameters) -> list[torch.Tensor]:
-            with Frozen(passes.statistics, record):
+            with passes.replayed(record):
                 return read(passes.program.call(parameters, inputs)).parts
 
         parts, pullback = torch.func.vjp(outputs, parameters)

@@ -48,6 +48,12 @@ class Use:
     transposed: bool = False
     index: Tensor | None = None
 
+    def products(self, out: Tensor) -> int:
+        """Multiplications that made the output, if there are many."""
+        if self.kind not in ("outer", "window"):
+            return 0
+        return out.numel() * self.tensor.numel() // self.tensor.shape[1 if self.transposed else 0]
+
 
 def recognised(func: Callable, args: tuple, kwargs: dict) -> list[Use]:
     """The uses that a call makes of its tensors, as far as they are known. The tensors may be no parameters."""
@@ -100,7 +106,7 @@ class Layout:
 
     def reduced(self, gradient: Tensor, shape: tuple) -> Tensor:
         """Summed over the axes along which a parameter of this shape was broadcast, but the samples: (N, *shape)."""
-        if gradient.ndim == len(shape) and shape[0] == 1:
+        if shape and gradient.ndim == len(shape) and shape[0] == 1:
             shape = shape[1:]
         gradient = self.first(gradient, len(shape))
         lead = gradient.ndim - 1 - len(shape)

@@ -6,52 +6,18 @@ about the gradients of single samples: nothing of size samples x parameters, and
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from array_api_compat import torch as xp
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lnp import norms
 from lnp_torch.models import Parameters
-from lnp_torch.outputs import widened
-from lnp_torch.sites import Layout, Unread, Use, recognised
-
-
-@dataclass(frozen=True)
-class Site:
-    """One use of a parameter, as part of the uses that add before they are squared.
-
-    Attributes
-    ----------
-    name:
-        Of the parameter.
-    use:
-        What the operation makes of it.
-    frame:
-        Which numbers of the parameter are used, in which order: uses of the same frame can be added.
-    flipped:
-        Whether left runs over the frame's columns.
-    """
-
-    name: str
-    use: Use
-    frame: tuple
-    flipped: bool
-
-
-LAYOUTS = ("second axis", "looked up once")
-"""Where else the samples of a parameter's operations are found: the second axis of time-major arrays; or nowhere, in an
-embedding that is looked up once for all samples, such as that of positions, before it meets them."""
-
-
-Layouts = dict[str, str]
-"""{name of a parameter: one of LAYOUTS}."""
+from lnp_torch.reading import Lookup, Pulled, Reader, Reading, Site
+from lnp_torch.sites import Use, recognised
 
 
 class Taps(TorchFunctionMode):
@@ -63,6 +29,10 @@ class Taps(TorchFunctionMode):
         {name: leaf} that are watched.
     general:
         {name of a parameter whose use was not recognised: the operation}.
+    watching:
+        Whether operations are tapped; can be switched.
+    products:
+        Multiplications of the forward pass, about.
     program:
         What identifies the sequence of operations: their names, and the shapes at the sites.
     """
@@ -70,18 +40,22 @@ class Taps(TorchFunctionMode):
     def __init__(self, parameters: Parameters) -> None:
         super().__init__()
         self.parameters = parameters
+        self.watching = True
         self._names = {id(p): name for name, p in parameters.items()}
         self._sites: list[list[Site]] = []
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
         self._anchor: Tensor | None = None
         self.general: dict[str, str] = {}
         self._tables: dict[str, Tensor] = {}  # what was looked up for all samples at once
-        self._rows: dict[str, tuple[str, Tensor]] = {}  # {name of a table: (the embedding's, rows)}
+        self._lookups: dict[str, Lookup] = {}
         self.program: int = 0
+        self.products: int = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if not self.watching:
+            return out
         name = getattr(func, "__name__", "") or str(func)
         if name != "__get__":
             self.program = hash((self.program, name))
@@ -111,19 +85,20 @@ class Taps(TorchFunctionMode):
         if not sites:
             return out
         self.program = hash((self.program, tuple(out.shape), *((s.name, s.frame, s.flipped) for s in sites)))
+        self.products += sum(site.use.products(out) for site in sites)
         self._sites.append(sites)
         if self._anchor is None:
             self._anchor = torch.zeros((), device=out.device, requires_grad=True)
         tapped = _Tap.apply(out, self._anchor, self, len(self._sites) - 1)
-        for use in uses:
-            if use.index is not None:
-                self._watch(tapped, self._name(use.tensor) or "", use.index)
+        for site in sites:
+            if site.use.index is not None:
+                self._watch(tapped, Lookup(site.name, site.frame, site.use.index))
         return tapped
 
-    def _watch(self, table: Tensor, name: str, rows: Tensor) -> None:
+    def _watch(self, table: Tensor, lookup: Lookup) -> None:
         """Treat what was looked up as a parameter of its own."""
-        own = f"{name} {len(self._rows)}"
-        self._tables[own], self._rows[own] = table, (name, rows)
+        own = f"{lookup.name} {len(self._lookups)}"
+        self._tables[own], self._lookups[own] = table, lookup
         self._names[id(table)] = own
 
     def _name(self, tensor: Tensor) -> str | None:
@@ -155,28 +130,32 @@ class Taps(TorchFunctionMode):
         return Site(name, use, (start, shape[::order], tuple(strides)[::order]), use.transposed != turned)
 
     def pull(
-        self, outputs: list[Tensor], cotangents: list[Tensor], also: list[Tensor], general: set[str], layouts: Layouts
-    ) -> tuple[dict[str, Tensor], dict[str, str], tuple]:
-        """({name: (N,) array of ||J_nl^T v_n||^2}, {other name: reason}, J^T v with respect to `also`) by one backward
-        pass.
-
-        Left out are those of `general`, and parameters whose use or samples were not recognised.
-        """
-        samples = len(cotangents[0])
-        reader = _Reader(self._sites, self._rows, {*self.general, *general}, layouts, samples)
+        self, outputs: list[Tensor], cotangents: list[Tensor], also: list[Tensor], reading: Reading
+    ) -> tuple[Pulled, tuple]:
+        """What the taps say, and J^T v with respect to `also`, by one backward pass."""
         inputs = [*also, *([] if self._anchor is None else [self._anchor])]
-        self._reader = reader
-        try:
+        with self.read(reading, len(cotangents[0])) as pulled:
             grads = (
                 torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True) if inputs else ()
             )
+        return pulled(outputs[0].device), grads[: len(also)]
+
+    @contextlib.contextmanager
+    def read(self, reading: Reading, samples: int) -> Iterator[Callable[[torch.device], Pulled]]:
+        """During the backward pass inside, the taps are read; afterwards what is yielded tells what they said."""
+        reader = Reader(self._sites, self._lookups, reading, set(self.general), samples)
+        self._reader = reader
+        try:
+            yield lambda device: self._pulled(reader, reading, samples, device)
         finally:
             self._reader = None
+
+    def _pulled(self, reader: Reader, reading: Reading, samples: int, device: torch.device) -> Pulled:
         found, unread = reader.result(), {**reader.unread, **self.general}
-        zero = torch.zeros(samples, device=outputs[0].device)  # of what no cotangent reached
-        missing = {name: unread.get(name, "") for name in self.parameters if name in unread or name in general}
+        zero = torch.zeros(samples, device=device)  # of what no cotangent reached
+        missing = {n: unread.get(n, "") for n in self.parameters if n in unread or n in reading.general}
         norms = {name: found.get(name, zero) for name in self.parameters if name not in missing}
-        return norms, missing, grads[: len(also)]
+        return Pulled(norms, missing, reader.kept)
 
     def seen(self, index: int, d: Tensor) -> None:
         """Called by a tap with the cotangent of its output."""
@@ -194,125 +173,6 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, d):
         ctx.taps.seen(ctx.index, d)
         return d, None, None, None
-
-
-class _Reader:
-    """Adds up, during one backward pass, what the taps say; single uses at once, others when all are seen."""
-
-    def __init__(
-        self,
-        sites: list[list[Site]],
-        rows: dict[str, tuple[str, Tensor]],
-        general: set[str],
-        layouts: Layouts,
-        samples: int,
-    ) -> None:
-        self._sites, self._rows, self._layouts, self._samples = sites, rows, layouts, samples
-        self._uses: dict[str, list[Site]] = {}
-        for site in (site for row in sites for site in row):
-            self._uses.setdefault(site.name, []).append(site)
-        self.unread = {name: "overlapping views" for name, uses in self._uses.items() if not _combine(uses)}
-        self._tables = {own for own, (name, _) in rows.items() if self._layout(name) == "looked up once"}
-        for own in self._tables:
-            if own in general or own in self.unread or own not in self._uses:
-                self.unread[rows[own][0]] = "what was looked up is used in another way"
-        self._skip = {*general, *self.unread, *(rows.keys() - self._tables)}
-        self._waiting: dict[tuple, list[tuple[Site, tuple]]] = {}
-        self._found: dict[str, Tensor] = {}
-
-    def _layout(self, name: str) -> str:
-        return self._layouts.get(name, "")
-
-    def read(self, index: int, d: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(d.device.type, enabled=False):
-            for site in self._sites[index]:
-                if site.name not in self._skip and self._layout(site.name) != "looked up once":
-                    self._read(site, d)
-
-    def _read(self, site: Site, d: Tensor) -> None:
-        layout = Layout(self._samples, self._layout(site.name) == "second axis")
-        try:
-            factors = _comparable(site.use.factors(d, layout))
-        except Unread:
-            self._skip.add(site.name)
-            name = self._rows[site.name][0] if site.name in self._tables else site.name
-            self.unread[name] = "the samples are not along the first axis"
-            return
-        waiting = self._waiting.setdefault((site.name, site.frame), [])
-        waiting.append((site, factors))
-        if len(waiting) == sum(other.frame == site.frame for other in self._uses[site.name]):
-            self._add(site.name, site.frame)
-
-    def _add(self, name: str, frame: tuple) -> None:
-        uses = self._waiting.pop((name, frame))
-        if name in self._tables:
-            name, index = self._rows[name]
-            gradient = _sum(uses).reshape(self._samples, index.numel(), -1)
-            value = norms.rows(xp, index.reshape(1, -1).expand(self._samples, -1), gradient)
-        else:
-            value = _square_norm(uses)
-        self._found[name] = self._found[name] + value if name in self._found else value
-
-    def result(self) -> dict[str, Tensor]:
-        """{name: (N,)}. A use that no cotangent reached has contributed nothing."""
-        for name, frame in list(self._waiting):
-            if name not in self._skip:
-                self._add(name, frame)
-        return {name: value for name, value in self._found.items() if name not in self.unread}
-
-
-def _comparable(factors: tuple) -> tuple:
-    """Floating-point factors in float32 or better; in bfloat16 where a GPU multiplies it and sums in float32."""
-    floating = [f for f in factors if isinstance(f, Tensor) and f.is_floating_point()]
-    if all(f.dtype == torch.bfloat16 and f.is_cuda for f in floating):
-        return factors
-    return tuple(widened(f) if isinstance(f, Tensor) and f.is_floating_point() else f for f in factors)
-
-
-def _combine(uses: list[Site]) -> bool:
-    """Whether the uses of one parameter are of the same numbers, in kinds that can be added, or of different ones."""
-    frames: dict[tuple, list[Site]] = {}
-    for site in uses:
-        frames.setdefault(site.frame, []).append(site)
-    if len(frames) > 1 and not _disjoint(list(frames)):
-        return False
-    kinds = [{site.use.kind for site in same} for same in frames.values() if len(same) > 1]
-    return all(kind <= {"outer", "rows"} or kind == {"explicit"} for kind in kinds)
-
-
-def _disjoint(frames: list[tuple]) -> bool:
-    """Whether the frames fill intervals of the parameter's memory that do not overlap."""
-    intervals = []
-    for start, shape, strides in frames:
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        intervals.append((start, start + extent))
-    intervals.sort()
-    return all(end <= start for (_, end), (start, _) in itertools.pairwise(intervals))
-
-
-def _square_norm(uses: list[tuple[Site, tuple]]) -> Tensor:
-    """||sum of the uses||^2 for each sample, (N,)."""
-    kind = uses[0][0].use.kind
-    if kind == "window":
-        return norms.convolution(xp, *uses[0][1])
-    if kind == "explicit":
-        return norms.explicit(xp, _sum(uses))
-    outer = [factors[::-1] if site.flipped else factors for site, factors in uses if site.use.kind == "outer"]
-    rows = [factors for site, factors in uses if site.use.kind == "rows"]
-    left, right = (torch.cat(parts, 1) for parts in zip(*outer, strict=True)) if outer else (None, None)
-    index, values = (torch.cat(parts, 1) for parts in zip(*rows, strict=True)) if rows else (None, None)
-    total = norms.outer(xp, left, right) if outer else 0
-    if rows:
-        total = total + norms.rows(xp, index, values)
-    return total + 2 * norms.rows_and_outer(xp, index, values, left, right) if outer and rows else total
-
-
-def _sum(uses: list[tuple[Site, tuple]]) -> Tensor:
-    """Explicit gradients of one frame."""
-    total = uses[0][1][0]
-    for _, (gradient,) in uses[1:]:
-        total = total + gradient.reshape(total.shape)
-    return total
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

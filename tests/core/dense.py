@@ -3,6 +3,7 @@
 import numpy as np
 
 from lnp import Linearization
+from lnp.linearization import Subset
 
 
 def network(samples=4, outputs=3, sizes=(5, 2), seed=0):
@@ -41,6 +42,19 @@ def record(jacobian, gradient, xp=np, *, seed=0, terms=6, independent=True, dtyp
         "sample_square_norms": sample_square_norms if independent else None,
     }
     return Linearization(**{**fields, **changes})
+
+
+def drawn(jacobian, seed=0, xp=np):
+    """The record's `subset`: samples drawn at random, with their own rows of the Jacobian."""
+    samples = next(iter(jacobian.values())).shape[0]
+
+    def subset(size):
+        index = np.sort(np.random.default_rng((seed, 77)).permutation(samples)[:size])
+        rows = {name: array[index] for name, array in jacobian.items()}
+        lin = record(rows, np.zeros((size, rows[next(iter(rows))].shape[1])), xp)
+        return Subset(xp.asarray(index), lin.sample_square_norms, lin.jvp)
+
+    return subset
 
 
 def kernel(jacobian, names=None):

@@ -73,7 +73,7 @@ def test_reach_is_the_lowest_window_and_not_a_lucky_point():
     lowest, error, step = reach(run)
     assert lowest == pytest.approx((0.0 + 0.4 + 0.3) / 3)
     assert error == pytest.approx(0.3 / math.sqrt(3))
-    assert step == 3
+    assert step == pytest.approx((2 * 3 * 4) ** (1 / 3))
     assert reach(history("chi_pos", [0.5, 0.2]))[0] == pytest.approx(0.35)
     assert math.isnan(reach(history("loss", [1.0]))[0])
 

@@ -101,7 +101,7 @@ def test_convolution(name, budget):
     ]
     x, d = normal(5, *shape), normal(5, outputs, *places, seed=1)
     expected = square(kernel_gradients(x, d, window))
-    np.testing.assert_allclose(norms.convolution(np, x, d, window, budget=budget), expected, rtol=1e-12)
+    np.testing.assert_allclose(norms.convolution(np, x, d, window, budget, budget), expected, rtol=1e-12)
 
 
 def test_float32_for_narrower_types():

@@ -1,11 +1,12 @@
 """The population's rate, position and noise scale, from batches whose population is known."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from core.dense import kernel, network, record
+from core.dense import drawn, kernel, network, record
 from lnp.decomposition import decompose
 
 SAMPLES, OUTPUTS = 5, 3
@@ -61,6 +62,38 @@ def test_errors_are_the_jackknife():
         values = np.array([getattr(one, name) for one in without])
         expected = ((SAMPLES - 1) / SAMPLES * np.sum((values - values.mean()) ** 2)) ** 0.5
         assert getattr(whole, f"{name}_stderr") == pytest.approx(expected, rel=1e-10), name
+
+
+def test_errors_from_some_of_the_samples():
+    """The variance among samples drawn at random is unbiased for that among all: over many draws the squared errors
+    have the mean that all samples give, within 4.5 standard deviations; the values themselves do not change."""
+    jacobian, gradient = network(48, OUTPUTS, seed=3)
+    gradient = gradient + 0.5  # a rate that is not all noise
+    measure = lambda **changes: (
+        decompose(record(jacobian, gradient, separable=True, **changes), estimator="exact", population=True).population
+    )
+    whole, found = measure(), [measure(subset=drawn(jacobian, seed)) for seed in range(300)]
+    assert {p.rate for p in found} == {whole.rate}
+    for name in VALUES[:2]:  # the noise scale's too, but for rounding of its ratio
+        squares = np.array([getattr(p, f"{name}_stderr") ** 2 for p in found])
+        expected = getattr(whole, f"{name}_stderr") ** 2
+        assert squares.std() > 0.1 * expected
+        assert abs(squares.mean() - expected) < 4.5 * squares.std() / len(squares) ** 0.5
+
+
+def test_a_cheaper_way_to_inner_products_is_taken():
+    jacobian, gradient = of_samples(range(SAMPLES))
+    plain = drawn(jacobian)
+
+    def along(u):
+        index = plain(SAMPLES).index
+        return np.sum(gradient[index] * plain(SAMPLES).jvp(u), axis=1)
+
+    changes = {"subset": lambda size: replace(plain(size), jvp=None, along=along)}
+    found = decompose(record(jacobian, gradient, separable=True, **changes), estimator="exact", population=True)
+    for name in VALUES:
+        expected = getattr(measured().population, f"{name}_stderr")
+        assert getattr(found.population, f"{name}_stderr") == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_probing_adds_to_the_error():

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from core.dense import kernel, network, offdiagonal, record
-from lnp import trace
+from lnp import probing, trace
 from lnp.linearization import while_loop
 
 SEEDS = 400
@@ -107,9 +107,9 @@ def test_one_probe_has_an_upper_bound():
 def test_standard_error_by_hand():
     """Two groups of signs' values 1, 3 and 10, 14: SE^2 = ((1 + 1) + (4 + 4)) / (2 * 1)."""
     values = iter([np.array([[1.0, 10.0]]), np.array([[3.0, 14.0]])])
-    probe = trace.Probe(lambda v: next(values), 2)
-    found = trace.to_tolerance(record(JACOBIAN, GRADIENT), probe, 1, "grouped", 0.0, 2)
-    assert (found.trace.tolist(), found.standard_error.tolist(), found.probes) == ([14.0], [5**0.5], 2)
+    probe = probing.Probe(lambda v: next(values), 2)
+    found = probing.to_tolerance(record(JACOBIAN, GRADIENT), probe, 0.0, 2)
+    assert (found.mean.tolist(), found.variance.tolist(), found.probes) == ([[2.0, 12.0]], [5.0], 2)
 
 
 def compiled_loop(condition, body, state):
@@ -125,9 +125,9 @@ def stopped(request):
     def stopped(values, groups=1, **limits):
         """Probes that are spent on a sequence of values."""
         drawn = iter(values)
-        probe = trace.Probe(lambda v: np.full((1, groups), next(drawn)), groups)
+        probe = probing.Probe(lambda v: np.full((1, groups), next(drawn)), groups)
         lin = record(JACOBIAN, GRADIENT, while_loop=request.param)
-        return trace.to_tolerance(lin, probe, 1, "joint", **{"rtol": 0.1, "max_probes": 64, **limits}).probes
+        return probing.to_tolerance(lin, probe, **{"rtol": 0.1, "max_probes": 64, **limits}).probes
 
     return stopped
 
@@ -148,7 +148,7 @@ def test_stops_at_the_tolerance(stopped):
 def test_an_error_of_few_differences_stops_nothing(stopped, groups, least):
     """Seven degrees of freedom at least, even where all probes agree."""
     assert stopped([1.0] * 64, groups) == least
-    assert max((least - 1) * groups, groups - 1) >= trace.DEGREES_OF_FREEDOM
+    assert max((least - 1) * groups, groups - 1) >= probing.DEGREES_OF_FREEDOM
     assert stopped([1.0] * 64, groups, max_probes=1) == 1
 
 
@@ -161,15 +161,19 @@ def test_nothing_to_resolve_ends(stopped, value):
 def test_tolerance_is_that_of_the_whole():
     """The first row decides."""
     drawn = iter([0.9, 1.1] * 32)
-    probe = trace.Probe(lambda v: np.array([[1.0], [next(drawn) * 100]]), 1)
-    assert trace.to_tolerance(record(JACOBIAN, GRADIENT), probe, 2, "joint", 0.001, 64).probes == 8
+    probe = probing.Probe(lambda v: np.array([[1.0], [next(drawn) * 100]]), 1, 2)
+    assert probing.to_tolerance(record(JACOBIAN, GRADIENT), probe, 0.001, 64).probes == 8
 
 
 @pytest.mark.parametrize(
     ("shape", "independent", "asked", "used", "noted"),
     [
-        ((3, 8), True, "auto", "exact", False),
-        ((3, 9), True, "auto", "per_sample", False),
+        ((100, 2), True, "auto", "exact", False),
+        ((100, 3), True, "auto", "per_sample", False),
+        ((4, 25), True, "auto", "exact", False),
+        ((4, 26), True, "auto", "per_sample", False),
+        ((1, 64), True, "auto", "exact", False),
+        ((1, 65), True, "auto", "per_sample", False),
         ((4, 4), False, "auto", "exact", False),
         ((17, 1), False, "auto", "joint", False),
         ((17, 1), False, "per_sample", "joint", True),
@@ -180,7 +184,7 @@ def test_tolerance_is_that_of_the_whole():
 )
 def test_choice(shape, independent, asked, used, noted):
     lin = record(*network(*shape), independent=independent)
-    name, notes = trace.choose(lin, asked)
+    name, notes = trace.choose(lin, asked, 0.01, 64)
     assert (name, bool(notes)) == (used, noted)
 
 
@@ -189,7 +193,7 @@ def test_microbatches_are_the_groups():
     plain = record(jacobian, gradient)
     norms = lambda v: {name: array.reshape(2, 3).sum(1) for name, array in plain.sample_square_norms(v).items()}
     lin = record(jacobian, gradient, independent=False, group_square_norms=norms, groups=2)
-    assert trace.choose(lin, "auto")[0] == "grouped"
+    assert trace.choose(lin, "auto", 0.01, 64)[0] == "grouped"
     probe = trace.grouped(lin, [tuple(jacobian)])
     v = lin.signs(0)
     assert probe.groups == 2

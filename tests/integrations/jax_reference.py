@@ -13,6 +13,11 @@ TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-10}
 
 def dense(function, parameters, loss, loss_terms: int) -> dict[str, float]:
     """The factors of `loss(function(parameters))`, where the function's outputs are (N, ...)."""
+    return factors(*linearized(function, parameters, loss), loss_terms)
+
+
+def linearized(function, parameters, loss):
+    """(loss, its gradient (N*K,), the Jacobian's columns for each leaf of the parameters (N*K, P_l))."""
 
     @jax.jit  # as a whole: compiling operation by operation takes longer
     def reference(parameters):
@@ -20,12 +25,17 @@ def dense(function, parameters, loss, loss_terms: int) -> dict[str, float]:
         return value, g.reshape(-1), jax.jacrev(lambda p: function(p).reshape(-1))(parameters)
 
     value, g, jacobian = reference(parameters)
-    rows = [np.asarray(leaf, np.float64).reshape(g.size, -1) for leaf in jax.tree.leaves(jacobian)]
-    j, g = np.concatenate(rows, axis=1), np.asarray(g, np.float64)
+    columns = [np.asarray(leaf, np.float64).reshape(g.size, -1) for leaf in jax.tree.leaves(jacobian)]
+    return float(value), np.asarray(g, np.float64), columns
+
+
+def factors(value, g, columns, loss_terms: int) -> dict[str, float]:
+    """The decomposition's numbers from these."""
+    j = np.concatenate(columns, axis=1)
     kernel = j @ j.T
     rate, g2, trace = g @ kernel @ g, g @ g, np.trace(kernel)
     return {
-        "loss": float(value),
+        "loss": value,
         "rate": rate,
         "chi_loss": loss_terms * g2,
         "chi_net": trace / loss_terms,

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 import lnp
 from integrations.torch_reference import TOLERANCE, VALUES, assert_agrees, dense, with_batch_statistics
+from lnp.population import jackknife_size
 from lnp.structure import leaves
 
 
@@ -338,6 +339,35 @@ def test_square_norms_of_single_samples(name, dtype):
         }
         measured = {name: norm[sample].item() for name, norm in found.items()}
         assert measured == pytest.approx(expected, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype] * max(expected.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
+@pytest.mark.parametrize("name", MODELS)
+def test_products_of_single_samples_with_the_gradient(name, dtype):
+    """What the taps keep gives <J_m^T g_m, u> for any u, as by one backward pass for each sample."""
+    build, draw = MODELS[name]
+    model, x = in_dtype(build(), torch.float64), cast(draw(), torch.float64)
+    reference = with_batch_statistics(model, lambda m: called(m, x))
+    out = called(reference, x)
+    record = lnp.load("torch").linearize(model, (x, torch.randn_like(out)), lnp.Options(population=True))
+    gradient = record.vjp(record.loss_gradient)
+    subset = record.subset(jackknife_size(len(out)))
+    assert (subset.along is not None) is record.cheap
+    if subset.along is None:
+        return
+    u = [torch.randn_like(part) for part in gradient]
+    found = subset.along(u)
+    parameters = [p for _, p in reference.named_parameters() if p.requires_grad]
+    for sample in subset.index.tolist():
+        masked = torch.zeros_like(record.outputs)
+        masked[sample] = record.loss_gradient[sample]
+        grads = torch.autograd.grad(
+            out, parameters, masked.reshape(out.shape), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        products = [(grad.to_dense() if grad.is_sparse else grad) * part for grad, part in zip(grads, u, strict=True)]
+        scale = max(product.abs().sum().item() for product in products)
+        total = sum(product.sum().item() for product in products)
+        assert found[sample].item() == pytest.approx(total, rel=1e-10, abs=1e-10 * scale)
 
 
 def test_spectral_norm_in_training_mode(dtype):

@@ -100,7 +100,7 @@ FORMULAS = {  # what the names stand for
 def test_loss(name):
     loss, targets, terms, note = CASES[name]
     model, x = network(), normal(SAMPLES, 4)
-    d = lnp.decompose(model, (x, targets), loss, estimator="exact")
+    d = lnp.decompose(model, (x, targets), loss, estimator="exact", population=False)
     out = model(x)
     value = FORMULAS[loss](out, targets) if isinstance(loss, str) else loss(out, targets)
     assert_agrees(d, dense(model, out, value, terms), torch.float64)
@@ -193,5 +193,7 @@ def test_labels_out_of_range_are_named(loss):
 
 
 def test_loss_terms_that_are_given_need_no_notes():
-    d = lnp.decompose(network(), (normal(SAMPLES, 4), SOFT), nn.MSELoss(reduction="sum"), loss_terms=ALL)
+    d = lnp.decompose(
+        network(), (normal(SAMPLES, 4), SOFT), nn.MSELoss(reduction="sum"), loss_terms=ALL, population=False
+    )
     assert (d.loss_terms, d.notes) == (ALL, ())

@@ -1,0 +1,66 @@
+"""Verdicts on models, found out once for each structure and shape, and remembered."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lnp import batches
+from lnp.backends import Options
+from lnp_jax.apart import Differences, Verdict, compared, impossible, irregular
+from lnp_jax.models import Arrays, Structure
+from lnp_jax.network import Network, prepared
+
+REMEMBERED = 256
+_VERDICTS: OrderedDict[Any, Verdict] = OrderedDict()
+
+
+def judged(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict:
+    """Whether the samples of this model, at these shapes, can be taken apart.
+
+    The comparison is made at the parameters as they are, and once more with noise added to them: a path that is
+    closed now, by a gate at zero, may open later in the training.
+    """
+    inputs, _ = batches.unpack(batch)
+    how = Options(microbatch=options.microbatch, batch_statistics=options.batch_statistics)
+    leaves, treedef = jax.tree.flatten((arrays, inputs))
+    key = (structure, how, treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
+    if key in _VERDICTS:
+        _VERDICTS.move_to_end(key)
+        return _VERDICTS[key]
+    reason = impossible(prepared(structure, arrays, inputs, how))
+    found = [] if reason else [jax.device_get(_differences(structure, how, arrays, inputs, noise)) for noise in (0, 1)]
+    verdict = Verdict(reason)
+    for differences in found:
+        other = differences.verdict()
+        verdict = Verdict(verdict.reason or other.reason, verdict.excluded | other.excluded)
+    if reason or verdict.reason or found[0].finite:  # what is not finite shows nothing
+        _VERDICTS[key] = verdict
+        while len(_VERDICTS) > REMEMBERED:
+            _VERDICTS.popitem(last=False)
+    return verdict
+
+
+def traced(arrays: Any) -> bool:
+    """Whether this runs inside a compiled function: some arrays have no value, or what is made of them has none."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in (*jax.tree.leaves(arrays), jnp.zeros(())))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _differences(structure: Structure, options: Options, arrays: Arrays, inputs: Any, noise: Any) -> Differences:
+    net = prepared(structure, arrays, inputs, options)
+    size = None if options.microbatch is None else max(2, options.microbatch)
+    return compared(_moved(net, noise), size)
+
+
+def _moved(net: Network, noise: Any) -> Network:
+    """The network with irregular numbers on its parameters: of a tenth of their size, and a tenth."""
+    moved = {}
+    for number, (name, p) in enumerate(net.parameters.items()):
+        size = 0.1 * jnp.sqrt(jnp.mean(jnp.square(p.astype(jnp.float32)))) + 0.1
+        moved[name] = p + (noise * size * irregular(p.shape, number)).astype(p.dtype)
+    return net.at(moved)

@@ -1,0 +1,81 @@
+"""A model on the inputs of one batch, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lnp.backends import Options
+from lnp.linearization import coupling_tolerance
+from lnp_jax import batch_norm, parts
+from lnp_jax.models import Arrays, Structure
+from lnp_jax.outputs import flatten
+from lnp_jax.outputs import parts as parts_of
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model on one batch, ready to run.
+
+    Attributes
+    ----------
+    function:
+        (parameters, inputs) -> outputs of any structure.
+    parameters:
+        {name: array} that are differentiated.
+    inputs:
+        Of the batch.
+    tree:
+        The outputs' structure, shapes and types.
+    split:
+        The inputs' rows.
+    notes:
+        What was frozen.
+    """
+
+    function: parts.Function
+    parameters: Mapping[str, jax.Array]
+    inputs: Any
+    tree: Any
+    split: parts.Split
+    notes: tuple[str, ...] = ()
+
+    def whole(self, parameters: Mapping) -> jax.Array:
+        """f, shape (N, K)."""
+        return flatten(self.function(parameters, self.inputs))
+
+    def at(self, parameters: Mapping) -> Network:
+        """The same at other parameters."""
+        return replace(self, parameters=parameters)
+
+    @property
+    def tolerance(self) -> float:
+        """Up to which two ways to compute the same may differ."""
+        types = [leaf.dtype for leaf in (*self.parameters.values(), *parts_of(self.tree))]
+        return coupling_tolerance(jnp, max(types, key=lambda dtype: jnp.finfo(dtype).eps))
+
+
+def prepared(structure: Structure, arrays: Arrays, inputs: Any, options: Options) -> Network:
+    """The model with its trained parameters apart, and batch statistics held if they are to be."""
+    notes: tuple[str, ...] = ()
+    if options.batch_statistics == "frozen":
+        structure, arrays, notes = batch_norm.frozen(structure, arrays, inputs)
+    shown = structure.shown
+    parameters = {shown[name]: jnp.asarray(arrays[name]) for name in structure.trained}
+    rest = {name: value for name, value in arrays.items() if name not in shown}
+
+    def function(parameters: Mapping, inputs: Any) -> Any:
+        return structure.call(rest | {name: parameters[known] for name, known in shown.items()}, inputs)
+
+    tree = jax.eval_shape(function, parameters, inputs)
+    split = parts.Split(inputs, jax.eval_shape(flatten, tree).shape[0])
+    if options.microbatch is not None and not split.possible:
+        raise ValueError(
+            f"microbatch={options.microbatch} was asked for, but no input runs over the {split.samples} samples along "
+            "its first axis. Expected at least one that does. Leave microbatch unset."
+        )
+    return Network(function, parameters, inputs, tree, split, notes)

@@ -1,0 +1,197 @@
+"""Samples taken apart: squared norms of their gradients, from taps where the operations are known.
+
+Once per model and shapes, taps are compared with single samples that run on their own. What differs takes the general
+way, one sample at a time; where single samples differ from the batch itself, they interact, and none are taken apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tensorflow as tf
+
+from lnp.linearization import coupling_tolerance
+from lnp.structure import map_leaves
+from lnp_tensorflow import namespace
+from lnp_tensorflow.forward import Forward
+from lnp_tensorflow.outputs import flatten
+from lnp_tensorflow.samples import Groups, difference, has_samples, square_norm
+from lnp_tensorflow.taps import Norms, Tapped, recorded
+
+CHECKED = 8
+"""Samples that are compared, spread over the batch."""
+NAMED = 4
+"""Parameters that a note names."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What comparing taps with single samples has shown.
+
+    Attributes
+    ----------
+    general:
+        (parameter that takes the general way, why) pairs.
+    coupled:
+        Whether the samples interact.
+    expanded:
+        As in `Tapped`, where they were compared.
+    """
+
+    general: tuple[tuple[str, str], ...] = ()
+    coupled: bool = False
+    expanded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Taps beside single samples on their own.
+
+    Attributes
+    ----------
+    coupling:
+        Largest relative difference of outputs or gradient between single samples and the batch, shape ().
+    missed:
+        {parameter: relative difference of the squared norms, shape ()}.
+    unread:
+        {parameter that has no taps: why}.
+    tolerance:
+        What coupling may be.
+    expanded:
+        As in `Tapped`.
+    """
+
+    coupling: Any
+    missed: dict[str, Any]
+    unread: dict[str, str]
+    tolerance: float
+    expanded: tuple[str, ...]
+
+    def verdict(self) -> Verdict:
+        """From numbers."""
+        differing = {
+            n: "its taps differ from single samples" for n, m in self.missed.items() if not m <= 2 * self.tolerance
+        }
+        return Verdict(tuple((self.unread | differing).items()), self.coupling > self.tolerance, self.expanded)
+
+
+def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tapped | None = None) -> Comparison:
+    """Pull random signs back to a few samples, with zero at the others, by taps and one sample at a time.
+
+    With micro-batches, in one of at least two samples: single ones could not differ from themselves. `batch` is the
+    model on the inputs, if it has run.
+    """
+    if batch is None or microbatch is not None:
+        batch = recorded(run, inputs)
+    if microbatch is not None:
+        samples = batch.samples
+        inputs = cut(inputs, _spread(samples, min(samples, max(2, min(microbatch, CHECKED)))), samples)
+        batch = recorded(run, inputs)
+    few = min(CHECKED, batch.samples) if microbatch is None else -(-batch.samples // 2)
+    index = _spread(batch.samples, few)
+    whole = flatten(batch.outputs)
+    signs = tf.cast(2 * tf.random.stateless_uniform((few, whole.shape[1]), (0, 0), 0, 2, tf.int32) - 1, whole.dtype)
+    # of different lengths: signs alone give the biases of all samples the same norm, whichever sample they belong to
+    signs *= tf.cast(tf.linspace(0.5, 1.5, few), whole.dtype)[:, None]
+    v = tf.scatter_nd(tf.constant(index)[:, None], signs, whole.shape)
+    gradient, cotangents = batch.pulled(v)
+    found, unread = batch.read(cotangents)
+    singles = Groups(run, cut(inputs, index, batch.samples), (few, whole.shape[1]), whole.dtype)
+    flat, grads, expected = singles.seen(signs)
+    coupling = difference(flat, grads, tf.gather(whole, index), gradient)
+    return Comparison(
+        coupling, _missed(found, expected, index), unread, coupling_tolerance(namespace, run.narrow), batch.expanded
+    )
+
+
+def _missed(found: Norms, expected: Norms, index: list[int]) -> dict[str, tf.Tensor]:
+    """How far taps are from single samples, where nothing may arrive at the others."""
+    if not found:
+        return {}
+    taps = tf.stack([tf.cast(norm, tf.float64) for norm in found.values()])
+    single = {name: tf.cast(norm, tf.float64) for name, norm in expected.items()}
+    total, own = tf.add_n(list(single.values())), tf.stack([single[name] for name in found])
+    missed = tf.abs(tf.gather(taps, index, axis=1) - own) / tf.maximum(own + 1e-3 * total, 1e-300)
+    others = tf.constant([n not in index for n in range(taps.shape[1])])
+    leaked = tf.where(others, taps, tf.zeros_like(taps)) / tf.maximum(tf.reduce_max(total), 1e-300)
+    worst = tf.maximum(tf.reduce_max(missed, 1), tf.reduce_max(leaked, 1))
+    return dict(zip(found, tf.unstack(worst), strict=True))
+
+
+def _spread(samples: int, few: int) -> list[int]:
+    return sorted({round(i * (samples - 1) / max(few - 1, 1)) for i in range(few)})
+
+
+def cut(inputs: Any, index: Any, samples: int) -> Any:
+    """The inputs of some samples."""
+    return map_leaves(lambda leaf: tf.gather(leaf, index) if has_samples(leaf, samples) else leaf, inputs)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Some samples, each taken by itself.
+
+    Attributes
+    ----------
+    run, inputs:
+        The model and what goes in.
+    shape, dtype:
+        Of the outputs, (N, K).
+    general:
+        Parameters that take the general way.
+    expanded:
+        As in `Tapped`, where taps were compared with single samples: another number of samples, which may happen to be
+        another size in the network, must not be read in another way.
+    batch:
+        The samples after a forward pass, or None to run one when it is needed, in micro-batches of
+    microbatch:
+        samples.
+    """
+
+    run: Forward
+    inputs: Any
+    shape: tuple[int, int]
+    dtype: tf.DType
+    general: tuple[str, ...] = ()
+    expanded: tuple[str, ...] = ()
+    batch: Tapped | None = None
+    microbatch: int | None = None
+
+    @property
+    def singles(self) -> Groups:
+        """One sample at a time."""
+        return Groups(self.run, self.inputs, self.shape, self.dtype)
+
+    def square_norms(self, v: tf.Tensor, cotangents: list | None = None) -> Norms:
+        """{parameter: (N,) array of ||J_n^T v_n||^2}; v may have been pulled back to the batch's taps already."""
+        if self.microbatch is not None and self.microbatch < self.shape[0]:
+            alone = replace(self, batch=None, microbatch=None)
+            part = lambda inputs, v: replace(alone, inputs=inputs, shape=tuple(v.shape)).square_norms(v)
+            return replace(self.singles, size=self.microbatch).each(part, v)
+        names = list(self.run.sources)
+        known: Norms = {}
+        if not set(names) <= set(self.general):
+            batch = self.batch or recorded(self.run, self.inputs)
+            other = () if batch.expanded == self.expanded else (*batch.expanded, *self.expanded)
+            known = _read(batch, v, {*self.general, *other}, cotangents)
+        missing = tuple(name for name in names if name not in known)
+        general = replace(self.singles, wanted=missing).square_norms(v) if missing else {}
+        return {name: known[name] if name in known else general[name] for name in names}
+
+
+def _read(batch: Tapped, v: tf.Tensor, general: Iterable[str], cotangents: list | None = None) -> Norms:
+    if batch.samples == 1:
+        return {n: square_norm(g)[None] for n, g in batch.pulled(v)[0].items() if n not in general}
+    cotangents = batch.pulled(v, gradient=False)[1] if cotangents is None else cotangents
+    return batch.read(cotangents, general)[0]
+
+
+def general_note(general: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Which parameters take the general way, and why."""
+    named = [f"{name} ({why})" for name, why in general]
+    if not named:
+        return ()
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    return (f"single samples run on their own, which is slower, for {', '.join(named[:NAMED])}{more}",)

@@ -1,0 +1,264 @@
+"""Measuring on a training step's own forward and backward pass, so that a measurement costs only its probes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import lnp
+from lnp.backends import Options
+from lnp.decomposition import ByLayer, decompose, explained
+from lnp_torch import losses, samples
+from lnp_torch.apart import Apart, Pullback, Tapped
+from lnp_torch.backend import to_host
+from lnp_torch.frozen import Frozen
+from lnp_torch.huggingface import own_loss_terms
+from lnp_torch.isolation import RandomState, undisturbed
+from lnp_torch.models import program, unwrapped
+from lnp_torch.outputs import Outputs, flatten, read, widened
+from lnp_torch.passes import Passes
+from lnp_torch.pulls import Pulls
+from lnp_torch.reading import Reading
+from lnp_torch.record import Loss, assembled, taken_apart
+from lnp_torch.samples import dense
+from lnp_torch.taps import Taps
+
+OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
+
+
+def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
+    """Watch the forward pass of a training step; `backward` then runs its backward pass and decomposes it.
+
+    The parameters' `.grad` receives exactly what `loss.backward()` would give: nothing is computed differently, and the
+    measured gradient is the one that training gets. Not shared is what belongs to the measurement alone: one data-only
+    backward pass for each probe. Batch normalisation in training mode and dropout inside fused attention stay what they
+    are in the step, so that the samples interact: it is measured jointly, with a note. What is returned can be used
+    again for the next step.
+
+    Parameters
+    ----------
+    model:
+        The module that the step calls once inside the context; wrapped in `DataParallel` or compiled, what it wraps is
+        watched.
+    parameters:
+        Which parameters to differentiate, as for `lnp.decompose`.
+
+    Raises
+    ------
+    RuntimeError
+        If the model was not called exactly once inside the context.
+
+    Examples
+    --------
+    >>> import torch, lnp_torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> inputs, targets = torch.randn(8, 4), torch.arange(8) % 3
+    >>> criterion = torch.nn.CrossEntropyLoss()
+    >>> with lnp_torch.shared(model) as step:
+    ...     loss = criterion(model(inputs), targets)
+    >>> d = step.backward(loss, targets, criterion)  # instead of loss.backward()
+    >>> rate = sum(float(p.grad.square().sum()) for p in model.parameters())
+    >>> round(d.rate / rate, 4), round(d.chi_loss * d.chi_net * d.chi_pos / rate, 4)
+    (1.0, 1.0)
+    """
+    return SharedStep(model, parameters)
+
+
+class SharedStep(contextlib.AbstractContextManager):
+    """A training step whose forward pass is watched; made by `shared`."""
+
+    def __init__(self, model: nn.Module, parameters: Any = None) -> None:
+        self._module = unwrapped(model)
+        self._prepared = program(self._module, _call, parameters)
+        own = dict(self._module.named_parameters())
+        self._own = {name: own[name] for name in self._prepared.parameters}
+        self._stack = contextlib.ExitStack()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._taps, self._masks = Taps(self._own), Frozen(statistics=False, attention=False)
+        self._taps.watching = False
+        self._given: Any = None
+        self._returned: Any = None
+        self._calls = 0
+
+    def __enter__(self) -> SharedStep:
+        self._forget()
+        before = self._module.register_forward_pre_hook(self._called, with_kwargs=True)
+        after = self._module.register_forward_hook(self._answered)
+        self._stack.callback(before.remove)
+        self._stack.callback(after.remove)
+        self._stack.enter_context(self._taps)
+        self._stack.enter_context(self._masks)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def _called(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._calls, self._taps.watching = self._calls + 1, True
+        self._given, self._state = (args, kwargs), RandomState([self._prepared.device])
+        device = self._prepared.device.type
+        on = torch.is_autocast_enabled(device)
+        self._autocast = torch.autocast(device, torch.get_autocast_dtype(device), enabled=on)
+
+    def _answered(self, module: nn.Module, args: tuple, returned: Any) -> None:
+        self._returned, self._taps.watching = (
+            returned,
+            False,
+        )  # what the loss does with the parameters is not the model's
+
+    def backward(
+        self,
+        loss: torch.Tensor,
+        targets: Any = None,
+        criterion: str | Callable | None = None,
+        *,
+        scale: float | torch.Tensor = 1.0,
+        loss_terms: int | None = None,
+        estimator: str = "auto",
+        rtol: float = 0.01,
+        max_probes: int = 64,
+        by_layer: ByLayer = False,
+        population: bool | None = None,
+        seed: int = 0,
+    ) -> lnp.Decomposition:
+        """`loss.backward()`, and the decomposition of the batch.
+
+        Parameters
+        ----------
+        loss:
+            Computed from the model's outputs. Terms that do not come from the outputs (weight decay) are trained on,
+            and left out of the decomposition with a note.
+        targets, criterion:
+            What the loss was computed with: they say how many terms its mean averages. Without them `loss_terms` does,
+            or, where the model has computed its own loss from labels, those.
+        scale:
+            What the loss was multiplied with (a gradient scaler's `get_scale()`); the loss without it is decomposed.
+
+        Other parameters as for `lnp.decompose`.
+        """
+        if self._calls != 1:
+            raise RuntimeError(
+                f"The model was called {self._calls} times inside lnp_torch.shared(model) since the last backward(). "
+                "Expected one call. Compute the loss of one batch inside `with lnp_torch.shared(model) as step:`."
+            )
+        options = Options(
+            loss=criterion,
+            seed=seed,
+            loss_terms=loss_terms,
+            split=estimator in ("auto", "exact", "per_sample"),
+            population=population,
+        )
+        with undisturbed((), [self._prepared.device]), self._autocast:
+            record = self._record(loss, targets, scale, options)
+            found = decompose(
+                record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer, population=population
+            )
+            result, _ = to_host(found, [])
+        self._forget()  # a loop keeps this object until its next step: the activations must not stay with it
+        return explained(result)
+
+    def _record(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> lnp.Linearization:
+        outputs = read(self._returned)
+        parts, leaves = outputs.parts, list(self._own.values())
+        flat, g = flatten([part.detach() for part in parts]), _loss_gradient(loss, parts, scale)
+        passes = Passes(self._prepared, self._given, len(flat), self._masks.record, self._state, False, attention=False)
+        apart = Apart(passes, lambda: [Tapped(slice(0, flat.shape[0]), parts, self._taps)], flat)
+        verdict, why = taken_apart(apart, [part.dtype for part in parts], options)
+        cheap = verdict is not None and not verdict.general
+        terms, separable, notes = self._terms(outputs, targets, options)
+        others = _other_terms(loss, parts)
+
+        def gradients(v: torch.Tensor) -> list[torch.Tensor]:
+            return trained.gradient if v is g and not others else samples.gradients(parts, leaves, v)
+
+        both = cheap and (separable if options.population is None else options.population)
+        pulls = Pulls(apart, verdict, gradients, g if both else None, cheap, options.seed)
+        trained = self._backward(loss, verdict.reading(pulls.kept()) if both and verdict else None, len(flat), scale)
+        if both and not others:
+            pulls.found = trained
+        meant = Loss(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
+        made = replace(assembled(pulls, meant, options, self._taps), loss_along=None)
+        return replace(made, notes=(*made.notes, *why, *([OTHERS] if others else [])))
+
+    def _backward(self, loss: torch.Tensor, reading: Reading | None, samples: int, scale: Any) -> Pullback:
+        """The step's own backward pass, with what it says of the gradient and of single samples."""
+        seen: dict[str, torch.Tensor] = {}
+        hooks = [p.register_hook(functools.partial(seen.__setitem__, name)) for name, p in self._own.items()]
+        with contextlib.ExitStack() as stack:
+            for hook in hooks:
+                stack.callback(hook.remove)
+            pulled = None if reading is None else stack.enter_context(self._taps.read(reading, samples))
+            loss.backward(retain_graph=True)
+        scaled = not (isinstance(scale, float | int) and scale == 1)
+        gradient = [seen[name].detach() if name in seen else torch.zeros_like(p) for name, p in self._own.items()]
+        gradient = [widened(grad) / scale if scaled else grad for grad in dense(gradient, list(self._own.values()))]
+        if pulled is None:
+            return Pullback({}, {}, gradient)
+        said = pulled(loss.device)
+        norms = {name: norm / scale**2 if scaled else norm for name, norm in said.square_norms.items()}
+        return Pullback(norms, said.missing, gradient, [(said.kept, scale)])
+
+    def _terms(self, outputs: Outputs, targets: Any, options: Options) -> tuple[Any, bool, tuple[str, ...]]:
+        """(loss_terms, whether the loss is a mean over samples, notes)."""
+        if targets is not None:
+            tree = outputs.with_parts([part.detach() for part in outputs.parts])
+            meant = losses.prepare(options.loss, tree, targets, options.loss_terms)
+            return meant.terms, meant.separable, meant.notes
+        if options.loss_terms is not None:
+            return options.loss_terms, False, ()
+        _, kwargs = self._given
+        if "labels" not in kwargs:
+            raise ValueError(
+                "backward() received neither targets nor loss_terms, and the model no labels. Expected what the loss "
+                "was computed with, to know how many terms its mean averages. Call backward(loss, targets, criterion)."
+            )
+        terms, notes = own_loss_terms(self._prepared.modules, kwargs, outputs)
+        return terms, True, notes
+
+
+def _loss_gradient(loss: torch.Tensor, parts: list[torch.Tensor], scale: Any) -> torch.Tensor:
+    """dL/df, (N, K), in float32 or better."""
+    used = [part for part in parts if part.requires_grad]
+    if not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.requires_grad and used):
+        raise ValueError(
+            "backward() received a loss that cannot be differentiated in the outputs. Expected a tensor of shape () "
+            "that was computed from what the model returned inside `with lnp_torch.shared(model) as step:`."
+        )
+    found = torch.autograd.grad(loss, used, retain_graph=True, allow_unused=True)
+    if all(grad is None for grad in found):
+        raise ValueError(
+            "backward() received a loss that does not depend on the outputs that the model returned inside the "
+            "context. Expected the loss of this very forward pass."
+        )
+    grads = iter(found)
+    filled = [
+        grad if part.requires_grad and (grad := next(grads)) is not None else torch.zeros_like(part) for part in parts
+    ]
+    return flatten([widened(grad) / scale for grad in filled])
+
+
+def _other_terms(loss: torch.Tensor, parts: list[torch.Tensor]) -> bool:
+    """Whether any parameter is reached from the loss without passing through the outputs."""
+    ends, stack, seen = {part.grad_fn for part in parts}, [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in ends or node in seen:
+            continue
+        if hasattr(node, "variable"):  # where a gradient is accumulated
+            return True
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _call(model: nn.Module, given: tuple) -> Any:
+    args, kwargs = given
+    return model(*args, **kwargs)

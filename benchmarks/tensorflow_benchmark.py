@@ -1,0 +1,251 @@
+"""What a measurement costs in TensorFlow, beside a training-step gradient and beside other ways to the same number.
+
+    python benchmarks/tensorflow_benchmark.py           # tables in benchmarks/results/tensorflow.md, about 20 minutes
+    python benchmarks/tensorflow_benchmark.py --quick   # few rounds of the small models, printed only
+
+All cases of a model run in one process, in turn. Models are made of Keras layers; their weights are drawn as PyTorch
+does by default, so that the frameworks' tables are of the same networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import keras
+import numpy as np
+import report
+import tensorflow as tf
+from keras import layers
+
+import lnp
+import lnp_keras
+
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+SKIPPED = (
+    "tape.jacobian only where its N x K x P numbers fit into half of the memory; vectorized_map not on the language "
+    "model: TensorFlow 2.21's oneDNN kernel corrupts memory in the products it makes there (tensorflow#117700)"
+)
+
+
+def mlp(samples: int = 128, width: int = 512, outputs: int = 10) -> tuple[keras.Model, tuple]:
+    hidden = [layers.Dense(width, "relu") for _ in range(2)]
+    model = keras.Sequential([keras.Input((784,)), *hidden, layers.Dense(outputs)])
+    return drawn(model), (normal(samples, 784), labels(outputs, samples))
+
+
+def cnn(samples: int = 64) -> tuple[keras.Model, tuple]:
+    body = []
+    for channels in (32, 64, 128):
+        body += [layers.Conv2D(channels, 3, padding="same", activation="relu"), layers.MaxPooling2D()]
+    model = keras.Sequential([keras.Input((32, 32, 3)), *body[:-1], layers.GlobalAveragePooling2D(), layers.Dense(10)])
+    return drawn(model), (normal(samples, 32, 32, 3), labels(10, samples))
+
+
+def lm(samples: int = 16, length: int = 64, words: int = 2000, width: int = 256, depth: int = 4) -> tuple:
+    """A causal transformer."""
+    ids = keras.Input((length,), dtype="int32")
+    x = layers.Embedding(words, width)(ids) + layers.Embedding(length, width)(keras.ops.arange(length))
+    for _ in range(depth):
+        h = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(4, width // 4)(h, h, use_causal_mask=True)
+        h = layers.LayerNormalization()(x)
+        x = x + layers.Dense(width)(layers.Dense(4 * width, "gelu")(h))
+    model = keras.Model(ids, layers.Dense(words)(layers.LayerNormalization()(x)))
+    return drawn(model), (labels(words, samples, length), labels(words, samples, length))
+
+
+MODELS = {
+    "MLP 784-512-512-10, N=128": mlp,
+    "CNN 32-64-128 on 32x32, N=64": cnn,
+    "LM D=256 L=4 V=2000 S=64, N=16": lm,
+}
+GROWTH = {
+    "batch (MLP)": (mlp, "samples", (32, 128, 512)),
+    "width (MLP)": (mlp, "width", (256, 512, 1024)),
+    "outputs (MLP)": (mlp, "outputs", (10, 100, 1000)),
+    "sequence (LM)": (lm, "length", (32, 64, 128)),
+    "outputs (LM)": (lm, "words", (500, 2000, 8000)),
+}
+
+
+def drawn(model: keras.Model) -> keras.Model:
+    """Compiled, with weights uniform in +-1/sqrt(fan in), embeddings standard normal."""
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        if "embeddings" in variable.path:
+            variable.assign(rng.standard_normal(variable.shape))
+        elif "kernel" in variable.path:
+            bound = np.prod(variable.shape[:-1]) ** -0.5
+            variable.assign(rng.uniform(-bound, bound, variable.shape))
+    model.compile("sgd", CROSS_ENTROPY)
+    return model
+
+
+def normal(*shape: int) -> tf.Tensor:
+    return tf.constant(np.random.default_rng(1).standard_normal(shape), tf.float32)
+
+
+def labels(high: int, *shape: int) -> tf.Tensor:
+    return tf.constant(np.random.default_rng(2).integers(0, high, shape), tf.int32)
+
+
+def step_of(model: keras.Model, batch: tuple) -> Callable[[], Any]:
+    """Loss and gradient of a training step."""
+    variables = [v.value for v in model.trainable_variables]
+
+    @tf.function
+    def gradient(x: tf.Tensor, y: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            loss = CROSS_ENTROPY(y, model(x, training=True))
+        return loss, tape.gradient(loss, variables)
+
+    return lambda: gradient(*batch)[0].numpy()
+
+
+def jacobian_of(model: keras.Model, batch: tuple) -> Callable[[], Any]:
+    """||J||_F^2 from the whole Jacobian."""
+    variables = [v.value for v in model.trainable_variables]
+
+    @tf.function
+    def trace(x: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            outputs = model(x, training=True)
+        return tf.add_n([tf.reduce_sum(block**2) for block in tape.jacobian(outputs, variables)])
+
+    return lambda: trace(batch[0]).numpy()
+
+
+def mapped_of(model: keras.Model, batch: tuple) -> Callable[[], Any]:
+    """One probe: squared norms of single samples' gradients by `tf.vectorized_map`."""
+    variables = [v.value for v in model.trainable_variables]
+
+    def one(given: tuple) -> tf.Tensor:
+        x, v = given
+        with tf.GradientTape() as tape:
+            outputs = model(x[None], training=True)
+        grads = tape.gradient(outputs, variables, v[None])
+        return tf.add_n([tf.reduce_sum(tf.convert_to_tensor(g) ** 2) for g in grads])
+
+    @tf.function
+    def trace(x: tf.Tensor) -> tf.Tensor:
+        v = tf.sign(tf.random.stateless_uniform((x.shape[0], *model.output_shape[1:]), (0, 0)) - 0.5)
+        return tf.reduce_sum(tf.vectorized_map(one, (x, v)))
+
+    return lambda: trace(batch[0]).numpy()
+
+
+def cases_of(model: keras.Model, batch: tuple, peers: bool) -> dict[str, Callable[[], Any]]:
+    cases = {
+        "step": step_of(model, batch),
+        "lnp, 1%": lambda: lnp.decompose(model, batch),
+        "lnp, 1%, without population": lambda: lnp.decompose(model, batch, population=False),
+        "lnp, one probe": lambda: lnp.decompose(model, batch, population=False, estimator="per_sample", max_probes=1),
+        "lnp, in the loop": lambda: lnp_keras.value_and_grad(model, batch),
+    }
+    if len(model.output_shape) == 2:
+        cases["lnp, exact"] = lambda: lnp.decompose(model, batch, estimator="exact", population=False)
+        if peers:
+            cases["vectorized_map, one probe"] = mapped_of(model, batch)
+            numbers = batch[0].shape[0] * model.output_shape[1] * model.count_params()
+            if 8 * numbers < (report.machine()["memory_gib"] or 0) * 2**30:
+                cases["tape.jacobian, exact"] = jacobian_of(model, batch)
+    return cases
+
+
+def table_of(name: str, rounds: int, peers: bool, memory: bool) -> list[dict]:
+    """One row for each case of a model."""
+    cases = cases_of(*MODELS[name](), peers)
+    seconds = report.interleaved(cases, rounds)
+    ratios, rows = report.ratios(seconds, "step"), []
+    growth = {case: _peak_of(name, case) for case in cases} if memory else {}
+    held = 8 * MODELS[name]()[0].count_params()  # weights and gradient
+    for case in cases:
+        d = cases[case]() if case.startswith("lnp") else None
+        d = d[0][1] if isinstance(d, tuple) else d
+        row = {"case": case, "ms": 1e3 * report.median(seconds[case]), "time": ratios[case]}
+        if memory:
+            row["MiB grown"] = growth[case] / 2**20
+            row["peak memory"] = (growth[case] + held) / (growth["step"] + held)
+        if d is not None:
+            row |= {"probes": d.probes, "relative standard error": d.chi_net_stderr / d.chi_net}
+        rows.append(row)
+    added = [loop - step for loop, step in zip(seconds["lnp, in the loop"], seconds["step"], strict=True)]
+    shared = report.median([one / step for one, step in zip(added, seconds["step"], strict=True)])
+    return [*rows, {"case": "lnp, in the loop, beyond the step", "ms": 1e3 * report.median(added), "time": shared}]
+
+
+def growth_of(what: str, rounds: int) -> list[dict]:
+    build, keyword, values = GROWTH[what]
+    rows = []
+    for value in values:
+        model, batch = build(**{keyword: value})
+        cases = {"step": step_of(model, batch), "lnp": lambda m=model, b=batch: lnp.decompose(m, b)}
+        ratio = report.ratios(report.interleaved(cases, rounds), "step")["lnp"]
+        rows.append({what: value, "lnp, 1%": ratio, "probes": lnp.decompose(model, batch).probes})
+    return rows
+
+
+def _peak_of(name: str, case: str) -> int:
+    """Bytes that a case needs beside what is there before it, in a process of its own."""
+    made = subprocess.run([sys.executable, __file__, "--peak", name, case], capture_output=True, text=True, check=True)
+    return int(made.stdout.strip().splitlines()[-1])
+
+
+def _peak(name: str, case: str) -> int:
+    """TensorFlow keeps what it has once allocated. Its growth at the first run, less that for a batch of 5 samples,
+    which is traced just as the whole one is.
+    """
+    model, batch = MODELS[name]()
+    grown = []
+    for samples in (4, 5, len(batch[0])):
+        part = tuple(tensor[:samples] for tensor in batch)
+        run, before = cases_of(model, part, True)[case], _status("VmRSS")
+        for _ in range(3):
+            run()
+        grown.append(_status("VmHWM") - before)
+    return max(grown[2] - grown[1], 0)
+
+
+def _status(what: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds, nothing written")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peak:
+        print(_peak(*given.peak))
+        return
+    names = list(MODELS)[: 2 if given.quick else None]
+    rounds = 5 if given.quick else 30
+    tables = {name: table_of(name, rounds, not given.quick, not given.quick) for name in names}
+    if not given.quick:
+        tables |= {f"Growth with {what}": growth_of(what, 10) for what in GROWTH}
+    for heading, rows in tables.items():
+        print(f"\n{heading}\n\n{report.table(rows)}", flush=True)
+    if not given.quick:
+        notes = [
+            "time: multiples of a training step's gradient in a `tf.function`, medians of rounds",
+            "peak memory: likewise, of weights, gradient, and what a process grows by at the whole batch's first run",
+            SKIPPED,
+        ]
+        data = {"title": "TensorFlow", "machine": report.machine(), "tables": tables, "notes": notes}
+        print(json.dumps([str(path) for path in report.write("tensorflow", data)]))
+
+
+if __name__ == "__main__":
+    main()

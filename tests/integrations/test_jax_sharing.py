@@ -1,0 +1,112 @@
+"""A training step's loss and gradient from the measurement's own pass."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lnp
+import lnp_jax
+from lnp_jax.apart import Verdict
+from lnp_jax.sharing import _shared
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((64, 20)), jnp.float32)
+Y = jnp.arange(64) % 12
+KEY = jax.random.key(3)
+
+
+def parameters():
+    draw = np.random.default_rng(1).standard_normal
+    return {
+        "hidden": [jnp.asarray(draw((20, 30)) / 4, jnp.float32), jnp.zeros(30)],
+        "head": jnp.asarray(draw((30, 12)) / 5, jnp.float32),
+    }
+
+
+def apply(p, x):
+    return jax.nn.relu(x @ p["hidden"][0] + p["hidden"][1]) @ p["head"]
+
+
+def coupled(p, x):
+    return apply(p, x - x.mean(0))
+
+
+def cross_entropy(outputs, targets):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[:, None], axis=1))
+
+
+def reference(apply):
+    return jax.value_and_grad(lambda p, batch: cross_entropy(apply(p, batch[0]), batch[1]))
+
+
+def close(one, other):
+    """To rounding: a millionth of the largest number in each array."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 0, 1e-6 * np.max(np.abs(b))), one, other)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside jit", "outside"])
+@pytest.mark.parametrize("loss", [None, cross_entropy], ids=["inferred", "given"])
+def test_loss_gradient_and_decomposition(inside, loss):
+    shared = lnp_jax.value_and_grad(apply, loss, estimator="per_sample", max_probes=2, loss_terms=64)
+    (value, d), gradients = (jax.jit(shared) if inside else shared)(parameters(), (X, Y), KEY)
+    close((value, gradients), reference(apply)(parameters(), (X, Y)))
+    expected = lnp.decompose(
+        (apply, parameters()), (X, Y), loss, seed=KEY, estimator="per_sample", max_probes=2, loss_terms=64
+    )
+    for name in ("loss", "rate", "chi_net", "chi_pos", "chi_net_stderr"):
+        assert float(getattr(d, name)) == pytest.approx(getattr(expected, name), rel=1e-4), name
+    assert (d.population is None) == (expected.population is None) == (loss is not None)
+
+
+def test_samples_that_interact_train_as_without():
+    expected = reference(coupled)(parameters(), (X, Y))
+    shared = lnp_jax.value_and_grad(coupled)
+    (value, d), gradients = shared(parameters(), (X, Y), KEY)
+    close((value, gradients), expected)
+    assert any("interact" in note for note in d.notes)
+    assert np.isfinite(d.chi_net)
+    (value, d), gradients = jax.jit(shared)(parameters(), (X, Y), KEY)
+    close((value, gradients), expected)
+    assert np.isnan(d.chi_net)
+
+
+def test_the_passes_are_shared():
+    """One probe on top of a step costs less than two thirds of it: forward and weight gradients are not repeated."""
+    flops = lambda function, *args: jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+    wide = {"hidden": [jnp.ones((20, 512)), jnp.ones(512)], "head": jnp.ones((512, 12))}
+    draw = lambda n: (jnp.ones((n, 20)), jnp.arange(n) % 12)
+    step = flops(reference(apply), wide, draw(512))
+    shared = partial(_shared, apply, None, {"max_probes": 1, "population": False}, verdict=Verdict())
+    assert flops(shared, wide, draw(512), KEY) < 1.67 * step
+
+
+def test_training_with_it():
+    step = jax.jit(lnp_jax.value_and_grad(apply))
+    p, losses = parameters(), []
+    for index in range(20):
+        (value, d), gradients = step(p, (X, Y), jax.random.key(index))
+        losses.append(float(value))
+        p = jax.tree.map(lambda p, g: p - 0.5 * g, p, gradients)
+    assert losses[-1] < 0.9 * losses[0]
+    assert 0 < d.chi_pos < 1
+
+
+def test_equinox_as_the_docstring_says():
+    model = eqx.nn.MLP(20, 12, 8, 1, key=jax.random.key(0))
+    p, static = eqx.partition(model, eqx.is_inexact_array)
+    network = lambda p, x: jax.vmap(eqx.combine(p, static))(x)
+    (value, _), gradients = lnp_jax.value_and_grad(network)(p, (X, Y), KEY)
+    close((value, gradients), reference(network)(p, (X, Y)))
+    assert isinstance(eqx.apply_updates(model, gradients), eqx.nn.MLP)
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="received the options"):
+        lnp_jax.value_and_grad(apply, microbatch=2)
+    with pytest.raises(ValueError, match="not trained"):
+        lnp_jax.value_and_grad(apply)(parameters() | {"steps": jnp.arange(3)}, (X, Y), KEY)

@@ -1,0 +1,228 @@
+"""Taps against single samples: what they misread is noticed, takes the general way, and the notes say so."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lnp
+from lnp_torch import judge, sites
+
+NOTE = "run on their own"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Runs(nn.Module):
+    """run(self, x) with named parts."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def recorded(model, x, **options):
+    """(record, outputs) in float64."""
+    model, x = model.double(), x.double() if x.is_floating_point() else x
+    y = torch.randn_like(model(x))
+    return lnp.load("torch").linearize(model, (x, y), lnp.Options(**options)), model(x)
+
+
+def assert_single_samples(model, x, **options):
+    """Squared norms as by one backward pass per sample; returns the record."""
+    record, out = recorded(model, x, **options)
+    assert record.sample_square_norms is not None, record.notes
+    v = torch.randn(record.outputs.shape, dtype=torch.float64)
+    found = record.sample_square_norms(v)
+    for sample in range(len(v)):
+        masked = torch.zeros_like(v)
+        masked[sample] = v[sample]
+        grads = torch.autograd.grad(out, list(model.parameters()), masked.reshape(out.shape), retain_graph=True)
+        for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
+            assert found[name][sample].item() == pytest.approx(grad.square().sum().item(), rel=1e-10, abs=1e-13), name
+    return record
+
+
+def linear():
+    return nn.Linear(4, 4)
+
+
+TIME_MAJOR = {
+    "time-major": lambda m, x: m.b(torch.tanh(m.a(x.transpose(0, 1)))).transpose(0, 1),
+    "time-major rows": lambda m, x: (
+        m.b(torch.tanh(m.a(x.transpose(0, 1).flatten(0, 1)))).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+    ),
+    "rows": lambda m, x: m.b(torch.tanh(m.a(x.flatten(0, 1)))).unflatten(0, x.shape[:2]),
+}
+
+
+@pytest.mark.parametrize("positions", [3, 6])
+@pytest.mark.parametrize("name", TIME_MAJOR)
+def test_rows_of_samples_and_positions_in_either_order(name, positions):
+    """Also where there are as many positions as samples, so that the shapes do not tell them apart."""
+    record = assert_single_samples(Runs(TIME_MAJOR[name], a=linear(), b=linear()), torch.randn(6, positions, 4))
+    assert record.cheap, record.notes
+
+
+def shuffled(m, x):
+    order = torch.arange(len(x)).flip(0)
+    return m.b(torch.tanh(m.a(x[order])))[order.argsort()]
+
+
+def packed(m, x):
+    """Positions of all samples in one row, as packed sequences have them: the first axis is not the sample."""
+    rows = torch.cat([x[0, :1], x[1:, :1].flatten(0, 1), x[:, 1:].flatten(0, 1)])
+    rows = m.b(torch.tanh(m.a(rows)))
+    first, rest = rows[: len(x)], rows[len(x) :].unflatten(0, (len(x), -1))
+    return torch.cat([first[:, None], rest], 1)
+
+
+UNREAD = {
+    "shuffled": (shuffled, (6, 4)),
+    "packed": (packed, (6, 3, 4)),
+    "einsum": (
+        lambda m, x: torch.tanh(torch.einsum("oi,ni->no", m.a.weight, x) + m.a.bias) @ m.b.weight + m.b.bias,
+        (6, 4),
+    ),
+    "product from the left": (lambda m, x: (m.b.weight @ torch.tanh(m.a(x)).T).T + m.b.bias, (6, 4)),
+    "stacked weights": (
+        lambda m, x: F.linear(torch.tanh(x), torch.cat([m.a.weight, m.b.weight])) + torch.cat([m.a.bias, m.b.bias]),
+        (6, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_is_misread_takes_the_general_way(name):
+    run, shape = UNREAD[name]
+    record = assert_single_samples(Runs(run, a=linear(), b=linear()), torch.randn(*shape))
+    assert any(NOTE in note for note in record.notes)
+    assert not record.cheap
+
+
+COUPLED = {
+    "mean over the batch": lambda m, x: m.b(torch.tanh(m.a(x)) - m.a(x).mean(0)),
+    "attention over the batch": lambda m, x: m.b(torch.softmax(m.a(x) @ x.T, -1) @ x),
+    "batch norm": lambda m, x: m.b(m.norm(m.a(x))),
+    "only in the gradient": lambda m, x: m.b(m.a(x) + 0 * x.sum(0) + m.gate * x.mean(0)),
+    "one sample leads": lambda m, x: m.b(m.a(x) + torch.tanh(x[:1])),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_samples_that_interact_are_never_taken_apart(name):
+    parts = {"a": linear(), "b": linear()}
+    parts |= {"norm": nn.BatchNorm1d(4)} if name == "batch norm" else {}
+    parts |= {"gate": nn.Parameter(torch.zeros(4))} if "gradient" in name else {}
+    record, _ = recorded(Runs(COUPLED[name], **parts), torch.randn(12, 4), batch_statistics="coupled")
+    assert record.sample_square_norms is None
+    assert any("interact" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("broken", ["outer", "explicit"])
+def test_a_wrong_rule_is_caught(broken, monkeypatch):
+    """The general way takes over, and the numbers stay right."""
+    right = sites.RULES[F.linear]
+
+    def wrong(*args, **kwargs):
+        def off(use):
+            if use.kind != broken:
+                return use
+            return replace(use, factors=lambda d, at: (1.001 * use.factors(d, at)[0], *use.factors(d, at)[1:]))
+
+        return [off(use) for use in right(*args, **kwargs)]
+
+    monkeypatch.setitem(sites.RULES, F.linear, wrong)
+    model = nn.Sequential(linear(), nn.Tanh(), linear())
+    record = assert_single_samples(model, torch.randn(6, 4))
+    assert any("differ from single samples" in note for note in record.notes)
+
+
+def test_compared_once_for_each_program_and_shape(monkeypatch):
+    compared = []
+    original = judge._compared
+    monkeypatch.setattr(judge, "_compared", lambda *args: (compared.append(1), original(*args))[1])
+    model = Runs(lambda m, x: m.b(torch.tanh(m.a(x)) if m.deep else m.a(x)), a=linear(), b=linear())
+    model.deep = True
+    measure = lambda samples: lnp.decompose(model, (torch.randn(samples, 4), torch.randn(samples, 4)))
+    for _ in range(3):
+        measure(6)
+    assert len(compared) == 2  # at the parameters as they are, and at others
+    measure(7)
+    assert len(compared) == 4
+    model.deep = False
+    measure(6)
+    assert len(compared) == 6
+    model.deep = True
+    measure(6)
+    assert len(compared) == 6
+
+
+def test_what_a_closed_gate_hides_is_seen_all_the_same():
+    """Behind two factors of zero neither outputs nor gradients show at first that samples interact, or are shuffled."""
+    x = torch.randn(6, 4)
+    two = {"first": nn.Parameter(torch.zeros(())), "second": nn.Parameter(torch.zeros(()))}
+    mixed = Runs(lambda m, x: m.a(x) + m.first * m.second * x.mean(0), a=linear(), **two)
+    record, _ = recorded(mixed, x)
+    assert record.sample_square_norms is None
+    hidden = Runs(lambda m, x: m.a(x) + m.first * shuffled(m, x), a=linear(), b=linear(), first=two["first"])
+    record = assert_single_samples(hidden, x)
+    assert "b.weight" in record.notes[0]
+    with torch.no_grad():
+        hidden.first.fill_(1.0)
+    assert_single_samples(hidden, x)
+
+
+def test_parameters_that_move_keep_what_was_found():
+    model, x = nn.Sequential(linear(), nn.Tanh(), linear()), torch.randn(6, 4)
+    assert_single_samples(model, x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    assert_single_samples(model, x)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any array that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["dense", "attention", "convolution"])
+def test_nothing_of_samples_times_parameters(kind):
+    """Neither in the comparison with single samples, which takes a few of them, nor later."""
+    samples = 40
+    if kind == "dense":
+        model, x = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 3)), torch.randn(samples, 64)
+    elif kind == "attention":
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+        model, x = nn.Sequential(nn.Embedding(50, 32), layer, nn.Linear(32, 3)), torch.randint(0, 50, (samples, 4))
+    else:
+        model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
+        x = torch.randn(samples, 16, 5, 5)
+    parameters = sum(p.numel() for p in model.parameters())
+    y = torch.randn_like(model(x))
+    for _ in range(2):
+        with Largest() as largest:
+            d = lnp.decompose(model, (x, y), rtol=0.05)
+        assert d.population is not None
+        assert not d.notes
+        assert 0 < largest.numbers < samples * parameters / 4
