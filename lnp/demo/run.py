@@ -120,3 +120,13 @@ def write_csv(rows: list[Row], path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_runs(rows: list[Row], folder: Path) -> None:
+    """A file for each run, as trackers write them: for `lnp plot` and `lnp compare`."""
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(f"{row['network'].replace(' ', '-')}-seed-{row['seed']}", []).append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    for run, own in runs.items():
+        lnp.History(own).to_jsonl(folder / f"{run}.jsonl")

@@ -10,7 +10,7 @@ from typing import Any
 
 from lnp.demo import summary
 from lnp.demo.figure import draw
-from lnp.demo.run import Settings, chosen, run, write_csv
+from lnp.demo.run import Settings, chosen, run, write_csv, write_runs
 
 COLUMNS = (
     ("loss", "loss", 1.0),
@@ -42,12 +42,14 @@ def show(settings: Settings, out: Path) -> None:
         rows = run(settings, lambda text: bar.advance(task))
     history, figure = out / "history.csv", out / "reach.png"
     write_csv(rows, history)
+    write_runs(rows, out / "runs")
     draw(rows, figure)
     console.print(_table(rows, settings))
     for finding in summary.findings(rows):
         console.print(finding, highlight=False)
     seconds = time.perf_counter() - started
     console.print(f"\n{total} measurements in {seconds:.0f} s. Figure: {figure}, history: {history}", highlight=False)
+    console.print(f"Run by run: lnp compare {out / 'runs'}", highlight=False)
 
 
 def _table(rows: list[dict[str, Any]], settings: Settings) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from lnp.cli import main
 from lnp.demo import Settings, data, summary
-from lnp.demo.run import name, write_csv
+from lnp.demo.run import name, write_csv, write_runs
 
 
 def history(positions: dict[tuple[int, bool], list[float]], spread: float = 0.01, seeds: int = 3) -> list[dict]:
@@ -82,6 +82,14 @@ def test_history_is_written_as_csv(tmp_path):
     lines = (tmp_path / "history.csv").read_text().splitlines()
     assert lines[0].startswith("network,width,frozen,seed,step")
     assert len(lines) == len(rows) + 1
+
+
+def test_runs_are_written_for_the_other_commands(tmp_path, capsys):
+    rows = history({(4, False): FALLING, (4, True): LOWER}, seeds=2)
+    write_runs(rows, tmp_path / "runs")
+    assert main(["compare", str(tmp_path / "runs")]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert names == ["4-frozen-seed-0", "4-frozen-seed-1", "4-units-seed-0", "4-units-seed-1"]
 
 
 @pytest.mark.parametrize("missing", ["rich", "sklearn", "matplotlib"])
