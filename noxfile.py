@@ -51,9 +51,10 @@ def core(session: nox.Session) -> None:
 @nox.session
 def torch(session: nox.Session) -> None:
     """PyTorch and Hugging Face models, hosts of training loops, tables and figures, and the demo on PyTorch."""
-    install(session, ".[torch,transformers,lightning,tensorboard,pandas,polars,pyarrow,demo,test]")
+    install(session, ".[torch,transformers,lightning,tensorboard,pandas,polars,pyarrow,demo,test]", "pytest-xdist")
     refuse(session, "jax", "tensorflow", "keras")
-    pytest(session, "torch", "--pyargs", "lnp_torch", *suite("torch"))
+    session.env["OMP_NUM_THREADS"] = "1"  # small products wait for each other on more threads than there are cores
+    pytest(session, "torch", *PARALLEL, "--pyargs", "lnp_torch", *suite("torch"))
     if not session.posargs:
         show(session)
 

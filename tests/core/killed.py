@@ -73,4 +73,5 @@ def main(path: str, times: int) -> None:
     print(json.dumps({"lost": lost, "extra": extra, "total": total}))
 
 
-main(sys.argv[1], int(sys.argv[2]))
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
