@@ -34,7 +34,7 @@ class Split:
     @property
     def rows(self) -> list:
         """The leaves that run over samples."""
-        return [leaf for leaf, over in zip(self._leaves, self._over, strict=True) if over]
+        return [jnp.asarray(leaf) for leaf, over in zip(self._leaves, self._over, strict=True) if over]
 
     def some(self, index: jax.Array, size: int) -> Split:
         """The split of as many samples."""
