@@ -90,7 +90,8 @@ def lm(samples: int = 16, width: int = 256, layers: int = 4, vocabulary: int = 2
     for i in range(layers):
         parameters |= {
             f"qkv{i}": normal(d**-0.5, d, 3 * d), f"out{i}": normal(0.5 * d**-0.5, d, d),
-            f"up{i}": normal(d**-0.5, d, 4 * d), f"down{i}": normal(0.5 * (4 * d) ** -0.5, 4 * d, d), f"s{i}": jnp.ones(d), f"t{i}": jnp.ones(d),
+            f"up{i}": normal(d**-0.5, d, 4 * d), f"down{i}": normal(0.5 * (4 * d) ** -0.5, 4 * d, d),
+            f"s{i}": jnp.ones(d), f"t{i}": jnp.ones(d),
         }  # fmt: skip
     tokens = np.random.default_rng(1).integers(0, vocabulary, (samples, length + 1))
     return Problem(partial(_lm, layers), parameters, (jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])))
@@ -220,9 +221,8 @@ def by_matfree(problem: Problem) -> Callable:
     def function(p: Any, batch: Any, key: Any) -> Any:
         out, pullback = jax.vjp(lambda p: problem.apply(p, batch[0]).reshape(-1), p)
         push = lambda u: jax.jvp(lambda p: problem.apply(p, batch[0]).reshape(-1), (p,), (u,))[1]
-        estimate = stochtrace.estimator(
-            stochtrace.integrand_trace(), stochtrace.sampler_signs(jnp.zeros_like(out), num=1)
-        )
+        sampler = stochtrace.sampler_signs(jnp.zeros_like(out), num=1)
+        estimate = stochtrace.estimator_monte_carlo(stochtrace.monte_carlo_trace(), sampler)
         return estimate(lambda v: push(pullback(v)[0]), key)
 
     return function

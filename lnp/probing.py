@@ -125,8 +125,8 @@ def to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes: int)
 
     def squares_to_variance(count: Any, squares: Array) -> Array:
         pairs = count * (count - 1)
-        some = max(pairs, 1) if isinstance(pairs, int) else xp.where(pairs > 0, pairs, xp.ones_like(pairs))
-        return xp.sum(squares, axis=1) / _number(lin, some)
+        pairs = max(pairs, 1) if isinstance(pairs, int) else xp.where(pairs == 0, xp.ones_like(pairs), pairs)
+        return xp.sum(squares, axis=1) / _number(lin, pairs)
 
     total, mean, squares = lin.while_loop(unfinished, body, (count, mean, xp.zeros_like(mean)))
     if isinstance(total, int):

@@ -51,7 +51,7 @@ class _Passes:
     pull:
         v -> (J^T v, {name: (N,) array of ||J_nl^T v_n||^2} or None).
     again:
-        () -> the same of a pass that keeps little, for a loop; or None.
+        () -> the same of another forward pass, for a loop; or None.
     """
 
     outputs: jax.Array
@@ -64,8 +64,8 @@ class _Passes:
 class _Pulls:
     """Pull-backs, remembered for the loss gradient; inside a loop, of the pass that was made for it.
 
-    Outside a loop what XLA keeps between forward and backward pass is up to XLA. Into a loop all of it would be copied,
-    whether the loop is entered or not.
+    Outside a loop XLA computes again what is cheap instead of keeping it between forward and backward pass. A loop
+    would make it keep everything, whether the loop is entered or not.
     """
 
     passes: _Passes
@@ -170,7 +170,7 @@ def _whole(net: Network) -> _Passes:
 def _tapped(net: Network, taps: Tapped, size: int | None) -> _Passes:
     if size is None:
         outputs, pull = taps.forward(net.split.rows)
-        again = lambda: taps.forward(net.split.rows, lean=True)[1]
+        again = lambda: taps.forward(net.split.rows)[1]
         return _Passes(outputs, lambda p: taps.plain(p, net.split.rows), pull, again)
     micro = parts.Micro(net.function, net.split, size)
     part = lambda arrays: taps.forward(arrays[:-1])[1](arrays[-1])

@@ -77,15 +77,10 @@ class Tapped:
     program: Any
     plan: Plan
 
-    def forward(self, rows: list, lean: bool = False) -> tuple[jax.Array, Callable[[jax.Array], tuple[Mapping, Norms]]]:
-        """(outputs (N, K), v -> (J^T v, {name: (N,) array of ||J_n^T v_n||^2})).
-
-        A `lean` pass keeps the results of products alone, and computes again what lies between them: for a loop, into
-        which all that is kept would be copied.
-        """
+    def forward(self, rows: list) -> tuple[jax.Array, Callable[[jax.Array], tuple[Mapping, Norms]]]:
+        """(outputs (N, K), v -> (J^T v, {name: (N,) array of ||J_n^T v_n||^2}))."""
         samples = rows[0].shape[0]
-        one = jax.checkpoint(self._one, policy=_kept) if lean else self._one
-        of_all = jax.jit(jax.vmap(one, (None, 0, 0)))  # for eager callers: one program, not one per operation
+        of_all = jax.jit(jax.vmap(self._one, (None, 0, 0)))  # for eager callers: one program, not one per operation
         read = jax.jit(lambda taps, kept: self._norms(taps, kept, samples))
         outputs, pullback, kept = jax.vjp(
             lambda p, taps: of_all(p, taps, rows), dict(self.parameters), self._taps(samples), has_aux=True
@@ -143,11 +138,6 @@ class Tapped:
         own = {name: self.parameters[name] for name in self.plan.general}
         function = lambda some, inputs: self.function({**self.parameters, **some}, inputs)
         return parts.sample_square_norms(function, self.split, own)(rows, v)
-
-
-def _kept(operation: Any, *_: Any, **__: Any) -> bool:
-    """What a forward pass keeps for its pull-backs: what takes long to compute."""
-    return operation.name in ("dot_general", "conv_general_dilated")
 
 
 def tapped(

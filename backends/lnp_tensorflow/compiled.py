@@ -114,19 +114,26 @@ def _verdicts(key: Any, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple) -> 
     known = _VERDICTS.get(key)
     if known is not None:
         return known
-    found, lasting = [], True
-    for pair in pairs:
-        inputs, _ = batches.unpack(pair)
-        options = Options(microbatch=plan.options.microbatch)
-        mine = Plan(compare, plan.structure, options, plan.jit_compile)
-        answer = _run(_key(mine, arrays, inputs, {}), _judge, mine, tree, arrays, (inputs,), 0, {})
-        seen: Comparison = answer.result
-        found.append(seen.verdict())
-        lasting &= all(missed == missed for missed in seen.missed.values())  # what is not a number tells nothing
-    if lasting:
-        remember(_VERDICTS, key, tuple(found))
+    found = [_verdict(plan, tree, arrays, batches.unpack(pair)[0]) for pair in pairs]
+    verdicts = tuple(verdict for verdict, _ in found)
+    if all(lasting for _, lasting in found):
+        remember(_VERDICTS, key, verdicts)
         _forget_with(plan.structure.static, _VERDICTS, key)
-    return tuple(found)
+    return verdicts
+
+
+def _verdict(plan: Plan, tree: Any, arrays: Arrays, inputs: Any) -> tuple[Verdict, bool]:
+    """How the samples of one batch are taken apart, whatever is measured, and whether that is remembered."""
+    mine = Plan(compare, plan.structure, Options(microbatch=plan.options.microbatch), plan.jit_compile)
+    key = _key(mine, arrays, inputs, {})
+    if key in _VERDICTS:
+        return _VERDICTS[key][0], True
+    seen: Comparison = _run(key, _judge, mine, tree, arrays, (inputs,), 0, {}).result
+    verdict, lasting = seen.verdict(), all(missed == missed for missed in seen.missed.values())
+    if lasting:  # what is not a number tells nothing
+        remember(_VERDICTS, key, (verdict,))
+        _forget_with(plan.structure.static, _VERDICTS, key)
+    return verdict, lasting
 
 
 def _judge(

@@ -187,7 +187,8 @@ def _ranges(op: tf.Operation) -> tuple | None:
     if any(value is None for value in given) or op.get_attr("ellipsis_mask"):
         return None
     masks = [op.get_attr(f"{name}_mask") for name in ("new_axis", "shrink_axis", "begin", "end")]
-    sizes, ranges = list(op.inputs[0].shape), []
+    sizes: list = list(op.inputs[0].shape)
+    ranges: list[tuple[int, ...]] = []
     for place, (start, stop, step) in enumerate(zip(*given, strict=True)):
         new, shrink, begin, end = (bool(mask & 1 << place) for mask in masks)
         if new:

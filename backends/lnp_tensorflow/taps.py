@@ -183,8 +183,7 @@ def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, st
             else:
                 general |= dict.fromkeys((name for name, _ in paths), op.type)
         taps.append(op.outputs[0])
-    made_of = {"taps": tuple(taps), "sites": tuple(sites), "general": general, "expanded": tuple(sorted(expanded))}
-    return replace(plain, **made_of)
+    return replace(plain, taps=tuple(taps), sites=tuple(sites), general=general, expanded=tuple(sorted(expanded)))
 
 
 def _reaching(made: list[tf.Operation], outputs: list[tf.Tensor]) -> set[str]:

@@ -12,7 +12,8 @@ import lnp
 import lnp_tensorflow
 from contract.namespaces import tensorflow
 from integrations.test_tensorflow_models import MODELS, NARROW, TOLERANCE, WIDE, Wrapped, normal
-from lnp_tensorflow import apart, backend, compiled, rules
+from lnp import norms
+from lnp_tensorflow import backend, compiled, rules, windows
 
 tensorflow()
 GENERAL = {
@@ -227,23 +228,74 @@ def test_a_wrong_rule_is_caught(monkeypatch):
     assert any("p.b (its taps differ" in note and "p.w" not in note for note in found["notes"])
 
 
-def test_compared_once(monkeypatch):
-    """Of three measurements with other settings, the first compares."""
+@pytest.fixture
+def compared(monkeypatch):
+    """Grows by one with each comparison that is run."""
     calls = []
-    monkeypatch.setattr(compiled, "compare", lambda *given: calls.append(0) or apart.compare(*given))
+
+    def run(key, body, *given):
+        calls.extend([0] if body is compiled._judge else [])
+        return original(key, body, *given)
+
+    original = compiled._run
+    monkeypatch.setattr(compiled, "_run", run)
+    return calls
+
+
+def test_compared_once(compared):
+    """Of measurements with other settings and of other kinds, the first compares."""
     model, x = wrapped("layer norm", "float64")
     y = tf.zeros_like(model(x))
     for seed in range(3):
         lnp.decompose(model, (x, y), seed=seed, rtol=0.01 + 0.1 * (seed == 2))
-    assert len(calls) == 1
+    measured(model, x)
+    assert len(compared) == 1
 
 
-def test_what_is_not_a_number_is_not_remembered():
+def test_what_is_not_a_number_is_not_remembered(compared):
     model, x = wrapped("layer norm", "float64")
     lnp.decompose(model, (x * float("nan"), tf.zeros_like(model(x))))
     found = measured(model, x)
     same(found, model, x, "float64")
     assert found["cheap"]
+    assert len(compared) == 2
+
+
+def test_what_arrives_where_nothing_was_sent_is_caught(monkeypatch):
+    """A rule that is right at the samples that are compared, and wrong at the second of twenty."""
+
+    def leaking(op, place, d, samples):
+        (gradient,) = rules._shift(lambda _: 1)(op, place, d, samples).factors
+        return rules.Use("explicit", (gradient + tf.one_hot(1, samples, dtype=d.dtype)[:, None],))
+
+    monkeypatch.setitem(rules.RULES, "AddV2", leaking)
+    model, x = Wrapped(lambda p, x: x + p["b"], {"b": normal(3)}), tf.constant(normal(20, 3))
+    found = measured(model, x)
+    same(found, model, x, "float64")
+    assert any("p.b (its taps differ" in note for note in found["notes"])
+
+
+def test_overlapping_parts_of_a_weight():
+    """Halves along either axis, which share a quarter."""
+    model = Wrapped(
+        lambda p, x: tf.sin(x @ tf.split(p["w"], 2, axis=1)[0]) + tf.cos(x[:, :2] @ tf.split(p["w"], 2)[0])[:, :2],
+        {"w": normal(4, 4)},
+    )
+    x = tf.constant(normal(5, 4, seed=1))
+    found = measured(model, x)
+    same(found, model, x, "float64")
+    assert any("p.w (several uses)" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(("stride", "dilation"), [((1, 1), (2, 1)), ((2, 1), (1, 2))])
+def test_convolutions_with_channels_last(stride, dilation):
+    """The same as with channels first; TensorFlow has no dilated gradient on a CPU."""
+    window = norms.Window((3, 2), stride, dilation)
+    out = [(8 - dilation[i] * (window.kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    x, d = normal(3, 8, 8, 2), normal(3, *out, 4, seed=1)
+    first = [np.moveaxis(array, -1, 1) for array in (x, d)]
+    expected = norms.convolution(np, *first, window)
+    assert np.allclose(windows.convolution(tf.constant(x), tf.constant(d), window), expected, rtol=1e-12)
 
 
 def sizes(graph):

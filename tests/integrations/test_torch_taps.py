@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lnp
 from lnp_torch import judge, sites
+from lnp_torch.samples import Comparison
 
 NOTE = "run on their own"
 
@@ -147,6 +148,14 @@ def test_a_wrong_rule_is_caught(broken, monkeypatch):
     model = nn.Sequential(linear(), nn.Tanh(), linear())
     record = assert_single_samples(model, torch.randn(6, 4))
     assert any("differ from single samples" in note for note in record.notes)
+
+
+def test_what_arrives_at_samples_that_were_given_nothing_is_seen():
+    index, ones = torch.tensor([1, 3]), torch.ones(2)
+    seen = Comparison(0.0, {"a": ones, "b": ones})
+    right = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    leaks = torch.tensor([1e-3, 1.0, 0.0, 1.0])
+    assert set(judge._differing({"a": right, "b": leaks}, seen, index, 1e-4)) == {"b"}
 
 
 def test_compared_once_for_each_program_and_shape(monkeypatch):
