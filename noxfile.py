@@ -43,7 +43,7 @@ def types(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core and its NumPy backend where no framework is installed."""
     install(session, ".[test]")
-    found = ("matplotlib", "pandas", "polars", "pyarrow", "sklearn", "rich", "tqdm")
+    found = ("matplotlib", "pandas", "polars", "pyarrow", "orjson", "sklearn", "rich", "tqdm")
     refuse(session, "torch", "jax", "tensorflow", "keras", "transformers", *found)
     pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/core", *suite("numpy"))
 
@@ -51,7 +51,8 @@ def core(session: nox.Session) -> None:
 @nox.session
 def torch(session: nox.Session) -> None:
     """PyTorch and Hugging Face models, hosts of training loops, tables and figures, and the demo on PyTorch."""
-    install(session, ".[torch,transformers,lightning,tensorboard,pandas,polars,pyarrow,demo,test]", "pytest-xdist")
+    formats = "pandas,polars,pyarrow,orjson"
+    install(session, f".[torch,transformers,lightning,tensorboard,{formats},demo,test]", "pytest-xdist")
     refuse(session, "jax", "tensorflow", "keras")
     session.env["OMP_NUM_THREADS"] = "1"  # small products wait for each other on more threads than there are cores
     pytest(session, "torch", *PARALLEL, "--pyargs", "lnp_torch", *suite("torch"))

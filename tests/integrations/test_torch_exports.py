@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import types
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import lnp.loggers
+from lnp import storage
 from lnp.history import History
 
 ROWS = [
@@ -47,6 +49,19 @@ def test_parquet(tmp_path):
     assert columns["step"] == [0, 5, 9]
     assert columns["loss"][2] == math.inf
     assert columns["estimator"] == ["exact", None, "3"]
+
+
+def test_orjson_reads_what_pythons_parser_reads(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    HISTORY.to_jsonl(path)
+    with path.open("ab") as file:
+        file.write(b'{"step": 10, "big": 123456789012345678901234567890}\n{"step": 11, "loss": NaN}\n{"step": 12')
+    assert storage.parser().__module__ == "orjson"
+    fast = History.read(path)
+    monkeypatch.setitem(sys.modules, "orjson", None)
+    assert storage.parser() is json.loads
+    assert repr(fast.rows()) == repr(History.read(path).rows())
+    assert fast["step"].tolist() == [0, 5, 9, 10, 11]
 
 
 def test_tensorboard(tmp_path):
