@@ -1,4 +1,4 @@
-"""Draws what a benchmark has written: `python benchmarks/figure.py torch` makes results/torch.png of results/torch.json.
+"""Draws what a benchmark has written: `python benchmarks/figure.py torch` makes results/torch.png from its numbers.
 
 Times of each model's cases as multiples of a training step's gradient, on top; how they grow with one size, below.
 """

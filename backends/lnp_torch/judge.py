@@ -24,6 +24,8 @@ from lnp_torch.samples import Comparison
 
 CHECKED = 8
 """Samples that are compared, spread over the batch."""
+BESIDE = 17
+"""Samples that they are compared beside, at other parameters."""
 NAMED = 4
 """Parameters that a note names."""
 REMEMBERED = 64
@@ -58,8 +60,13 @@ def general_note(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _moved(apart: Apart, microbatch: int | None) -> Apart:
-    """The same samples at other parameters: what a gate at zero hides now may matter later in the training."""
+    """Some samples at other parameters: what a gate at zero hides now may matter later in the training.
+
+    Not all samples, for the batch's own graph is in memory too; and a number of them that no layer is likely to have.
+    """
     passes, program = apart.passes, apart.passes.program
+    if passes.samples > BESIDE:
+        passes = passes.some(_spread(passes.samples, BESIDE, apart.outputs.device))
     moved = {}
     for number, (name, p) in enumerate(program.parameters.items()):
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(number)).to(p.device, p.dtype)
@@ -73,7 +80,7 @@ def _moved(apart: Apart, microbatch: int | None) -> Apart:
 def _compared(apart: Apart, tolerance: float, pairs: bool, elsewhere: Verdict | None) -> Verdict:
     """The verdict at these parameters; with `elsewhere`, what was found at others is confirmed."""
     passes, outputs = apart.passes, apart.outputs
-    index = torch.linspace(0, passes.samples - 1, min(CHECKED, passes.samples), device=outputs.device).round().long()
+    index = _spread(passes.samples, CHECKED, outputs.device)
     generator = torch.Generator(outputs.device).manual_seed(0)
     signs = torch.randint(0, 2, outputs[index].shape, generator=generator, device=outputs.device)
     # of different lengths: signs alone give the biases of all samples the same norm, whichever sample they belong to
@@ -104,6 +111,11 @@ def _compared(apart: Apart, tolerance: float, pairs: bool, elsewhere: Verdict | 
             f"a sample's output or gradient changes by {seen.difference:.1g} (relative) when the others are left out"
         )
     return Verdict(reason=reason)
+
+
+def _spread(samples: int, count: int, device: torch.device) -> torch.Tensor:
+    """Indices of samples, spread over the batch."""
+    return torch.linspace(0, samples - 1, min(count, samples), device=device).round().long()
 
 
 def _laid_out(
