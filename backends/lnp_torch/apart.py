@@ -100,15 +100,16 @@ class Apart:
 
     def tapped(self, v: torch.Tensor, reading: Reading, gradient: bool) -> Pullback:
         """What the taps know, and J^T v if it is asked for."""
-        found = [_pulled(part, v[part.rows], gradient, _of_rows(reading, part.rows)) for part in self.visit()]
+        found: list[Pullback] = []
+        total: list[torch.Tensor] = []
+        for part in self.visit():
+            pull = _pulled(part, v[part.rows], gradient, _of_rows(reading, part.rows))
+            total = [a + b for a, b in zip(total, pull.gradient, strict=True)] if total else pull.gradient
+            found.append(replace(pull, gradient=[]))  # of micro-batches only the sum is kept
         missing = {name: why for pull in found for name, why in pull.missing.items()}
         names = [name for name in self.passes.program.parameters if name not in missing]
-        return Pullback(
-            {name: torch.cat([pull.square_norms[name] for pull in found]) for name in names},
-            missing,
-            [sum(grads[1:], start=grads[0]) for grads in zip(*(pull.gradient for pull in found), strict=True)],
-            [kept for pull in found for kept in pull.kept],
-        )
+        norms = {name: torch.cat([pull.square_norms[name] for pull in found]) for name in names}
+        return Pullback(norms, missing, total, [kept for pull in found for kept in pull.kept])
 
 
 @dataclass(frozen=True)

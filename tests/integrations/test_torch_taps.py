@@ -1,5 +1,6 @@
 """Taps against single samples: what they misread is noticed, takes the general way, and the notes say so."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -235,3 +236,34 @@ def test_nothing_of_samples_times_parameters(kind):
         assert d.population is not None
         assert not d.notes
         assert 0 < largest.numbers < samples * parameters / 4
+
+
+def test_micro_batches_hold_one_gradient_at_a_time():
+    """Beside the sum: what is alive at any moment, over all samples, stays below a few gradients."""
+    samples, width = 24, 128
+    model, x = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2)), torch.randn(samples, width)
+    parameters = sum(p.numel() for p in model.parameters())
+    y = torch.randn_like(model(x))
+    lnp.decompose(model, (x, y), microbatch=1)  # compared now
+    alive = {"now": 0, "most": 0}
+
+    def gone(size):
+        alive["now"] -= size
+
+    class Alive(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage().data_ptr() in given:
+                    continue  # a view
+                if tensor.numel() > parameters / 4:
+                    alive["now"] += tensor.numel()
+                    alive["most"] = max(alive["most"], alive["now"])
+                    weakref.finalize(tensor, gone, tensor.numel())
+            return out
+
+    with Alive():
+        d = lnp.decompose(model, (x, y), microbatch=1)
+    assert d.population is not None
+    assert 0 < alive["most"] < 6 * parameters
