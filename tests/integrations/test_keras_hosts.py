@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lnp
+from integrations.determinism import deterministic
 from lnp_keras.callback import LNPCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras, on PyTorch
@@ -19,9 +20,7 @@ PROBE = (INPUTS[:10], TARGETS[:10])
 BATCHES = 6
 
 if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-
-    tf.config.experimental.enable_op_determinism()
+    fixed_order = pytest.fixture(autouse=True, scope="module")(deterministic)
 
 KINDS = {
     "AdamW": {"optimizer": lambda: keras.optimizers.AdamW(1e-2)},

@@ -7,11 +7,12 @@ import pytest
 import tensorflow as tf
 
 import lnp
+from integrations.determinism import deterministic
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = GENERATOR.standard_normal((48, 6)).astype(np.float32)
 TARGETS = GENERATOR.integers(3, size=48)
-tf.config.experimental.enable_op_determinism()
+fixed_order = pytest.fixture(autouse=True, scope="module")(deterministic)
 
 
 class Network(tf.Module):
