@@ -86,8 +86,8 @@ def _verb(model: Any, name: str) -> Callable:
     verb = getattr(backend, name, None)
     if verb is None:
         raise TypeError(
-            f"lnp cannot compare a model of type {type(model).__name__} before and after an update. Expected a PyTorch "
-            "module, a JAX model or a model of lnp_numpy. With the update at hand, lnp.predicted_loss_change and "
-            "lnp.measured_loss_change take it for any model."
+            f"lnp cannot compare a model of type {type(model).__name__} before and after an update: its backend has no "
+            "snapshot and difference. Expected a model of PyTorch, JAX, TensorFlow, Keras or lnp_numpy. With the "
+            "update at hand, lnp.predicted_loss_change and lnp.measured_loss_change take it for any model."
         )
     return verb

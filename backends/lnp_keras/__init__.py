@@ -7,5 +7,6 @@ except ImportError as error:
 
 from lnp_keras.backend import accepts, evaluate, linearize, untouched
 from lnp_keras.sharing import value_and_grad
+from lnp_keras.steps import difference, snapshot
 
-__all__ = ["accepts", "evaluate", "linearize", "untouched", "value_and_grad"]
+__all__ = ["accepts", "difference", "evaluate", "linearize", "snapshot", "untouched", "value_and_grad"]

@@ -14,7 +14,7 @@ from lnp.backends import Options
 from lnp.linearization import Linearization
 from lnp_keras import batch_norm, sharing
 from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
-from lnp_keras.models import Stateless, accepts, as_tensors, named_variables, selected, stateless
+from lnp_keras.models import Snapshot, Stateless, accepts, as_tensors, named_variables, selected, stateless
 
 __all__ = ["accepts", "evaluate", "linearize"]
 
@@ -60,8 +60,10 @@ class _Handed:
 
 
 def _handed(model: Any, batches: tuple, options: Options) -> _Handed:
+    before = model.values if isinstance(model, Snapshot) else None
+    model = model if before is None else model.model
     function = stateless(model, options.forward)
-    values = {name: variable.value for name, variable in named_variables(model).items()}
+    values = before or {name: variable.value for name, variable in named_variables(model).items()}
     parts = [_split(batch) for batch in batches]
     loss, notes = _loss(model, options.loss, parts)
     inputs = [as_tensors(x) for x, _, _ in parts]

@@ -57,9 +57,17 @@ class Stateless:
         return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A model with other values of all its variables: those from before an update, with moving statistics and seeds."""
+
+    model: keras.Layer
+    values: dict[str, Any]
+
+
 def accepts(model: Any) -> bool:
-    """Whether the model is a Keras 3 model or layer."""
-    return isinstance(model, keras.Layer)
+    """Whether the model is a Keras 3 model or layer, or was one before an update."""
+    return isinstance(model, keras.Layer | Snapshot)
 
 
 def stateless(model: keras.Layer, forward: Callable | None) -> Stateless:

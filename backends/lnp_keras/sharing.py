@@ -11,7 +11,7 @@ import keras
 
 import lnp
 from lnp.linearization import Linearization
-from lnp_keras.models import accepts, named_variables
+from lnp_keras.models import named_variables
 
 WANTED: contextvars.ContextVar[list | None] = contextvars.ContextVar("gradients", default=None)
 """Where `evaluate` leaves the gradient of what it measures, if somebody wants it."""
@@ -75,7 +75,7 @@ def value_and_grad(
     >>> loss, round(value_and_grad(model, batch)[0][0], 4)
     (1.0, 0.49)
     """
-    if not accepts(model):
+    if not isinstance(model, keras.Layer):
         raise TypeError(
             f"The model is a {type(model).__name__}. Expected a Keras model. For others call the value_and_grad of "
             "their framework's backend."

@@ -8,7 +8,8 @@ except ImportError as error:
 from lnp_tensorflow import results
 from lnp_tensorflow.backend import accepts, decompose, evaluate, linearize
 from lnp_tensorflow.sharing import value_and_grad
+from lnp_tensorflow.steps import difference, snapshot
 
-__all__ = ["accepts", "decompose", "evaluate", "linearize", "value_and_grad"]
+__all__ = ["accepts", "decompose", "difference", "evaluate", "linearize", "snapshot", "value_and_grad"]
 
 results.register()

@@ -20,8 +20,9 @@ from lnp_tensorflow import sharing
 from lnp_tensorflow.compiled import CONVERTED, Answer, Plan, measure, remember, run
 from lnp_tensorflow.forward import forward
 from lnp_tensorflow.isolation import undisturbed
-from lnp_tensorflow.models import Arrays, Structure, accepts, is_module, separate
+from lnp_tensorflow.models import Arrays, Snapshot, Structure, accepts, is_module, separate
 from lnp_tensorflow.record import record
+from lnp_tensorflow.steps import as_before
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]
 
@@ -53,6 +54,9 @@ def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **o
 @tf.autograph.experimental.do_not_convert
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation traced; numbers come back in one transfer. Inside a `tf.function`: as tensors."""
+    if isinstance(model, Snapshot):
+        with as_before(model):
+            return evaluate(computation, model.model, batches, options, **operands)
     structure, tree, arrays = separate(model, options.forward, options.parameters)
     if operands.get("update") is not None:
         operands["update"] = _as_vector(structure, arrays, operands["update"])
@@ -88,6 +92,11 @@ def _result(answer: Answer, structure: Structure, arrays: Arrays, shared: bool) 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not traced."""
+    if isinstance(model, Snapshot):
+        raise ValueError(
+            "A record of a snapshot was asked for. Expected a model: a record reads the variables when it is used, and "
+            "by then they have their values of now. lnp.step_taken and lnp.decompose take snapshots."
+        )
     structure, tree, arrays = separate(model, options.forward, options.parameters)
     inputs, targets = unpack(_tensors(batch))
     with undisturbed(structure.static):

@@ -74,9 +74,28 @@ class Structure:
         return tf.function(lambda: function(*args))()
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A model that reads its variables by itself, with other values of them: those from before an update.
+
+    Attributes
+    ----------
+    model:
+        The user's module, or (function, variables).
+    values:
+        Of the trained variables, by name.
+    states:
+        (variable, value) of the random generators among a module's attributes.
+    """
+
+    model: Any
+    values: Arrays
+    states: tuple[tuple[tf.Variable, tf.Tensor], ...] = ()
+
+
 def accepts(model: Any) -> bool:
     """Whether the model is a module, or a function with variables or with parameters that are tensors."""
-    if is_module(model):
+    if is_module(model) or isinstance(model, Snapshot):
         return True
     if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
         return False
