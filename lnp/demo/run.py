@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,16 @@ from typing import Any
 import numpy as np
 
 import lnp
+from lnp import export
 from lnp.demo import data
+from lnp.history import History
 
-Row = dict[str, Any]
 FRAMEWORKS = ("jax", "torch")
+TAGS = ("network", "width", "frozen", "seed")
+"""What tells one run from another, in every row of its history."""
+
+Ladder = Mapping[str, Sequence[History]]
+"""{network: the histories of its seeds}, in the order in which they were run."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,14 @@ class Settings:
         return [(width, False) for width in self.widths] + [(self.frozen, True)]
 
     @property
-    def schedule(self) -> list[int]:
-        """The steps after which is measured, 0 included."""
-        spaced = np.geomspace(1, self.steps, self.points).round().astype(int)
-        return [0, *sorted(set(spaced.tolist()))]
+    def schedule(self) -> lnp.schedule.log_windows:
+        """When to measure: from step 0 to the last."""
+        return lnp.schedule.log_windows((self.points - 1) / math.log10(self.steps), last=self.steps)
+
+    @property
+    def measurements(self) -> list[int]:
+        """The steps of the schedule."""
+        return list(filter(self.schedule, range(self.steps + 1)))
 
 
 def chosen(framework: str | None) -> str:
@@ -79,34 +89,54 @@ def chosen(framework: str | None) -> str:
     )
 
 
-def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> list[Row]:
-    """Train and measure everything; one row per measurement. `progress` is called with a text before each."""
+def run(settings: Settings, folder: Path, advance: Callable[[int], None] = lambda done: None) -> Ladder:
+    """Train and measure everything, with a tracker's file in `folder` for each run. `advance(1)` is called after each
+    measurement.
+    """
     trainers = importlib.import_module(f"{lnp.load(chosen(settings.framework)).__name__}.demo")
     images, labels = data.digits()
-    rows: list[Row] = []
+    ladder: dict[str, list[History]] = {name(*run): [] for run in settings.runs}
     for seed in range(settings.seeds):
         generator = np.random.default_rng(seed)
         drawn = data.draw(images, labels, settings.steps * settings.batch, generator)
         stream = tuple(part.reshape(settings.steps, settings.batch, *part.shape[1:]) for part in drawn)
-        probes = [data.draw(images, labels, settings.measured, generator) for _ in settings.schedule]
+        new = [data.draw(images, labels, settings.measured, generator) for _ in settings.measurements]
         for width, frozen in settings.runs:
             weights = data.network(width, np.random.default_rng((seed, width)))
             trainer = trainers.Trainer(weights, stream, settings.learning_rate, frozen)
-            run_of = {"network": name(width, frozen), "width": width, "frozen": frozen, "seed": seed}
-            rows += [run_of | row for row in _watched(trainer, settings, probes, frozen, progress)]
-    return rows
+            network = name(width, frozen)
+            tags = dict(zip(TAGS, (network, width, frozen, seed), strict=True))
+            path = folder / f"{network.replace(' ', '-')}-seed-{seed}.jsonl"
+            ladder[network].append(watched(trainer, settings, new, tags, path, advance))
+    return ladder
 
 
-def _watched(trainer: Any, settings: Settings, probes: list, frozen: bool, progress: Callable) -> Iterator[Row]:
-    """Train one network, and measure it at the scheduled steps."""
-    done = 0
-    parameters = "1.*" if frozen else None
-    for step, batch in zip(settings.schedule, probes, strict=True):
-        progress(f"step {step}")
-        trainer.train(done, step)
-        done = step
-        d = lnp.decompose(trainer.model, trainer.arrays(batch), parameters=parameters, population=True)
-        yield {"step": step, "parameters": trainer.trained, **d.to_dict()}
+def watched(
+    trainer: Any,
+    settings: Settings,
+    new: Sequence[tuple],
+    tags: Mapping[str, Any],
+    path: Path,
+    advance: Callable[[int], None] = lambda done: None,
+) -> History:
+    """Train one network, and measure it at the scheduled steps, each time on other new images."""
+    path.unlink(missing_ok=True)  # a tracker would continue it
+    with lnp.Tracker(
+        path,
+        settings.schedule,
+        batch=[trainer.arrays(batch) for batch in new],
+        tags={**tags, "parameters": trainer.trained},
+        rank=0,
+        parameters="1.*" if tags["frozen"] else None,
+        population=True,
+    ) as tracker:
+        done = 0
+        for step in settings.measurements:  # the steps between them are one compiled loop in JAX
+            trainer.train(done, step)
+            tracker.observe(step, trainer.model)
+            done = step
+            advance(1)
+        return tracker.history
 
 
 def name(width: int, frozen: bool) -> str:
@@ -114,19 +144,9 @@ def name(width: int, frozen: bool) -> str:
     return f"{width} units" if not frozen else f"{width} frozen"
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """The history, one line per measurement."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_runs(rows: list[Row], folder: Path) -> None:
-    """A file for each run, as trackers write them: for `lnp plot` and `lnp compare`."""
-    runs: dict[str, list[Row]] = {}
-    for row in rows:
-        runs.setdefault(f"{row['network'].replace(' ', '-')}-seed-{row['seed']}", []).append(row)
-    folder.mkdir(parents=True, exist_ok=True)
-    for run, own in runs.items():
-        lnp.History(own).to_jsonl(folder / f"{run}.jsonl")
+def write_csv(ladder: Ladder, path: Path) -> None:
+    """All runs in one table, one line per measurement."""
+    runs = [run for own in ladder.values() for run in own]
+    # notes stand in a run's first row only, and not in all runs
+    columns = dict.fromkeys((*TAGS, *(column for run in runs for column in run.columns if column != "notes")))
+    export.to_csv({column: np.concatenate([run.get(column) for run in runs]) for column in columns}, path)

@@ -8,27 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lnp.curves import POSITION, size
 from lnp.demo import summary
 from lnp.demo.figure import draw
-from lnp.demo.run import Settings, chosen, run, write_csv, write_runs
+from lnp.demo.run import Ladder, Settings, chosen, run, write_csv
+from lnp.export import needed
+from lnp.progress import bar
 
 COLUMNS = (
     ("loss", "loss", 1.0),
     ("chi_loss", "chi_loss", 1.0),
     ("chi_net", "chi_net", 1.0),
     ("chi_pos\n(batch)", "chi_pos", 1e6),
-    ("chi_pos", "population/chi_pos", 1e6),
+    ("chi_pos", POSITION, 1e6),
 )
 """Heading, column of the history, factor."""
 
 
 def show(settings: Settings, out: Path) -> None:
     """Run the demo, print what was found, and write figure and history to `out`."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError as error:
-        raise ImportError("lnp demo needs rich, which is not installed. Run: pip install 'lnp[demo]'") from error
+    for module in ("rich", "matplotlib"):  # both are needed only after the work
+        needed(module, "lnp demo", "demo")
+    from rich.console import Console
+
     console = Console()
     settings = replace(settings, framework=chosen(settings.framework))
     console.print(
@@ -36,23 +38,21 @@ def show(settings: Settings, out: Path) -> None:
         f"{settings.batch} images each; {settings.seeds} seeds; {settings.framework}."
     )
     started = time.perf_counter()
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        total = settings.seeds * len(settings.runs) * len(settings.schedule)
-        task = bar.add_task("training and measuring", total=total)
-        rows = run(settings, lambda text: bar.advance(task))
+    total = settings.seeds * len(settings.runs) * len(settings.measurements)
+    with bar("training and measuring", total) as advance:
+        ladder = run(settings, out / "runs", advance)
     history, figure = out / "history.csv", out / "reach.png"
-    write_csv(rows, history)
-    write_runs(rows, out / "runs")
-    draw(rows, figure)
-    console.print(_table(rows, settings))
-    for finding in summary.findings(rows):
+    write_csv(ladder, history)
+    draw(ladder, figure)
+    console.print(_table(ladder, settings))
+    for finding in summary.findings(ladder):
         console.print(finding, highlight=False)
     seconds = time.perf_counter() - started
     console.print(f"\n{total} measurements in {seconds:.0f} s. Figure: {figure}, history: {history}", highlight=False)
     console.print(f"Run by run: lnp compare {out / 'runs'}", highlight=False)
 
 
-def _table(rows: list[dict[str, Any]], settings: Settings) -> Any:
+def _table(ladder: Ladder, settings: Settings) -> Any:
     from rich import box
     from rich.table import Table
 
@@ -63,10 +63,10 @@ def _table(rows: list[dict[str, Any]], settings: Settings) -> Any:
     table.add_column("hidden", no_wrap=True)
     for heading in ("size", *(heading for heading, _, _ in COLUMNS), "reach"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for network in summary.networks(rows):
-        size = int(summary.table(rows, network, "parameters")[0, 0])
-        cells = [_cell(summary.final(rows, network, column), factor) for _, column, factor in COLUMNS]
-        table.add_row(network.removesuffix(" units"), f"{size}", *cells, _cell(summary.reach(rows, network), 1e6))
+    for network, runs in ladder.items():
+        cells = [_cell(summary.final(runs, column), factor) for _, column, factor in COLUMNS]
+        cells.append(_cell(summary.reach(runs), 1e6))
+        table.add_row(network.removesuffix(" units"), f"{size(runs[0]):.0f}", *cells)
     return table
 
 

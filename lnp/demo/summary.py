@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-WINDOW = 3
-"""Measurements that are averaged before the lowest position is taken, so that a lucky one does not count."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A quantity along a run: mean over seeds and its standard error, (points,) each."""
-
-    steps: np.ndarray
-    mean: np.ndarray
-    stderr: np.ndarray
+from lnp import curves
+from lnp.demo.run import Ladder
+from lnp.history import History
 
 
 @dataclass(frozen=True)
@@ -29,52 +21,52 @@ class Value:
     stderr: float
 
 
-def networks(rows: list[dict[str, Any]]) -> list[str]:
-    """The runs' names in the order they were made."""
-    return list(dict.fromkeys(row["network"] for row in rows))
+def averaged(runs: Sequence[History], *columns: str) -> History:
+    """The mean over seeds of each column, (points,), with its standard error as that of the measurement: a history to
+    draw curves of.
+    """
+    table = {"step": runs[0]["step"]}
+    for column in columns:
+        values = np.array([curves.curve(run, column).mean for run in runs])
+        table |= {column: values.mean(axis=0), f"{column}_stderr": _stderr(values)}
+    rows = zip(*(values.tolist() for values in table.values()), strict=True)
+    return History(dict(zip(table, row, strict=True)) for row in rows)
 
 
-def table(rows: list[dict[str, Any]], network: str, column: str) -> np.ndarray:
-    """(seeds, points) values of a column."""
-    own = [row for row in rows if row["network"] == network]
-    seeds = sorted({row["seed"] for row in own})
-    return np.array([[row[column] for row in own if row["seed"] == seed] for seed in seeds], dtype=float)
-
-
-def curve(rows: list[dict[str, Any]], network: str, column: str) -> Curve:
-    """A column along the run."""
-    values = table(rows, network, column)
-    return Curve(table(rows, network, "step")[0], values.mean(axis=0), _stderr(values))
-
-
-def final(rows: list[dict[str, Any]], network: str, column: str) -> Value:
+def final(runs: Sequence[History], column: str) -> Value:
     """A column at the last step."""
-    last = table(rows, network, column)[:, -1]
-    return Value(float(last.mean()), float(_stderr(last)))
+    return _value([curves.curve(run, column).mean[-1] for run in runs])
 
 
-def reach(rows: list[dict[str, Any]], network: str) -> Value:
-    """Spectral reach: the lowest population position, averaged over a window of measurements, that a run attains."""
-    lowest = np.array([_smoothed(positions).min() for positions in table(rows, network, "population/chi_pos")])
-    return Value(float(lowest.mean()), float(_stderr(lowest)))
-
-
-def growth(rows: list[dict[str, Any]], network: str, column: str) -> Value:
+def growth(runs: Sequence[History], column: str) -> Value:
     """Last value of a column divided by its first."""
-    values = table(rows, network, column)
-    ratios = values[:, -1] / values[:, 0]
-    return Value(float(ratios.mean()), float(_stderr(ratios)))
+    lines = [curves.curve(run, column).mean for run in runs]
+    return _value([line[-1] / line[0] for line in lines])
 
 
-def findings(rows: list[dict[str, Any]]) -> list[str]:
+def reach(runs: Sequence[History]) -> Value:
+    """The spectral reach that `lnp compare` shows for each run, averaged over seeds.
+
+    Its error is that over seeds alone. The scatter within a window, which is in the error of a single run's reach,
+    is mostly the trend here: after so few steps the position still falls, in all runs alike.
+    """
+    return _value([curves.reach(run)[0] for run in runs])
+
+
+def findings(ladder: Ladder) -> list[str]:
     """What was found about the paper's three claims, in words, either way."""
-    free = [n for n in networks(rows) if not _is_frozen(rows, n)]
-    frozen = [n for n in networks(rows) if _is_frozen(rows, n)]
-    return [_falls(rows, free), _ladder(rows, free), *(_stall(rows, n, free) for n in frozen)]
+    free = {network: runs for network, runs in ladder.items() if not is_frozen(runs)}
+    frozen = [runs for runs in ladder.values() if is_frozen(runs)]
+    return [_falls(free), _ladder(free), *(_stall(runs, free) for runs in frozen)]
 
 
-def _falls(rows: list[dict[str, Any]], free: list[str]) -> str:
-    falls = {n: reach(rows, n).mean / curve(rows, n, "population/chi_pos").mean[0] for n in free}
+def is_frozen(runs: Sequence[History]) -> bool:
+    """Whether the network's features are frozen."""
+    return bool(runs[0]["frozen"][0])
+
+
+def _falls(free: Ladder) -> str:
+    falls = {n: reach(runs).mean / averaged(runs, curves.POSITION)[curves.POSITION][0] for n, runs in free.items()}
     verdict = (
         "Learning moves into the tail"
         if all(f < 0.5 for f in falls.values())
@@ -87,10 +79,10 @@ def _falls(rows: list[dict[str, Any]], free: list[str]) -> str:
     )
 
 
-def _ladder(rows: list[dict[str, Any]], free: list[str]) -> str:
-    reaches = [reach(rows, n) for n in free]
-    steps = [(a.mean - b.mean, np.hypot(a.stderr, b.stderr)) for a, b in pairwise(reaches)]
-    shown = ", ".join(f"{r.mean:.2g} ± {r.stderr:.1g} ({n})" for n, r in zip(free, reaches, strict=True))
+def _ladder(free: Ladder) -> str:
+    reaches = {n: reach(runs) for n, runs in free.items()}
+    steps = [(a.mean - b.mean, np.hypot(a.stderr, b.stderr)) for a, b in pairwise(reaches.values())]
+    shown = ", ".join(f"{r.mean:.2g} ± {r.stderr:.1g} ({n})" for n, r in reaches.items())
     clear = all(gap > 2 * error for gap, error in steps)
     ordered = all(gap > 0 for gap, _ in steps)
     verdict = (
@@ -101,27 +93,22 @@ def _ladder(rows: list[dict[str, Any]], free: list[str]) -> str:
     return f"{verdict}: {shown}."
 
 
-def _stall(rows: list[dict[str, Any]], network: str, free: list[str]) -> str:
-    width = next(row["width"] for row in rows if row["network"] == network)
-    twins = [n for n in free if next(row["width"] for row in rows if row["network"] == n) == width]
-    if not twins:
+def _stall(runs: Sequence[History], free: Ladder) -> str:
+    width = runs[0]["width"][0]
+    twin = next((own for own in free.values() if own[0]["width"][0] == width), None)
+    if twin is None:
         return f"No network of {width} units with trained features to compare the frozen ones with."
-    here, there = reach(rows, network), reach(rows, twins[0])
+    here, there = reach(runs), reach(twin)
     stalls = here.mean - there.mean > 2 * np.hypot(here.stderr, there.stderr)
     return (
         f"{'Frozen features stall' if stalls else 'Frozen features do not stall in this run'}: reach {here.mean:.2g} "
-        f"against {there.mean:.2g}, loss {final(rows, network, 'loss').mean:.3g} against "
-        f"{final(rows, twins[0], 'loss').mean:.3g}; chi_net grows by {growth(rows, network, 'chi_net').mean:.2f} "
-        f"against {growth(rows, twins[0], 'chi_net').mean:.2f}."
+        f"against {there.mean:.2g}, loss {final(runs, 'loss').mean:.3g} against {final(twin, 'loss').mean:.3g}; "
+        f"chi_net grows by {growth(runs, 'chi_net').mean:.2f} against {growth(twin, 'chi_net').mean:.2f}."
     )
 
 
-def _is_frozen(rows: list[dict[str, Any]], network: str) -> bool:
-    return next(row["frozen"] for row in rows if row["network"] == network)
-
-
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    return np.convolve(values, np.full(WINDOW, 1 / WINDOW), mode="valid")
+def _value(values: Sequence[float]) -> Value:
+    return Value(float(np.mean(values)), float(_stderr(np.array(values))))
 
 
 def _stderr(values: np.ndarray) -> np.ndarray:

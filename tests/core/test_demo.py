@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
 
+import lnp
+import lnp_numpy
+from lnp import curves
 from lnp.cli import main
 from lnp.demo import Settings, data, summary
-from lnp.demo.run import name, write_csv, write_runs
+from lnp.demo.run import name, watched, write_csv
 
 
-def history(positions: dict[tuple[int, bool], list[float]], spread: float = 0.01, seeds: int = 3) -> list[dict]:
-    rows = []
+def ladder(positions: dict[tuple[int, bool], list[float]], spread: float = 0.01, seeds: int = 3) -> dict:
+    found: dict[str, list[lnp.History]] = {}
     for (width, frozen), values in positions.items():
         for seed in range(seeds):
-            for step, value in enumerate(values):
-                shifted = value * (1 + spread * (seed - 1))
-                run = {"network": name(width, frozen), "width": width, "frozen": frozen, "seed": seed, "step": step}
-                rows.append(run | {"population/chi_pos": shifted, "loss": 1.0, "chi_net": 1.0 + step * (not frozen)})
-    return rows
+            run = {"network": name(width, frozen), "width": width, "frozen": frozen, "seed": seed, "parameters": width}
+            rows = [
+                {"step": step, "population/chi_pos": value * (1 + spread * (seed - 1)), "loss": 1.0}
+                | {"chi_net": 1.0 + step * (not frozen), **run}
+                for step, value in enumerate(values)
+            ]
+            found.setdefault(name(width, frozen), []).append(lnp.History(rows))
+    return found
+
+
+class Trainer:
+    """Stands in for a backend's: a linear model that stays as it is, and notes which steps were taken."""
+
+    model, trained = lnp_numpy.LinearModel(weight=np.full((4, 3), 0.1)), 12
+
+    def __init__(self):
+        self.taken = []
+
+    def arrays(self, batch):
+        return batch
+
+    def train(self, start, stop):
+        self.taken += range(start, stop)
+
+
+def new_images(count):
+    generator = np.random.default_rng(0)
+    return [(generator.standard_normal((8, 4)), np.arange(8) % 3) for _ in range(count)]
 
 
 FALLING = [1.0, 0.1, 0.02, 0.01, 0.01, 0.01]
@@ -28,41 +57,68 @@ LOWER = [1.0, 0.1, 0.002, 0.001, 0.001, 0.001]
 
 
 def test_reach_is_the_lowest_window_and_not_a_lucky_point():
-    rows = history({(4, False): [1.0, 0.5, 0.0, 0.5, 0.4, 0.3]}, spread=0.0)
-    assert summary.reach(rows, "4 units").mean == pytest.approx((0.0 + 0.5 + 0.4) / 3)
-    assert summary.reach(rows, "4 units").stderr == 0
+    runs = ladder({(4, False): [1.0, 0.5, 0.0, 0.5, 0.4, 0.3]}, spread=0.0)["4 units"]
+    assert summary.reach(runs).mean == pytest.approx((0.0 + 0.5 + 0.4) / 3)
+    assert summary.reach(runs).stderr == 0
 
 
 def test_standard_errors_are_over_seeds():
-    rows = history({(4, False): FALLING}, spread=0.1)
-    assert summary.final(rows, "4 units", "population/chi_pos").stderr == pytest.approx(0.01 * 0.1 / np.sqrt(3))
-    assert np.isnan(summary.reach(history({(4, False): FALLING}, seeds=1), "4 units").stderr)
+    runs = ladder({(4, False): FALLING}, spread=0.1)["4 units"]
+    assert summary.final(runs, "population/chi_pos").stderr == pytest.approx(0.01 * 0.1 / np.sqrt(3))
+    assert np.isnan(summary.reach(runs[:1]).stderr)
+
+
+def test_curves_are_means_over_seeds_with_their_errors():
+    runs = ladder({(4, False): FALLING}, spread=0.1)["4 units"]
+    line = curves.curve(summary.averaged(runs, "loss", "population/chi_pos"), "population/chi_pos")
+    assert line.step.tolist() == list(range(6))
+    assert line.mean == pytest.approx(np.array(FALLING))
+    assert line.stderr == pytest.approx(0.1 * np.array(FALLING) / np.sqrt(3))
 
 
 def test_findings_where_the_effects_are_there():
-    rows = history({(16, False): FALLING, (64, False): LOWER, (64, True): FALLING})
-    falls, ladder, stall = summary.findings(rows)
+    runs = ladder({(16, False): FALLING, (64, False): LOWER, (64, True): FALLING})
+    falls, larger, stall = summary.findings(runs)
     assert falls.startswith("Learning moves into the tail")
-    assert ladder.startswith("Larger networks reach further into the tail: 0.01")
+    assert larger.startswith("Larger networks reach further into the tail: 0.01")
     assert stall.startswith("Frozen features stall: reach 0.01 against 0.001")
     assert "grows by 1.00 against 6.00" in stall
 
 
 def test_findings_where_they_are_not():
-    rows = history({(16, False): LOWER, (64, False): FALLING, (64, True): LOWER})
-    assert summary.findings(rows)[1].startswith("Larger networks do not reach further")
-    assert summary.findings(rows)[2].startswith("Frozen features do not stall")
-    flat = history({(16, False): [1.0] * 4, (64, False): [1.0] * 4})
+    runs = ladder({(16, False): LOWER, (64, False): FALLING, (64, True): LOWER})
+    assert summary.findings(runs)[1].startswith("Larger networks do not reach further")
+    assert summary.findings(runs)[2].startswith("Frozen features do not stall")
+    flat = ladder({(16, False): [1.0] * 4, (64, False): [1.0] * 4})
     assert summary.findings(flat)[0].startswith("Learning does not move")
-    unclear = history({(16, False): FALLING, (64, False): [0.99 * p for p in FALLING]}, spread=0.5)
+    unclear = ladder({(16, False): FALLING, (64, False): [0.99 * p for p in FALLING]}, spread=0.5)
     assert "not beyond two standard errors" in summary.findings(unclear)[1]
 
 
 def test_schedule_starts_at_zero_and_ends_at_the_last_step():
-    schedule = Settings(steps=100, points=10).schedule
-    assert schedule[0] == 0
-    assert schedule[-1] == 100
-    assert schedule == sorted(set(schedule))
+    for steps in (3, 100, 300, 3000):
+        measurements = Settings(steps=steps).measurements
+        even = np.geomspace(1, steps, 20).round().astype(int)
+        assert measurements == [0, *sorted(set(even.tolist()))]
+
+
+def test_a_tracker_measures_each_time_on_new_images(tmp_path):
+    settings, trainer, advanced = Settings(steps=10, points=4), Trainer(), []
+    new = new_images(len(settings.measurements))
+    tags = {"network": "3 units", "width": 3, "frozen": False, "seed": 0}
+    path = tmp_path / "runs" / "run.jsonl"
+    for _ in range(2):  # the second time in the place of the first
+        history = watched(trainer, settings, new, tags, path, advanced.append)
+    assert trainer.taken == [*range(10)] * 2
+    assert history["step"].tolist() == settings.measurements == [0, 1, 2, 5, 10]
+    expected = [lnp.decompose(trainer.model, batch, population=True) for batch in new]
+    assert history["rate"] == pytest.approx([d.rate for d in expected])
+    assert history["population/chi_pos"] == pytest.approx([d.population.chi_pos for d in expected])
+    assert set(history["network"]) == {"3 units"}
+    assert set(history["parameters"]) == {12}
+    written = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert written == settings.measurements
+    assert advanced == [1] * 10
 
 
 def test_images_are_new_each_time_and_reproducible():
@@ -77,26 +133,36 @@ def test_images_are_new_each_time_and_reproducible():
 
 
 def test_history_is_written_as_csv(tmp_path):
-    rows = history({(4, False): FALLING})
-    write_csv(rows, tmp_path / "history.csv")
-    lines = (tmp_path / "history.csv").read_text().splitlines()
-    assert lines[0].startswith("network,width,frozen,seed,step")
-    assert len(lines) == len(rows) + 1
+    write_csv(ladder({(4, False): FALLING, (4, True): LOWER}), tmp_path / "history.csv")
+    with (tmp_path / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:5] == ["network", "width", "frozen", "seed", "step"]
+    assert [row["network"] for row in rows] == ["4 units"] * 18 + ["4 frozen"] * 18
+    assert [float(row["population/chi_pos"]) for row in rows[24:30]] == LOWER
 
 
 def test_runs_are_written_for_the_other_commands(tmp_path, capsys):
-    rows = history({(4, False): FALLING, (4, True): LOWER}, seeds=2)
-    write_runs(rows, tmp_path / "runs")
-    assert main(["compare", str(tmp_path / "runs")]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:5]]
-    assert names == ["4-frozen-seed-0", "4-frozen-seed-1", "4-units-seed-0", "4-units-seed-1"]
+    settings = Settings(steps=10, points=4)
+    for seed in range(2):
+        tags = {"network": "4 units", "width": 4, "frozen": False, "seed": seed}
+        watched(Trainer(), settings, new_images(5), tags, tmp_path / f"4-units-seed-{seed}.jsonl")
+    assert main(["compare", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:3]]
+    assert [line[:3] for line in lines] == [["4-units-seed-0", "12", "10"], ["4-units-seed-1", "12", "10"]]
 
 
-@pytest.mark.parametrize("missing", ["rich", "sklearn", "matplotlib"])
-def test_a_missing_extra_is_named(missing, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, missing, None)
-    assert main(["demo", "--out", str(tmp_path / "out"), "--framework", "torch"]) == 1
-    assert "pip install 'lnp[" in capsys.readouterr().err
+@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+def test_a_missing_extra_is_named_before_the_work(missing, monkeypatch, tmp_path, capsys):
+    for module in ("rich", "matplotlib"):
+        monkeypatch.setitem(sys.modules, module, None if module == missing else ModuleType(module))
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert f"lnp demo needs {missing}, which is not installed. Run: pip install 'lnp[demo]'" in capsys.readouterr().err
+
+
+def test_missing_data_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"needs scikit-learn.*lnp\[demo\]"):
+        data.digits()
 
 
 def test_too_few_steps_are_refused(capsys):
