@@ -225,15 +225,19 @@ def _status(what: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing written")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--no-growth", action="store_true", help="leave the tables of growth out")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: each case traces three times")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
         print(_peak(*given.peak))
         return
     names = list(MODELS)[: 2 if given.quick else None]
-    rounds = 5 if given.quick else 30
-    tables = {name: table_of(name, rounds, not given.quick, not given.quick) for name in names}
-    if not given.quick:
+    rounds = 5 if given.quick else given.rounds
+    memory = not (given.quick or given.no_memory)
+    tables = {name: table_of(name, rounds, not given.quick, memory) for name in names}
+    if not (given.quick or given.no_growth):
         tables |= {f"Growth with {what}": growth_of(what, 10) for what in GROWTH}
     for heading, rows in tables.items():
         print(f"\n{heading}\n\n{report.table(rows)}", flush=True)
