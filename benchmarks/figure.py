@@ -14,6 +14,7 @@ from report import RESULTS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 Row = dict[str, Any]
 PEERS = "0.6"
@@ -50,6 +51,7 @@ def draw_bars(ax: Any, model: str, rows: list[Row]) -> None:
         ax.text(time * 1.05, place, f"{time:.2g}", va="center", fontsize=7)
     ax.axvline(1, color="k", lw=0.8)
     ax.set(xscale="log", title=model, xlabel="time / step")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlim(right=max(times) * 2)
     ax.tick_params(axis="y", labelsize=7)
 
@@ -62,7 +64,8 @@ def draw_lines(ax: Any, what: str, column: str, rows: list[Row]) -> None:
     ax.set(xlabel=what, ylabel="time / step", ylim=(0, None))
     if isinstance(rows[0][column], int | float):
         ax.set_xscale("log")
-    ax.legend(fontsize=6, frameon=False)
+        ax.set_xticks([row[column] for row in rows], [str(row[column]) for row in rows])
+        ax.minorticks_off()
 
 
 def main(name: str) -> None:
@@ -81,6 +84,8 @@ def main(name: str) -> None:
         ax.remove()
     for ax, (what, (column, rows)) in zip(axes[-1], below.items(), strict=False):
         draw_lines(ax, what, column, rows)
+    if below:
+        axes[-1][0].legend(fontsize=6, frameon=False)
     fig.savefig(RESULTS / f"{name}.png", dpi=110)
 
 
