@@ -47,7 +47,8 @@ def numbers(variables):
 def loss_now(model):
     """In training mode, with everything that the pass writes put back."""
     before = numbers(model.variables)
-    value = keras.ops.convert_to_numpy(keras.ops.mean((model(INPUTS, training=True) - TARGETS) ** 2))
+    away = keras.ops.subtract(model(INPUTS, training=True), keras.ops.convert_to_tensor(TARGETS))
+    value = keras.ops.convert_to_numpy(keras.ops.mean(keras.ops.square(away)))
     for variable, number in zip(model.variables, before, strict=True):
         variable.assign(number)
     return float(value)
