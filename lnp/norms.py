@@ -29,6 +29,9 @@ BUDGET = 2**22
 GRAM_ADVANTAGE = 1.2
 """How many times fewer multiplications the Gram form needs to be preferred: its products are smaller."""
 
+HALVED = 16
+"""Positions in half of a Gram matrix from which on a quarter of it is left out: products of fewer are slow."""
+
 
 def outer(xp: Any, left: Array, right: Array, advantage: float = GRAM_ADVANTAGE, budget: int = BUDGET) -> Array:
     """||sum_s left[n, s] right[n, s]^T||_F^2 for left (N, S, p) and right (N, S, q). Shape (N,).
@@ -101,62 +104,72 @@ class Window:
     groups: int = 1
 
 
-PATCHES = 2**20
+PATCHES = 2**19
 """Numbers of patches that are in memory at a time: what a processor's cache holds."""
+ADDITION = 20
+"""Multiplications of a matrix product that take as long as adding one number that lies in memory."""
 
 
 def convolution(xp: Any, x: Array, d: Array, window: Window, budget: int = BUDGET, patches: int = PATCHES) -> Array:
     """||dL_n/dW||^2 of the weight of y = x * W, where x (N, C, ...) is padded already and d (N, O, ...) is the
     cotangent of y. Shape (N,). For a transposed convolution x and d change places.
 
-    The patches under the kernel are formed for a few samples at a time, so that one product makes their gradients;
-    where the Gram matrix over positions needs far fewer multiplications, that is summed over the kernel's offsets.
+    In the direct form the patches under the kernel are formed for a few samples at a time, so that one product makes
+    their gradients. In the Gram form the inner products of patches are sums over the kernel's offsets of those of
+    single places, which are computed once.
     """
-    positions, taps = math.prod(d.shape[2:]), math.prod(window.kernel)
     channels, outputs = x.shape[1] // window.groups, d.shape[1] // window.groups
-    parts = d.shape[0] * window.groups
+    parts, places, positions = d.shape[0] * window.groups, math.prod(x.shape[2:]), math.prod(d.shape[2:])
     x, d = xp.reshape(x, (parts, channels, *x.shape[2:])), xp.reshape(d, (parts, outputs, *d.shape[2:]))
-    gram = 3 * positions * (channels * taps + outputs) < channels * outputs * taps
-    if gram:
-        norms = _chunked(
-            xp,
-            lambda x, d: _convolution_gram(xp, x, d, window),
-            (x, d),
-            2 * positions**2 + positions * channels,
-            budget,
-        )
+    gram = places**2 * channels + positions**2 * outputs + ADDITION * _additions(x.shape[2:], d.shape[2:], window)
+    patch = channels * math.prod(window.kernel)
+    if gram * GRAM_ADVANTAGE <= positions * patch * outputs:
+        form, size, limit = _convolution_gram, 2 * places**2 + positions**2, budget
     else:
-        norms = _chunked(
-            xp, lambda x, d: _convolution_direct(xp, x, d, window), (x, d), channels * taps * positions, patches
-        )
+        form, size, limit = _convolution_direct, patch * positions, patches
+    norms = _chunked(xp, lambda x, d: form(xp, x, d, window), (x, d), size, limit)
     return xp.sum(xp.reshape(norms, (-1, window.groups)), axis=1)
 
 
 def _convolution_direct(xp: Any, x: Array, d: Array, window: Window) -> Array:
-    stacked = xp.stack(list(_shifted(xp, x, d.shape[2:], window)), axis=1)
-    return _direct(xp, xp.reshape(d, (*d.shape[:2], -1)), xp.reshape(stacked, (d.shape[0], -1, stacked.shape[-1])))
+    axes, pieces = len(window.kernel), []
+    for cuts in itertools.product(*(_cuts(axis, d.shape[2 + axis], window) for axis in range(axes))):
+        pieces.append(xp.reshape(x[(slice(None), slice(None), *cuts)], (*x.shape[:2], -1)))
+    stacked = xp.reshape(xp.stack(pieces, axis=1), (d.shape[0], -1, pieces[0].shape[2]))
+    return _direct(xp, xp.reshape(d, (*d.shape[:2], -1)), stacked)
 
 
 def _convolution_gram(xp: Any, x: Array, d: Array, window: Window) -> Array:
-    flat, total = _wide(xp, xp.reshape(d, (*d.shape[:2], -1))), None
-    for piece in _shifted(xp, _wide(xp, x), d.shape[2:], window):
-        products = xp.matmul(xp.matrix_transpose(piece), piece)
-        total = products if total is None else total + products
-    return xp.sum(total * xp.matmul(xp.matrix_transpose(flat), flat), axis=(1, 2))
+    products = _own_products(xp, x)
+    for axis in range(len(window.kernel)):  # patches at s and t: the sum over offsets o of places s + o and t + o
+        pieces = []
+        for cut in _cuts(axis, d.shape[2 + axis], window):
+            index = [slice(None)] * products.ndim
+            index[1 + axis] = index[1 + len(window.kernel) + axis] = cut
+            pieces.append(products[tuple(index)])
+        products = sum(pieces[1:], start=pieces[0])
+    return xp.sum(xp.reshape(products * _own_products(xp, d), (x.shape[0], -1)), axis=1)
 
 
-def _shifted(xp: Any, x: Array, out: Sequence[int], window: Window) -> Any:
-    """x (N, C, positions) at each offset of the kernel."""
-    for offset in _offsets(window):
-        cut = tuple(
-            slice(o * dilation, o * dilation + (size - 1) * stride + 1, stride)
-            for o, dilation, stride, size in zip(offset, window.dilation, window.stride, out, strict=True)
-        )
-        yield xp.reshape(x[(slice(None), slice(None), *cut)], (*x.shape[:2], -1))
+def _own_products(xp: Any, x: Array) -> Array:
+    """Inner products over the channels of x (N, C, ...) between any two places, (N, ..., ...)."""
+    flat = _wide(xp, xp.reshape(x, (*x.shape[:2], -1)))
+    return xp.reshape(xp.matmul(xp.matrix_transpose(flat), flat), (x.shape[0], *x.shape[2:], *x.shape[2:]))
 
 
-def _offsets(window: Window) -> Any:
-    return itertools.product(*(range(size) for size in window.kernel))
+def _additions(places: Sequence[int], positions: Sequence[int], window: Window) -> int:
+    """Of the sums over a kernel's offsets, one axis after the other."""
+    sizes, total = list(places), 0
+    for axis, size in enumerate(positions):
+        sizes[axis] = size
+        total += window.kernel[axis] * math.prod(sizes) ** 2
+    return total
+
+
+def _cuts(axis: int, positions: int, window: Window) -> list[slice]:
+    """Where an axis of x lies under each offset of the kernel."""
+    stride, dilation = window.stride[axis], window.dilation[axis]
+    return [slice(o * dilation, o * dilation + (positions - 1) * stride + 1, stride) for o in range(window.kernel[axis])]
 
 
 def _direct(xp: Any, left: Array, right: Array) -> Array:
@@ -167,8 +180,15 @@ def _direct(xp: Any, left: Array, right: Array) -> Array:
 
 
 def _gram(xp: Any, left: Array, right: Array) -> Array:
-    left, right = _wide(xp, left), _wide(xp, right)
-    return xp.sum(_products(xp, left, left) * _products(xp, right, right), axis=(1, 2))
+    left, right, half = _wide(xp, left), _wide(xp, right), left.shape[1] // 2
+
+    def block(some: slice, others: slice) -> Array:
+        return _products(xp, left[:, some], left[:, others]) * _products(xp, right[:, some], right[:, others])
+
+    if half < HALVED:
+        return xp.sum(block(slice(None), slice(None)), axis=(1, 2))
+    first, second = block(slice(half), slice(None)), block(slice(half, None), slice(half, None))  # it is symmetric
+    return xp.sum(first, axis=(1, 2)) + xp.sum(first[:, :, half:], axis=(1, 2)) + xp.sum(second, axis=(1, 2))
 
 
 def _products(xp: Any, a: Array, b: Array) -> Array:

@@ -31,9 +31,10 @@ def test_outer(shape, budget):
     np.testing.assert_allclose(norms.outer(np, left, right, budget=budget), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("positions", [3, 33])
 @pytest.mark.parametrize("advantage", [1e-9, 1e9])
-def test_both_forms(advantage):
-    left, right = normal(5, 3, 4), normal(5, 3, 2, seed=1)
+def test_both_forms(advantage, positions):
+    left, right = normal(5, positions, 4), normal(5, positions, 2, seed=1)
     expected = square(np.einsum("nsp,nsq->npq", left, right))
     np.testing.assert_allclose(norms.outer(np, left, right, advantage), expected, rtol=1e-12)
 
@@ -92,7 +93,9 @@ def kernel_gradients(x, d, window):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution(name, budget):
+@pytest.mark.parametrize("advantage", [1e-9, norms.GRAM_ADVANTAGE, 1e9])  # Gram form, whichever is cheaper, direct form
+def test_convolution(name, budget, advantage, monkeypatch):
+    monkeypatch.setattr(norms, "GRAM_ADVANTAGE", advantage)
     shape, kernel, stride, dilation, groups, outputs = CONVOLUTIONS[name]
     window = Window(kernel, stride, dilation, groups)
     places = [
