@@ -133,10 +133,11 @@ def decompose(
     """
     xp = lin.xp
     name, notes = trace.choose(lin, estimator, rtol, max_probes)
-    gradient = lin.vjp(lin.loss_gradient)
-    square_norms = lin.inner_products(gradient, gradient)
+    gradient, square_norms = _gradient(lin)
     layers = layer_names(tuple(square_norms), by_layer)
     rows = [tuple(square_norms), *layers.values()]
+    if population is False:
+        gradient = None  # as large as the parameters, and not needed any more
     estimate = trace.estimate(lin, rows, name, rtol, max_probes)
     rates = [sum((square_norms[p] for p in row[1:]), start=square_norms[row[0]]) for row in rows]
     terms = _like(lin, lin.loss_terms)
@@ -170,8 +171,16 @@ def decompose(
     )
 
 
+def _gradient(lin: Linearization) -> tuple[Vector | None, Mapping[str, Array]]:
+    """J^T g, or None where it need not be in memory, and ||J_l^T g||^2 for each parameter."""
+    if lin.gradient_square_norms is not None:
+        return None, lin.gradient_square_norms()
+    gradient = lin.vjp(lin.loss_gradient)
+    return gradient, lin.inner_products(gradient, gradient)
+
+
 def _population(
-    lin: Linearization, gradient: Vector, rate: Array, estimate: trace.TraceEstimate, asked: bool
+    lin: Linearization, gradient: Vector | None, rate: Array, estimate: trace.TraceEstimate, asked: bool
 ) -> tuple[Population | None, tuple[str, ...]]:
     """The population's values, or None and the reason."""
     reason = ""

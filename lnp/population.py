@@ -61,13 +61,13 @@ def jackknife_size(samples: int) -> int:
     return min(samples, max(samples // 4, LEAST))
 
 
-def population(lin: Linearization, gradient: Vector, rate: Array, traces: Array, stderr: Array) -> Population:
+def population(lin: Linearization, gradient: Vector | None, rate: Array, traces: Array, stderr: Array) -> Population:
     """The population's values from a batch of N >= 3 samples that do not interact. Pure, safe to trace and compile.
 
     Parameters
     ----------
     gradient:
-        J^T g.
+        J^T g, or None where the record's `gradient_square_norms` stood in for it.
     rate:
         ||J^T g||^2, shape ().
     traces:
@@ -97,15 +97,16 @@ def population(lin: Linearization, gradient: Vector, rate: Array, traces: Array,
     return Population(*whole, errors[0], xp.sqrt(errors[1] ** 2 + probing**2), errors[2])
 
 
-def _along(lin: Linearization, gradient: Vector, g: Array) -> tuple[Callable[[Array], Array], Array]:
+def _along(lin: Linearization, gradient: Vector | None, g: Array) -> tuple[Callable[[Array], Array], Array]:
     """<G_n, sum_m G_m> of the samples whose spread stands for that of all, and what takes their rows."""
     xp, size = lin.xp, jackknife_size(lin.outputs.shape[0])
+    known = lambda: lin.vjp(lin.loss_gradient) if gradient is None else gradient
     if lin.subset is None:
         assert lin.jvp is not None, "decompose() looks for it"
-        return lambda values: values, xp.sum(g * lin.jvp(gradient), axis=1)
+        return lambda values: values, xp.sum(g * lin.jvp(known()), axis=1)
     chosen = lin.subset(size)
     some = lambda values: xp.take(values, chosen.index, axis=0)
     if chosen.along is not None:
         return some, chosen.along(gradient)
     assert chosen.jvp is not None, "decompose() looks for it"
-    return some, xp.sum(some(g) * chosen.jvp(gradient), axis=1)
+    return some, xp.sum(some(g) * chosen.jvp(known()), axis=1)

@@ -36,6 +36,7 @@ def preconditioned(lin: Linearization, diagonal: Vector) -> Linearization:
         vjp=lambda v: scaled(lin.vjp(v)),
         jvp=None if jvp is None else lambda u: jvp(scaled(u)),
         loss_along=None if along is None else lambda u, step: along(scaled(u), step),
+        gradient_square_norms=None,
         sample_square_norms=None,
         group_square_norms=None,
         subset=None,

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lnp_torch import samples
-from lnp_torch.models import Parameters
 from lnp_torch.outputs import split, widened
 from lnp_torch.passes import Passes
-from lnp_torch.reading import Kept, Layouts, Reading, along
+from lnp_torch.reading import Layouts, Reading
 from lnp_torch.samples import Pull, dense
 from lnp_torch.scaling import scale_to_one
 from lnp_torch.taps import Taps
@@ -60,9 +59,9 @@ class Verdict:
     pull: Callable[[Passes], Pull] = samples.vectorized
     reason: str = ""
 
-    def reading(self, keep: torch.Tensor | None = None) -> Reading:
+    def reading(self, gradient: bool = False, along: torch.Tensor | None = None) -> Reading:
         """How taps are read accordingly."""
-        return Reading(frozenset(self.general), self.layouts, keep)
+        return Reading(frozenset(self.general), self.layouts, gradient, along)
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,11 @@ class Apart:
 
     def square_norms(self, v: torch.Tensor, verdict: Verdict) -> Norms:
         """{name: (N,) array of ||J_nl^T v_n||^2} for every parameter."""
-        return self.pulled(v, verdict, gradient=False).square_norms
+        return self.pulled(v, verdict, verdict.reading(), gradient=False).square_norms
 
-    def pulled(
-        self, v: torch.Tensor, verdict: Verdict, gradient: bool = True, keep: torch.Tensor | None = None
-    ) -> Pullback:
-        """The squared norms and, by the same backward pass, J^T v and what is kept of some samples."""
-        found = self.tapped(v, verdict.reading(keep), gradient)
+    def pulled(self, v: torch.Tensor, verdict: Verdict, reading: Reading, gradient: bool) -> Pullback:
+        """The squared norms, J^T v, and what else the reading asks for, by the same backward pass."""
+        found = self.tapped(v, reading, gradient)
         names = list(self.passes.program.parameters)
         missing = [name for name in names if name not in found.square_norms]
         general = samples.square_norms(verdict.pull(self.passes.restricted(missing)), v) if missing else {}
@@ -103,13 +100,15 @@ class Apart:
         found: list[Pullback] = []
         total: list[torch.Tensor] = []
         for part in self.visit():
-            pull = _pulled(part, v[part.rows], gradient, _of_rows(reading, part.rows))
+            pull = _pulled(part, v[part.rows], gradient, reading)
+            if part.rows == slice(0, len(v)):
+                return pull
             total = [a + b for a, b in zip(total, pull.gradient, strict=True)] if total else pull.gradient
             found.append(replace(pull, gradient=[]))  # of micro-batches only the sum is kept
         missing = {name: why for pull in found for name, why in pull.missing.items()}
         names = [name for name in self.passes.program.parameters if name not in missing]
         norms = {name: torch.cat([pull.square_norms[name] for pull in found]) for name in names}
-        return Pullback(norms, missing, total, [kept for pull in found for kept in pull.kept])
+        return Pullback(norms, missing, total)
 
 
 @dataclass(frozen=True)
@@ -124,27 +123,25 @@ class Pullback:
         {name of any other parameter: why}.
     gradient:
         J^T v, or [] if it was not asked for.
-    kept:
-        For each part of the batch what is kept of its samples' gradients, and the scale they were pulled back at.
+    gradient_norms:
+        {parameter: ||J_l^T v||^2, shape ()}, if they were asked for, of the whole batch.
+    along:
+        <J_m^T v_m, J^T v> for the samples m that were asked for, shape (M,), or None.
     """
 
     square_norms: Norms
     missing: dict[str, str]
     gradient: list[torch.Tensor]
-    kept: list[tuple[list[Kept], float | torch.Tensor]] = field(default_factory=list)
+    gradient_norms: Norms = field(default_factory=dict)
+    along: torch.Tensor | None = None
 
-    def along(self, parameters: Parameters, u: dict[str, torch.Tensor]) -> torch.Tensor:
-        """<J_m^T v_m, u> of the samples that were kept, (M,)."""
-        sums = [sum(along(one, parameters[one.name], u[one.name]) for one in kept) / scale for kept, scale in self.kept]
-        return torch.cat(sums)
-
-
-def _of_rows(reading: Reading, rows: slice) -> Reading:
-    """The reading of a part of the batch, whose samples count from zero."""
-    if reading.keep is None:
-        return reading
-    inside = (reading.keep >= rows.start) & (reading.keep < rows.stop)
-    return replace(reading, keep=reading.keep[inside] - rows.start)
+    def scaled(self, scale: float | torch.Tensor) -> Pullback:
+        """What would have been seen had the cotangent been divided by `scale`."""
+        norms, of_gradient = (
+            {name: norm / scale**2 for name, norm in found.items()} for found in (self.square_norms, self.gradient_norms)
+        )
+        along = None if self.along is None else self.along / scale**2
+        return Pullback(norms, self.missing, [widened(g) / scale for g in self.gradient], of_gradient, along)
 
 
 def _pulled(part: Tapped, v: torch.Tensor, gradient: bool, reading: Reading) -> Pullback:
@@ -154,15 +151,13 @@ def _pulled(part: Tapped, v: torch.Tensor, gradient: bool, reading: Reading) -> 
     used = [(p, w) for p, w in zip(part.parts, cotangents, strict=True) if p.requires_grad]
     if not used:
         none = torch.zeros(len(v), device=v.device)
-        return Pullback(dict.fromkeys(part.taps.parameters, none), {}, [torch.zeros_like(leaf) for leaf in leaves])
+        nowhere = dict.fromkeys(part.taps.parameters, none)
+        zeros = [torch.zeros_like(leaf) for leaf in leaves]
+        return Pullback(nowhere, {}, zeros, {name: norm.sum() for name, norm in nowhere.items()})
     outputs, given = ([pair[i] for pair in used] for i in (0, 1))
-    found, grads = part.taps.pull(outputs, given, leaves, reading)
-    kept = [(found.kept, 1.0 if scale is None else scale)] if reading.keep is not None and len(reading.keep) else []
-    vector = dense(grads, leaves)
-    if scale is None:
-        return Pullback(found.square_norms, found.missing, vector, kept)
-    norms = {name: norm / scale**2 for name, norm in found.square_norms.items()}
-    return Pullback(norms, found.missing, [widened(g) / scale for g in vector], kept)
+    found, grads = part.taps.pull(outputs, given, gradient, reading)
+    pulled = Pullback(found.square_norms, found.missing, dense(grads, leaves), found.gradient_norms, found.along)
+    return pulled if scale is None else pulled.scaled(scale)
 
 
 def tapped_groups(passes: Passes, size: int) -> Iterator[Tapped]:

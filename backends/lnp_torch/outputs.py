@@ -59,7 +59,8 @@ def flatten(parts: list[torch.Tensor]) -> torch.Tensor:
     """Join (N, ...) tensors to (N, K), in float32 or better."""
     samples = check_outputs([part.shape for part in parts])
     dtype = wide(parts)
-    return torch.cat([part.reshape(samples, -1).to(dtype) for part in parts], dim=1)
+    rows = [part.reshape(samples, -1).to(dtype) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def split(v: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -79,6 +80,18 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 def wide(parts: list[torch.Tensor]) -> torch.dtype:
     """float64 if one of the parts is, float32 otherwise."""
     return torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+
+
+CHUNK = 2**18
+"""Numbers of a vector that are multiplied at a time."""
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """<a, b> in float32 or better, without a product of the vectors' size."""
+    if a.numel() <= CHUNK:
+        return (widened(a) * widened(b)).sum()
+    pairs = zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True)
+    return torch.stack([dot(one, other) for one, other in pairs]).sum()
 
 
 def _get(returned: Any, name: str) -> Any:

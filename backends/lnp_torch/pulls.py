@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lnp_torch.apart import Apart, Pullback, Verdict, tapped_groups
 from lnp_torch.isolation import undisturbed
 from lnp_torch.outputs import flatten
 from lnp_torch.passes import Passes
+from lnp_torch.reading import Reading
 from lnp_torch.scaling import at_scale_one
 
 Vector = list[torch.Tensor]
@@ -23,7 +25,7 @@ Vector = list[torch.Tensor]
 
 @dataclass
 class Pulls:
-    """Pull-backs that remember the squared norms of the loss gradient's samples, where both will be asked for.
+    """Pull-backs that remember what the one of the loss gradient g has shown.
 
     Attributes
     ----------
@@ -33,10 +35,12 @@ class Pulls:
         How they are taken apart, or None.
     gradients:
         v -> J^T v.
+    loss_gradient:
+        g, (N, K).
     both:
-        The cotangent of which J^T v and the squared norms are wanted, or None.
-    keep:
-        Whether parts of some samples' gradients are kept with them.
+        Whether the squared norms of its samples will be asked for beside J^T g.
+    cheap:
+        Whether these come from taps.
     seed:
         Of the samples that are drawn.
     """
@@ -44,34 +48,45 @@ class Pulls:
     apart: Apart
     verdict: Verdict | None
     gradients: Callable[[torch.Tensor], Vector]
-    both: torch.Tensor | None
-    keep: bool
+    loss_gradient: torch.Tensor
+    both: bool
+    cheap: bool
     seed: Any
     found: Pullback | None = None
 
     def vjp(self, v: torch.Tensor) -> Vector:
-        if v is not self.both or self.verdict is None:
-            return self.gradients(v)
-        if self.found is None:
-            self.found = self.apart.pulled(v, self.verdict, keep=self.kept())
-        return self.found.gradient
+        if v is self.loss_gradient and self.found is None and self.both and self.verdict is not None:
+            self.found = self.apart.pulled(v, self.verdict, self.verdict.reading(), gradient=True)
+        known = self.found.gradient if v is self.loss_gradient and self.found is not None else []
+        return known or self.gradients(v)
+
+    def gradient_square_norms(self) -> dict[str, torch.Tensor]:
+        """{name: ||J_l^T g||^2}, with no more than one parameter's gradient in memory; the batch is there as a whole."""
+        if self.found is None or not self.found.gradient_norms:
+            v, verdict, reading = self.loss_gradient, self.verdict, self.reading()
+            pull = self.apart.tapped if verdict is None or not self.both else partial(self.apart.pulled, verdict=verdict)
+            self.found = pull(v, reading=reading, gradient=False)
+        return self.found.gradient_norms
+
+    def reading(self) -> Reading:
+        """How the taps are read while the loss gradient is pulled back."""
+        if self.both and self.verdict is not None:
+            some = self.drawn(jackknife_size(self.apart.passes.samples)) if self.cheap else None
+            return self.verdict.reading(gradient=True, along=some)
+        return Reading(frozenset(self.apart.passes.program.parameters), gradient=True)
 
     def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
-        if v is self.both and self.found is not None:
+        if v is self.loss_gradient and self.both and self.found is not None:
             return self.found.square_norms
         assert self.verdict is not None, "the record offers this only then"
         return self.apart.square_norms(v, self.verdict)
 
     def along(self, index: torch.Tensor) -> Callable[[Vector], torch.Tensor] | None:
-        """u -> <J_m^T g_m, u> of these samples, if they are those that were kept."""
-        found, parameters = self.found, self.apart.passes.program.parameters
-        if found is None or not found.kept or len(index) != jackknife_size(self.apart.passes.samples):
+        """J^T g -> <J_m^T g_m, J^T g> of these samples, if its backward pass has told it."""
+        known = None if self.found is None else self.found.along
+        if known is None or len(index) != jackknife_size(self.apart.passes.samples):
             return None
-        return lambda u: found.along(parameters, dict(zip(parameters, u, strict=True)))
-
-    def kept(self) -> torch.Tensor | None:
-        """Samples parts of whose gradients are kept: those of the jackknife."""
-        return self.drawn(jackknife_size(self.apart.passes.samples)) if self.keep else None
+        return lambda gradient: known
 
     def drawn(self, size: int) -> torch.Tensor:
         """Samples drawn at random, in the batch's order; the same ones at each call."""
@@ -90,7 +105,11 @@ def subset(pulls: Pulls, microbatch: int | None, size: int) -> Subset:
         size = min(microbatch or some.samples, some.samples)
         return Apart(some, lambda: tapped_groups(some, size), v).square_norms(v, verdict)
 
-    return Subset(index, square_norms, lambda u: jvp(some, u), pulls.along(index))
+    def forward(u: Vector) -> torch.Tensor:
+        size = min(microbatch or some.samples, some.samples)
+        return torch.cat([jvp(some.some(slice(start, start + size)), u) for start in range(0, some.samples, size)])
+
+    return Subset(index, square_norms, forward, pulls.along(index))
 
 
 def jvp(passes: Passes, u: Vector) -> torch.Tensor:

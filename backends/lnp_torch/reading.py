@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lnp import norms
-from lnp_torch.outputs import widened
+from lnp_torch.outputs import dot, widened
 from lnp_torch.sites import Layout, Unread, Use
 
 
@@ -66,7 +66,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Kept:
-    """What one use of a parameter says about some samples, to be multiplied with a vector later."""
+    """What one use of a parameter says about some samples, to be multiplied with the parameter's gradient."""
 
     name: str
     frame: tuple
@@ -84,13 +84,16 @@ class Pulled:
         {name: (N,) array of ||J_nl^T v_n||^2}.
     missing:
         {name of any other parameter: why}.
-    kept:
-        Of some of the samples.
+    gradient_norms:
+        {name: ||J_l^T v||^2, shape ()}, where that was asked for.
+    along:
+        <J_m^T v_m, J^T v> for some of the samples m, shape (M,); None where it was not asked for.
     """
 
     square_norms: dict[str, Tensor]
     missing: dict[str, str]
-    kept: list[Kept]
+    gradient_norms: dict[str, Tensor]
+    along: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,16 @@ class Reading:
         Parameters that are left out.
     layouts:
         Where the samples of the others are, where not along the first axis.
-    keep:
-        Samples whose parts of the gradient are kept, as indices, or None.
+    gradient:
+        Whether the squared norms of the batch's gradient are taken on its way.
+    along:
+        Samples whose gradients are then multiplied with that of the batch, as indices, or None.
     """
 
     general: frozenset[str] = frozenset()
     layouts: Layouts = field(default_factory=dict)
-    keep: Tensor | None = None
+    gradient: bool = False
+    along: Tensor | None = None
 
 
 class Reader:
@@ -124,8 +130,10 @@ class Reader:
         samples: int,
     ) -> None:
         self._sites, self._lookups, self._samples = sites, lookups, samples
-        self._layouts, self._keep, general = reading.layouts, reading.keep, {*reading.general, *unrecognised}
-        self.kept: list[Kept] = []
+        self._layouts, self._some, general = reading.layouts, reading.along, {*reading.general, *unrecognised}
+        self._kept: dict[str, list[Kept]] = {}
+        self.gradient_norms: dict[str, Tensor] = {}
+        self.along: Tensor | None = None
         self._uses: dict[str, list[Site]] = {}
         for site in (site for row in sites for site in row):
             self._uses.setdefault(site.name, []).append(site)
@@ -156,8 +164,9 @@ class Reader:
             name = self._lookups[site.name].name if site.name in self._tables else site.name
             self.unread[name] = "the samples are not along the first axis"
             return
-        if self._keep is not None:
-            self.kept.append(self._some(site, factors))
+        if self._some is not None:
+            kept = self._of_some(site, factors, self._some)
+            self._kept.setdefault(kept.name, []).append(kept)
         waiting = self._waiting.setdefault((site.name, site.frame), [])
         waiting.append((site, factors))
         if len(waiting) == sum(other.frame == site.frame for other in self._uses[site.name]):
@@ -177,9 +186,20 @@ class Reader:
         rows = self._lookups[table].rows
         return rows.reshape(1, -1).expand(len(gradient), -1), gradient.reshape(len(gradient), rows.numel(), -1)
 
-    def _some(self, site: Site, factors: tuple) -> Kept:
-        """The rows of the samples that are kept, with left along the frame's rows."""
-        some = [f[self._keep] if isinstance(f, Tensor) else f for f in factors]
+    def met(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
+        """Called with the gradient of a parameter, which comes right after the last of its uses: neither the gradient
+        nor what was kept of the uses has to stay.
+        """
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            self.gradient_norms[name] = dot(gradient, gradient)
+            for kept in self._kept.pop(name, ()):
+                product = along(kept, parameter, gradient)
+                self.along = product if self.along is None else self.along + product
+
+    def _of_some(self, site: Site, factors: tuple, index: Tensor) -> Kept:
+        """The rows of these samples, with left along the frame's rows."""
+        some = [f[index] if isinstance(f, Tensor) else f for f in factors]
         if site.name in self._tables:
             lookup = self._lookups[site.name]
             return Kept(lookup.name, lookup.frame, "rows", self._looked_up(site.name, some[0]))
@@ -231,12 +251,16 @@ def _square_norm(uses: list[tuple[Site, tuple]]) -> Tensor:
         return norms.explicit(xp, _sum(uses))
     outer = [factors[::-1] if site.flipped else factors for site, factors in uses if site.use.kind == "outer"]
     rows = [factors for site, factors in uses if site.use.kind == "rows"]
-    left, right = (torch.cat(parts, 1) for parts in zip(*outer, strict=True)) if outer else (None, None)
-    index, values = (torch.cat(parts, 1) for parts in zip(*rows, strict=True)) if rows else (None, None)
+    left, right = map(_joined, zip(*outer, strict=True)) if outer else (None, None)
+    index, values = map(_joined, zip(*rows, strict=True)) if rows else (None, None)
     total = norms.outer(xp, left, right) if outer else 0
     if rows:
         total = total + norms.rows(xp, index, values)
     return total + 2 * norms.rows_and_outer(xp, index, values, left, right) if outer and rows else total
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _sum(uses: list[tuple[Site, tuple]]) -> Tensor:

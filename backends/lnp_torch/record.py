@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from array_api_compat import torch as xp
+from torch.nn import functional as F
 
 from lnp import batches
 from lnp.backends import Options
@@ -20,7 +21,7 @@ from lnp_torch.huggingface import own_loss_terms, split_batch
 from lnp_torch.isolation import undisturbed
 from lnp_torch.judge import general_note, judge
 from lnp_torch.models import Program
-from lnp_torch.outputs import Outputs, flatten, wide, widened
+from lnp_torch.outputs import Outputs, dot, flatten, wide, widened
 from lnp_torch.passes import Passes, first_pass
 from lnp_torch.pulls import Pulls, Vector, jvp, subset
 from lnp_torch.taps import Taps
@@ -69,7 +70,7 @@ def record(prepared: Program, batch: Any, options: Options) -> Linearization:
     found, notes = taken_apart(apart, [part.dtype for part in parts], options)
     cheap = found is not None and not found.general
     both = options.population if options.population is not None else cheap and loss.separable
-    pulls = Pulls(apart, found, gradients, loss.gradient if both else None, cheap, options.seed)
+    pulls = Pulls(apart, found, gradients, loss.gradient, both, cheap, options.seed)
     made = assembled(pulls, loss, options, taps)
     if not whole:
         norms = lambda v: samples.square_norms(pull_groups, v)
@@ -88,13 +89,14 @@ def assembled(pulls: Pulls, loss: Loss, options: Options, taps: Taps | None) -> 
         loss_gradient=loss.gradient,
         loss_terms=loss.terms,
         vjp=pulls.vjp,
-        inner_products=lambda u, w: {n: _dot(a, b) for n, a, b in zip(names, u, w, strict=True)},
+        gradient_square_norms=None if taps is None else pulls.gradient_square_norms,
+        inner_products=lambda u, w: {n: dot(a, b) for n, a, b in zip(names, u, w, strict=True)},
         signs=_signs(options.seed, flat),
         jvp=lambda u: jvp(passes, u),
         sample_square_norms=pulls.sample_square_norms if independent else None,
         subset=(lambda size: subset(pulls, options.microbatch, size)) if independent else None,
         subset_pays=taps is None or taps.products > WORTH.get(flat.device.type, WORTH_ELSEWHERE),
-        cheap=pulls.keep,
+        cheap=pulls.cheap,
         loss_along=lambda u, step: _loss_along(passes, loss, u, step),
         separable=loss.separable,
         violations=loss.violations,
@@ -186,15 +188,13 @@ def _signs(seed: Any, like: torch.Tensor) -> Callable[[int], torch.Tensor]:
     def signs(index: int) -> torch.Tensor:
         state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(like.device).manual_seed(int(state >> 1))
-        bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
-        return (2 * bits - 1).to(like.dtype)
+        count = like.numel() // 32 + 1
+        words = torch.randint(-(2**31), 2**31, (count,), generator=generator, device=like.device, dtype=torch.int32)
+        return F.embedding(words.view(torch.uint8).int(), table).view(-1)[: like.numel()].view(like.shape)
 
+    table = 1 - 2 * (torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1)
+    table = table.to(like.dtype)  # the eight signs that each byte stands for
     return signs
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    dtype = wide([a, b])
-    return (a.to(dtype) * b.to(dtype)).sum()
 
 
 def _frozen_notes(passes: Passes) -> tuple[str, ...]:

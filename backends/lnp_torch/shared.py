@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,6 @@ from lnp_torch.passes import Passes
 from lnp_torch.pulls import Pulls
 from lnp_torch.reading import Reading
 from lnp_torch.record import Loss, assembled, taken_apart
-from lnp_torch.samples import dense
 from lnp_torch.taps import Taps
 
 OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
@@ -176,35 +174,25 @@ class SharedStep(contextlib.AbstractContextManager):
         terms, separable, notes = self._terms(outputs, targets, options)
         others = _other_terms(loss, parts)
 
-        def gradients(v: torch.Tensor) -> list[torch.Tensor]:
-            return trained.gradient if v is g and not others else samples.gradients(parts, leaves, v)
-
+        gradients = lambda v: samples.gradients(parts, leaves, v)
         both = cheap and (separable if options.population is None else options.population)
-        pulls = Pulls(apart, verdict, gradients, g if both else None, cheap, options.seed)
-        trained = self._backward(loss, verdict.reading(pulls.kept()) if both and verdict else None, len(flat), scale)
-        if both and not others:
+        pulls = Pulls(apart, verdict, gradients, g, both, cheap, options.seed)
+        trained = self._backward(loss, pulls.reading(), len(flat), scale)
+        if not others:
             pulls.found = trained
         meant = Loss(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
         made = replace(assembled(pulls, meant, options, self._taps), loss_along=None)
+        if others:  # the step's gradient is not J^T g, and another pass would pull into the user's `.grad`
+            made = replace(made, gradient_square_norms=None)
         return replace(made, notes=(*made.notes, *why, *([OTHERS] if others else [])))
 
-    def _backward(self, loss: torch.Tensor, reading: Reading | None, samples: int, scale: Any) -> Pullback:
+    def _backward(self, loss: torch.Tensor, reading: Reading, samples: int, scale: Any) -> Pullback:
         """The step's own backward pass, with what it says of the gradient and of single samples."""
-        seen: dict[str, torch.Tensor] = {}
-        hooks = [p.register_hook(functools.partial(seen.__setitem__, name)) for name, p in self._own.items()]
-        with contextlib.ExitStack() as stack:
-            for hook in hooks:
-                stack.callback(hook.remove)
-            pulled = None if reading is None else stack.enter_context(self._taps.read(reading, samples))
+        with self._taps.read(reading, samples) as pulled:
             loss.backward(retain_graph=True)
-        scaled = not (isinstance(scale, float | int) and scale == 1)
-        gradient = [seen[name].detach() if name in seen else torch.zeros_like(p) for name, p in self._own.items()]
-        gradient = [widened(grad) / scale if scaled else grad for grad in dense(gradient, list(self._own.values()))]
-        if pulled is None:
-            return Pullback({}, {}, gradient)
         said = pulled(loss.device)
-        norms = {name: norm / scale**2 if scaled else norm for name, norm in said.square_norms.items()}
-        return Pullback(norms, said.missing, gradient, [(said.kept, scale)])
+        found = Pullback(said.square_norms, said.missing, [], said.gradient_norms, said.along)
+        return found if isinstance(scale, float | int) and scale == 1 else found.scaled(scale)
 
     def _terms(self, outputs: Outputs, targets: Any, options: Options) -> tuple[Any, bool, tuple[str, ...]]:
         """(loss_terms, whether the loss is a mean over samples, notes)."""

@@ -7,6 +7,7 @@ about the gradients of single samples: nothing of size samples x parameters, and
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -130,37 +131,64 @@ class Taps(TorchFunctionMode):
         return Site(name, use, (start, shape[::order], tuple(strides)[::order]), use.transposed != turned)
 
     def pull(
-        self, outputs: list[Tensor], cotangents: list[Tensor], also: list[Tensor], reading: Reading
+        self, outputs: list[Tensor], cotangents: list[Tensor], gradient: bool, reading: Reading
     ) -> tuple[Pulled, tuple]:
-        """What the taps say, and J^T v with respect to `also`, by one backward pass."""
-        inputs = [*also, *([] if self._anchor is None else [self._anchor])]
+        """What the taps say, and J^T v if it is asked for, by one backward pass."""
+        leaves = list(self.parameters.values())
+        anchor = [] if self._anchor is None else [self._anchor]
+        inputs = [*leaves, *anchor] if gradient or reading.gradient else anchor
         with self.read(reading, len(cotangents[0])) as pulled:
-            grads = (
-                torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True) if inputs else ()
-            )
-        return pulled(outputs[0].device), grads[: len(also)]
+            if reading.gradient and not gradient:
+                with _dropped(leaves):
+                    torch.autograd.backward(outputs, cotangents, retain_graph=True, inputs=inputs)
+                return pulled(outputs[0].device), ()
+            if not inputs:
+                return pulled(outputs[0].device), ()
+            grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+        return pulled(outputs[0].device), grads[: len(leaves)] if gradient else ()
 
     @contextlib.contextmanager
     def read(self, reading: Reading, samples: int) -> Iterator[Callable[[torch.device], Pulled]]:
         """During the backward pass inside, the taps are read; afterwards what is yielded tells what they said."""
         reader = Reader(self._sites, self._lookups, reading, set(self.general), samples)
         self._reader = reader
+        meeting = self.parameters.items() if reading.gradient else []
+        hooks = [p.register_hook(functools.partial(reader.met, name, p.detach())) for name, p in meeting]
         try:
             yield lambda device: self._pulled(reader, reading, samples, device)
         finally:
             self._reader = None
+            for hook in hooks:
+                hook.remove()
 
     def _pulled(self, reader: Reader, reading: Reading, samples: int, device: torch.device) -> Pulled:
         found, unread = reader.result(), {**reader.unread, **self.general}
         zero = torch.zeros(samples, device=device)  # of what no cotangent reached
         missing = {n: unread.get(n, "") for n in self.parameters if n in unread or n in reading.general}
         norms = {name: found.get(name, zero) for name in self.parameters if name not in missing}
-        return Pulled(norms, missing, reader.kept)
+        none = torch.zeros((), device=device)
+        of_gradient = {n: reader.gradient_norms.get(n, none) for n in self.parameters} if reading.gradient else {}
+        return Pulled(norms, missing, of_gradient, reader.along)
 
     def seen(self, index: int, d: Tensor) -> None:
         """Called by a tap with the cotangent of its output."""
         if self._reader is not None:
             self._reader.read(index, d)
+
+
+@contextlib.contextmanager
+def _dropped(leaves: list[Tensor]) -> Iterator[None]:
+    """Gradients of the leaves, which are nobody else's, are not kept."""
+
+    def drop(leaf: Tensor) -> None:
+        leaf.grad = None
+
+    hooks = [leaf.register_post_accumulate_grad_hook(drop) for leaf in leaves]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Tap(torch.autograd.Function):

@@ -62,6 +62,24 @@ def jvp_is_the_jacobian(kit: Kit) -> None:
         case.equal("jvp(vjp(v))", lin.jvp(lin.vjp(_array(lin, v))), expected)
 
 
+def gradient_square_norms_are_those_of_the_gradient(kit: Kit) -> None:
+    """||J_l^T g||^2 for each parameter, where the backend tells it without J^T g; before and after J^T g itself."""
+    for case in kit.cases(*scenarios.REGULAR, *scenarios.INTERACTING, dtypes=1):
+        lin, truth = kit.record(case.scenario), case.truth
+        if lin.gradient_square_norms is None:
+            continue
+        expected = {name: np.sum(part**2) for name, part in truth.pulled(truth.gradient).items()}
+        for _ in range(2):
+            found = lin.gradient_square_norms()
+            case.true(set(found) == set(expected), f"gradient_square_norms names {sorted(found)}")
+            for name, norm in expected.items():
+                case.equal(f"gradient_square_norms of {name}", found[name], norm)
+            gradient = lin.vjp(lin.loss_gradient)
+            whole = lin.inner_products(gradient, gradient)
+            for name, norm in expected.items():
+                case.equal(f"squared norm of {name} in J^T g", whole[name], norm)
+
+
 def sample_square_norms_are_those_of_single_samples(kit: Kit) -> None:
     """||J_n^T v_n||^2 for each parameter, by the dense Jacobian and by cotangents zero on other samples."""
     for case in kit.cases(*scenarios.INDEPENDENT):
@@ -146,6 +164,7 @@ RECORD_CHECKS = (
     loss_is_inferred,
     vjp_is_the_jacobian,
     jvp_is_the_jacobian,
+    gradient_square_norms_are_those_of_the_gradient,
     sample_square_norms_are_those_of_single_samples,
     group_square_norms_are_those_of_groups,
     interacting_samples_are_noticed,

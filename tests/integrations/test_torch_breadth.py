@@ -352,20 +352,25 @@ def test_square_norms_of_single_samples(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
 @pytest.mark.parametrize("name", MODELS)
 def test_products_of_single_samples_with_the_gradient(name, dtype):
-    """What the taps keep gives <J_m^T g_m, u> for any u, as by one backward pass for each sample."""
+    """The backward pass that yields J^T g tells its squared norms and <J_m^T g_m, J^T g>, as one for each sample does."""
     build, draw = MODELS[name]
     model, x = in_dtype(build(), torch.float64), cast(draw(), torch.float64)
     reference = with_batch_statistics(model, lambda m: called(m, x))
     out = called(reference, x)
     record = lnp.load("torch").linearize(model, (x, torch.randn_like(out)), lnp.Options(population=True))
-    gradient = record.vjp(record.loss_gradient)
+    square_norms = record.gradient_square_norms()
+    named = {name: p for name, p in reference.named_parameters() if p.requires_grad}
+    whole, parameters = record.loss_gradient.reshape(out.shape), list(named.values())
+    u = torch.autograd.grad(out, parameters, whole, retain_graph=True, allow_unused=True, materialize_grads=True)
+    u = [part.to_dense() if part.is_sparse else part for part in u]
+    expected = {name: part.abs().square().sum().item() for name, part in zip(named, u, strict=True)}
+    measured = {name: norm.item() for name, norm in square_norms.items()}
+    assert measured == pytest.approx(expected, rel=1e-10, abs=1e-10 * max(expected.values()))
     subset = record.subset(jackknife_size(len(out)))
     assert (subset.along is not None) is record.cheap is (name not in GENERAL), record.notes
     if subset.along is None:
         return
-    u = [torch.randn_like(part) for part in gradient]
-    found = subset.along(u)
-    parameters = [p for _, p in reference.named_parameters() if p.requires_grad]
+    found = subset.along(None)
     for sample in subset.index.tolist():
         masked = torch.zeros_like(record.outputs)
         masked[sample] = record.loss_gradient[sample]
