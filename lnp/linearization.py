@@ -37,8 +37,8 @@ class Subset:
     jvp:
         u -> J u of shape (M, K), or None.
     along:
-        J^T g -> (M,) array of <J_m^T g_m, J^T g> with the loss gradient g, where the backend has a cheaper way to it than
-        `jvp`; or None. Given None where `gradient_square_norms` has stood in for J^T g.
+        J^T g -> (M,) array of <J_m^T g_m, J^T g> with the loss gradient g, where the backend has a cheaper way to it
+        than `jvp`; or None. Given None where `gradient_square_norms` has stood in for J^T g.
     """
 
     index: Array
@@ -75,8 +75,8 @@ class Linearization:
     jvp:
         u -> J u of shape (N, K) (Jacobian-vector product), or None.
     gradient_square_norms:
-        () -> {parameter name: ||J_l^T g||^2, shape ()} of the loss gradient g, where the backend can tell without holding
-        J^T g in memory; or None.
+        () -> {parameter name: ||J_l^T g||^2, shape ()} of the loss gradient g, where the backend can tell without
+        holding J^T g in memory; or None.
     sample_square_norms:
         v -> {parameter name: (N,) array of ||J_nl^T v_n||^2}, without N x P memory. None where it cannot be had.
     subset:

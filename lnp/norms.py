@@ -132,9 +132,8 @@ def convolution(xp: Any, x: Array, d: Array, window: Window, budget: int = BUDGE
 
 
 def _convolution_direct(xp: Any, x: Array, d: Array, window: Window) -> Array:
-    axes, pieces = len(window.kernel), []
-    for cuts in itertools.product(*(_cuts(axis, d.shape[2 + axis], window) for axis in range(axes))):
-        pieces.append(xp.reshape(x[(slice(None), slice(None), *cuts)], (*x.shape[:2], -1)))
+    offsets = itertools.product(*(_cuts(axis, size, window) for axis, size in enumerate(d.shape[2:])))
+    pieces = [xp.reshape(x[(slice(None), slice(None), *cuts)], (*x.shape[:2], -1)) for cuts in offsets]
     stacked = xp.reshape(xp.stack(pieces, axis=1), (d.shape[0], -1, pieces[0].shape[2]))
     return _direct(xp, xp.reshape(d, (*d.shape[:2], -1)), stacked)
 
@@ -168,8 +167,8 @@ def _additions(places: Sequence[int], positions: Sequence[int], window: Window) 
 
 def _cuts(axis: int, positions: int, window: Window) -> list[slice]:
     """Where an axis of x lies under each offset of the kernel."""
-    stride, dilation = window.stride[axis], window.dilation[axis]
-    return [slice(o * dilation, o * dilation + (positions - 1) * stride + 1, stride) for o in range(window.kernel[axis])]
+    stride, first = window.stride[axis], [o * window.dilation[axis] for o in range(window.kernel[axis])]
+    return [slice(start, start + (positions - 1) * stride + 1, stride) for start in first]
 
 
 def _direct(xp: Any, left: Array, right: Array) -> Array:

@@ -137,11 +137,15 @@ class Pullback:
 
     def scaled(self, scale: float | torch.Tensor) -> Pullback:
         """What would have been seen had the cotangent been divided by `scale`."""
-        norms, of_gradient = (
-            {name: norm / scale**2 for name, norm in found.items()} for found in (self.square_norms, self.gradient_norms)
-        )
+        divided = lambda norms: {name: norm / scale**2 for name, norm in norms.items()}
         along = None if self.along is None else self.along / scale**2
-        return Pullback(norms, self.missing, [widened(g) / scale for g in self.gradient], of_gradient, along)
+        return replace(
+            self,
+            square_norms=divided(self.square_norms),
+            gradient=[widened(g) / scale for g in self.gradient],
+            gradient_norms=divided(self.gradient_norms),
+            along=along,
+        )
 
 
 def _pulled(part: Tapped, v: torch.Tensor, gradient: bool, reading: Reading) -> Pullback:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,11 +60,13 @@ class Pulls:
         return known or self.gradients(v)
 
     def gradient_square_norms(self) -> dict[str, torch.Tensor]:
-        """{name: ||J_l^T g||^2}, with no more than one parameter's gradient in memory; the batch is there as a whole."""
+        """{name: ||J_l^T g||^2}, with one parameter's gradient in memory at a time; of a whole batch."""
         if self.found is None or not self.found.gradient_norms:
-            v, verdict, reading = self.loss_gradient, self.verdict, self.reading()
-            pull = self.apart.tapped if verdict is None or not self.both else partial(self.apart.pulled, verdict=verdict)
-            self.found = pull(v, reading=reading, gradient=False)
+            v, reading = self.loss_gradient, self.reading()
+            if self.both and self.verdict is not None:
+                self.found = self.apart.pulled(v, self.verdict, reading, gradient=False)
+            else:
+                self.found = self.apart.tapped(v, reading, gradient=False)
         return self.found.gradient_norms
 
     def reading(self) -> Reading:

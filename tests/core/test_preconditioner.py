@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,12 @@ def test_against_the_dense_kernel():
     for name, layer in d.layers.items():
         own = kernel([f"{name}.weight"])
         assert layer.chi_pos == pytest.approx(g @ own @ g / (g @ g) / np.trace(own), rel=1e-12)
+
+
+def test_norms_of_the_gradient_are_not_taken_from_the_record():
+    lin = replace(record(JACOBIAN, GRADIENT), gradient_square_norms=lambda: dict.fromkeys(JACOBIAN, np.asarray(1.0)))
+    known = decompose(preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL), estimator="exact")
+    assert decompose(preconditioned(lin, DIAGONAL), estimator="exact").rate == known.rate
 
 
 def test_the_probes_have_the_trace_as_their_mean():

@@ -352,7 +352,7 @@ def test_square_norms_of_single_samples(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
 @pytest.mark.parametrize("name", MODELS)
 def test_products_of_single_samples_with_the_gradient(name, dtype):
-    """The backward pass that yields J^T g tells its squared norms and <J_m^T g_m, J^T g>, as one for each sample does."""
+    """What the backward pass of g tells: ||J_l^T g||^2, and <J_m^T g_m, J^T g> as one for each sample does."""
     build, draw = MODELS[name]
     model, x = in_dtype(build(), torch.float64), cast(draw(), torch.float64)
     reference = with_batch_statistics(model, lambda m: called(m, x))

@@ -1,5 +1,6 @@
 """Taps against single samples: what they misread is noticed, takes the general way, and the notes say so."""
 
+import itertools
 import weakref
 from dataclasses import replace
 
@@ -238,6 +239,29 @@ def test_nothing_of_samples_times_parameters(kind):
         assert 0 < largest.numbers < samples * parameters / 4
 
 
+class Alive(TorchDispatchMode):
+    """How many numbers are in memory at once at most, in new tensors of more than `least` of them."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.now, self.most = least, 0, 0
+
+    def gone(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage().data_ptr() in given:
+                continue  # a view
+            if tensor.numel() > self.least:
+                self.now += tensor.numel()
+                self.most = max(self.most, self.now)
+                weakref.finalize(tensor, self.gone, tensor.numel())
+        return out
+
+
 def test_micro_batches_hold_one_gradient_at_a_time():
     """Beside the sum: what is alive at any moment, over all samples, stays below a few gradients."""
     samples, width = 24, 128
@@ -245,25 +269,22 @@ def test_micro_batches_hold_one_gradient_at_a_time():
     parameters = sum(p.numel() for p in model.parameters())
     y = torch.randn_like(model(x))
     lnp.decompose(model, (x, y), microbatch=1)  # compared now
-    alive = {"now": 0, "most": 0}
-
-    def gone(size):
-        alive["now"] -= size
-
-    class Alive(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage().data_ptr() in given:
-                    continue  # a view
-                if tensor.numel() > parameters / 4:
-                    alive["now"] += tensor.numel()
-                    alive["most"] = max(alive["most"], alive["now"])
-                    weakref.finalize(tensor, gone, tensor.numel())
-            return out
-
-    with Alive():
+    with Alive(parameters // 4) as alive:
         d = lnp.decompose(model, (x, y), microbatch=1)
     assert d.population is not None
-    assert 0 < alive["most"] < 6 * parameters
+    assert 0 < alive.most < 6 * parameters
+
+
+@pytest.mark.parametrize("population", [None, False])
+def test_the_gradient_of_one_parameter_is_in_memory_at_a_time(population):
+    layers, width = 12, 64
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    batch = torch.randn(16, width), torch.randn(16, width)
+    measure = lambda: lnp.decompose(model, batch, max_probes=1, population=population)
+    measure()  # compared now
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        measure()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = itertools.accumulate(event.nbytes() for event in events)
+    assert width**2 < max(held) / 4 < 0.75 * layers * width**2
