@@ -20,19 +20,12 @@ def undisturbed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -
     Parameters and buffers need no care here: models are called on aliases and copies of them.
     """
     attributes = [(module, dict(module.__dict__)) for module in modules]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's legacy state
-    cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    randomness = RandomState(devices)
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=cuda))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(eager())
-            stack.enter_context(unchecked())
+        with torch.inference_mode(False), torch.enable_grad(), eager(), unchecked():
             yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        randomness.restore()
         for module, saved in attributes:
             module.__dict__.clear()
             module.__dict__.update(saved)
@@ -94,7 +87,7 @@ class RandomState:
         self.devices = tuple(device for device in devices if device.type == "cuda")
         self._cpu = torch.get_rng_state()
         self._cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
-        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's legacy state
 
     def restore(self) -> None:
         """Put them back."""
