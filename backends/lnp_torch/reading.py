@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import dataclass, field
 
@@ -150,7 +151,7 @@ class Reader:
         return self._layouts.get(name, "")
 
     def read(self, index: int, d: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(d.device.type, enabled=False):
+        with torch.no_grad(), as_it_is(d.device.type):
             for site in self._sites[index]:
                 if site.name not in self._skip and self._layout(site.name) != "looked up once":
                     self._read(site, d)
@@ -190,7 +191,7 @@ class Reader:
         """Called with the gradient of a parameter, which comes right after the last of its uses: neither the gradient
         nor what was kept of the uses has to stay.
         """
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        with torch.no_grad(), as_it_is(gradient.device.type):
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
             self.gradient_norms[name] = dot(gradient, gradient)
             for kept in self._kept.pop(name, ()):
@@ -211,6 +212,11 @@ class Reader:
             if name not in self._skip:
                 self._add(name, frame)
         return {name: value for name, value in self._found.items() if name not in self.unread}
+
+
+def as_it_is(device: str) -> contextlib.AbstractContextManager:
+    """Nothing is cast: autocast is off, and left alone where it already is, for entering it takes a while."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _comparable(factors: tuple) -> tuple:
