@@ -6,6 +6,7 @@ The values of the losses are computed by the backends, in their own framework, s
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,6 +141,37 @@ def stated_terms(loss: Any, outputs: Any, targets: Any) -> tuple[Any, tuple[str,
 def separable(loss: str | Callable | None) -> bool:
     """Whether a loss is known to be a mean over samples: one of lnp's own, or one with an attribute that says so."""
     return loss is None or isinstance(loss, str) or bool(getattr(loss, "separable", False))
+
+
+def left_in(samples: int) -> tuple[list[int], ...]:
+    """Samples on which a loss is called by itself, to see whether it is a mean: drawn at random, so that no pairs stay
+    together by their places; two, whose averages differ much from the batch's, and two thirds.
+
+    >>> [len(some) for some in left_in(9)], [len(some) for some in left_in(2)]
+    ([2, 6], [1, 1])
+    """
+    order = random.Random(0).sample(range(samples), samples)
+    return tuple(sorted(order[:size]) for size in (max(1, min(2, samples // 2)), max(1, 2 * samples // 3)))
+
+
+TOLERANCE = 1e-3
+"""Relative difference of loss gradients that are taken for the same; a loss may cast to float16 inside."""
+
+
+def is_mean(xp: Any, whole: Any, alone: Any, samples: int) -> Any:
+    """Whether a loss behaves as a mean over samples: M g'_m = N g_m for the M samples that are left in, with the loss
+    gradients g (M, K) in a batch of N `samples` and g' (M, K) among themselves. An array of shape ().
+
+    >>> import numpy
+    >>> mean = lambda f: 2 * f / len(f)  # the gradient of mean_n f_n^2
+    >>> f = numpy.ones((4, 1))
+    >>> bool(is_mean(numpy, mean(f)[:3], mean(f[:3]), 4)), bool(is_mean(numpy, 2 * f[:3], 2 * f[:3], 4))
+    (True, False)
+    >>> bool(is_mean(numpy, mean(f[:1]), mean(f[:1]), 1))  # one sample tells nothing
+    False
+    """
+    difference = xp.max(xp.abs(alone.shape[0] * alone - samples * whole))
+    return (alone.shape[0] < samples) & (difference <= TOLERANCE * samples * xp.max(xp.abs(whole)))
 
 
 def assumed_terms(xp: Any, outputs: Sequence[int], targets: Any, integer_targets: bool) -> tuple[Any, str]:

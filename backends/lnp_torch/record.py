@@ -24,6 +24,7 @@ from lnp_torch.models import Program
 from lnp_torch.outputs import Outputs, dot, flatten, wide, widened
 from lnp_torch.passes import Passes, first_pass
 from lnp_torch.pulls import Pulls, Vector, jvp, subset
+from lnp_torch.separable import found_separable
 from lnp_torch.taps import Taps
 
 WORTH = {"cpu": 2**27}
@@ -136,8 +137,9 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
     def of(other: Outputs) -> torch.Tensor:
         return loss.function(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
 
-    gradient = flatten(list(grads))
-    return Loss(value.detach().sum(), gradient, loss.terms, of, loss.separable, loss.violations, loss.notes)
+    wanted = options.split and options.population is not False
+    separable = loss.separable or (wanted and found_separable(loss.function, outputs, targets))
+    return Loss(value.detach().sum(), flatten(list(grads)), loss.terms, of, separable, loss.violations, loss.notes)
 
 
 def _own_gradient(loss: torch.Tensor, parts: Vector, terms: Any) -> torch.Tensor:

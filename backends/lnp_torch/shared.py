@@ -25,6 +25,7 @@ from lnp_torch.passes import Passes
 from lnp_torch.pulls import Pulls
 from lnp_torch.reading import Reading
 from lnp_torch.record import Loss, assembled, taken_apart
+from lnp_torch.separable import found_separable
 from lnp_torch.taps import Taps
 
 OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
@@ -199,7 +200,9 @@ class SharedStep(contextlib.AbstractContextManager):
         if targets is not None:
             tree = outputs.with_parts([part.detach() for part in outputs.parts])
             meant = losses.prepare(options.loss, tree, targets, options.loss_terms)
-            return meant.terms, meant.separable, meant.notes
+            wanted = options.split and options.population is not False
+            separable = meant.separable or (wanted and found_separable(meant.function, outputs, targets))
+            return meant.terms, separable, meant.notes
         if options.loss_terms is not None:
             return options.loss_terms, False, ()
         _, kwargs = self._given

@@ -1,0 +1,79 @@
+"""Whether a loss of the user's own is a mean over samples: found out once, by leaving samples out."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from array_api_compat import torch as xp
+
+from lnp.losses import is_mean, left_in
+from lnp.structure import leaves, map_leaves
+from lnp_torch.outputs import Outputs, flatten, wide
+
+
+def found_separable(function: Callable, outputs: Outputs, targets: Any) -> bool:
+    """Whether the loss gradient of some samples alone is that of the batch, times N / M; remembered for each shape.
+
+    At the outputs as they are, and at others, where nothing is zero by chance. A loss that cannot be called with some
+    of the samples is none.
+    """
+    described = tuple((tuple(leaf.shape), leaf.dtype) for leaf in outputs.parts)
+    known = _known(function)
+    if described not in known:
+        known[described] = _found(function, outputs, targets)
+    return known[described]
+
+
+def _found(function: Callable, outputs: Outputs, targets: Any) -> bool:
+    parts = [part.detach() for part in outputs.parts]
+    samples = len(parts[0])
+    if any(isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) != samples for leaf in leaves(targets)):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(part.shape, generator=generator).to(part) * part.square().mean().sqrt() for part in parts]
+    elsewhere = [part + n for part, n in zip(parts, noise, strict=True)]
+    try:
+        return all(_agrees(function, outputs, made, targets) for made in (parts, elsewhere))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError):  # whatever a loss says to a part of its batch
+        return False
+
+
+def _agrees(function: Callable, outputs: Outputs, parts: list[torch.Tensor], targets: Any) -> bool:
+    whole = _gradient(function, outputs, parts, targets)
+    agreed = []
+    for some in left_in(len(whole)):
+        index = torch.as_tensor(some, device=whole.device)
+        rows = lambda leaf, index=index: leaf[index] if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
+        alone = _gradient(function, outputs, [part[index] for part in parts], map_leaves(rows, targets))
+        agreed.append(is_mean(xp, whole[index], alone, len(whole)))
+    return bool(torch.stack(agreed).all())
+
+
+def _gradient(function: Callable, outputs: Outputs, parts: list[torch.Tensor], targets: Any) -> torch.Tensor:
+    leaves = [part.to(wide([part])).requires_grad_() for part in parts]
+    with torch.enable_grad():
+        value = function(outputs.with_parts(leaves), targets)
+    return flatten(list(torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)))
+
+
+def _known(function: Callable) -> dict:
+    """What is known of a loss as long as it lives; nothing of what cannot be referred to weakly.
+
+    A function that depends on nothing but its code is the same one when a loop makes it anew.
+    """
+    plain = isinstance(function, types.FunctionType) and not (
+        function.__closure__ or function.__defaults__ or function.__kwdefaults__
+    )
+    try:
+        return _KNOWN.setdefault(function.__code__ if plain else function, {})
+    except TypeError:
+        return {}
+
+
+_KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
