@@ -143,6 +143,10 @@ def separable(loss: str | Callable | None) -> bool:
     return loss is None or isinstance(loss, str) or bool(getattr(loss, "separable", False))
 
 
+TRIED = 6
+"""Samples on which a loss is tried."""
+
+
 def left_in(samples: int) -> tuple[list[int], ...]:
     """Samples on which a loss is called by itself, to see whether it is a mean: drawn at random, so that no pairs stay
     together by their places; two, whose averages differ much from the batch's, and two thirds.

@@ -19,6 +19,7 @@ from lnp_jax.models import Arrays, Structure
 from lnp_jax.network import Network, prepared
 from lnp_jax.outputs import parts as parts_of
 from lnp_jax.outputs import rebuild
+from lnp_jax.separable import found_separable
 from lnp_jax.tapped import Tapped, general_note, tapped
 
 DRAWN = 2**31 - 1
@@ -31,6 +32,7 @@ class _Loss:
     gradient: jax.Array
     of: Callable[[jax.Array], jax.Array]
     terms: Any
+    separable: bool
     violations: tuple
     notes: tuple[str, ...]
 
@@ -138,7 +140,7 @@ def record(
         loss_along=lambda u, step: loss.of(
             passes.run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})
         ),
-        separable=separable(options.loss),
+        separable=loss.separable,
         violations=loss.violations,
         notes=(*net.notes, *([reason] if reason else []), *loss.notes, *(general_note(taps.plan) if taps else ())),
         while_loop=pull.while_loop,
@@ -212,7 +214,9 @@ def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Los
         return jnp.sum(value).astype(flat.dtype)
 
     value, gradient = jax.value_and_grad(of)(outputs)
-    return _Loss(value, gradient, of, terms, violations, notes)
+    wanted = options.split and options.population is not False
+    known = separable(options.loss) or (wanted and found_separable(function, made, targets))
+    return _Loss(value, gradient, of, terms, known, violations, notes)
 
 
 def _signs(seed: Any, outputs: jax.Array) -> Callable[[Any], jax.Array]:

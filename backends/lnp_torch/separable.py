@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from array_api_compat import torch as xp
 
-from lnp.losses import is_mean, left_in
+from lnp.losses import TRIED, is_mean, left_in
 from lnp.structure import leaves, map_leaves
 from lnp_torch.outputs import Outputs, flatten, wide
 
 
 def found_separable(function: Callable, outputs: Outputs, targets: Any) -> bool:
-    """Whether the loss gradient of some samples alone is that of the batch, times N / M; remembered for each shape.
+    """Whether the loss gradient of M samples alone is that among N, times N / M; remembered for each shape.
 
-    At the outputs as they are, and at others, where nothing is zero by chance. A loss that cannot be called with some
-    of the samples is none.
+    At the outputs of a few samples as they are, and at others, where nothing is zero by chance. A loss that cannot be
+    called with some of the samples is none.
     """
     described = tuple((tuple(leaf.shape), leaf.dtype) for leaf in outputs.parts)
     known = _known(function)
@@ -29,13 +29,14 @@ def found_separable(function: Callable, outputs: Outputs, targets: Any) -> bool:
 
 
 def _found(function: Callable, outputs: Outputs, targets: Any) -> bool:
-    parts = [part.detach() for part in outputs.parts]
-    samples = len(parts[0])
+    samples = len(outputs.parts[0])
     if any(isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) != samples for leaf in leaves(targets)):
         return False
+    some = torch.linspace(0, samples - 1, min(samples, TRIED), device=outputs.parts[0].device).long()
+    parts, targets = [part.detach()[some] for part in outputs.parts], _rows(targets, some)
     generator = torch.Generator().manual_seed(0)
-    noise = [torch.randn(part.shape, generator=generator).to(part) * part.square().mean().sqrt() for part in parts]
-    elsewhere = [part + n for part, n in zip(parts, noise, strict=True)]
+    noise = [torch.randn(part.shape, generator=generator).to(part) for part in parts]
+    elsewhere = [part + 3 * part.square().mean().sqrt() * n for part, n in zip(parts, noise, strict=True)]
     try:
         return all(_agrees(function, outputs, made, targets) for made in (parts, elsewhere))
     except torch.OutOfMemoryError:
@@ -49,8 +50,7 @@ def _agrees(function: Callable, outputs: Outputs, parts: list[torch.Tensor], tar
     agreed = []
     for some in left_in(len(whole)):
         index = torch.as_tensor(some, device=whole.device)
-        rows = lambda leaf, index=index: leaf[index] if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
-        alone = _gradient(function, outputs, [part[index] for part in parts], map_leaves(rows, targets))
+        alone = _gradient(function, outputs, [part[index] for part in parts], _rows(targets, index))
         agreed.append(is_mean(xp, whole[index], alone, len(whole)))
     return bool(torch.stack(agreed).all())
 
@@ -60,6 +60,10 @@ def _gradient(function: Callable, outputs: Outputs, parts: list[torch.Tensor], t
     with torch.enable_grad():
         value = function(outputs.with_parts(leaves), targets)
     return flatten(list(torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)))
+
+
+def _rows(targets: Any, index: torch.Tensor) -> Any:
+    return map_leaves(lambda leaf: leaf[index] if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf, targets)
 
 
 def _known(function: Callable) -> dict:
