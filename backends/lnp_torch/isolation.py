@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 
 
@@ -18,8 +19,15 @@ def undisturbed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -
     """Gradients on, compiled modules run eagerly; random states and the modules' attributes are as before afterwards.
 
     Parameters and buffers need no care here: models are called on aliases and copies of them.
+
+    Raises
+    ------
+    RuntimeError
+        If a backward pass inside the model has written to the `.grad` of its parameters.
     """
+    modules = list(modules)
     attributes = [(module, dict(module.__dict__)) for module in modules]
+    generators = [(value, _state(value)) for _, saved in attributes for value in saved.values() if _draws(value)]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's legacy state
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     try:
@@ -29,10 +37,14 @@ def undisturbed(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -
             stack.enter_context(torch.enable_grad())
             stack.enter_context(eager())
             stack.enter_context(unchecked())
+            stack.enter_context(uncached())
+            stack.enter_context(no_gradients(modules))
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+        for generator, state in generators:
+            _set_state(generator, state)
         for module, saved in attributes:
             module.__dict__.clear()
             module.__dict__.update(saved)
@@ -63,6 +75,74 @@ def unchecked() -> Iterator[None]:
     finally:
         for name, value in saved.items():
             setattr(checkpoint, name, value)
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Parametrized weights are computed from the parameters of this pass, also inside `parametrize.cached()`."""
+    saved = parametrize._cache_enabled, parametrize._cache
+    try:
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = saved
+
+
+@contextlib.contextmanager
+def no_gradients(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The parameters' `.grad` are out of reach: a function whose own backward pass calls `.backward()` writes to them.
+
+    Reversible networks do so. What goes this way is not handed on to the caller, whose J^T v would lack it.
+    """
+    owned = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
+    kept = {id(p): (p, p.grad) for _, _, p in owned}
+    for p, _ in kept.values():
+        p.grad = None
+    try:
+        yield
+        written = [f"{type(module).__name__}.{name}" for module, name, p in owned if p.grad is not None]
+        if written:
+            raise RuntimeError(
+                f"A backward pass inside the model wrote to the gradients of {', '.join(written[:4])}: a function with "
+                "a backward of its own calls .backward() there, and what goes that way is not seen by its caller. "
+                "Expected a backward that returns its gradients. Give it the parameters as arguments, and use "
+                "torch.autograd.grad in it."
+            )
+    finally:
+        for p, grad in kept.values():
+            p.grad = grad
+
+
+def _draws(value: Any) -> bool:
+    return isinstance(value, torch.Generator | np.random.Generator | random.Random)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def generator_state(device: torch.device) -> torch.Tensor:
+    """Of PyTorch's default generator of this device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
+    """Put it back."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 class _Unchecked:

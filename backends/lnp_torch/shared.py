@@ -19,7 +19,7 @@ from lnp_torch.apart import Apart, Pullback, Tapped
 from lnp_torch.backend import to_host
 from lnp_torch.frozen import Frozen
 from lnp_torch.huggingface import own_loss_terms
-from lnp_torch.isolation import RandomState, undisturbed
+from lnp_torch.isolation import RandomState, no_gradients, undisturbed
 from lnp_torch.models import program, unwrapped
 from lnp_torch.outputs import Outputs, flatten, read, widened
 from lnp_torch.passes import Passes
@@ -30,6 +30,9 @@ from lnp_torch.samples import dense
 from lnp_torch.taps import Taps
 
 OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
+
+
+CONSTANT = "what the loss asks of outputs that need no gradient is not seen: chi_loss leaves it out"
 
 
 def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
@@ -108,11 +111,14 @@ class SharedStep(contextlib.AbstractContextManager):
         on = torch.is_autocast_enabled(device)
         self._autocast = torch.autocast(device, torch.get_autocast_dtype(device), enabled=on)
 
-    def _answered(self, module: nn.Module, args: tuple, returned: Any) -> None:
-        self._returned, self._taps.watching = (
-            returned,
-            False,
-        )  # what the loss does with the parameters is not the model's
+    def _answered(self, module: nn.Module, args: tuple, returned: Any) -> Any:
+        self._taps.watching = False  # what the loss does with the parameters is not the model's
+        outputs = read(returned)
+        if len(outputs.parts) > 1:
+            # one output may be computed from another: the loss's derivative in each is at the others as they are
+            returned = outputs.with_parts([_Output.apply(p) if p.requires_grad else p for p in outputs.parts])
+        self._returned = returned
+        return returned
 
     def backward(
         self,
@@ -158,9 +164,11 @@ class SharedStep(contextlib.AbstractContextManager):
         )
         with undisturbed((), [self._prepared.device]), self._autocast:
             record = self._record(loss, targets, scale, options)
-            found = decompose(
-                record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer, population=population
-            )
+            with no_gradients(self._module.modules()):
+                found = decompose(
+                    record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer,
+                    population=population,
+                )  # fmt: skip
             result, _ = to_host(found, [])
         self._forget()  # a loop keeps this object until its next step: the activations must not stay with it
         return explained(result)
@@ -171,10 +179,12 @@ class SharedStep(contextlib.AbstractContextManager):
         flat, g = flatten([part.detach() for part in parts]), _loss_gradient(loss, parts, scale)
         passes = Passes(self._prepared, self._given, len(flat), self._masks.record, self._state, False, attention=False)
         apart = Apart(passes, lambda: [Tapped(slice(0, flat.shape[0]), parts, self._taps)], flat)
-        verdict, why = taken_apart(apart, [part.dtype for part in parts], options)
+        with no_gradients(self._module.modules()):
+            verdict, why = taken_apart(apart, [part.dtype for part in parts], options)
         cheap = verdict is not None and not verdict.general
         terms, separable, notes = self._terms(outputs, targets, options)
         others = _other_terms(loss, parts)
+        said = [note for note, true in ((OTHERS, others), (CONSTANT, not all(p.requires_grad for p in parts))) if true]
 
         def gradients(v: torch.Tensor) -> list[torch.Tensor]:
             return trained.gradient if v is g and not others else samples.gradients(parts, leaves, v)
@@ -186,7 +196,7 @@ class SharedStep(contextlib.AbstractContextManager):
             pulls.found = trained
         meant = Loss(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
         made = replace(assembled(pulls, meant, options, self._taps), loss_along=None)
-        return replace(made, notes=(*made.notes, *why, *([OTHERS] if others else [])))
+        return replace(made, notes=(*made.notes, *why, *said))
 
     def _backward(self, loss: torch.Tensor, reading: Reading | None, samples: int, scale: Any) -> Pullback:
         """The step's own backward pass, with what it says of the gradient and of single samples."""
@@ -222,6 +232,18 @@ class SharedStep(contextlib.AbstractContextManager):
             )
         terms, notes = own_loss_terms(self._prepared.modules, kwargs, outputs)
         return terms, True, notes
+
+
+class _Output(torch.autograd.Function):
+    """The identity, in the same memory but no view."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.data
+
+    @staticmethod
+    def backward(ctx, d):
+        return d
 
 
 def _loss_gradient(loss: torch.Tensor, parts: list[torch.Tensor], scale: Any) -> torch.Tensor:
