@@ -1,4 +1,4 @@
-"""What beside parameters and inputs decides which function a model computes: settings, and gates that may open later."""
+"""What decides, beside trained parameters and inputs, which function a model computes: settings, and gates."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ EXACT = 16
 
 
 def about(value: Any) -> Any:
-    """A setting, as far as it decides whether samples interact: small integers, the magnitude of other numbers."""
+    """A setting, as far as it decides whether samples interact: small integers, sign and magnitude of other numbers.
+
+    >>> about(0), about(True), about(0.0) == about(1e-3), about(0.5) == about(0.7)
+    (0, True, False, True)
+    """
     if isinstance(value, bool | str | None):
         return value
-    if isinstance(value, int | float):
-        exact = value == 0 or (isinstance(value, int) and abs(value) <= EXACT)
-        return value if exact or not math.isfinite(value) else (value > 0, math.frexp(value)[1])
+    if isinstance(value, int):
+        return value if abs(value) <= EXACT else (value > 0, value.bit_length())
+    if isinstance(value, float):
+        return (value > 0, value < 0, math.frexp(value)[1] if math.isfinite(value) else str(value))
     return None
 
 
@@ -44,11 +49,13 @@ def settings(program: Program) -> tuple:
         if not isinstance(module, nn.modules.batchnorm._NormBase)
         for tensor in (*module._buffers.values(), *module._parameters.values())
         if tensor is not None and 0 < tensor.numel() <= FEW and id(tensor) not in trained
+        if tensor.layout == torch.strided
     ]
     seen = tuple((id(tensor), tensor._version) for tensor in held)
     before = _SETTINGS.get(owner)
     if before is None or before[0] != seen:
-        values = torch.cat([real(t.detach()).flatten().double() for t in held]).tolist() if held else []
+        flat = [real(t.detach()).flatten().to(program.device, torch.float32) for t in held]
+        values = torch.cat(flat).tolist() if flat else []
         before = _SETTINGS[owner] = seen, tuple(about(value) for value in values)
     return before[1]
 
