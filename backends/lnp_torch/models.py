@@ -13,6 +13,7 @@ from torch import nn
 from lnp.batches import select
 from lnp.structure import children, map_leaves
 from lnp_torch.complex import continuous, like, real
+from lnp_torch.isolation import draws
 
 Parameters = dict[str, torch.Tensor]
 
@@ -32,12 +33,20 @@ class Program:
         The modules that are called.
     owner:
         The user's module or function.
+    trained:
+        Ids of a module's own parameters that are selected.
     """
 
     parameters: Parameters
     call: Callable[[Parameters, Any], Any]
     modules: tuple[nn.Module, ...] = ()
     owner: Any = None
+    trained: frozenset[int] = frozenset()
+
+    @property
+    def generators(self) -> list[Any]:
+        """Generators of random numbers that the modules hold as attributes."""
+        return [value for module in self.modules for value in vars(module).values() if draws(value)]
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +217,8 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Prog
         finally:
             _STANDING.reset(token)
 
-    return Program(aliases, call, tuple(model.modules()), model)
+    trained = frozenset(number for number, name in names.items() if name in aliases)
+    return Program(aliases, call, tuple(model.modules()), model, trained)
 
 
 def _function(function: Callable, tree: Any, parameters: Any) -> Program:

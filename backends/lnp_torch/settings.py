@@ -41,14 +41,12 @@ def settings(program: Program) -> tuple:
     owner = program.owner
     if not isinstance(owner, nn.Module):
         return ()
-    own = dict(owner.named_parameters())
-    trained = {id(own[name]) for name in program.parameters}
     held = [
         tensor
         for module in program.modules
         if not isinstance(module, nn.modules.batchnorm._NormBase)
         for tensor in (*module._buffers.values(), *module._parameters.values())
-        if tensor is not None and 0 < tensor.numel() <= FEW and id(tensor) not in trained
+        if tensor is not None and 0 < tensor.numel() <= FEW and id(tensor) not in program.trained
         if tensor.layout == torch.strided
     ]
     seen = tuple((id(tensor), tensor._version) for tensor in held)
