@@ -20,6 +20,7 @@ from lnp_torch.backend import to_host
 from lnp_torch.frozen import Frozen
 from lnp_torch.huggingface import own_loss_terms
 from lnp_torch.isolation import RandomState, no_gradients, undisturbed
+from lnp_torch.losses import OTHERS, other_terms
 from lnp_torch.models import program, unwrapped
 from lnp_torch.outputs import Outputs, flatten, read, widened
 from lnp_torch.passes import Passes
@@ -28,9 +29,6 @@ from lnp_torch.reading import Reading
 from lnp_torch.record import Loss, assembled, taken_apart
 from lnp_torch.samples import dense
 from lnp_torch.taps import Taps
-
-OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
-
 
 CONSTANT = "what the loss asks of outputs that need no gradient is not seen: chi_loss leaves it out"
 
@@ -106,7 +104,8 @@ class SharedStep(contextlib.AbstractContextManager):
 
     def _called(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._calls, self._taps.watching = self._calls + 1, True
-        self._given, self._state = (args, kwargs), RandomState([self._prepared.device])
+        self._given = args, kwargs
+        self._state = RandomState([self._prepared.device], self._prepared.generators)
         device = self._prepared.device.type
         on = torch.is_autocast_enabled(device)
         self._autocast = torch.autocast(device, torch.get_autocast_dtype(device), enabled=on)
@@ -183,7 +182,7 @@ class SharedStep(contextlib.AbstractContextManager):
             verdict, why = taken_apart(apart, [part.dtype for part in parts], options)
         cheap = verdict is not None and not verdict.general
         terms, separable, notes = self._terms(outputs, targets, options)
-        others = _other_terms(loss, parts)
+        others = other_terms(loss, parts)
         said = [note for note, true in ((OTHERS, others), (CONSTANT, not all(p.requires_grad for p in parts))) if true]
 
         def gradients(v: torch.Tensor) -> list[torch.Tensor]:
@@ -265,20 +264,6 @@ def _loss_gradient(loss: torch.Tensor, parts: list[torch.Tensor], scale: Any) ->
         grad if part.requires_grad and (grad := next(grads)) is not None else torch.zeros_like(part) for part in parts
     ]
     return flatten([widened(grad) / scale for grad in filled])
-
-
-def _other_terms(loss: torch.Tensor, parts: list[torch.Tensor]) -> bool:
-    """Whether any parameter is reached from the loss without passing through the outputs."""
-    ends, stack, seen = {part.grad_fn for part in parts}, [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in ends or node in seen:
-            continue
-        if hasattr(node, "variable"):  # where a gradient is accumulated
-            return True
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def _call(model: nn.Module, given: tuple) -> Any:
