@@ -57,8 +57,9 @@ def multiplied(u: Vector, w: Vector) -> Vector:
 
 @dataclass(frozen=True)
 class Preconditioned:
-    """The computation of `lnp.decompose(preconditioner=)`: the diagonal arrives as `update`, a vector of the "
-    "backend's.
+    """The computation of `lnp.decompose(preconditioner=)`.
+
+    The diagonal arrives as `update`, a vector of the backend's.
     """
 
     estimator: str

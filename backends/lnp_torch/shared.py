@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -72,7 +73,16 @@ def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
 
 
 class SharedStep(contextlib.AbstractContextManager):
-    """A training step whose forward pass is watched; made by `shared`."""
+    """A training step whose forward pass is watched; made by `shared`.
+
+    Attributes
+    ----------
+    seconds:
+        What the last backward pass of the step itself took, until it returned: the rest of `backward` is the
+        measurement.
+    """
+
+    seconds = 0.0
 
     def __init__(self, model: nn.Module, parameters: Any = None) -> None:
         self._module = unwrapped(model)
@@ -205,7 +215,9 @@ class SharedStep(contextlib.AbstractContextManager):
             for hook in hooks:
                 stack.callback(hook.remove)
             pulled = None if reading is None else stack.enter_context(self._taps.read(reading, samples))
+            started = time.perf_counter()
             loss.backward(retain_graph=True)
+            self.seconds = time.perf_counter() - started
         scaled = not (isinstance(scale, float | int) and scale == 1)
         gradient = [seen[name].detach() if name in seen else torch.zeros_like(p) for name, p in self._own.items()]
         gradient = [widened(grad) / scale if scaled else grad for grad in dense(gradient, list(self._own.values()))]
