@@ -75,6 +75,15 @@ def measured(
     return cross.trained, cross.trained.to_dict() | cross_values(cross)
 
 
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of shape (), as compiled functions return them, as Python's numbers."""
+    numbers = int | float | str | None
+    return {
+        name: value if isinstance(value, numbers) else value.item() if hasattr(value, "item") else float(value)
+        for name, value in values.items()
+    }
+
+
 def numbers(row: Mapping[str, Any], tags: Iterable[str]) -> dict[str, float]:
     """What loggers get of a row: {"lnp/chi_pos": 0.01, ...}."""
     left_out = (RESUMED, "time", *tags)

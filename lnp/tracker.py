@@ -13,7 +13,7 @@ from lnp import sharing, sources, steps
 from lnp.decomposition import Decomposition
 from lnp.history import RESUMED, History
 from lnp.loggers import Logger, as_logger, hand_on
-from lnp.rows import Watched, check_options, measured, moved, numbers, process_rank
+from lnp.rows import Watched, check_options, measured, moved, numbers, plain, process_rank
 from lnp.schedule import Schedule, as_schedule
 from lnp.storage import Appender
 
@@ -160,12 +160,10 @@ class Tracker:
         return sharing.watched(model, self._at(step), keep, own_batches=self._source is not None)
 
     def record(self, step: int, decomposition: Decomposition, **values: Any) -> None:
-        """Keep a decomposition that was made elsewhere, such as by `lnp_jax.value_and_grad`, unless the step has a row.
-
-        The schedule is not asked: `due(step)` is.
-        """
+        """Keep a decomposition of elsewhere (`lnp_jax.value_and_grad`), scheduled or not, unless the step has a row."""
         if self._reaches(step):
-            self._record(self._row(operator.index(step), decomposition, decomposition.to_dict(), None, values))
+            d = decomposition
+            self._record(self._row(operator.index(step), d, plain(d.to_dict()), None, values))
 
     @contextlib.contextmanager
     def step(self, step: int, model: Any, batch: Any = None, **values: Any) -> Iterator[Watched]:
@@ -243,8 +241,8 @@ class Tracker:
         """
         if state.get("version") != VERSION:
             raise ValueError(
-                f"The tracker's state has version {state.get('version')!r}. Expected {VERSION}: what state_dict() of "
-                "this version of lnp made. Start with a new tracker; its file, if any, is continued."
+                f"The state has version {state.get('version')!r}. Expected {VERSION}, which state_dict() of this version of "
+                "lnp makes. Start with a new tracker; its file, if any, is continued."
             )
         restore = getattr(self.schedule, "load_state_dict", None)
         if callable(restore) and state["schedule"] is not None:

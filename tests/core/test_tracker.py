@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pickle
@@ -281,6 +282,11 @@ def test_decompositions_from_elsewhere_are_kept(tmp_path):
     assert rows[0] | d.to_dict() == rows[0]
     assert (rows[0]["learning_rate"], rows[0]["width"], "seconds" in rows[0]) == (0.1, 3, False)
     assert tracker.latest["lnp/chi_pos"] == d.chi_pos
+    compiled = dataclasses.replace(d, rate=np.asarray(d.rate), probes=np.asarray(d.probes))
+    tracker = lnp.Tracker()
+    tracker.record(0, compiled)
+    assert tracker.history.rows()[0] | d.to_dict() == tracker.history.rows()[0]
+    assert tracker.latest["lnp/rate"] == d.rate
     silent = lnp.Tracker(rank=1)
     silent.record(0, d)
     assert len(silent.history) == 0
