@@ -241,8 +241,8 @@ class Tracker:
         """
         if state.get("version") != VERSION:
             raise ValueError(
-                f"The state has version {state.get('version')!r}. Expected {VERSION}, which state_dict() of this version of "
-                "lnp makes. Start with a new tracker; its file, if any, is continued."
+                f"The state has version {state.get('version')!r}. Expected {VERSION}, as state_dict() writes it. "
+                "Start with a new tracker; its file, if any, is continued."
             )
         restore = getattr(self.schedule, "load_state_dict", None)
         if callable(restore) and state["schedule"] is not None:
