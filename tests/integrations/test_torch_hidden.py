@@ -252,3 +252,33 @@ def test_parameters_without_values():
     for x in (torch.randn(6, 4), torch.randn(6, 4, device="meta")):
         with pytest.raises(ValueError, match="weight is on the meta device"):
             lnp.decompose(model, (x, torch.randn(6, 3)))
+
+
+def test_what_no_comparison_could_show_shows_later():
+    """A gate that noise does not open is closed at first. Once open, it is seen when the comparison is made again."""
+    gated = lambda m, x: m.a(x) + F.relu(m.gate - 1) * m.a(x).mean(0)
+    model = Runs(gated, a=linear(), gate=nn.Parameter(torch.zeros((), dtype=F64)))
+    x, y = drawn(), drawn()
+    assert exact(model, x, y).probes == 4
+    with torch.no_grad():
+        model.gate.fill_(2.0)
+    for _ in range(14):
+        lnp.decompose(model, (x, y))
+    d = exact(model, x, y)
+    assert d.probes == 24
+    assert any("interact" in note for note in d.notes)
+    assert exact(model, x, y).probes == 24
+
+
+def test_what_is_not_finite_shows_nothing():
+    """A first batch with a nan compares nothing: the next one is compared anew."""
+    model, x, y = Runs(lambda m, x: m.a(x) + m.a(x).mean(0), a=linear()), drawn(), drawn()
+    wild = x.clone()
+    wild[2, 1] = float("nan")
+    assert "not finite" in lnp.decompose(model, (wild, y)).notes[-1]
+    assert exact(model, x, y).probes == 24
+    away = Runs(lambda m, x: (m.a(x) - m.a(x).mean(0)).abs().sqrt(), a=linear())  # of one sample: 0, of infinite slope
+    assert exact(away, x, y).probes == 24
+    plain = linear()
+    lnp.decompose(plain, (wild, y))
+    assert exact(plain, x, y).notes == ()
