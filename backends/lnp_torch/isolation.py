@@ -148,6 +148,24 @@ def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
 
 
+@contextlib.contextmanager
+def noticed(notice: Callable[[], None]) -> Iterator[None]:
+    """`notice` is called where a reentrant checkpoint runs: what is inside is not part of the graph."""
+    original = checkpoint.CheckpointFunction
+
+    class Noticed:
+        @staticmethod
+        def apply(*args: Any) -> Any:
+            notice()
+            return original.apply(*args)
+
+    try:
+        checkpoint.CheckpointFunction = Noticed
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original
+
+
 class _Unchecked:
     @staticmethod
     def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:

@@ -20,7 +20,7 @@ from lnp_torch.apart import Apart, Pullback, Tapped
 from lnp_torch.backend import to_host
 from lnp_torch.frozen import Frozen
 from lnp_torch.huggingface import own_loss_terms
-from lnp_torch.isolation import RandomState, no_gradients, undisturbed
+from lnp_torch.isolation import RandomState, no_gradients, noticed, undisturbed
 from lnp_torch.losses import OTHERS, other_terms
 from lnp_torch.models import program, unwrapped
 from lnp_torch.outputs import Outputs, flatten, read, widened
@@ -54,7 +54,8 @@ def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
     Raises
     ------
     RuntimeError
-        If the model was not called exactly once inside the context.
+        By `backward`, before it does anything: if the model was not called exactly once inside the context, and for
+        reentrant checkpoints.
 
     Examples
     --------
@@ -97,7 +98,7 @@ class SharedStep(contextlib.AbstractContextManager):
         self._taps.watching = False
         self._given: Any = None
         self._returned: Any = None
-        self._calls = 0
+        self._calls, self._reentrant = 0, False
 
     def __enter__(self) -> SharedStep:
         self._forget()
@@ -105,6 +106,7 @@ class SharedStep(contextlib.AbstractContextManager):
         after = self._module.register_forward_hook(self._answered)
         self._stack.callback(before.remove)
         self._stack.callback(after.remove)
+        self._stack.enter_context(noticed(lambda: setattr(self, "_reentrant", True)))
         self._stack.enter_context(self._taps)
         self._stack.enter_context(self._masks)
         return self
@@ -163,6 +165,11 @@ class SharedStep(contextlib.AbstractContextManager):
             raise RuntimeError(
                 f"The model was called {self._calls} times inside lnp_torch.shared(model) since the last backward(). "
                 "Expected one call. Compute the loss of one batch inside `with lnp_torch.shared(model) as step:`."
+            )
+        if self._reentrant:
+            raise RuntimeError(
+                "The model uses torch.utils.checkpoint with use_reentrant=True, whose inside is not part of the step's "
+                "graph. Expected use_reentrant=False. Set it, or call lnp.decompose, which makes a pass of its own."
             )
         options = Options(
             loss=criterion,

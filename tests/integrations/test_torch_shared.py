@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lnp
@@ -265,6 +266,27 @@ def test_loss_terms_without_targets():
     d = shared.backward(loss, loss_terms=20)
     assert (d.loss_terms, d.population) == (20, None)
     assert any("mean over samples" in note for note in d.notes)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant):
+    """What a reentrant one computes again is reached by no gradient but the step's own."""
+    inner, (x, y) = made("dense")[0], made("dense")[1:]
+    model = nn.Module()
+    model.inner = inner
+    model.forward = lambda x: checkpoint(inner, x, use_reentrant=reentrant)
+    x.requires_grad_()
+    expected = lnp.decompose(model, (x, y), estimator="exact")
+    with lnp_torch.shared(model) as shared:
+        loss = criterion(model(x), y)
+    if reentrant:
+        with pytest.raises(RuntimeError, match="use_reentrant=True"):
+            shared.backward(loss, y, nn.CrossEntropyLoss(), estimator="exact")
+        assert all(p.grad is None for p in model.parameters())
+        return
+    found = shared.backward(loss, y, nn.CrossEntropyLoss(), estimator="exact")
+    for value in VALUES:
+        assert getattr(found, value) == pytest.approx(getattr(expected, value), rel=1e-10), value
 
 
 def test_errors():
