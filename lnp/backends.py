@@ -58,7 +58,7 @@ class Options:
     Raises
     ------
     ValueError
-        For other batch statistics, and a micro-batch that is no number of samples.
+        For other batch statistics, and for a micro-batch, a number of terms or a seed that cannot be.
     """
 
     loss: str | Callable | None = None
@@ -77,6 +77,10 @@ class Options:
             raise ValueError(f"batch_statistics is {self.batch_statistics!r}. Expected one of {known}.")
         if self.microbatch is not None and not (isinstance(self.microbatch, int) and self.microbatch >= 1):
             raise ValueError(f"microbatch is {self.microbatch!r}. Expected a number of samples >= 1, or None.")
+        if isinstance(self.loss_terms, int | float) and not self.loss_terms > 0:
+            raise ValueError(f"loss_terms is {self.loss_terms!r}. Expected the number of terms that the loss averages.")
+        if isinstance(self.seed, int) and self.seed < 0:
+            raise ValueError(f"seed is {self.seed!r}. Expected an integer >= 0.")
 
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
