@@ -54,6 +54,11 @@ class Options:
     population:
         Whether the squared norms of the loss gradient's samples will be asked for, beside the gradient; None for where
         they are cheap and the loss is separable.
+
+    Raises
+    ------
+    ValueError
+        For other batch statistics, and for a micro-batch, a number of terms or a seed that cannot be.
     """
 
     loss: str | Callable | None = None
@@ -65,6 +70,22 @@ class Options:
     batch_statistics: str = "frozen"
     split: bool = True
     population: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_statistics not in BATCH_STATISTICS:
+            known = ", ".join(map(repr, BATCH_STATISTICS))
+            raise ValueError(f"batch_statistics is {self.batch_statistics!r}. Expected one of {known}.")
+        if self.microbatch is not None and not (isinstance(self.microbatch, int) and self.microbatch >= 1):
+            raise ValueError(f"microbatch is {self.microbatch!r}. Expected a number of samples >= 1, or None.")
+        if isinstance(self.loss_terms, int | float) and not self.loss_terms > 0:
+            raise ValueError(f"loss_terms is {self.loss_terms!r}. Expected the number of terms that the loss averages.")
+        if isinstance(self.seed, int) and self.seed < 0:
+            raise ValueError(f"seed is {self.seed!r}. Expected an integer >= 0.")
+
+
+def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
+    """What a computation makes of a model linearised on each batch, by the model's backend."""
+    return find(model).evaluate(computation, model, batches, options, **operands)
 
 
 def find(model: Any) -> Any:

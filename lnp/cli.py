@@ -40,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"received --steps {options.steps} --seeds {options.seeds}; expected at least 3 steps and 1 seed")
     try:
         return {"demo": _demo, "plot": _plot, "compare": _compare}[options.command](options)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"lnp: {error}", file=sys.stderr)
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        # the text of a KeyError is its argument, in quotes
+        print(f"lnp: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
 
 

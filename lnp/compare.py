@@ -39,14 +39,14 @@ def to_text(lines: Sequence[tuple[str, ...]]) -> str:
 def number(value: float) -> str:
     """Three digits, or two where there is a power of ten.
 
-    >>> number(0.1234), number(26122), number(0.0000293), number(float("nan"))
-    ('0.123', '26,122', '2.9e-05', '-')
+    >>> number(0.1234), number(999.7), number(26122), number(0.0000293), number(float("nan"))
+    ('0.123', '1,000', '26,122', '2.9e-05', '-')
     """
     if not math.isfinite(value):
         return "-"
-    if value == 0 or 1e-3 <= abs(value) < 1000:
+    if value == 0 or 1e-3 <= abs(value) < 999.5:
         return f"{value:.3g}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.1e}"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.1e}"
 
 
 def whole(value: float) -> str:

@@ -293,7 +293,7 @@ def _files(path: Path) -> list[Path]:
 
 def _natural(path: Path) -> tuple:
     """Sorted as people count: width-8 before width-16."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name))
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name))
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+Products = Callable[[np.ndarray], np.ndarray]
+"""Columns (M, k) -> A times each of them."""
+
 
 class Trace(NamedTuple):
     """An estimated trace: its value, standard error, and the products with the operator that it took."""
@@ -49,17 +52,15 @@ def hutch_plus_plus(operator: Any, products: int = 60, *, seed: int = 0) -> Trac
     >>> hutch_plus_plus(np.diag([3.0, 2.0, 1.0]), 9)
     Trace(value=6.0, stderr=0.0, products=3)
     """
-    apply, size = _checked(operator, products, 6)
-    third = products // 3
-    if third >= size:
-        return _exact(apply, size)
-    generator = np.random.default_rng(seed)
-    sketch, probes = _signs(generator, size, third), _signs(generator, size, third)
-    q = np.linalg.qr(apply(sketch))[0]
-    head = float(np.sum(q * apply(q)))
-    tail = probes - q @ (q.T @ probes)
-    values = np.sum(tail * apply(tail), axis=0)
-    return Trace(head + float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(third), 3 * third)
+
+    def values(apply: Products, size: int, third: int) -> np.ndarray:
+        generator = np.random.default_rng(seed)
+        sketch, probes = _signs(generator, size, third), _signs(generator, size, third)
+        q = np.linalg.qr(apply(sketch))[0]
+        tail = probes - q @ (q.T @ probes)
+        return np.sum(q * apply(q)) + np.sum(tail * apply(tail), axis=0)
+
+    return _estimated(operator, products, 3, values)
 
 
 def xtrace(operator: Any, products: int = 60, *, seed: int = 0) -> Trace:
@@ -87,20 +88,34 @@ def xtrace(operator: Any, products: int = 60, *, seed: int = 0) -> Trace:
     >>> xtrace(np.diag([3.0, 2.0, 1.0]), 6)
     Trace(value=6.0, stderr=0.0, products=3)
     """
-    apply, size = _checked(operator, products, 4)
-    count = products // 2
+
+    def values(apply: Products, size: int, count: int) -> np.ndarray:
+        omega = np.random.default_rng(seed).standard_normal((size, count))
+        q, r = np.linalg.qr(apply(omega))
+        h, w = q.T @ apply(q), q.T @ omega
+        missing = np.stack([_orthogonal(np.delete(r, i, axis=1)) for i in range(count)], axis=1)
+        x = w - missing * np.sum(missing * w, axis=0)  # Q^T Q_i Q_i^T w_i
+        head = np.trace(h) - np.sum(missing * (h @ missing), axis=0)
+        return head + np.sum(w * r, axis=0) - 2 * np.sum(x * r, axis=0) + np.sum(x * (h @ x), axis=0)
+
+    return _estimated(operator, products, 2, values)
+
+
+def _estimated(operator: Any, products: int, rounds: int, values: Callable[[Products, int, int], np.ndarray]) -> Trace:
+    """The mean of k = products / rounds values, whose spread is the error; exact where all M columns cost no more."""
+    shape: tuple = tuple(getattr(operator, "shape", ()))
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(
+            f"The operator has shape {shape}. Expected a square, symmetric one, such as "
+            "lnp.linear_operator(model, batch)."
+        )
+    if products < 2 * rounds:
+        raise ValueError(f"products is {products}. Expected at least {2 * rounds}.")
+    apply, size, count = lambda columns: np.asarray(operator @ columns, dtype=float), int(shape[0]), products // rounds
     if count >= size:
-        return _exact(apply, size)
-    omega = np.random.default_rng(seed).standard_normal((size, count))
-    q, r = np.linalg.qr(apply(omega))
-    z = apply(q)
-    h, w = q.T @ z, q.T @ omega
-    missing = np.stack([_orthogonal(np.delete(r, i, axis=1)) for i in range(count)], axis=1)
-    x = w - missing * np.sum(missing * w, axis=0)  # Q^T Q_i Q_i^T w_i
-    head = np.trace(h) - np.sum(missing * (h @ missing), axis=0)
-    tail = np.sum(w * r, axis=0) - 2 * np.sum(x * r, axis=0) + np.sum(x * (h @ x), axis=0)
-    values = head + tail
-    return Trace(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count), 2 * count)
+        return Trace(float(np.trace(apply(np.eye(size)))), 0.0, size)
+    found = values(apply, size, count)
+    return Trace(float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(count), rounds * count)
 
 
 def _orthogonal(columns: np.ndarray) -> np.ndarray:
@@ -108,22 +123,5 @@ def _orthogonal(columns: np.ndarray) -> np.ndarray:
     return np.linalg.svd(columns)[0][:, -1]
 
 
-def _exact(apply: Callable[[np.ndarray], np.ndarray], size: int) -> Trace:
-    return Trace(float(np.trace(apply(np.eye(size)))), 0.0, size)
-
-
 def _signs(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
     return 2.0 * generator.integers(0, 2, size=(size, count)) - 1.0
-
-
-def _checked(operator: Any, products: int, least: int) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
-    """(product with the columns of a matrix, M)."""
-    shape: tuple = tuple(getattr(operator, "shape", ()))
-    if len(shape) != 2 or shape[0] != shape[1]:
-        raise ValueError(
-            f"The operator has shape {shape}. Expected a square, symmetric one, such as "
-            "lnp.linear_operator(model, batch)."
-        )
-    if products < least:
-        raise ValueError(f"products is {products}. Expected at least {least}.")
-    return lambda columns: np.asarray(operator @ columns, dtype=float), int(shape[0])

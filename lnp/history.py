@@ -72,8 +72,9 @@ class History:
         return history
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a measurement. If its step, or the step it resumed from, is not beyond the last, it replaces what is "
-        "there.
+        """Add a measurement.
+
+        If its step, or the step it resumed from, is not beyond the last, it replaces what is there.
         """
         self._pending.append(dict(row))
 

@@ -6,16 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lnp import backends, trace
-from lnp.backends import BATCH_STATISTICS, Options
+from lnp import trace
+from lnp.backends import Options, evaluate
 from lnp.cross import CrossResponse, cross_response_of
 from lnp.decomposition import ByLayer, Decomposition, explained
 from lnp.decomposition import decompose as decompose_linearization
 from lnp.linearization import Linearization, Vector, valid
-from lnp.preconditioner import Preconditioned
-
-SPLITTING = ("auto", "exact", "per_sample")
-"""Estimators that take the samples one at a time where they do not interact."""
+from lnp.preconditioner import Preconditioned, whole
 
 
 def decompose(
@@ -88,7 +85,7 @@ def decompose(
     preconditioner:
         The diagonal of M for an optimizer whose update is -eta M grad L, such as Adam's 1 / (sqrt(v) + eps); in the
         form of `measured_loss_change`'s update. Rate, network scale and position are then those of J M J^T, with the
-        trace estimated jointly. See `lnp.preconditioner`.
+        trace estimated jointly, on the whole batch. See `lnp.preconditioner`.
 
     Returns
     -------
@@ -114,14 +111,13 @@ def decompose(
     >>> round(d.rate, 6), round(d.chi_loss * d.chi_net * d.chi_pos, 6)
     (3.555556, 3.555556)
     """
-    if preconditioner is not None:
-        options = Options(loss, forward, parameters, seed, loss_terms, None, batch_statistics, False, False)
-        _Decompose(estimator, rtol, max_probes)  # checks them
-        computation = Preconditioned(estimator, rtol, max_probes, by_layer)
-        return explained(_measure(computation, model, (batch,), options, update=preconditioner))
-    split = estimator in SPLITTING or microbatch is not None  # which needs to be seen not to change the function
+    split = trace.splits(estimator, microbatch)
     options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
-    return explained(_measure(_Decompose(estimator, rtol, max_probes, by_layer, population), model, (batch,), options))
+    if preconditioner is None:
+        computation = _Decompose(estimator, rtol, max_probes, by_layer, population)
+        return explained(evaluate(computation, model, (batch,), options))
+    scaled = Preconditioned(estimator, rtol, max_probes, by_layer, population)
+    return explained(evaluate(scaled, model, (batch,), whole(options), update=preconditioner))
 
 
 def cross_response(
@@ -158,10 +154,10 @@ def cross_response(
     >>> round(lnp.cross_response(model, up, down).chi_pos, 6)
     -1.0
     """
-    split = estimator in SPLITTING or microbatch is not None  # which needs to be seen not to change the function
+    split = trace.splits(estimator, microbatch)
     options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
     computation = _CrossResponse(estimator, rtol, max_probes, by_layer, population)
-    return _measure(computation, model, (train_batch, measured_batch), options)
+    return evaluate(computation, model, (train_batch, measured_batch), options)
 
 
 def measured_loss_change(
@@ -220,23 +216,11 @@ def predicted_loss_change(
 
 
 @dataclass(frozen=True)
-class _Decompose:
+class _Decompose(trace.Settings):
     """The computation of `decompose`; equal settings are equal, so that compiled code is found again."""
 
-    estimator: str
-    rtol: float
-    max_probes: int
     by_layer: ByLayer = False
     population: bool | None = False
-
-    def __post_init__(self) -> None:
-        if self.estimator not in trace.ESTIMATORS:
-            known = ", ".join(map(repr, trace.ESTIMATORS))
-            raise ValueError(f"Unknown estimator {self.estimator!r}. Expected one of {known}.")
-        if not self.rtol >= 0:
-            raise ValueError(f"rtol is {self.rtol!r}. Expected a relative standard error >= 0, such as 0.01.")
-        if not (isinstance(self.max_probes, int) and self.max_probes >= 1):
-            raise ValueError(f"max_probes is {self.max_probes!r}. Expected an integer >= 1.")
 
     def __call__(self, lin: Linearization) -> Decomposition:
         return decompose_linearization(lin, **{field.name: getattr(self, field.name) for field in fields(self)})
@@ -276,15 +260,4 @@ def _step(
         raise ValueError(f"Received {given} of learning_rate= and update=. Expected one: the step that is taken.")
     options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False)
     operands = {"learning_rate": learning_rate} if update is None else {"update": update}
-    return _measure(computation, model, (batch,), options, **operands)
-
-
-def _measure(computation: Any, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
-    if options.batch_statistics not in BATCH_STATISTICS:
-        raise ValueError(
-            f"batch_statistics is {options.batch_statistics!r}. Expected one of "
-            f"{', '.join(map(repr, BATCH_STATISTICS))}."
-        )
-    if options.microbatch is not None and not (isinstance(options.microbatch, int) and options.microbatch >= 1):
-        raise ValueError(f"microbatch is {options.microbatch!r}. Expected a number of samples >= 1, or None.")
-    return backends.find(model).evaluate(computation, model, batches, options, **operands)
+    return evaluate(computation, model, (batch,), options, **operands)

@@ -17,10 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lnp.backends import Options
 from lnp.decomposition import Decomposition
 from lnp.decomposition import decompose as decompose_linearization
 from lnp.linearization import Linearization, Vector
 from lnp.structure import leaves, map_leaves
+from lnp.trace import Settings
 
 
 def preconditioned(lin: Linearization, diagonal: Vector) -> Linearization:
@@ -56,20 +58,35 @@ def multiplied(u: Vector, w: Vector) -> Vector:
     return map_leaves(lambda leaf: leaf * next(factors), u)
 
 
+def whole(options: Options) -> Options:
+    """The options of a record that is to be preconditioned: its samples are not taken apart.
+
+    Raises
+    ------
+    ValueError
+        For micro-batches, which are made of samples that are.
+    """
+    if options.microbatch is not None:
+        raise ValueError(
+            f"Received microbatch={options.microbatch} beside preconditioner=. Expected one of them, since the kernel "
+            "J M J^T is measured on the whole batch. Take fewer samples."
+        )
+    return replace(options, split=False, population=False)
+
+
 @dataclass(frozen=True)
-class Preconditioned:
-    """The computation of `lnp.decompose(preconditioner=)`: the diagonal arrives as `update`, a vector of the "
-    "backend's.
+class Preconditioned(Settings):
+    """The computation of `lnp.decompose(preconditioner=)`.
+
+    The diagonal arrives as `update`, a vector of the backend's.
     """
 
-    estimator: str
-    rtol: float
-    max_probes: int
     by_layer: Any = False
+    population: bool | None = False
 
     def __call__(self, lin: Linearization, update: Vector) -> Decomposition:
         estimator = "joint" if self.estimator == "per_sample" else self.estimator
         return decompose_linearization(
             preconditioned(lin, update), estimator=estimator, rtol=self.rtol, max_probes=self.max_probes,
-            by_layer=self.by_layer,
+            by_layer=self.by_layer, population=self.population is True,
         )  # fmt: skip

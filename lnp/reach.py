@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -56,7 +57,8 @@ def reach(
         Where was measured, rising, and chi_pos there, or `Decomposition.population.chi_pos`.
     stderrs:
         Standard errors of the positions. The reach's error is then the larger of what they give, sqrt(sum SE^2) / w,
-        and of what the scatter within the window gives, std / sqrt(w); without them it is the scatter's.
+        and of what the scatter within the window gives, std / sqrt(w); without them, or where one in the window is nan,
+        it is the scatter's.
     window:
         w, measurements to average: 1 or more, at most all.
 
@@ -72,12 +74,12 @@ def reach(
     (0.15, 0.05, 31.622777)
     """
     x, y = np.asarray(steps, dtype=float), np.asarray(positions, dtype=float)
-    e = np.zeros_like(y) if stderrs is None else np.asarray(stderrs, dtype=float)
+    e = np.full_like(y, np.nan) if stderrs is None else np.asarray(stderrs, dtype=float)
     if not (x.ndim == 1 and x.shape == y.shape == e.shape):
         raise ValueError(f"Received shapes {x.shape}, {y.shape}, {e.shape}. Expected one position for each step.")
     if np.any(np.diff(x) <= 0):
         raise ValueError("The steps do not rise. Expected one run, in order; use reach_of_runs for several.")
-    if not 1 <= window <= y.size:
+    if not (isinstance(window, Integral) and 1 <= window <= y.size):
         raise ValueError(f"window is {window} for {y.size} measurements. Expected between 1 and all of them.")
     windows = np.lib.stride_tricks.sliding_window_view(y, window)
     means = windows.mean(axis=1)
@@ -85,14 +87,15 @@ def reach(
         return Reach(math.nan, math.nan, math.nan, window)
     lowest = int(np.nanargmin(means))
     here = slice(lowest, lowest + window)
-    scatter = float(np.std(y[here], ddof=1)) / math.sqrt(window) if window > 1 else 0.0
-    error = max(float(np.sqrt(np.sum(e[here] ** 2))) / window, scatter)
-    known = stderrs is not None or window > 1
-    return Reach(float(means[lowest]), error if known else math.nan, _middle(x[here]), window)
+    scatter = float(np.std(y[here], ddof=1)) / math.sqrt(window) if window > 1 else math.nan
+    own = float(np.sqrt(np.sum(e[here] ** 2))) / window
+    return Reach(float(means[lowest]), float(np.fmax(own, scatter)), _middle(x[here]), window)
 
 
 def reach_of_runs(runs: Sequence[Reach]) -> Reach:
     """The mean reach of runs that differ in their seed.
+
+        reach = sum_r reach_r / R,   step = (prod_r step_r)^(1/R)
 
     Its standard error is the larger of what the spread over runs gives, std / sqrt(R), and of what their own errors
     give, sqrt(sum SE^2) / R: of few runs the spread may come out small by luck.
@@ -102,6 +105,8 @@ def reach_of_runs(runs: Sequence[Reach]) -> Reach:
     ValueError
         For no run, and for different windows.
 
+    Examples
+    --------
     >>> mean = reach_of_runs([Reach(0.1, 0.01, 10.0, 5), Reach(0.3, 0.01, 1000.0, 5)])
     >>> round(mean.chi_pos, 9), round(mean.stderr, 9), round(mean.step, 6), mean.runs
     (0.2, 0.1, 100.0, 2)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lnp import measure
 from lnp.cross import CrossResponse
 from lnp.decomposition import Decomposition
+from lnp.history import RESUMED
 
 
 class Watched:
@@ -51,6 +53,47 @@ def process_rank() -> int:
     return 0
 
 
+def measured(
+    step: int, model: Any, batch: Any, own: Any, options: Mapping[str, Any]
+) -> tuple[Decomposition, dict[str, Any]]:
+    """The decomposition and its values: of the batch that is trained on, with the response of the tracker's own to it.
+
+    Raises
+    ------
+    ValueError
+        Without any batch.
+    """
+    if batch is None and own is None:
+        raise ValueError(
+            f"observe({step}, ...) received no batch, and the tracker has none. Expected one of the two: pass the "
+            "batch that the step trains on, or make the tracker with batch=."
+        )
+    if batch is None or own is None:
+        d = measure.decompose(model, own if batch is None else batch, **options)
+        return d, d.to_dict()
+    cross = measure.cross_response(model, batch, own, **{"population": None, **options})
+    return cross.trained, cross.trained.to_dict() | cross_values(cross)
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of shape (), as compiled functions return them, as Python's numbers."""
+    numbers = int | float | str | None
+    return {
+        name: value if isinstance(value, numbers) else value.item() if hasattr(value, "item") else float(value)
+        for name, value in values.items()
+    }
+
+
+def numbers(row: Mapping[str, Any], tags: Iterable[str]) -> dict[str, float]:
+    """What loggers get of a row: {"lnp/chi_pos": 0.01, ...}."""
+    left_out = (RESUMED, "time", *tags)
+    return {
+        f"lnp/{name}": float(value)
+        for name, value in row.items()
+        if isinstance(value, int | float) and name not in left_out
+    }
+
+
 def cross_values(cross: CrossResponse) -> dict[str, Any]:
     """The cross response under "cross/...", and the decomposition of its measured batch under "measured/..."."""
     names = ("rate", "chi_loss", "chi_net", "chi_pos", "chi_net_stderr", "chi_pos_stderr")
@@ -59,8 +102,15 @@ def cross_values(cross: CrossResponse) -> dict[str, Any]:
 
 
 def moved(seed: Any, step: int) -> Any:
-    """Another seed at each step, so that errors average out over a window; keys of other kinds stay as they are."""
-    return seed + step if isinstance(seed, int) else seed
+    """Another seed at each step, so that errors average out over a window; keys of other kinds stay as they are.
+
+    >>> moved(3, 10), moved("key", 10)
+    (13, 'key')
+    """
+    try:
+        return operator.index(seed) + step
+    except TypeError:
+        return seed
 
 
 def check_options(options: Mapping[str, Any]) -> None:

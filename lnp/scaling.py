@@ -42,7 +42,15 @@ class PowerLaw:
     degrees: int
 
     def predict(self, size: float) -> tuple[float, float]:
-        """(value, standard error) of the fitted line at a size."""
+        """(value, standard error) of the fitted line at a size.
+
+        Raises
+        ------
+        ValueError
+            For a size that is not positive.
+        """
+        if not size > 0:
+            raise ValueError(f"size is {size!r}. Expected a positive number, such as of parameters.")
         row = np.array([1.0, math.log(size)])
         value = self.prefactor * size**self.exponent
         return value, value * math.sqrt(row @ self.covariance @ row)
@@ -80,9 +88,9 @@ def power_law(sizes: Sequence[float], values: Sequence[float], stderrs: Sequence
     e = np.ones_like(y) if stderrs is None else np.asarray(stderrs, dtype=float)
     if not (x.ndim == 1 and x.shape == y.shape == e.shape):
         raise ValueError(f"Received shapes {x.shape}, {y.shape}, {e.shape}. Expected one value for each size.")
-    if not (np.all(x > 0) and np.all(y > 0) and np.all(e > 0)):
+    if not all(np.all(np.isfinite(part) & (part > 0)) for part in (x, y, e)):
         raise ValueError(
-            f"Received sizes, values or errors that are not positive: {x.tolist()}, {y.tolist()}"
+            f"Received sizes, values or errors that are not positive and finite: {x.tolist()}, {y.tolist()}"
             f"{'' if stderrs is None else f', {e.tolist()}'}. A power law has positive values: leave out points "
             "that are zero within their error."
         )
@@ -107,26 +115,41 @@ def power_law(sizes: Sequence[float], values: Sequence[float], stderrs: Sequence
 def bootstrap(
     sizes: Sequence[float], values: Sequence[Sequence[float]], *, draws: int = 1000, level: float = 0.68, seed: int = 0
 ) -> tuple[float, float]:
-    """(lowest, highest) exponent of the central `level` of refits, each to runs drawn anew with replacement.
+    """An interval for the exponent of `power_law`: (lowest, highest) of the central `level` of refits.
 
+    Each refit is to the mean of runs that are drawn anew with replacement.
     Every size keeps as many runs as it has. It asks nothing of how the runs scatter, but needs several for each size.
 
     Parameters
     ----------
     values:
         For each size the values of its runs.
+    draws:
+        Refits.
+    level:
+        Share of the refits inside, in (0, 1).
+    seed:
+        Of the draws.
 
     Raises
     ------
     ValueError
-        As `power_law`.
+        As `power_law`, for runs of other sizes, and for a level outside (0, 1).
 
+    References
+    ----------
+    Efron, Ann. Statist. 7 (1979), doi:10.1214/aos/1176344552.
+
+    Examples
+    --------
     >>> low, high = bootstrap([1.0, 10.0], [[1.0, 1.1], [0.1, 0.11]])
     >>> bool(-1.05 < low < -1 < high < -0.95)
     True
     """
     if len(sizes) != len(values):
         raise ValueError(f"Received {len(sizes)} sizes and runs of {len(values)}. Expected runs for each size.")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level!r}. Expected a share of the refits in (0, 1), such as 0.68.")
     generator = np.random.default_rng(seed)
     exponents = [
         power_law(sizes, [float(np.mean(generator.choice(list(runs), size=len(runs)))) for runs in values]).exponent

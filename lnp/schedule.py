@@ -11,10 +11,12 @@ when a run is resumed.
 from __future__ import annotations
 
 import math
+import operator
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 Schedule = Callable[[int], bool]
@@ -38,7 +40,7 @@ class every:
     k: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.k, int) and self.k >= 1):
+        if not (isinstance(self.k, Integral) and self.k >= 1):
             raise ValueError(f"every({self.k!r}) was asked for. Expected a number of steps >= 1.")
 
     def __call__(self, step: int) -> bool:
@@ -48,6 +50,11 @@ class every:
 class at:
     """At the listed steps.
 
+    Raises
+    ------
+    TypeError
+        For steps that are not integers.
+
     Examples
     --------
     >>> [step for step in range(25) if at([0, 3, 20])(step)]
@@ -55,7 +62,11 @@ class at:
     """
 
     def __init__(self, steps: Iterable[int]) -> None:
-        self.steps = frozenset(int(step) for step in steps)
+        steps = list(steps)
+        try:
+            self.steps = frozenset(operator.index(step) for step in steps)
+        except TypeError:
+            raise TypeError(f"at({steps!r}) was asked for. Expected integers, the steps to measure at.") from None
 
     def __call__(self, step: int) -> bool:
         return step in self.steps
@@ -114,7 +125,7 @@ class log_windows:
                 f"width is {self.width!r} and growth {self.growth!r}. Expected a number of steps >= 1 and a growth >= "
                 "0."
             )
-        if self.last is not None and self.last < 0:
+        if self.last is not None and not (isinstance(self.last, Integral) and self.last >= 0):
             raise ValueError(f"last is {self.last!r}. Expected the last step of the run, or None.")
         self._centres = [0]
 
@@ -169,7 +180,7 @@ class budget:
     fraction:
         Of the wall-clock time, in (0, 1).
     among:
-        A schedule; only its steps are considered.
+        A schedule, in any of the forms that `lnp.Tracker` takes; only its steps are considered.
     clock:
         Seconds, for tests.
 
@@ -177,6 +188,8 @@ class budget:
     ------
     ValueError
         For a fraction outside (0, 1).
+    TypeError
+        For an `among` that is no schedule.
 
     Examples
     --------
@@ -191,14 +204,13 @@ class budget:
     [0, 8, 12]
     """
 
-    def __init__(
-        self, fraction: float, among: Schedule | None = None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, fraction: float, among: Any = None, clock: Callable[[], float] = time.perf_counter) -> None:
         if not 0 < fraction < 1:
             raise ValueError(
                 f"budget({fraction!r}) was asked for. Expected a fraction of the run's time, such as 0.02."
             )
-        self.fraction, self.among = fraction, among
+        self.fraction = fraction
+        self.among: Schedule | None = None if among is None else as_schedule(among)
         self._clock = clock
         self._start: float | None = None
         self._spent = 0.0

@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from lnp.backends import Options
+from lnp.backends import Options, evaluate
 from lnp.decomposition import Decomposition, explained
 from lnp.decomposition import decompose as decompose_linearization
 from lnp.density import Density, density
 from lnp.lanczos import Quadrature, Tridiagonal, quadrature, tridiagonalize
-from lnp.linearization import Linearization, accumulation_dtype
-from lnp.measure import SPLITTING, _measure
+from lnp.linearization import Linearization, Vector, accumulation_dtype
+from lnp.preconditioner import preconditioned, whole
+from lnp.trace import Settings, splits
 
 TOLERATED = 1e-3
 """Relative error of the first moment above which a note is made; rounding in float32 stays below."""
@@ -126,6 +127,7 @@ def spectrum(
     loss_terms: int | None = None,
     microbatch: int | None = None,
     batch_statistics: str = "frozen",
+    preconditioner: Any = None,
 ) -> Spectrum:
     r"""The distribution of which chi_pos is the mean: where in the kernel's spectrum the loss gradient sits.
 
@@ -146,6 +148,8 @@ def spectrum(
         Of the probes, and of the trace's signs.
     model, batch, loss, forward, parameters, estimator, rtol, max_probes, loss_terms, microbatch, batch_statistics:
         As for `lnp.decompose`; the estimator is that of tr Theta.
+    preconditioner:
+        The diagonal of M, as for `lnp.decompose`: the spectrum is then that of J M J^T.
 
     Raises
     ------
@@ -165,10 +169,12 @@ def spectrum(
     >>> round(s.chi_pos, 9), s.exhausted
     (0.5, True)
     """
-    split = estimator in SPLITTING or microbatch is not None
+    split = splits(estimator, microbatch)
     options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, False)
-    computation = _Measure(steps, probes, estimator, rtol, max_probes)
-    return _spectrum(_measure(computation, model, (batch,), options))
+    computation = _Measure(estimator, rtol, max_probes, steps, probes)
+    if preconditioner is None:
+        return _spectrum(evaluate(computation, model, (batch,), options))
+    return _spectrum(evaluate(computation, model, (batch,), whole(options), update=preconditioner))
 
 
 @dataclass(frozen=True)
@@ -194,22 +200,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class _Measure:
+class _Measure(Settings):
     """The computation of `spectrum`; equal settings are equal, so that compiled code is found again."""
 
     steps: int
     probes: int
-    estimator: str
-    rtol: float
-    max_probes: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (isinstance(self.steps, int) and self.steps >= 1):
             raise ValueError(f"steps is {self.steps!r}. Expected a number of Lanczos steps >= 1, such as 32.")
         if not (isinstance(self.probes, int) and self.probes >= 0):
             raise ValueError(f"probes is {self.probes!r}. Expected a number of random starts >= 0, such as 8.")
 
-    def __call__(self, lin: Linearization) -> Measured:
+    def __call__(self, lin: Linearization, update: Vector = None) -> Measured:
+        lin = lin if update is None else preconditioned(lin, update)
         if lin.jvp is None:
             raise TypeError(
                 "This model's backend has no Jacobian-vector products, which the spectrum needs beside vector-Jacobian "

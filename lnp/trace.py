@@ -26,8 +26,48 @@ LEAST_PROBES = 2
 """What probing to a tolerance costs at least, in probes: one, and some samples again that tell its error."""
 EXACT_ROWS = 16
 """`auto` takes all N*K rows one by one up to this many, where samples interact."""
+SPLITTING = ("auto", "exact", "per_sample")
+"""Estimators that take the samples one at a time where they do not interact."""
 Rows = Sequence[Sequence[str]]
 """For each row of an estimate, the parameters whose squared norms it adds; the first row holds all of them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tr Theta is to be estimated, as the user has asked for it.
+
+    Attributes
+    ----------
+    estimator:
+        One of `ESTIMATORS`.
+    rtol:
+        Relative standard error at which the probing stops.
+    max_probes:
+        The most random probes to spend.
+
+    Raises
+    ------
+    ValueError
+        For an unknown estimator, a negative tolerance, and no probes.
+    """
+
+    estimator: str
+    rtol: float
+    max_probes: int
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            known = ", ".join(map(repr, ESTIMATORS))
+            raise ValueError(f"Unknown estimator {self.estimator!r}. Expected one of {known}.")
+        if not self.rtol >= 0:
+            raise ValueError(f"rtol is {self.rtol!r}. Expected a relative standard error >= 0, such as 0.01.")
+        if not (isinstance(self.max_probes, int) and self.max_probes >= 1):
+            raise ValueError(f"max_probes is {self.max_probes!r}. Expected an integer >= 1.")
+
+
+def splits(estimator: str, microbatch: int | None) -> bool:
+    """Whether samples may be taken apart, which needs to be seen not to change the function."""
+    return estimator in SPLITTING or microbatch is not None
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ import contextlib
 import operator
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lnp import measure, sources, steps
+from lnp import sharing, sources, steps
 from lnp.decomposition import Decomposition
 from lnp.history import RESUMED, History
-from lnp.loggers import Logger, as_logger
-from lnp.rows import Watched, check_options, cross_values, moved, process_rank
+from lnp.loggers import Logger, as_logger, hand_on
+from lnp.rows import Watched, check_options, measured, moved, numbers, plain, process_rank
 from lnp.schedule import Schedule, as_schedule
 from lnp.storage import Appender
 
@@ -140,6 +139,32 @@ class Tracker:
             return None
         return self._measure(operator.index(step), model, batch, options or {}, values)
 
+    def shared(self, step: int, model: Any, **values: Any) -> sharing.Shared:
+        """Measure on the passes of the step itself, if the schedule says so: it then costs its probes alone.
+
+            with tracker.shared(step, model) as shared:
+                loss = criterion(model(inputs), targets)
+            shared.backward(loss, targets, criterion)  # instead of loss.backward()
+
+        Where nothing is due the block runs as it is, and `backward` is the loss's own. For PyTorch's modules, see
+        `lnp_torch.shared`; what the other backends' `value_and_grad` returns goes to `record`.
+
+        Raises
+        ------
+        TypeError
+            Where a step is due: for other models, and a tracker with batches or options that need passes of their own.
+        """
+        if not self._reaches(step) or not self.schedule(step):
+            return sharing.Shared()
+        keep = lambda d, seconds: self._record(self._row(operator.index(step), d, d.to_dict(), seconds, values))
+        return sharing.watched(model, self._at(step), keep, own_batches=self._source is not None)
+
+    def record(self, step: int, decomposition: Decomposition, **values: Any) -> None:
+        """Keep a decomposition of elsewhere (`lnp_jax.value_and_grad`), scheduled or not, unless the step has a row."""
+        if self._reaches(step):
+            d = decomposition
+            self._record(self._row(operator.index(step), d, plain(d.to_dict()), None, values))
+
     @contextlib.contextmanager
     def step(self, step: int, model: Any, batch: Any = None, **values: Any) -> Iterator[Watched]:
         """Measure before the update that the block makes, and what the update did to the loss after it.
@@ -158,7 +183,7 @@ class Tracker:
             yield watched
             return
         before = steps.snapshot(model)
-        row, watched.decomposition = self._row(operator.index(step), model, batch, {}, values)
+        row, watched.decomposition = self._measured(operator.index(step), model, batch, {}, values)
         try:
             yield watched
             own = batch if batch is not None else self._source.last if self._source is not None else None
@@ -216,8 +241,8 @@ class Tracker:
         """
         if state.get("version") != VERSION:
             raise ValueError(
-                f"The tracker's state has version {state.get('version')!r}. Expected {VERSION}: what state_dict() of "
-                "this version of lnp made. Start with a new tracker; its file, if any, is continued."
+                f"The state has version {state.get('version')!r}. Expected {VERSION}, as state_dict() writes it. "
+                "Start with a new tracker; its file, if any, is continued."
             )
         restore = getattr(self.schedule, "load_state_dict", None)
         if callable(restore) and state["schedule"] is not None:
@@ -279,42 +304,38 @@ class Tracker:
         return True
 
     def _measure(self, *arguments: Any) -> Decomposition:
-        row, d = self._row(*arguments)
+        row, d = self._measured(*arguments)
         self._record(row)
         return d
 
-    def _row(
+    def _measured(
         self, step: int, model: Any, batch: Any, own_options: Mapping[str, Any], values: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Decomposition]:
         started = time.perf_counter()
-        options = {**self._options, "seed": moved(self._options.get("seed", 0), step), **own_options}
+        options = {**self._at(step), **own_options}
         own = None if self._source is None else self._source.next(model)
-        if batch is None and own is None:
-            raise ValueError(
-                f"observe({step}, ...) received no batch, and the tracker has none. Expected one of the two: pass the "
-                "batch that the step trains on, or make the tracker with batch=."
-            )
-        row: dict[str, Any] = {"step": step, "time": time.time()}
-        if batch is not None and own is not None:
-            cross = measure.cross_response(model, batch, own, **{"population": None, **options})
-            d = cross.trained
-            row |= d.to_dict() | cross_values(cross)
-        else:
-            d = measure.decompose(model, own if batch is None else batch, **options)
-            row |= d.to_dict()
+        d, found = measured(step, model, batch, own, options)
+        return self._row(step, d, found, time.perf_counter() - started, values), d
+
+    def _at(self, step: int) -> dict[str, Any]:
+        """The options of a step."""
+        return {**self._options, "seed": moved(self._options.get("seed", 0), step)}
+
+    def _row(
+        self, step: int, d: Decomposition, found: Mapping[str, Any], seconds: float | None, values: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"step": step, "time": time.time(), **found}
         if d.notes != self._notes:
             self._notes, row["notes"] = d.notes, "; ".join(d.notes)
         window = getattr(self.schedule, "window", None)
         if window is not None and (centre := window(step)) is not None:
             row["window"] = centre
-        self._spent(time.perf_counter() - started, row)
-        return {**row, **self.tags, **values}, d
-
-    def _spent(self, seconds: float, row: dict[str, Any]) -> None:
-        row["seconds"] = seconds
-        note = getattr(self.schedule, "measured", None)
-        if callable(note):
-            note(seconds)
+        if seconds is not None:
+            row["seconds"] = seconds
+            note = getattr(self.schedule, "measured", None)
+            if callable(note):
+                note(seconds)
+        return {**row, **self.tags, **values}
 
     def _record(self, row: dict[str, Any]) -> None:
         if self._resumed is not None:
@@ -323,18 +344,5 @@ class Tracker:
             self._file.append(row)
         assert self._history is not None, "the first step has made it"
         self._history.append(row)
-        step = row["step"]
-        self.latest = numbers = {
-            f"lnp/{name}": float(value)
-            for name, value in row.items()
-            if isinstance(value, int | float) and name not in (RESUMED, "time", *self.tags)
-        }
-        for logger in list(self._loggers):
-            try:
-                logger(numbers, step)
-            except Exception as error:  # the run must not die of a service that watches it
-                self._loggers.remove(logger)
-                warnings.warn(
-                    f"A logger failed at step {step} and gets no more values: {type(error).__name__}: {error}",
-                    stacklevel=4,
-                )
+        self.latest = numbers(row, self.tags)
+        hand_on(self._loggers, self.latest, row["step"])

@@ -15,6 +15,9 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lnp_torch.isolation import generator_state, set_generator_state
+from lnp_torch.models import captured, replaced
+
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
 ATTENTION = F.multi_head_attention_forward
 
@@ -41,6 +44,8 @@ class Frozen(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if captured(args, kwargs):
+            args, kwargs = replaced(args, kwargs)
         if func in DROPOUTS:
             return self._dropout(func, *args, **kwargs)
         if func is F.batch_norm and self._statistics:
@@ -64,10 +69,18 @@ class Frozen(TorchFunctionMode):
             raise RuntimeError(f"the network took another path: {kind} where the first pass had {recorded}")
         return value
 
+    def _mask(self, like: torch.Tensor, draw: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """A mask, and the random state after it: what else a network draws is then the same in every pass."""
+        mask = self._fixed("mask", lambda: draw(torch.ones_like(like)))
+        after = self._fixed("state", lambda: generator_state(like.device))
+        if self._replay is not None:
+            set_generator_state(like.device, after)
+        return mask
+
     def _dropout(self, func, input, p=0.5, training=True, inplace=False, **kwargs):
         if not kwargs.get("train", training) or p == 0:
             return input
-        mask = self._fixed("mask", lambda: func(torch.ones_like(input), p, True))
+        mask = self._mask(input, lambda ones: func(ones, p, True))
         return input.mul_(mask) if inplace else input * mask
 
     def _batch_norm(
@@ -93,7 +106,7 @@ class Frozen(TorchFunctionMode):
         elif attn_mask is not None:
             scores = scores + attn_mask
         weights = torch.softmax(scores, dim=-1)
-        mask = self._fixed("mask", lambda: F.dropout(torch.ones_like(weights), dropout_p, True))
+        mask = self._mask(weights, lambda ones: F.dropout(ones, dropout_p, True))
         return (weights * mask) @ value
 
 

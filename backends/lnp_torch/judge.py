@@ -2,14 +2,17 @@
 
 Once per model, sequence of operations and shape, taps are compared with single samples that run on their own. What
 differs takes the general way; where single samples differ from the batch itself, they interact, and none are taken
-apart. The comparison is made twice: at the parameters as they are, and at others, where nothing is zero by chance.
+apart. The comparison is made twice: at the parameters as they are, and at others, where nothing is zero by chance. What
+neither shows (a gate that opens at a threshold, samples that meet only for some inputs) may show later: the comparison
+is made again at the 16th, 32nd, 64th ... measurement.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,15 +24,26 @@ from lnp_torch.outputs import flatten, widened
 from lnp_torch.passes import Passes
 from lnp_torch.reading import LAYOUTS, Layouts, Reading
 from lnp_torch.samples import Comparison
+from lnp_torch.settings import about, settings
 
 CHECKED = 8
 """Samples that are compared, spread over the batch."""
 BESIDE = 17
 """Samples that they are compared beside, at other parameters."""
+AGAIN = 16
+"""Measurements after which the comparison is made again; a power of two, as all that follow are."""
 NAMED = 4
 """Parameters that a note names."""
 REMEMBERED = 64
 """Verdicts that are kept for each model."""
+
+
+@dataclass
+class Remembered:
+    """A verdict, and how often it was used."""
+
+    verdict: Verdict
+    uses: int = 0
 
 
 def judge(apart: Apart, key: tuple, tolerance: float, pairs: bool) -> Verdict:
@@ -39,15 +53,22 @@ def judge(apart: Apart, key: tuple, tolerance: float, pairs: bool) -> Verdict:
     """
     passes = apart.passes
     first = next(iter(apart.visit()))
-    known = _verdicts(passes.program.owner)
+    known, microbatch = _verdicts(passes.program.owner), key[1]
     key = (*key, first.taps.program, tuple(apart.outputs.shape), *_circumstances(passes))
     if key not in known:
-        microbatch = key[1]
-        elsewhere = _compared(_moved(apart, microbatch), tolerance, pairs, None)
-        known[key] = _compared(apart, tolerance, pairs, elsewhere)
+        elsewhere, sure = _compared(_moved(apart, microbatch), tolerance, pairs, None)
+        verdict, also = _compared(apart, tolerance, pairs, elsewhere)
+        if not (sure and also):
+            return verdict
+        known[key] = Remembered(verdict)
         while len(known) > REMEMBERED:
             known.popitem(last=False)
-    return known[key]
+    found = known[key]
+    found.uses += 1
+    if found.uses >= AGAIN and found.uses & (found.uses - 1) == 0 and not found.verdict.reason:
+        verdict, sure = _compared(apart, tolerance, pairs, found.verdict)
+        found.verdict = verdict if sure else found.verdict
+    return found.verdict
 
 
 def general_note(verdict: Verdict) -> tuple[str, ...]:
@@ -77,8 +98,11 @@ def _moved(apart: Apart, microbatch: int | None) -> Apart:
     return Apart(passes, visit, torch.cat([flatten([part.detach() for part in group.parts]) for group in visit()]))
 
 
-def _compared(apart: Apart, tolerance: float, pairs: bool, elsewhere: Verdict | None) -> Verdict:
-    """The verdict at these parameters; with `elsewhere`, what was found at others is confirmed."""
+def _compared(apart: Apart, tolerance: float, pairs: bool, elsewhere: Verdict | None) -> tuple[Verdict, bool]:
+    """The verdict at these parameters; with `elsewhere`, what was found at others is confirmed.
+
+    And whether it is to be remembered: what is not finite shows nothing.
+    """
     passes, outputs = apart.passes, apart.outputs
     index = _spread(passes.samples, CHECKED, outputs.device)
     generator = torch.Generator(outputs.device).manual_seed(0)
@@ -102,15 +126,19 @@ def _compared(apart: Apart, tolerance: float, pairs: bool, elsewhere: Verdict | 
         except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
             reason = f"one sample alone fails with {type(error).__name__}: {_first_line(error)}"
             continue
-        if not seen.difference > tolerance:
+        if math.isnan(seen.difference) and all(bool(part.isfinite().all()) for part in (outputs, *gradient)):
+            reason = "one sample alone gives numbers that are not finite"
+        elif not seen.difference > tolerance:
             general |= _differing(norms, seen, index, tolerance)
+            sure = math.isfinite(seen.difference)
             if elsewhere is None:
-                return Verdict(*_laid_out(apart, v, index, seen, general, tolerance), pull)
-            return Verdict(general, before.layouts, pull if pull is samples.looped else before.pull, before.reason)
-        reason = (
-            f"a sample's output or gradient changes by {seen.difference:.1g} (relative) when the others are left out"
-        )
-    return Verdict(reason=reason)
+                return Verdict(*_laid_out(apart, v, index, seen, general, tolerance), pull), sure
+            way = pull if pull is samples.looped else before.pull
+            return Verdict(general, before.layouts, way, before.reason), sure
+        else:
+            changed = f"{seen.difference:.1g} (relative)"
+            reason = f"a sample's output or gradient changes by {changed} when the others are left out"
+    return Verdict(reason=reason), bool(torch.isfinite(outputs).all())
 
 
 def _spread(samples: int, count: int, device: torch.device) -> torch.Tensor:
@@ -157,11 +185,12 @@ def _circumstances(passes: Passes) -> tuple:
     """What else decides which function a model computes, or how."""
     program, device = passes.program, passes.program.device.type
     described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), about(leaf))
         for leaf in leaves_of(passes.inputs)
     )
     return (
         described,
+        settings(program),
         tuple((name, p.dtype) for name, p in program.parameters.items()),
         tuple(module.training for module in program.modules),
         passes.statistics,

@@ -19,6 +19,26 @@ from lnp_torch.known import Known, known
 Violations = tuple[tuple[torch.Tensor, str], ...]
 
 
+OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
+
+
+def other_terms(loss: torch.Tensor, parts: list[torch.Tensor]) -> bool:
+    """Whether any parameter is reached from the loss without passing through the outputs."""
+    ends, stack, seen = {part.grad_fn for part in parts}, [loss.grad_fn], set()
+    own = {id(part) for part in parts if part.grad_fn is None}
+    while stack:
+        node = stack.pop()
+        if node is None or node in ends or node in seen:
+            continue
+        if hasattr(node, "variable"):  # where a gradient is accumulated
+            if id(node.variable) not in own:
+                return True
+            continue
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+    return False
+
+
 def integer(targets: Any) -> bool:
     """Whether the targets are labels."""
     return isinstance(targets, torch.Tensor) and not (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from lnp.batches import select
 from lnp.structure import children, map_leaves
 from lnp_torch.complex import continuous, like, real
+from lnp_torch.isolation import draws
 
 Parameters = dict[str, torch.Tensor]
 
@@ -31,12 +33,20 @@ class Program:
         The modules that are called.
     owner:
         The user's module or function.
+    trained:
+        Ids of a module's own parameters that are selected.
     """
 
     parameters: Parameters
     call: Callable[[Parameters, Any], Any]
     modules: tuple[nn.Module, ...] = ()
     owner: Any = None
+    trained: frozenset[int] = frozenset()
+
+    @property
+    def generators(self) -> list[Any]:
+        """Generators of random numbers that the modules hold as attributes."""
+        return [value for module in self.modules for value in vars(module).values() if draws(value)]
 
     @property
     def device(self) -> torch.device:
@@ -77,14 +87,24 @@ def program(model: Any, forward: Callable | None, parameters: Any) -> Program:
     if isinstance(model, Snapshot):
         return replace(program(model.model, forward, parameters), parameters=model.parameters)
     if isinstance(model, nn.Module):
-        return _module(unwrapped(model), forward, parameters)
+        return _on_a_device(_module(unwrapped(model), forward, parameters))
     if forward is not None:
         raise ValueError(
             "forward= was given for a model that is a pair (function, parameters). Expected it for modules only: put "
             "what it does into function(parameters, inputs)."
         )
     function, tree = model
-    return _function(function, tree, parameters)
+    return _on_a_device(_function(function, tree, parameters))
+
+
+def _on_a_device(made: Program) -> Program:
+    if made.device.type == "meta":
+        raise ValueError(
+            f"The parameter {next(iter(made.parameters))} is on the meta device, where numbers have shapes but no "
+            "values. Expected parameters with values: move the model to a device by to_empty(device=...) and load its "
+            "weights."
+        )
+    return made
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -112,6 +132,33 @@ def named(tree: Any, prefix: str = "") -> dict[str, Any]:
         for key, child in inner.items()
         for name, leaf in named(child, f"{prefix}.{key}" if prefix else key).items()
     }
+
+
+_STANDING: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("standing", default=None)
+"""{id of the user's own parameter: what stands in its place} while a module is called."""
+
+
+def captured(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation has been given one of the user's own parameters.
+
+    Modules are called with other tensors in the place of their parameters. One that a closure, a `functools.partial`
+    or a list holds by itself stays what it was, and what flows through it would be lost.
+    """
+    if _STANDING.get() is None:
+        return False
+    return any(map(_holds_parameter, args)) or (bool(kwargs) and any(map(_holds_parameter, kwargs.values())))
+
+
+def replaced(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with what stands in the place of the user's own parameters."""
+    standing = _STANDING.get() or {}
+    own = lambda leaf: standing.get(id(leaf), leaf)
+    return tuple(map_leaves(own, value) for value in args), {n: map_leaves(own, v) for n, v in kwargs.items()}
+
+
+def _holds_parameter(value: Any) -> bool:
+    kind = type(value)
+    return kind is nn.Parameter or ((kind is list or kind is tuple) and any(map(_holds_parameter, value)))
 
 
 class _Whole(nn.Module):
@@ -151,6 +198,7 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Prog
     candidates = [name for name, p in every.items() if continuous(p) and (p.requires_grad or parameters is not None)]
     chosen = select(candidates, parameters)
     first = {id(p): name for name, p in reversed(every.items())}
+    names = {id(p): name for name, p in every.items()}
     tied = {f"model.{name}": first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     written = _written_parameters(model)
     every = {name: p.detach().clone() if id(p) in written else p for name, p in every.items()}
@@ -163,9 +211,14 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Prog
     def call(parameters: Parameters, inputs: Any) -> Any:
         values = fixed | {name: like(every[name], alias) for name, alias in parameters.items()}
         state = {name: values[source] for name, source in tied.items()} | buffers.fresh()
-        return torch.func.functional_call(whole, state, (inputs,), tie_weights=False)
+        token = _STANDING.set({number: values[name] for number, name in names.items()})
+        try:
+            return torch.func.functional_call(whole, state, (inputs,), tie_weights=False)
+        finally:
+            _STANDING.reset(token)
 
-    return Program(aliases, call, tuple(model.modules()), model)
+    trained = frozenset(number for number, name in names.items() if name in aliases)
+    return Program(aliases, call, tuple(model.modules()), model, trained)
 
 
 def _function(function: Callable, tree: Any, parameters: Any) -> Program:

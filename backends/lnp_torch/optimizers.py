@@ -13,17 +13,20 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     """The diagonal M of the optimizer's next update, -eta M (its average of gradients), for each of the model's
     parameters.
 
-        Adam, AdamW      1 / (sqrt(v / (1 - beta2^t)) + eps)     v: the average of squared gradients after t updates
-        RMSprop          1 / (sqrt(v) + eps)
-        Adagrad          1 / (sqrt(s) + eps)                     s: their sum
-        others           1
+        Adam and its like    1 / (sqrt(v / (1 - beta2^t)) + eps)        v: average of squared gradients, t updates
+        RMSprop              1 / (sqrt(v) + eps)                        v - a^2 for v, if centered, a: their average
+        Adadelta             sqrt(u + eps) / sqrt(v + eps)              u: average of squared updates
+        Adagrad              1 / (sqrt(s) + eps)                        s: sum of squared gradients
+        SGD                  1
 
-    Before the first update of an Adam-like optimizer there is no average yet, and M is 1. A parameter that the
-    optimizer does not train has 0. Learning rates that differ between parameter groups are part of M, relative to the
-    first group's.
+    Adam's like are AdamW, NAdam, SparseAdam and optimizers of other libraries that keep `exp_avg_sq`. Before the first
+    update of an adaptive optimizer there is no average yet, and M is 1. A parameter that the optimizer does not train
+    has 0. Learning rates that differ between parameter groups are part of M, relative to the first group's.
 
     Raises
     ------
+    TypeError
+        For an optimizer whose update is not known to be of this form, such as Lion, Muon or LBFGS.
     ValueError
         If the optimizer trains none of the model's parameters.
 
@@ -34,6 +37,9 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     >>> preconditioner(optimizer, model)["bias"]
     tensor([1.])
     """
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer  # wrapped by Accelerate or Lightning
+    _check(optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     first = float(optimizer.param_groups[0]["lr"])
     found: dict[str, torch.Tensor] = {}
@@ -50,14 +56,33 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     return {name: found.get(name, torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad}
 
 
+def _check(optimizer: torch.optim.Optimizer) -> None:
+    optim = torch.optim
+    known = (
+        *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.SparseAdam),
+        *(optim.RMSprop, optim.Adadelta, optim.Adagrad),
+    )
+    states = [state for state in optimizer.state.values() if state]
+    alike = states and all("exp_avg_sq" in state for state in states) and not isinstance(optimizer, optim.RAdam)
+    if not (isinstance(optimizer, known) or alike):
+        raise TypeError(
+            f"The update of {type(optimizer).__name__} is not known to be a diagonal matrix times an average of "
+            "gradients. Expected SGD, Adam, AdamW, NAdam, RMSprop, Adadelta or Adagrad. Pass your own diagonal, "
+            "{parameter name: tensor}, as preconditioner=."
+        )
+
+
 def _diagonal(state: Mapping[str, Any], group: Mapping[str, Any], p: torch.Tensor) -> torch.Tensor:
     """1 / (sqrt(v) + eps), or 1 for an optimizer or a parameter without squared gradients."""
     epsilon = group.get("eps", 0.0)
     if "exp_avg_sq" in state:
         squares = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
         return 1 / ((squares / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + epsilon)
-    if "square_avg" in state and not group.get("centered"):
-        return 1 / (state["square_avg"].sqrt() + epsilon)
+    if "acc_delta" in state:
+        return ((state["acc_delta"] + epsilon) / (state["square_avg"] + epsilon)).sqrt()
+    if "square_avg" in state:
+        squares = state["square_avg"] - (state["grad_avg"] ** 2 if group.get("centered") else 0)
+        return 1 / (squares.sqrt() + epsilon)
     if "sum" in state:
         return 1 / (state["sum"].sqrt() + epsilon) if float(state["step"]) else torch.ones_like(p)
     return torch.ones_like(p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,8 @@ from lnp_torch.apart import Apart, Pullback, Tapped
 from lnp_torch.backend import to_host
 from lnp_torch.frozen import Frozen
 from lnp_torch.huggingface import own_loss_terms
-from lnp_torch.isolation import RandomState, undisturbed
+from lnp_torch.isolation import RandomState, no_gradients, noticed, undisturbed
+from lnp_torch.losses import OTHERS, other_terms
 from lnp_torch.models import program, unwrapped
 from lnp_torch.outputs import Outputs, flatten, read, widened
 from lnp_torch.passes import Passes
@@ -28,7 +30,7 @@ from lnp_torch.record import Loss, assembled, taken_apart
 from lnp_torch.separable import found_separable
 from lnp_torch.taps import Taps
 
-OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
+CONSTANT = "what the loss asks of outputs that need no gradient is not seen: chi_loss leaves it out"
 
 
 def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
@@ -51,7 +53,8 @@ def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
     Raises
     ------
     RuntimeError
-        If the model was not called exactly once inside the context.
+        By `backward`, before it does anything: if the model was not called exactly once inside the context, and for
+        reentrant checkpoints.
 
     Examples
     --------
@@ -70,7 +73,16 @@ def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
 
 
 class SharedStep(contextlib.AbstractContextManager):
-    """A training step whose forward pass is watched; made by `shared`."""
+    """A training step whose forward pass is watched; made by `shared`.
+
+    Attributes
+    ----------
+    seconds:
+        What the last backward pass of the step itself took, until it returned: the rest of `backward` is the
+        measurement.
+    """
+
+    seconds = 0.0
 
     def __init__(self, model: nn.Module, parameters: Any = None) -> None:
         self._module = unwrapped(model)
@@ -85,7 +97,7 @@ class SharedStep(contextlib.AbstractContextManager):
         self._taps.watching = False
         self._given: Any = None
         self._returned: Any = None
-        self._calls = 0
+        self._calls, self._reentrant = 0, False
 
     def __enter__(self) -> SharedStep:
         self._forget()
@@ -93,6 +105,7 @@ class SharedStep(contextlib.AbstractContextManager):
         after = self._module.register_forward_hook(self._answered)
         self._stack.callback(before.remove)
         self._stack.callback(after.remove)
+        self._stack.enter_context(noticed(lambda: setattr(self, "_reentrant", True)))
         self._stack.enter_context(self._taps)
         self._stack.enter_context(self._masks)
         return self
@@ -102,16 +115,20 @@ class SharedStep(contextlib.AbstractContextManager):
 
     def _called(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._calls, self._taps.watching = self._calls + 1, True
-        self._given, self._state = (args, kwargs), RandomState([self._prepared.device])
+        self._given = args, kwargs
+        self._state = RandomState([self._prepared.device], self._prepared.generators)
         device = self._prepared.device.type
         on = torch.is_autocast_enabled(device)
         self._autocast = torch.autocast(device, torch.get_autocast_dtype(device), enabled=on)
 
-    def _answered(self, module: nn.Module, args: tuple, returned: Any) -> None:
-        self._returned, self._taps.watching = (
-            returned,
-            False,
-        )  # what the loss does with the parameters is not the model's
+    def _answered(self, module: nn.Module, args: tuple, returned: Any) -> Any:
+        self._taps.watching = False  # what the loss does with the parameters is not the model's
+        outputs = read(returned)
+        if len(outputs.parts) > 1:
+            # one output may be computed from another: the loss's derivative in each is at the others as they are
+            returned = outputs.with_parts([_Output.apply(p) if p.requires_grad else p for p in outputs.parts])
+        self._returned = returned
+        return returned
 
     def backward(
         self,
@@ -148,6 +165,11 @@ class SharedStep(contextlib.AbstractContextManager):
                 f"The model was called {self._calls} times inside lnp_torch.shared(model) since the last backward(). "
                 "Expected one call. Compute the loss of one batch inside `with lnp_torch.shared(model) as step:`."
             )
+        if self._reentrant:
+            raise RuntimeError(
+                "The model uses torch.utils.checkpoint with use_reentrant=True, whose inside is not part of the step's "
+                "graph. Expected use_reentrant=False. Set it, or call lnp.decompose, which makes a pass of its own."
+            )
         options = Options(
             loss=criterion,
             seed=seed,
@@ -157,9 +179,11 @@ class SharedStep(contextlib.AbstractContextManager):
         )
         with undisturbed((), [self._prepared.device]), self._autocast:
             record = self._record(loss, targets, scale, options)
-            found = decompose(
-                record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer, population=population
-            )
+            with no_gradients(self._module.modules()):
+                found = decompose(
+                    record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer,
+                    population=population,
+                )  # fmt: skip
             result, _ = to_host(found, [])
         self._forget()  # a loop keeps this object until its next step: the activations must not stay with it
         return explained(result)
@@ -170,10 +194,12 @@ class SharedStep(contextlib.AbstractContextManager):
         flat, g = flatten([part.detach() for part in parts]), _loss_gradient(loss, parts, scale)
         passes = Passes(self._prepared, self._given, len(flat), self._masks.record, self._state, False, attention=False)
         apart = Apart(passes, lambda: [Tapped(slice(0, flat.shape[0]), parts, self._taps)], flat)
-        verdict, why = taken_apart(apart, [part.dtype for part in parts], options)
+        with no_gradients(self._module.modules()):
+            verdict, why = taken_apart(apart, [part.dtype for part in parts], options)
         cheap = verdict is not None and not verdict.general
         terms, separable, notes = self._terms(outputs, targets, options)
-        others = _other_terms(loss, parts)
+        others = other_terms(loss, parts)
+        said = [note for note, true in ((OTHERS, others), (CONSTANT, not all(p.requires_grad for p in parts))) if true]
 
         gradients = lambda v: samples.gradients(parts, leaves, v)
         both = cheap and (separable if options.population is None else options.population)
@@ -185,12 +211,14 @@ class SharedStep(contextlib.AbstractContextManager):
         made = replace(assembled(pulls, meant, options, self._taps), loss_along=None)
         if others:  # the step's gradient is not J^T g, and another pass would pull into the user's `.grad`
             made = replace(made, gradient_square_norms=None)
-        return replace(made, notes=(*made.notes, *why, *([OTHERS] if others else [])))
+        return replace(made, notes=(*made.notes, *why, *said))
 
     def _backward(self, loss: torch.Tensor, reading: Reading, samples: int, scale: Any) -> Pullback:
         """The step's own backward pass, with what it says of the gradient and of single samples."""
         with self._taps.read(reading, samples) as pulled:
+            started = time.perf_counter()
             loss.backward(retain_graph=True)
+            self.seconds = time.perf_counter() - started
         said = pulled(loss.device)
         found = Pullback(said.square_norms, said.missing, [], said.gradient_norms, said.along)
         return found if isinstance(scale, float | int) and scale == 1 else found.scaled(scale)
@@ -215,6 +243,18 @@ class SharedStep(contextlib.AbstractContextManager):
         return terms, True, notes
 
 
+class _Output(torch.autograd.Function):
+    """The identity, in the same memory but no view."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.data
+
+    @staticmethod
+    def backward(ctx, d):
+        return d
+
+
 def _loss_gradient(loss: torch.Tensor, parts: list[torch.Tensor], scale: Any) -> torch.Tensor:
     """dL/df, (N, K), in float32 or better."""
     used = [part for part in parts if part.requires_grad]
@@ -234,20 +274,6 @@ def _loss_gradient(loss: torch.Tensor, parts: list[torch.Tensor], scale: Any) ->
         grad if part.requires_grad and (grad := next(grads)) is not None else torch.zeros_like(part) for part in parts
     ]
     return flatten([widened(grad) / scale for grad in filled])
-
-
-def _other_terms(loss: torch.Tensor, parts: list[torch.Tensor]) -> bool:
-    """Whether any parameter is reached from the loss without passing through the outputs."""
-    ends, stack, seen = {part.grad_fn for part in parts}, [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in ends or node in seen:
-            continue
-        if hasattr(node, "variable"):  # where a gradient is accumulated
-            return True
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def _call(model: nn.Module, given: tuple) -> Any:

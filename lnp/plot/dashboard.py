@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from lnp.compare import measured, number, whole
 from lnp.curves import Runs, runs_of, size, summary
 from lnp.plot import style
@@ -51,7 +53,10 @@ def _one(named: tuple[str, Any], axes: Any) -> None:
         layers(run, "rate_share", axes[1], names=False)
     else:
         curve(run, "rate", axes[0], legend=False)
-        curve(run, "seconds", axes[1], legend=False)
+        if "seconds" in run:
+            curve(run, "seconds", axes[1], legend=False)
+        else:
+            axes[1].axis("off")
         axes[1].set_ylabel("seconds per measurement")
     _text(axes[2], story(run))
 
@@ -88,7 +93,9 @@ def story(run: Any) -> list[tuple[str, str]]:
         for name, at in s.stalled.items()
     ]
     seconds = run.get("seconds")
-    lines.append(("measuring took", f"{number(seconds.sum())} s, {number(seconds.mean())} s each"))
+    seconds = seconds[np.isfinite(seconds)]
+    if len(seconds):
+        lines.append(("measuring took", f"{number(seconds.sum())} s, {number(seconds.mean())} s each"))
     return lines
 
 

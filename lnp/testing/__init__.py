@@ -35,7 +35,12 @@ framework, and raise AssertionError with the kit, the scenario and both values.
 
 from lnp.testing.estimators import ESTIMATOR_CHECKS, enumerated_signs_give_trace_and_variance
 from lnp.testing.kit import Kit, flat, frozen, nested
-from lnp.testing.numbers import NUMBER_CHECKS, cross_response_is_the_dense_one, loss_changes_are_those_of_the_step
+from lnp.testing.numbers import (
+    NUMBER_CHECKS,
+    cross_response_is_the_dense_one,
+    loss_changes_are_those_of_the_step,
+    spectrum_is_the_dense_measure,
+)
 from lnp.testing.oracle import Loss, Truth
 from lnp.testing.record import RECORD_CHECKS
 from lnp.testing.safety import SAFETY_CHECKS
@@ -51,6 +56,7 @@ COMPILED_CHECKS = tuple(
         enumerated_signs_give_trace_and_variance,
         cross_response_is_the_dense_one,
         loss_changes_are_those_of_the_step,
+        spectrum_is_the_dense_measure,
     )
 )
 """The checks that go through `Kit.decompose`."""

@@ -165,6 +165,29 @@ def loss_changes_are_those_of_the_step(kit: Kit) -> None:
         case.equal("predicted_loss_change", d.predicted_loss_change(0.25), -0.25 * truth.factors()["rate"])
 
 
+def spectrum_is_the_dense_measure(kit: Kit) -> None:
+    """Mean, weights and moments of where g sits in the spectrum, also of J M J^T; a TypeError without products J u."""
+    case = kit.cases(scenarios.LAYERS, dtypes=1)[0]
+    (model, batch), truth = kit.build(case.scenario), case.truth
+    measure = partial(lnp.spectrum, model, batch, case.scenario.loss, steps=truth.gradient.size, estimator="exact")
+    if kit.record(case.scenario).jvp is None:
+        case.raises("a spectrum without Jacobian-vector products", TypeError, measure)
+        return
+    rng = np.random.default_rng(9)
+    scales = {name: rng.uniform(0.5, 2, size=p.shape) for name, p in case.scenario.parameters.items()}
+    cast = {name: scale.astype(case.dtype) for name, scale in scales.items()}
+    scaled = sum(j * cast[name].reshape(-1) @ j.T for name, j in truth.jacobians.items())
+    g = truth.gradient.reshape(-1)
+    for kernel, options in ((truth.kernel(), {}), (scaled, {"preconditioner": kit.update(cast)})):
+        s, size = measure(**options), np.linalg.norm(kernel, 2)
+        case.equal("chi_pos", s.chi_pos, g @ kernel @ g / (g @ g) / np.trace(kernel))
+        case.equal("the sum of the weights", s.weights.sum(), 1.0)
+        case.equal("lambda_max", s.lambda_max, size, case.tolerance)
+        for order in range(1, 6):
+            moment = g @ np.linalg.matrix_power(kernel / size, order) @ g / (g @ g)
+            case.equal(f"moment {order}", s.weights @ (s.eigenvalues / size) ** order, moment, case.tolerance)
+
+
 NUMBER_CHECKS = (
     exact_factors_are_those_of_the_dense_kernel,
     layers_add_up,
@@ -174,4 +197,5 @@ NUMBER_CHECKS = (
     named_losses_are_their_formulas,
     cross_response_is_the_dense_one,
     loss_changes_are_those_of_the_step,
+    spectrum_is_the_dense_measure,
 )

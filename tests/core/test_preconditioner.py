@@ -68,6 +68,12 @@ def test_a_model():
     assert half.rate == pytest.approx(gradient[0, 0] ** 2)
     negative = lnp.decompose(MODEL, BATCH, preconditioner={"weight": -np.ones((2, 1))})
     assert math.isnan(negative.rate)
+    asked = lnp.decompose(MODEL, BATCH, population=True, preconditioner={"weight": np.ones((2, 1))})
+    assert asked.population is None
+    assert any("no population values" in note for note in asked.notes)
+    for measure in (lnp.decompose, lnp.spectrum):
+        with pytest.raises(ValueError, match="microbatch=2 beside preconditioner"):
+            measure(MODEL, BATCH, microbatch=2, preconditioner={"weight": np.ones((2, 1))})
     with pytest.raises(ValueError, match="max_probes"):
         lnp.decompose(MODEL, BATCH, max_probes=0, preconditioner={"weight": np.ones((2, 1))})
 

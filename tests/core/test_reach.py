@@ -29,6 +29,13 @@ def test_errors_of_the_measurements():
     assert np.isnan(lnp.reach(STEPS, positions, window=1).stderr)
 
 
+def test_an_error_that_is_not_known_leaves_the_scatter():
+    positions, errors = [0.5, 0.2, 0.1, 0.3, 0.6], [0.1, 0.03, np.nan, 0.06, 0.1]
+    scatter = np.std([0.2, 0.1, 0.3], ddof=1) / 3**0.5
+    assert lnp.reach(STEPS, positions, errors, window=3).stderr == pytest.approx(scatter)
+    assert np.isnan(lnp.reach(STEPS, positions, errors, window=1).stderr)
+
+
 def test_negative_and_missing_positions():
     r = lnp.reach(STEPS, [0.5, 0.1, -0.02, -0.01, np.nan], [0.01] * 5, window=2)
     assert r.chi_pos == pytest.approx(-0.015)
@@ -68,6 +75,8 @@ def test_bad_runs():
         lnp.reach([1, 3, 2], [1, 2, 3], window=1)
     with pytest.raises(ValueError, match="window is 6 for 5"):
         lnp.reach(STEPS, [1] * 5, window=6)
+    with pytest.raises(ValueError, match=r"window is 2\.5"):
+        lnp.reach(STEPS, [1] * 5, window=2.5)
     with pytest.raises(ValueError, match="0 runs"):
         lnp.reach_of_runs([])
     with pytest.raises(ValueError, match=r"windows \[1, 2\]"):
@@ -147,6 +156,10 @@ def test_bad_points():
         lnp.power_law([1, 2], [1, -1])
     with pytest.raises(ValueError, match="not positive"):
         lnp.power_law([1, 2], [1, 1], [0.1, 0])
+    with pytest.raises(ValueError, match="and finite"):
+        lnp.power_law([1, 2], [1, np.inf])
+    with pytest.raises(ValueError, match="size is 0"):
+        lnp.power_law([1, 2], [1, 1]).predict(0)
     with pytest.raises(ValueError, match="two different"):
         lnp.power_law([2, 2], [1, 1])
 
@@ -160,5 +173,7 @@ def test_bootstrap():
     means, errors = [np.mean(r) for r in runs], [np.std(r, ddof=1) / 8**0.5 for r in runs]
     assert (high - low) / 2 == pytest.approx(lnp.power_law(SIZES, means, errors).exponent_stderr, rel=0.4)
     assert bootstrap(SIZES, runs, draws=300) == (low, high)
+    with pytest.raises(ValueError, match="level is 68"):
+        bootstrap(SIZES, runs, level=68)
     with pytest.raises(ValueError, match="runs for each size"):
         bootstrap([1.0], runs)

@@ -123,7 +123,7 @@ def test_the_cost_of_the_first_measurement_is_soon_forgotten():
 
 def test_budget_goes_on_after_a_restart_and_takes_only_steps_among_those_given():
     clock = Clock()
-    schedule = budget(0.1, among=every(10), clock=clock)
+    schedule = budget(0.1, among=10, clock=clock)
     _, measured = spent_share(clock, schedule, lambda step: 1.0, 500)
     assert all(step % 10 == 0 for step in measured)
     later = Clock()
@@ -163,6 +163,10 @@ def test_a_decision_takes_under_5_microseconds(schedule):
         (lambda: log_windows(1, width=0), "number of steps >= 1"),
         (lambda: log_windows(1, growth=-1), "growth >= 0"),
         (lambda: log_windows(1, last=-1), "last step"),
+        (lambda: log_windows(1, last=1e4), "last step"),
+        (lambda: at([0, 1.5]), "Expected integers"),
+        (lambda: at("12"), "Expected integers"),
+        (lambda: budget(0.1, among="often"), "one of lnp.schedule"),
         (lambda: budget(2), "fraction of the run's time"),
         (lambda: as_schedule("often"), "one of lnp.schedule"),
         (lambda: as_schedule(True), "one of lnp.schedule"),

@@ -1,6 +1,7 @@
 """The spectral measure and the density of eigenvalues against dense eigen-decompositions."""
 
 import itertools
+import math
 
 import array_api_strict
 import numpy as np
@@ -124,6 +125,28 @@ def test_residuals_bound_the_distance_to_an_eigenvalue():
     assert np.all(np.diff(s.eigenvalues) < 0)
 
 
+def test_the_measure_of_a_preconditioned_kernel():
+    """Of J M J^T, whose mean is the preconditioned position."""
+    rng = np.random.default_rng(3)
+    model = lnp_numpy.LinearModel(rng.normal(size=(4, 3)))
+    batch, diagonal = (rng.normal(size=(5, 4)), rng.normal(size=(5, 3))), rng.uniform(0.1, 3, size=(4, 3))
+    g = (2 * (batch[0] @ model.weight - batch[1]) / 15).reshape(-1)
+    jacobian = np.einsum("ni,kl->nkil", batch[0], np.eye(3)).reshape(15, 12)
+    theta = jacobian * diagonal.reshape(-1) @ jacobian.T
+    s = lnp.spectrum(model, batch, steps=20, probes=2, preconditioner={"weight": diagonal}, estimator="exact")
+    values, weights = measure(theta, g)
+    found, found_weights = merged(s.eigenvalues, s.weights)
+    carried = weights > 1e-12
+    assert found[:12] == pytest.approx(values[carried][:12], rel=1e-8)
+    assert found_weights[:12] == pytest.approx(weights[carried][:12], abs=1e-8)
+    d = lnp.decompose(model, batch, preconditioner={"weight": diagonal}, estimator="exact")
+    assert s.chi_pos == pytest.approx(d.chi_pos, rel=1e-10)
+    assert s.chi_pos == pytest.approx(g @ theta @ g / (g @ g) / np.trace(theta), rel=1e-10)
+    assert s.notes == ()
+    assert s.lambda_max == pytest.approx(values[0], rel=1e-8)
+    assert math.isnan(lnp.spectrum(model, batch, preconditioner={"weight": -diagonal}).chi_pos)
+
+
 def test_parts_of_the_spectrum():
     model, batch, theta, g = operator(SPECTRA["low rank"])
     s = lnp.spectrum(model, batch)
@@ -154,7 +177,7 @@ def test_the_density_over_all_signs_has_the_kernels_moments():
     theta = kernel(jacobian)
     every = [np.reshape(s, g.shape) for s in itertools.product((-1.0, 1.0), repeat=4)]
     lin = record(jacobian, g, signs=lambda index: every[int(index)])
-    s = _spectrum(_Measure(4, len(every), "exact", 0.0, 1)(lin_as_floats(lin)))
+    s = _spectrum(_Measure("exact", 0.0, 1, 4, len(every))(lin_as_floats(lin)))
     for order in (0, 1, 2, 5):
         expected = np.trace(np.linalg.matrix_power(theta, order)) / 4
         assert s.density.moment(order)[0] == pytest.approx(expected, rel=1e-10)
@@ -252,7 +275,7 @@ def test_a_backend_whose_products_do_not_belong_together_is_noticed():
     jacobian, g = network()
     lin = lin_as_floats(record(jacobian, g))
     wrong = type(lin)(**{**vars(lin), "jvp": lambda u: 1.01 * lin.jvp(u)})
-    s = _spectrum(_Measure(5, 0, "exact", 0.0, 1)(wrong))
+    s = _spectrum(_Measure("exact", 0.0, 1, 5, 0)(wrong))
     assert s.moment_error == pytest.approx(0.01, rel=1e-6)
     assert any("off by 0.01" in note for note in s.notes)
 
@@ -261,13 +284,15 @@ def test_bad_options():
     model, batch, _, _ = operator(SPECTRA["wide"])
     with pytest.raises(ValueError, match="steps is 0"):
         lnp.spectrum(model, batch, steps=0)
+    with pytest.raises(ValueError, match="Unknown estimator 'guess'"):
+        lnp.spectrum(*operator(SPECTRA["one"])[:2], estimator="guess")
     with pytest.raises(ValueError, match="probes is -1"):
         lnp.spectrum(model, batch, probes=-1)
     jacobian, g = network()
     with pytest.raises(TypeError, match="no Jacobian-vector products"):
-        _Measure(5, 0, "exact", 0.0, 1)(record(jacobian, g, jvp=None))
+        _Measure("exact", 0.0, 1, 5, 0)(record(jacobian, g, jvp=None))
     with pytest.raises(TypeError, match="inside a compiled function"):
-        _spectrum(_Measure(5, 0, "exact", 0.0, 1)(record(jacobian, g)))
+        _spectrum(_Measure("exact", 0.0, 1, 5, 0)(record(jacobian, g)))
 
 
 def test_the_array_api_is_enough():
@@ -275,7 +300,7 @@ def test_the_array_api_is_enough():
     jacobian, g = network()
     results = []
     for xp in (array_api_strict, np):
-        measured = _Measure(4, 3, "exact", 0.0, 1)(record(jacobian, g, xp))
+        measured = _Measure("exact", 0.0, 1, 4, 3)(record(jacobian, g, xp))
         entries = [*measured.gradient.diagonal, *measured.gradient.off_diagonal]
         entries += [entry for t in measured.probes for entry in (*t.diagonal, *t.off_diagonal)]
         assert all(entry.shape == () for entry in entries)

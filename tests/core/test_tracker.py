@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pickle
@@ -266,3 +267,40 @@ def test_a_copy_in_another_process_opens_the_file_itself(tmp_path):
     tracker.close()
     copy = pickle.loads(pickle.dumps(tracker))
     assert train(copy, range(3, 11)) == [5, 10]
+
+
+def test_decompositions_from_elsewhere_are_kept(tmp_path):
+    path, d = tmp_path / "run.jsonl", lnp.decompose(MODEL, BATCH)
+    with lnp.Tracker(path, schedule=2, tags={"width": 3}) as tracker:
+        for step in range(4):
+            if tracker.due(step):
+                tracker.record(step, d, learning_rate=0.1)
+        tracker.record(2, d)  # has a row already
+        tracker.record(3, d)  # whatever the schedule says
+    rows = lnp.History.read(path).rows()
+    assert [row["step"] for row in rows] == [0, 2, 3]
+    assert rows[0] | d.to_dict() == rows[0]
+    assert (rows[0]["learning_rate"], rows[0]["width"], "seconds" in rows[0]) == (0.1, 3, False)
+    assert tracker.latest["lnp/chi_pos"] == d.chi_pos
+    compiled = dataclasses.replace(d, rate=np.asarray(d.rate), probes=np.asarray(d.probes))
+    tracker = lnp.Tracker()
+    tracker.record(0, compiled)
+    assert tracker.history.rows()[0] | d.to_dict() == tracker.history.rows()[0]
+    assert tracker.latest["lnp/rate"] == d.rate
+    silent = lnp.Tracker(rank=1)
+    silent.record(0, d)
+    assert len(silent.history) == 0
+
+
+def test_steps_of_other_models_are_not_watched():
+    with pytest.raises(TypeError, match=r"LinearModel cannot be watched.*tracker\.record"):
+        lnp.Tracker(schedule=1).shared(0, MODEL)
+    with pytest.raises(TypeError, match="batches of its own"):
+        lnp.Tracker(schedule=1, batch=BATCH).shared(0, MODEL)
+    assert lnp.Tracker(schedule=[1]).shared(0, MODEL).decomposition is None
+
+
+def test_seeds_of_numpy_move_too():
+    options = {"estimator": "joint", "max_probes": 2}
+    found = [lnp.Tracker(schedule=1, seed=seed, **options).observe(4, MODEL, BATCH) for seed in (3, np.int64(3))]
+    assert found[0] == found[1] == lnp.decompose(MODEL, BATCH, seed=7, **options)

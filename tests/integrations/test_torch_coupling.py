@@ -158,7 +158,7 @@ def test_attention_with_a_recorded_mask_is_the_fused_one(options):
     k, v = torch.randn(2, 2, heads, 3, 4, dtype=torch.float64)
     with Frozen(statistics=True) as mode:
         found = F.scaled_dot_product_attention(q, k, v, dropout_p=1e-12, **options)
-    assert [kind for kind, _ in mode.record] == ["mask"]
+    assert [kind for kind, _ in mode.record] == ["mask", "state"]
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **options))
 
 

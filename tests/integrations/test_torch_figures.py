@@ -129,3 +129,13 @@ def test_the_commands_write_figures(tmp_path, capsys):
     assert (tmp_path / "out" / "a.svg").read_text().startswith("<?xml")
     assert (tmp_path / "ab.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("Figure:") == 2
+
+
+def test_files_that_say_less(tmp_path, capsys):
+    """Rows that a tracker was handed tell no seconds; another program's tell no loss."""
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in run(layers=False).rows()]
+    History(rows).to_jsonl(tmp_path / "handed.jsonl")
+    assert main(["plot", str(tmp_path / "handed.jsonl"), "--out", str(tmp_path / "handed.png")]) == 0
+    (tmp_path / "other.jsonl").write_text('{"step": 0, "x": 1.0}\n')
+    assert main(["plot", str(tmp_path / "other.jsonl"), "--out", str(tmp_path / "other.png")]) == 1
+    assert "lnp: 'loss' is not a column of the runs" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A training step that shares its passes: the numbers of `lnp.decompose`, and a run that is what it was, bit by bit."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lnp
@@ -266,6 +268,27 @@ def test_loss_terms_without_targets():
     assert any("mean over samples" in note for note in d.notes)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant):
+    """What a reentrant one computes again is reached by no gradient but the step's own."""
+    inner, (x, y) = made("dense")[0], made("dense")[1:]
+    model = nn.Module()
+    model.inner = inner
+    model.forward = lambda x: checkpoint(inner, x, use_reentrant=reentrant)
+    x.requires_grad_()
+    expected = lnp.decompose(model, (x, y), estimator="exact")
+    with lnp_torch.shared(model) as shared:
+        loss = criterion(model(x), y)
+    if reentrant:
+        with pytest.raises(RuntimeError, match="use_reentrant=True"):
+            shared.backward(loss, y, nn.CrossEntropyLoss(), estimator="exact")
+        assert all(p.grad is None for p in model.parameters())
+        return
+    found = shared.backward(loss, y, nn.CrossEntropyLoss(), estimator="exact")
+    for value in VALUES:
+        assert getattr(found, value) == pytest.approx(getattr(expected, value), rel=1e-10), value
+
+
 def test_errors():
     model, x, y = made("dense")
     with lnp_torch.shared(model) as shared:
@@ -291,3 +314,56 @@ def test_errors():
         model(x[:, :2])
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["dense", "dropout", "attention"])
+def test_a_tracker_measures_the_steps_own_passes(name, tmp_path):
+    """Due steps are rows with the numbers of a shared step; the run is what it is without a tracker, bit by bit."""
+    model, x, y = made(name)
+    other = copy.deepcopy(model)
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", [0, 2], by_layer=True, seed=5, tags={"width": 12})
+
+    def train(model, watched):
+        torch.manual_seed(3)
+        optimizer, found = torch.optim.Adam(model.parameters()), []
+        for index in range(4):
+            optimizer.zero_grad()
+            with tracker.shared(index, model, learning_rate=1e-3) if watched else contextlib.nullcontext() as shared:
+                outputs = model(x)
+                loss = criterion(outputs, y)
+            if watched:
+                found.append(shared.backward(loss, y, cross_entropy(outputs)))
+            else:
+                loss.backward()
+            optimizer.step()
+        return found, [*model.state_dict().values(), torch.get_rng_state()]
+
+    found, watched = train(model, True)
+    assert all(map(torch.equal, watched, train(other, False)[1]))
+    assert [d is None for d in found] == [False, True, False, True]
+    rows = tracker.history.rows()
+    assert [row["step"] for row in rows] == [0, 2]
+    for row, d in zip(rows, found[::2], strict=True):
+        assert row | d.to_dict() == row
+        assert 0 < row["seconds"] < 60
+        assert (row["learning_rate"], row["width"]) == (1e-3, 12)
+
+
+def test_what_a_tracker_tells_a_shared_step():
+    model, x, y = made("dense")
+    options = {"parameters": "3.*", "loss_terms": 7, "estimator": "joint", "max_probes": 3, "rtol": 0.0}
+    tracker = lnp.Tracker(schedule=1, seed=5, loss=nn.CrossEntropyLoss(), **options)
+    with tracker.shared(2, model) as shared:
+        loss = criterion(model(x), y)
+    d = shared.backward(loss, y, max_probes=2)
+    assert d is shared.decomposition
+    assert (d.loss_terms, d.estimator, d.probes) == (7, "joint", 2)
+    with lnp_torch.shared(model, "3.*") as again:
+        loss = criterion(model(x), y)
+    del options["parameters"]
+    assert again.backward(loss, y, seed=7, **(options | {"max_probes": 2})).chi_net == d.chi_net
+    for wrong in ({"microbatch": 4}, {"batch_statistics": "frozen"}, {"forward": lambda m, x: m(x)}):
+        with pytest.raises(TypeError, match=f"has the options {next(iter(wrong))}"):
+            lnp.Tracker(schedule=1, **wrong).shared(0, model)
+    with pytest.raises(TypeError, match="batches of its own"):
+        lnp.Tracker(schedule=1, batch=(x, y)).shared(0, model)
