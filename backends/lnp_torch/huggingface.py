@@ -17,6 +17,8 @@ from lnp_torch.outputs import Outputs
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Ends of the class names and loss types of models that predict the next token."""
 
+AUXILIARY = "the model's auxiliary loss is part of the loss, but not of its gradient"
+
 
 def split_batch(batch: Any, loss: Any) -> tuple[Any, Any]:
     """(inputs, targets); targets are None where the model computes its own loss from a dictionary with labels."""
@@ -33,25 +35,26 @@ def split_batch(batch: Any, loss: Any) -> tuple[Any, Any]:
     return {name: value for name, value in inputs.items() if name != "labels"}, inputs["labels"]
 
 
-def own_loss_terms(modules: Iterable[nn.Module], inputs: Any, outputs: Outputs) -> tuple[Any, tuple[str, ...]]:
-    """`loss_terms` of the loss that a Hugging Face model computes, and notes."""
-    kinds = {str(getattr(module, "loss_type", None)) for module in modules} | {
-        type(module).__name__ for module in modules
-    }
+def own_loss_terms(modules: Iterable[nn.Module], inputs: Any, outputs: Outputs) -> tuple[Any, bool, tuple[str, ...]]:
+    """(`loss_terms` of the loss that a model computes itself, whether that is a mean over samples, notes).
+
+    Of Hugging Face's own losses this is known, by their `loss_type` or the class's name. What another model computes
+    may be anything: contrasts between samples, say.
+    """
+    modules = tuple(modules)
+    kinds = {str(getattr(module, "loss_type", None)) for module in modules} | {type(m).__name__ for m in modules}
     labels = inputs["labels"] if isinstance(inputs, Mapping) else None
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"labels are {type(labels).__name__}. Expected a tensor.")
-    notes = (
-        ()
-        if outputs.auxiliary_loss is None
-        else ("the model's auxiliary loss is part of the loss, but not of its gradient",)
-    )
+    causal = any(kind.endswith(CAUSAL) for kind in kinds)
+    known = causal or any(kind.startswith("For") for kind in kinds)
+    notes = [] if outputs.auxiliary_loss is None else [AUXILIARY]
     if not integer(labels):
-        return labels.numel(), notes
-    if any(kind.endswith(CAUSAL) for kind in kinds):
+        terms, counted = labels.numel(), "the elements of the labels"
+    else:
         # the label of a position is the next token: the first label has no prediction
-        return losses.label_terms(xp, labels[..., 1:]), notes
-    if any(kind.startswith("For") for kind in kinds):
-        return losses.label_terms(xp, labels), notes
-    assumed = f"loss_terms counts the labels that are not {losses.IGNORE_INDEX}, which is assumed; pass loss_terms="
-    return losses.label_terms(xp, labels), (*notes, assumed)
+        terms = losses.label_terms(xp, labels[..., 1:] if causal else labels)
+        counted = f"the labels that are not {losses.IGNORE_INDEX}"
+    if not known:
+        notes.append(f"loss_terms counts {counted}, which is assumed; pass loss_terms=")
+    return terms, known, tuple(notes)

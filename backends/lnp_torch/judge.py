@@ -54,7 +54,8 @@ def judge(apart: Apart, key: tuple, tolerance: float, pairs: bool) -> Verdict:
     passes = apart.passes
     first = next(iter(apart.visit()))
     known, microbatch = _verdicts(passes.program.owner), key[1]
-    key = (*key, first.taps.program, tuple(apart.outputs.shape), *_circumstances(passes))
+    ran = first.taps.program, first.taps.recorded(first.parts)
+    key = (*key, *ran, tuple(apart.outputs.shape), *_circumstances(passes))
     if key not in known:
         elsewhere, sure = _compared(_moved(apart, microbatch), tolerance, pairs, None)
         verdict, also = _compared(apart, tolerance, pairs, elsewhere)

@@ -39,6 +39,8 @@ class Passes:
         Whether batch normalisation keeps the first pass's statistics.
     attention:
         Whether the masks of fused attention were recorded too.
+    over:
+        Whether each input runs over the samples along its first axis, found out on the whole batch.
     """
 
     program: Program
@@ -48,6 +50,12 @@ class Passes:
     state: RandomState
     statistics: bool
     attention: bool = True
+    over: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.over:
+            runs = lambda leaf: isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
+            object.__setattr__(self, "over", tuple(map(runs, leaves(self.inputs))))
 
     def replayed(self, record: list[tuple[str, Any]]) -> Frozen:
         """The mode in which the network repeats what was recorded."""
@@ -64,7 +72,8 @@ class Passes:
 
     def some(self, part: Part) -> Passes:
         """The same with some of the samples."""
-        inputs = map_leaves(lambda leaf: leaf[part] if self.has_samples(leaf) else leaf, self.inputs)
+        over = iter(self.over)
+        inputs = map_leaves(lambda leaf: leaf[part] if next(over) else leaf, self.inputs)
         count = len(range(*part.indices(self.samples))) if isinstance(part, slice) else len(part)
         return replace(self, inputs=inputs, samples=count, record=rows(self.record, self.samples, part))
 
@@ -72,14 +81,10 @@ class Passes:
         """The same with some of the parameters to differentiate."""
         return replace(self, program=self.program.restricted(names))
 
-    def has_samples(self, leaf: Any) -> bool:
-        """Whether an input runs over the samples along its first axis."""
-        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
-
     @property
     def divisible(self) -> bool:
         """Whether any input does, so that samples can be taken apart."""
-        return any(self.has_samples(leaf) for leaf in leaves(self.inputs))
+        return any(self.over)
 
 
 def copied(inputs: Any) -> Any:
@@ -96,7 +101,7 @@ def first_pass(
     program: Program, inputs: Any, statistics: bool, keep_graph: bool, watch: AbstractContextManager
 ) -> tuple[Outputs, Callable[[int], Passes]]:
     """The outputs of the whole batch, and the passes that repeat it once the number of samples is known."""
-    state = RandomState([program.device])
+    state = RandomState([program.device], program.generators)
     mode = Frozen(statistics)
     with watch, mode, torch.set_grad_enabled(keep_graph):
         outputs = read(program.call(program.parameters, copied(inputs)))

@@ -280,7 +280,7 @@ def _sum(uses: list[tuple[Site, tuple]]) -> Tensor:
 def along(kept: Kept, parameter: Tensor, u: Tensor) -> Tensor:
     """<gradient of sample m, u> for what is kept of it, with u of the parameter's shape. (M,)."""
     start, shape, strides = kept.frame
-    if (start, shape) != (0, parameter.shape):
+    if (start, shape, strides) != (0, parameter.shape, parameter.stride()):
         same = torch.empty_strided(parameter.shape, parameter.stride(), dtype=u.dtype, device=u.device)
         u = same.copy_(u).as_strided(shape, strides, start)
     if kept.kind == "outer":

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, coupling_tolerance
+from lnp.structure import map_leaves
 from lnp_torch import losses, samples
 from lnp_torch.apart import Apart, Tapped, Verdict, tapped_groups
 from lnp_torch.huggingface import own_loss_terms, split_batch
@@ -48,6 +49,8 @@ class Loss:
 def record(prepared: Program, batch: Any, options: Options) -> Linearization:
     """Linearise a model on a batch."""
     inputs, targets = split_batch(batch, options.loss)
+    # what was made in inference mode can take no part in a derivative
+    targets = map_leaves(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, targets)
     whole = options.microbatch is None
     taps = Taps(prepared.parameters) if whole and options.split else None
     outputs, repeat = first_pass(
@@ -114,10 +117,12 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
                 "The batch is a dictionary, but the model returned no loss and logits for it. Expected a model that "
                 "computes its own loss from labels. Pass (inputs, targets), and loss= if it cannot be inferred."
             )
-        terms, notes = own_loss_terms(prepared.modules, inputs, outputs)
+        terms, separable, notes = own_loss_terms(prepared.modules, inputs, outputs)
         terms = terms if options.loss_terms is None else options.loss_terms
+        if outputs.auxiliary_loss is None and losses.other_terms(outputs.own_loss, parts):
+            notes = (*notes, losses.OTHERS)
         gradient = _own_gradient(outputs.own_loss, parts, terms)
-        return Loss(outputs.own_loss.detach(), gradient, terms, lambda o: o.own_loss, True, notes=notes)
+        return Loss(outputs.own_loss.detach(), gradient, terms, lambda o: o.own_loss, separable, notes=notes)
     # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
     detached = [part.detach().to(wide([part])).requires_grad_() for part in parts]
     tree = outputs.with_parts(detached)
@@ -139,7 +144,8 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
 
     wanted = options.split and options.population is not False
     separable = loss.separable or (wanted and found_separable(loss.function, outputs, targets))
-    return Loss(value.detach().sum(), flatten(list(grads)), loss.terms, of, separable, loss.violations, loss.notes)
+    notes = (*loss.notes, losses.OTHERS) if losses.other_terms(value, detached) else loss.notes
+    return Loss(value.detach().sum(), flatten(list(grads)), loss.terms, of, separable, loss.violations, notes)
 
 
 def _own_gradient(loss: torch.Tensor, parts: Vector, terms: Any) -> torch.Tensor:

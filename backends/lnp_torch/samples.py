@@ -43,7 +43,7 @@ def vectorized(passes: Passes) -> Pull:
     parameters = {name: p.detach() for name, p in passes.program.parameters.items()}
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = max(1, min(passes.samples, BUDGET // max(size, 1)))
-    flat, mapped = leaves(passes.inputs), [passes.has_samples(leaf) for leaf in leaves(passes.inputs)]
+    flat, mapped = leaves(passes.inputs), passes.over
     masks = [value.unflatten(0, (passes.samples, -1)) for kind, value in passes.record if kind == "mask"]
 
     def single(rows: list, masks: list, v: torch.Tensor) -> Chunk:

@@ -239,8 +239,7 @@ class SharedStep(contextlib.AbstractContextManager):
                 "backward() received neither targets nor loss_terms, and the model no labels. Expected what the loss "
                 "was computed with, to know how many terms its mean averages. Call backward(loss, targets, criterion)."
             )
-        terms, notes = own_loss_terms(self._prepared.modules, kwargs, outputs)
-        return terms, True, notes
+        return own_loss_terms(self._prepared.modules, kwargs, outputs)
 
 
 class _Output(torch.autograd.Function):

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
 
 from lnp_torch.models import Parameters
 from lnp_torch.reading import Lookup, Pulled, Reader, Reading, Site
+from lnp_torch.settings import about
 from lnp_torch.sites import Use, recognised
+
+MOVING = frozenset(
+    {"randperm", "randint", "multinomial", "nonzero", "argwhere", "masked_select", "argsort", "bincount", "unique"}
+)
+"""Operations by which rows may move as chance or values say: in one batch as if none had moved, in another not."""
 
 
 class Taps(TorchFunctionMode):
@@ -49,6 +57,7 @@ class Taps(TorchFunctionMode):
         self.general: dict[str, str] = {}
         self._tables: dict[str, Tensor] = {}  # what was looked up for all samples at once
         self._lookups: dict[str, Lookup] = {}
+        self._began: int | None = None
         self.program: int = 0
         self.products: int = 0
 
@@ -59,7 +68,9 @@ class Taps(TorchFunctionMode):
             return out
         name = getattr(func, "__name__", "") or str(func)
         if name != "__get__":
-            self.program = hash((self.program, name))
+            self.program = hash((self.program, name, *_said(args), *_said(kwargs.values())))
+        if name in MOVING or (name == "__getitem__" and _masked(args)):
+            self.program = hash((self.program, time.perf_counter_ns()))  # other rows next time: never the same program
         used = [tensor for tensor in _tensors((args, kwargs)) if self._name(tensor) is not None]
         if not used or not _differentiable(out) or self._only_views(out):
             return out
@@ -71,7 +82,7 @@ class Taps(TorchFunctionMode):
 
     def _tapped(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any, used: list[Tensor]) -> Any:
         """The output with a tap on it, if it is known how the parameters in it were used."""
-        single = isinstance(out, Tensor) and out.is_floating_point()
+        single = isinstance(out, Tensor) and out.is_floating_point() and not functorch.is_functorch_wrapped_tensor(out)
         # without their graph, which would otherwise hold itself in memory by way of the taps
         bare = _mapped(lambda t: t if self._name(t) is not None else t.detach(), (args, kwargs))
         uses = recognised(func, *bare) if single else []
@@ -91,6 +102,8 @@ class Taps(TorchFunctionMode):
         if self._anchor is None:
             self._anchor = torch.zeros((), device=out.device, requires_grad=True)
         tapped = _Tap.apply(out, self._anchor, self, len(self._sites) - 1)
+        if self._began is None and tapped.grad_fn is not None:
+            self._began = tapped.grad_fn._sequence_nr()
         for site in sites:
             if site.use.index is not None:
                 self._watch(tapped, Lookup(site.name, site.frame, site.use.index))
@@ -129,6 +142,11 @@ class Taps(TorchFunctionMode):
         start = tensor.storage_offset() - whole.storage_offset()
         shape, order = tuple(tensor.shape), -1 if turned else 1
         return Site(name, use, (start, shape[::order], tuple(strides)[::order]), use.transposed != turned)
+
+    def recorded(self, outputs: list[Tensor]) -> int:
+        """Operations of autograd between the first tap and the outputs: some come from functions that are not seen."""
+        ends = [out.grad_fn._sequence_nr() for out in outputs if out.grad_fn is not None]
+        return max(ends, default=0) - (self._began or 0) if self._began is not None else 0
 
     def pull(
         self, outputs: list[Tensor], cotangents: list[Tensor], gradient: bool, reading: Reading
@@ -201,6 +219,19 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, d):
         ctx.taps.seen(ctx.index, d)
         return d, None, None, None
+
+
+def _masked(args: tuple) -> bool:
+    return any(tensor.dtype == torch.bool for tensor in _tensors(args[1:]))
+
+
+def _said(values: Iterable[Any]) -> Iterator[Any]:
+    """The numbers and words among an operation's arguments, as far as they decide what it does."""
+    for value in values:
+        if type(value) in (tuple, list):
+            yield from _said(value)
+        elif not isinstance(value, Tensor):
+            yield about(value)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

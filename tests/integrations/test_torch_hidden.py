@@ -131,6 +131,148 @@ def test_weights_that_are_kept_from_pass_to_pass(before):
     assert exact(model, x, y).rate == found.rate
 
 
+class Contrast(torch.autograd.Function):
+    """Lets samples interact, where no mode sees it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x + x.mean(0)
+
+    @staticmethod
+    def backward(ctx, d):
+        return d + d.mean(0)
+
+
+def scripted(x: torch.Tensor):
+    return x + x.mean(0)
+
+
+CHANGES = {
+    "a float": (lambda m, x: m.a(x) + m.how * m.a(x).mean(0), 0.0, 1e-2),
+    "a shift": (lambda m, x: m.a(x) + torch.roll(m.a(x), m.how, 0), 0, 1),
+    "an axis": (lambda m, x: m.a(x) - 0.5 * m.a(x).mean(m.how, keepdim=True), 1, 0),
+    "a scripted function": (lambda m, x: m.scripted(m.a(x)) if m.how else m.a(x), False, True),
+    "a function with a backward of its own": (lambda m, x: Contrast.apply(m.a(x)) if m.how else m.a(x), False, True),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_the_same_operations_with_another_setting(kind):
+    run, before, after = CHANGES[kind]
+    model, x, y = Runs(run, a=linear(), scripted=torch.jit.script(scripted)), drawn(), drawn()
+    for model.how in (before, after):
+        d = exact(model, x, y)
+    assert (d.probes, d.population) == (24, None)
+    assert any("interact" in note for note in d.notes)
+
+
+def test_an_order_that_is_drawn_anew():
+    """Of two samples, half of the draws move none."""
+    model = Runs(lambda m, x: m.a(x) + m.b(x)[torch.randperm(len(x))], a=linear(), b=linear())
+    x, y, seen = drawn(2), drawn(2), set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        seen.add(exact(model, x, y).probes)
+    assert seen == {4, 8}
+
+
+def dispatched(m, x):
+    """Experts see the positions that are routed to them: here as many of each, in one batch as many of each sample."""
+    flat = x.flatten(0, 1)
+    chosen, out = (flat[:, 0] > 0).long(), torch.zeros(len(flat), 3, dtype=F64)
+    for index, expert in enumerate(m.experts):
+        rows = (chosen == index).nonzero()[:, 0]
+        out = out.index_add(0, rows, expert(flat[rows]))
+    return out.unflatten(0, x.shape[:2])
+
+
+def test_rows_that_are_routed_otherwise():
+    """In the first batch the rows of an expert can be told apart by their number; in the second they cannot."""
+    model, y = Runs(dispatched, experts=nn.ModuleList([linear(3), linear(3)])), torch.randn(4, 4, 3, dtype=F64)
+    even = torch.tensor([[1, -1, 1, -1]] * 4)
+    uneven = torch.tensor([[1, 1, 1, -1], [1, -1, -1, -1], [1, -1, 1, -1], [-1, 1, 1, -1]])
+    for signs in (even, uneven):
+        x = torch.randn(4, 4, 4, dtype=F64)
+        x[..., 0] = x[..., 0].abs() * signs
+        exact(model, x, y)
+        record = lnp.load("torch").linearize(model, (x, y), lnp.Options())
+        v, out = record.signs(0), model(x)
+        found = sum(record.sample_square_norms(v).values())
+        for sample in range(4):
+            one = torch.zeros_like(out)
+            one[sample] = v[sample].reshape(out.shape[1:])
+            grads = torch.autograd.grad(out, list(model.parameters()), one, retain_graph=True)
+            torch.testing.assert_close(found[sample], sum(grad.square().sum() for grad in grads))
+
+
+def test_functions_of_the_network_that_are_differentiated_inside():
+    inside = lambda m, x: torch.func.vmap(torch.func.grad(lambda row: torch.tanh(m.a(row)).sum()))(x)
+    assert exact(Runs(inside, a=linear()), drawn(), drawn()).probes == 4
+
+
+def test_tensors_of_inference_mode():
+    model = linear()
+    with torch.inference_mode():
+        x, y = drawn(), drawn()
+    assert lnp.decompose(model, (x, y)).rate == lnp.decompose(model, (x.clone(), y.clone())).rate
+
+
+def test_terms_of_the_loss_that_do_not_come_from_the_outputs():
+    model, x, y = Runs(lambda m, x: m.b(m.a(x)), a=linear(), b=linear()), drawn(), drawn()
+    decayed = lambda out, y: F.mse_loss(out, y) + 0.1 * model.a.weight.square().sum()
+    d = lnp.decompose(model, (x, y), decayed, loss_terms=24)
+    assert any("do not come from the outputs" in note for note in d.notes)
+
+    def own(m, x, labels):
+        h = m.a(x)
+        logits = m.b(h)
+        return {"loss": F.mse_loss(logits, labels) + h.square().mean(), "logits": logits}
+
+    d = lnp.decompose(Runs(own, a=linear(), b=linear()), {"x": x, "labels": y})
+    assert any("do not come from the outputs" in note for note in d.notes)
+
+
+def test_a_loss_of_the_model_itself_may_contrast_samples():
+    """Only of known losses, Hugging Face's, it is said that they are means over samples."""
+
+    def own(m, x, labels):
+        logits = m.a(x)
+        same = (labels[:, None] == labels).to(F64)
+        return {"loss": F.mse_loss(logits @ logits.T, same), "logits": logits}
+
+    d = lnp.decompose(Runs(own, a=linear()), {"x": drawn(), "labels": torch.arange(6) % 2})
+    assert d.population is None
+    assert any("mean over samples" in note for note in d.notes)
+
+
+@pytest.mark.parametrize("outputs", [3, 4])
+def test_error_bars_of_a_square_parameter_in_transposed_memory(outputs):
+    """The products of single samples with the gradient, of which the population's standard errors are made."""
+    model, x, y = nn.Sequential(linear(), nn.Tanh(), linear(outputs)), drawn(), torch.randn(6, outputs, dtype=F64)
+    model[0].weight = nn.Parameter(torch.randn(4, 4, dtype=F64).T)
+    lin = lnp.load("torch").linearize(model, (x, y), lnp.Options(population=True))
+    lin.gradient_square_norms()
+    gradient, out, found = lin.vjp(lin.loss_gradient), model(x), lin.subset(6).along(None)
+    for sample in range(6):
+        g = torch.zeros_like(out)
+        g[sample] = lin.loss_gradient[sample]
+        grads = torch.autograd.grad(out, list(model.parameters()), g, retain_graph=True)
+        expected = sum((a * b).sum() for a, b in zip(grads, gradient, strict=True))
+        torch.testing.assert_close(found[sample], expected)
+
+
+def test_an_input_that_is_as_long_as_the_pilot():
+    """Which inputs run over the samples is seen on the whole batch, not on the few of them that are drawn."""
+    run = lambda m, x, table: torch.einsum("ni,oi,si->no", x, m.a.weight, table) + m.a.bias
+    model, x = Runs(run, a=linear(3)), drawn(96)
+    batch = (x, drawn(12)), torch.randn(96, 3, dtype=F64)
+    lin = lnp.load("torch").linearize(model, batch, lnp.Options(microbatch=32))
+    some, v = lin.subset(12), lin.signs(0)
+    whole = lin.sample_square_norms(v)
+    for name, found in some.sample_square_norms(v[some.index]).items():
+        torch.testing.assert_close(found, whole[name][some.index])
+
+
 class Noisy(nn.Module):
     """A mask that is recorded, and a number that is not."""
 
@@ -167,6 +309,9 @@ def test_generators_of_the_model_are_untouched(kind):
     model, x, y = Runs(lambda m, x: m.a(x) * draw(m.generator), a=linear()), drawn(), drawn()
     model.generator, other = make(), make()
     lnp.decompose(model, (x, y))
+    change = {"learning_rate": 1e-5}
+    measured = lnp.measured_loss_change(model, (x, y), **change)
+    assert measured == pytest.approx(lnp.predicted_loss_change(model, (x, y), **change), rel=1e-3)
     assert torch.equal(torch.as_tensor(draw(model.generator)), torch.as_tensor(draw(other)))
 
 
