@@ -174,8 +174,24 @@ def is_mean(xp: Any, whole: Any, alone: Any, samples: int) -> Any:
     >>> bool(is_mean(numpy, mean(f[:1]), mean(f[:1]), 1))  # one sample tells nothing
     False
     """
-    difference = xp.max(xp.abs(alone.shape[0] * alone - samples * whole))
-    return (alone.shape[0] < samples) & (difference <= TOLERANCE * samples * xp.max(xp.abs(whole)))
+    difference, expected = alone.shape[0] * alone - samples * whole, samples * whole
+    agrees = xp.sum(difference * difference) <= TOLERANCE**2 * xp.sum(expected * expected)
+    return (alone.shape[0] < samples) & agrees
+
+
+def tells(xp: Any, gradient: Any) -> Any:
+    """Whether a loss gradient tells anything about the loss: it is finite and not zero. An array of shape ()."""
+    size = xp.sum(gradient * gradient)
+    return (size > 0) & (size < float("inf"))
+
+
+def all_agree(found: Sequence[bool | None]) -> bool:
+    """The verdict of several trials; None are those that tell nothing, as of probabilities that are negative.
+
+    >>> all_agree([True, None]), all_agree([None, None]), all_agree([True, False])
+    (True, False, False)
+    """
+    return True in found and False not in found
 
 
 def assumed_terms(xp: Any, outputs: Sequence[int], targets: Any, integer_targets: bool) -> tuple[Any, str]:

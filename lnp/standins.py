@@ -36,15 +36,6 @@ def targets(shape: Sequence[int], dtype: Any, classes: int, draw: int) -> np.nda
     return made > 0.5 if np.dtype(dtype).kind == "b" else made.astype(dtype)
 
 
-def agree(found: Sequence[bool | None]) -> bool:
-    """The verdict of all draws. None is a gradient that is not finite: what takes probabilities takes nothing else.
-
-    >>> agree([True, None]), agree([True, True]), agree([None, True]), agree([True, False])
-    (True, True, False, False)
-    """
-    return found[0] is True and False not in found
-
-
 def classes(shapes: Sequence[Sequence[int]]) -> int:
     """Classes that outputs of these shapes have at least: the smallest of their axes but that of the samples.
 

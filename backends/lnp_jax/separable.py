@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lnp import standins
-from lnp.losses import TRIED, is_mean, left_in
+from lnp.losses import TRIED, all_agree, is_mean, left_in, tells
 from lnp_jax.outputs import flatten, parts
 
 
@@ -27,7 +27,7 @@ def found_separable(function: Callable, outputs: Any, targets: Any) -> bool:
     try:
         with jax.ensure_compile_time_eval():
             draws = range(standins.DRAWS)
-            return standins.agree([_agrees(function, *_stand_ins(outputs, targets, draw)) for draw in draws])
+            return all_agree([_agrees(function, *_stand_ins(outputs, targets, draw)) for draw in draws])
     except (RuntimeError, ValueError, TypeError, IndexError):  # whatever a loss says to a part of its batch
         return False
 
@@ -55,7 +55,7 @@ def _few(leaf: Any) -> tuple[int, ...]:
 
 def _agrees(function: Callable, outputs: Any, targets: Any) -> bool | None:
     whole = _gradient(function, outputs, targets)
-    if not jnp.all(jnp.isfinite(whole)):
+    if not tells(jnp, whole):
         return None
     for some in left_in(len(whole)):
         index = np.asarray(some)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from array_api_compat import torch as xp
 
-from lnp.losses import TRIED, is_mean, left_in
+from lnp.losses import TRIED, all_agree, is_mean, left_in, tells
 from lnp.structure import leaves, map_leaves
 from lnp_torch.outputs import Outputs, flatten, wide
 
@@ -18,7 +18,7 @@ from lnp_torch.outputs import Outputs, flatten, wide
 def found_separable(function: Callable, outputs: Outputs, targets: Any) -> bool:
     """Whether the loss gradient of M samples alone is that among N, times N / M; remembered for each shape.
 
-    At the outputs of a few samples as they are, and at others, where nothing is zero by chance. A loss that cannot be
+    At the outputs of a few samples as they are, and at others, where nothing is small by chance. A loss that cannot be
     called with some of the samples is none.
     """
     described = tuple((tuple(leaf.shape), leaf.dtype) for leaf in outputs.parts)
@@ -38,15 +38,17 @@ def _found(function: Callable, outputs: Outputs, targets: Any) -> bool:
     noise = [torch.randn(part.shape, generator=generator).to(part) for part in parts]
     elsewhere = [part + 3 * part.square().mean().sqrt() * n for part, n in zip(parts, noise, strict=True)]
     try:
-        return all(_agrees(function, outputs, made, targets) for made in (parts, elsewhere))
+        return all_agree([_agrees(function, outputs, made, targets) for made in (parts, elsewhere)])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError):  # whatever a loss says to a part of its batch
         return False
 
 
-def _agrees(function: Callable, outputs: Outputs, parts: list[torch.Tensor], targets: Any) -> bool:
+def _agrees(function: Callable, outputs: Outputs, parts: list[torch.Tensor], targets: Any) -> bool | None:
     whole = _gradient(function, outputs, parts, targets)
+    if not tells(xp, whole):
+        return None
     agreed = []
     for some in left_in(len(whole)):
         index = torch.as_tensor(some, device=whole.device)
