@@ -114,7 +114,8 @@ def compared(net: Network, size: int | None) -> Differences:
     (gradient,) = pullback(v)
     network = tapped(function, split, parameters, samples)
     made, pull = network.forward(rows)
-    by_taps, norms = pull(v)
+    pulled = pull(v)
+    by_taps, norms = pulled.gradient, pulled.norms or {}
     alone = _alone(network, [row[index] for row in rows], signs)
     return Differences(
         jnp.maximum(_apart(alone.outputs, outputs[index]), _largest(_relative(alone.gradient, gradient))),
@@ -135,7 +136,8 @@ def pair(net: Network, network: Tapped, outputs: jax.Array) -> jax.Array:
     v = _signs(both.shape, both.dtype).at[1].set(0)
     (gradient,) = pullback(v)
     _, pull = network.forward([row[:1] for row in rows])
-    by_taps, norms = pull(v[:1])
+    pulled = pull(v[:1])
+    by_taps, norms = pulled.gradient, pulled.norms or {}
     own = {name: jnp.sum(parts.wide(u) ** 2)[None] for name, u in by_taps.items()}
     found = jnp.maximum(_apart(outputs[index], both), _largest(_relative(by_taps, gradient)))
     return (found > tolerance) | (_largest(_norm_differences(norms, own, np.asarray([0]))) > 2 * tolerance)
