@@ -10,6 +10,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
+from lnp_jax.pooling import pooled
 from lnp_jax.sites import Use, View, cut, recognised, viewed
 from lnp_jax.taps import tapped_use
 
@@ -244,6 +245,9 @@ class Walk:
 def _bound(eqn: Any, values: list[Value], jaxpr: Any) -> list[Value]:
     """The operation as it is."""
     arrays = [value.array for value in values]
+    pool = pooled(eqn, *arrays) if eqn.primitive.name == "reduce_window_max" else None
+    if pool is not None:
+        return _values([pool], values)
     if not any(True for _ in core.jaxprs_in_params(eqn.params)):
         outs = eqn.primitive.bind(*arrays, **eqn.params)
         return _values(outs if eqn.primitive.multiple_results else [outs], values)

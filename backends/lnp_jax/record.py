@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from lnp import batches
 from lnp.backends import Options
@@ -67,7 +69,7 @@ class _Pulls:
     """Pull-backs, remembered for the loss gradient; inside a loop, of the pass that was made for it.
 
     Outside a loop XLA computes again what is cheap instead of keeping it between forward and backward pass. A loop
-    would make it keep everything, whether the loop is entered or not.
+    would make it keep everything, whether the loop is entered or not. What may be run once is no loop.
     """
 
     passes: _Passes
@@ -94,10 +96,23 @@ class _Pulls:
             finally:
                 self.inside = outside
 
-        state = jax.tree.map(jnp.asarray, state)
+        arrays = jax.tree.map(jnp.asarray, state)
         if isinstance(entered, bool):
-            return loop(state) if entered else state
-        return jax.lax.cond(entered, loop, lambda state: state, state)
+            return loop(arrays) if entered else arrays
+        once = isinstance(state[0], int) and state[0] == 0 and _ends_after_one(going, state)
+        return jax.lax.cond(entered, body if once else loop, lambda arrays: arrays, arrays)
+
+
+def _ends_after_one(going: Callable, state: tuple) -> bool:
+    """Whether a loop that counts in state[0] is over at 1, whatever it finds: its condition is false then, whichever
+    values the flags have that it takes from outside.
+    """
+    program = jax.make_jaxpr(lambda: going((1, *state[1:])))()
+    if any(jnp.shape(value) != () or jnp.result_type(value) != bool for value in program.consts):
+        return False
+    with jax.ensure_compile_time_eval():
+        choices = itertools.product(map(jnp.asarray, (False, True)), repeat=len(program.consts))
+        return not any(core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, flags))()[0] for flags in choices)
 
 
 def record(
