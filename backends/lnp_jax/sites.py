@@ -122,6 +122,8 @@ class Use:
         Numbers that these need in memory for one sample.
     gradient:
         The same -> (squared norms, the weight's gradient), where that costs no more than the gradient alone; or None.
+    back:
+        (weight, cotangent of one sample's output) -> that of its input, where it is written out here; or None.
     table:
         Rows of the table that is looked up in.
     frame:
@@ -139,6 +141,7 @@ class Use:
     frame: tuple | None = None
     flipped: bool = False
     gradient: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
+    back: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     table: int = 0
 
 
@@ -252,7 +255,40 @@ def _convolution(eqn: Any, position: int, view: View) -> Use | None:
         return found, jnp.transpose(kernel[0], [places.index(axis) for axis in range(w.ndim)]).astype(w.dtype)
 
     square_norms = lambda x, d: windows.square_norms(*factors(x, d), window)
-    return Use("window", 0, factors, square_norms, 1, gradient=None if window.gram else gradient)
+    return Use(
+        "window", 0, factors, square_norms, 1, gradient=None if window.gram else gradient,
+        back=_back(params, x.shape, y.shape) if groups == 1 else None,
+    )  # fmt: skip
+
+
+def _back(params: dict[str, Any], given: tuple[int, ...], made: tuple[int, ...]) -> Callable:
+    """(weight, cotangent of y) -> cotangent of x of a convolution, with channels last and the kernel's put in order:
+    inside of loops XLA does not do that by itself, and a CPU has fast convolutions for this order only.
+    """
+    how, spatial = params["dimension_numbers"], range(len(given) - 2)
+    padding = []
+    for axis in spatial:
+        (lo, _), stride, dilation = (params[name][axis] for name in ("padding", "window_strides", "lhs_dilation"))
+        size, count = given[how.lhs_spec[axis + 2]], made[how.out_spec[axis + 2]]
+        padding.append((lo, (size - 1) * dilation + 1, (count - 1) * stride + 1))
+
+    def back(w: jax.Array, d: jax.Array) -> jax.Array:
+        kernel = jnp.transpose(lax.rev(w, how.rhs_spec[2:]), (*how.rhs_spec[2:], how.rhs_spec[0], how.rhs_spec[1]))
+        reach = [(w.shape[a] - 1) * step for a, step in zip(how.rhs_spec[2:], params["rhs_dilation"], strict=True)]
+        sides = [(r - lo, size + r - count - (r - lo)) for r, (lo, size, count) in zip(reach, padding, strict=True)]
+        last = jnp.transpose(d, (how.out_spec[0], *how.out_spec[2:], how.out_spec[1]))
+        order = tuple(range(1, last.ndim - 1))
+        axes = lax.ConvDimensionNumbers(
+            (0, last.ndim - 1, *order), (last.ndim - 1, last.ndim - 2, *spatial), (0, last.ndim - 1, *order)
+        )
+        x = lax.conv_general_dilated(
+            last, kernel, params["lhs_dilation"], sides, params["window_strides"], params["rhs_dilation"], axes,
+            precision=params["precision"], preferred_element_type=params["preferred_element_type"],
+        )  # fmt: skip
+        places = (how.lhs_spec[0], *how.lhs_spec[2:], how.lhs_spec[1])
+        return jnp.transpose(x, [places.index(axis) for axis in range(x.ndim)])
+
+    return back
 
 
 UNBOUNDED = 2**62

@@ -57,7 +57,12 @@ def _measured(use: Use, of_one: Operation, apart: bool) -> Callable:
             norms, (of_w,) = chunked(use, x, d), jax.vjp(lambda w: of_all(x, w), w)[1](d)
         else:
             norms, of_w = use.gradient(x, d)
-        of_x = jax.vjp(lambda x: of_all(x, w), x)[1](d)[0] if jnp.issubdtype(x.dtype, jnp.floating) else None
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            of_x = None
+        elif use.back is None:
+            (of_x,) = jax.vjp(lambda x: of_all(x, w), x)[1](d)
+        else:
+            of_x = jax.vmap(use.back, (0 if apart else None, 0))(w, d).astype(x.dtype)
         of_a = None
         if a is not None:
             product = jax.vmap(of_one, (0, None))(x[index], jnp.sum(of_w, axis=0) if apart else of_w)
