@@ -108,7 +108,7 @@ def _ends_after_one(going: Callable, state: tuple) -> bool:
     values the flags have that it takes from outside.
     """
     program = jax.make_jaxpr(lambda: going((1, *state[1:])))()
-    if any(jnp.shape(value) != () or jnp.result_type(value) != bool for value in program.consts):
+    if any(jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.bool_) for value in program.consts):
         return False
     with jax.ensure_compile_time_eval():
         choices = itertools.product(map(jnp.asarray, (False, True)), repeat=len(program.consts))

@@ -12,6 +12,7 @@ import pytest
 import lnp
 import lnp_jax
 from integrations.jax_reference import agrees, cross_entropy, dense
+from lnp import population
 from lnp.backends import Options
 from lnp_jax import judge, parts, sites, tapped
 
@@ -37,16 +38,29 @@ def probed(lin):
     return signs, dict(lin.sample_square_norms(signs)), lin.vjp(signs)
 
 
-def alone(apply, parameters, x, v):
-    """Squared norms by one gradient for each sample, and the sum of those gradients."""
+def along(lin):
+    """(loss gradient, three samples, inner products of their gradients with the sum of all) as the taps tell them."""
+    chosen = lin.subset(population.jackknife_size(lin.outputs.shape[0]))
+    return lin.loss_gradient, chosen.index, chosen.along and chosen.along(lin.vjp(lin.loss_gradient))
+
+
+def both(lin):
+    return probed(lin), along(lin)
+
+
+def alone(apply, parameters, x, v, g):
+    """Squared norms by one gradient for each sample, and the sum of those gradients; for the loss gradient, inner
+    products with the sum.
+    """
 
     def gradient(row, v):
         return jax.vjp(lambda p: apply(p, row[None])[0].reshape(-1), parameters)[1](v)[0]
 
-    each = jax.vmap(gradient)(x, v)
+    each, descent = jax.vmap(gradient)(x, v), jax.vmap(gradient)(x, g)
     return (
-        {name: jnp.sum(g.reshape(len(x), -1) ** 2, axis=1) for name, g in each.items()},
-        {name: jnp.sum(g, axis=0) for name, g in each.items()},
+        {name: jnp.sum(u.reshape(len(x), -1) ** 2, axis=1) for name, u in each.items()},
+        {name: jnp.sum(u, axis=0) for name, u in each.items()},
+        sum(jnp.sum((u * jnp.sum(u, axis=0)).reshape(len(x), -1), axis=1) for u in descent.values()),
     )
 
 
@@ -206,9 +220,16 @@ def test_uses_of_parameters(name, rows, monkeypatch):
     x = jnp.asarray(x)
     monkeypatch.setattr(tapped, "ROW", rows)
     monkeypatch.setattr(tapped, "COPIED", 0)
+    monkeypatch.setattr(population, "LEAST", 3)
     parameters = made(shapes)
-    v, norms, vector = lnp_jax.evaluate(partial(probed), (apply, parameters), ((x, x),), Options(loss))
-    expected, total = jax.jit(partial(alone, apply))(parameters, x, v)
+    found, (g, index, inner) = lnp_jax.evaluate(both, (apply, parameters), ((x, x),), Options(loss))
+    v, norms, vector = found
+    expected, total, products = jax.jit(partial(alone, apply))(parameters, x, v, g)
+    if rows:
+        np.testing.assert_allclose(inner, products[index], 1e-10)
+        assert len(index) == 3
+    else:  # single samples on their own: by a Jacobian-vector product
+        assert inner is None
     for name in parameters:
         np.testing.assert_allclose(norms[name], expected[name], 1e-10, err_msg=name)
         np.testing.assert_allclose(vector[name], total[name], 1e-10, 1e-12, err_msg=name)
