@@ -288,6 +288,7 @@ def test_samples_that_interact(name):
     agrees(d, dense(lambda p: apply(p, x), parameters, squared, y.size))
     assert any("interact" in note for note in d.notes), d.notes
     assert d.probes == y.size
+    judge._VERDICTS.clear()
     inside = jax.jit(lambda p: lnp.decompose((apply, p), (x, y), estimator="exact"))(parameters)
     joint = any("interact" in note for note in inside.notes)  # known where one sample alone cannot even be run
     assert joint == (name == "flattened rows")
@@ -351,6 +352,7 @@ def test_wrong_taps_are_noticed(monkeypatch):
     assert d.chi_net == pytest.approx(expected.chi_net, rel=1e-10)
     assert ["w (its taps differ" in note for note in d.notes] == [True, False]
     assert d.population is None  # as single samples are not cheap
+    judge._VERDICTS.clear()
     assert np.isnan(jax.jit(lambda p: lnp.decompose((apply, p), (X, Y)))(made(PLAIN)).chi_net)
     judge._VERDICTS.clear()
     judge._differences.clear_cache()
