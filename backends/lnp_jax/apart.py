@@ -90,13 +90,18 @@ def impossible(net: Network) -> str:
     if not net.split.possible:
         return f"no input runs over the {samples} samples along its first axis: they are not taken apart"
     of_one = parts.single(net.function, net.split)
+    of_few = lambda p, rows: flatten(net.function(p, net.split.inputs(rows)))
+    numbers = jax.eval_shape(flatten, net.tree).shape
     try:
-        shape = jax.eval_shape(jax.vmap(of_one, (None, 0)), dict(net.parameters), net.split.rows).shape
+        shapes = [jax.eval_shape(jax.vmap(of_one, (None, 0)), dict(net.parameters), net.split.rows).shape]
+        for few in (1, min(2, samples)):
+            made = jax.eval_shape(of_few, dict(net.parameters), [row[:few] for row in net.split.rows]).shape
+            shapes.append((made[0] - few + samples, *made[1:]))
     except (TypeError, ValueError, IndexError, NotImplementedError, ZeroDivisionError) as error:
         line = (str(error).splitlines() or [""])[0][:120]
-        return INTERACT.format(f"one sample alone fails with {type(error).__name__}: {line}")
-    numbers = jax.eval_shape(flatten, net.tree).shape
-    return "" if shape == numbers else INTERACT.format(f"one sample alone has outputs of another shape, {shape[1:]}")
+        return INTERACT.format(f"one or two samples alone fail with {type(error).__name__}: {line}")
+    other = [shape for shape in shapes if shape != numbers]
+    return INTERACT.format(f"one or two samples alone have outputs of another shape, {other[0][1:]}") if other else ""
 
 
 def compared(net: Network, size: int | None) -> Differences:
@@ -121,13 +126,13 @@ def compared(net: Network, size: int | None) -> Differences:
         jnp.maximum(_apart(alone.outputs, outputs[index]), _largest(_relative(alone.gradient, gradient))),
         _apart(made, outputs),
         jax.tree.map(jnp.maximum, _relative(by_taps, gradient), _norm_differences(norms, alone.norms, index)),
-        net.tolerance,
+        net.tolerance(network.program),
     )
 
 
 def pair(net: Network, network: Tapped, outputs: jax.Array) -> jax.Array:
     """Whether two samples of the batch interact, or the taps of one are wrong, shape (). The cost is three samples'."""
-    split, tolerance = net.split, net.tolerance
+    split, tolerance = net.split, net.tolerance(network.program)
     index = np.asarray([0, split.samples // 2][: split.samples])
     rows = [row[index] for row in split.rows]
     both, pullback = jax.vjp(lambda p: flatten(net.function(p, split.inputs(rows))), dict(net.parameters))

@@ -222,13 +222,13 @@ def test_uses_of_parameters(name, rows, monkeypatch):
     monkeypatch.setattr(tapped, "COPIED", 0)
     monkeypatch.setattr(population, "LEAST", 3)
     parameters = made(shapes)
-    found, (g, index, inner) = lnp_jax.evaluate(both, (apply, parameters), ((x, x),), Options(loss))
+    found, (g, index, inner) = lnp_jax.evaluate(partial(both), (apply, parameters), ((x, x),), Options(loss))
     v, norms, vector = found
     expected, total, products = jax.jit(partial(alone, apply))(parameters, x, v, g)
-    if rows:
+    if rows and name != "branches":
         np.testing.assert_allclose(inner, products[index], 1e-10)
         assert len(index) == 3
-    else:  # single samples on their own: by a Jacobian-vector product
+    else:  # left to a Jacobian-vector product
         assert inner is None
     for name in parameters:
         np.testing.assert_allclose(norms[name], expected[name], 1e-10, err_msg=name)
@@ -293,6 +293,35 @@ def test_samples_that_interact(name):
     joint = any("interact" in note for note in inside.notes)  # known where one sample alone cannot even be run
     assert joint == (name == "flattened rows")
     assert np.isnan(inside.chi_net) != joint
+
+
+def per_sample_table(p, x):
+    return x * p["t"]
+
+
+def test_parameters_of_the_batchs_length():
+    """Two samples alone cannot even be run; one can, and has six outputs then."""
+    parameters, x, y = {"t": normal(6, 4)}, normal(6, 4), normal(6, 4, seed=9)
+    d = lnp.decompose((per_sample_table, parameters), (x, y), estimator="exact")
+    squared = lambda outputs: jnp.mean((outputs - y) ** 2)
+    agrees(d, dense(lambda p: per_sample_table(p, x), parameters, squared, y.size))
+    assert any("interact" in note for note in d.notes)
+    judge._VERDICTS.clear()
+    inside = jax.jit(lambda p: lnp.decompose((per_sample_table, p), (x, y), estimator="exact"))(parameters)
+    agrees(jax.device_get(inside), dense(lambda p: per_sample_table(p, x), parameters, squared, y.size))
+
+
+def test_rounding_of_narrow_types_inside_is_no_interaction():
+    """Parameters and outputs in float32, what lies between in bfloat16."""
+    with jax.enable_x64(False):
+        narrow = lambda p, x: jnp.tanh(x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32)
+        parameters, x = {"w": normal(4, 4)}, normal(6, 4)
+        parameters, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (parameters, x))
+        d = lnp.decompose((narrow, parameters), (x, x), estimator="exact")
+        squared = lambda outputs: jnp.mean((outputs - x) ** 2)
+        expected = dense(lambda p: narrow(p, x), parameters, squared, x.size)
+        assert not any("interact" in note for note in d.notes)
+        assert d.chi_net == pytest.approx(expected["chi_net"], rel=2e-2)  # bfloat16 has 8 bits
 
 
 def test_coupling_behind_two_closed_gates():
