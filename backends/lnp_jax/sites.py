@@ -250,11 +250,15 @@ def _convolution(eqn: Any, position: int, view: View) -> Use | None:
         return lax.pad(x, jnp.zeros((), x.dtype), padding), d
 
     def gradient(x: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found, kernel = windows.with_gradient(*factors(x, d), window)
+        padded, cotangent = factors(x, d)
+        found, kernel = windows.with_gradient(padded, cotangent, window)
         places = (*how.rhs_spec[2:], how.rhs_spec[1], how.rhs_spec[0])  # of the weight's axes, for each of the kernel's
         return found, jnp.transpose(kernel[0], [places.index(axis) for axis in range(w.ndim)]).astype(w.dtype)
 
-    square_norms = lambda x, d: windows.square_norms(*factors(x, d), window)
+    def square_norms(x: jax.Array, d: jax.Array) -> jax.Array:
+        padded, cotangent = factors(x, d)
+        return windows.square_norms(padded, cotangent, window)
+
     return Use(
         "window", 0, factors, square_norms, 1, gradient=None if window.gram else gradient,
         back=_back(params, x.shape, y.shape) if groups == 1 else None,

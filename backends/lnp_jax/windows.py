@@ -86,7 +86,7 @@ def square_norms(x: jax.Array, d: jax.Array, window: Window) -> jax.Array:
         return with_gradient(x, d, window)[0]
     x, d = _parts(x, window), _parts(d, window)
     size = _size(len(x), 1, window)
-    found = lax.map(lambda pair: _gram(*pair, window), (_chunks(x, size), _chunks(d, size)))
+    found = lax.map(lambda pair: _gram(pair[0], pair[1], window), (_chunks(x, size), _chunks(d, size)))
     return jnp.sum(found.reshape(-1, window.groups), axis=1)
 
 
@@ -96,7 +96,7 @@ def with_gradient(x: jax.Array, d: jax.Array, window: Window) -> tuple[jax.Array
     size = _size(len(x), groups, window)
 
     def step(total: jax.Array, pair: tuple) -> tuple[jax.Array, jax.Array]:
-        own = _direct(*pair, window)
+        own = _direct(pair[0], pair[1], window)
         return total + jnp.sum(own.reshape(-1, *total.shape), axis=0), jnp.sum(own**2, axis=(1, 2, 3))
 
     shape = (groups, math.prod(window.kernel), window.channels, window.outputs)
