@@ -326,10 +326,10 @@ def _to_one_percent(name: str, time: float, error: float) -> float:
 GROWTH = {
     "batch (MLP)": [("N=32", partial(mlp, 32)), ("N=128", mlp), ("N=512", partial(mlp, 512))],
     "width (MLP)": [(f"width {w}", partial(mlp, width=w)) for w in (256, 512, 1024)],
-    "sequence length (LM, N=4)": [(f"S={s}", partial(lm, 4, length=s)) for s in (32, 64, 128, 256)],
-    "outputs (LM, N=16, S=64)": [(f"V={v}", partial(lm, vocabulary=v)) for v in (2000, 8000, 32000)],
+    "sequence length (LM, L=2, N=8)": [(f"S={s}", partial(lm, 8, layers=2, length=s)) for s in (32, 128, 256)],
+    "outputs (LM, L=2, N=8, S=64)": [(f"V={v}", partial(lm, 8, layers=2, vocabulary=v)) for v in (2000, 8000, 32000)],
 }
-BUDGET = 12.0
+BUDGET = 8.0
 """Seconds for the rounds of one size, as far as five rounds keep to it."""
 
 
