@@ -185,8 +185,16 @@ def decomposed(problem: Problem, **options: Any) -> Callable:
 
 
 def shared(problem: Problem, **options: Any) -> Callable:
-    """Loss, gradient and decomposition of one step, samples compared inside as in any user's `jax.jit`."""
+    """Loss, gradient and decomposition of one step in the user's own `jax.jit`, after one call outside of it, which
+    looks at the samples.
+    """
+    decomposed(problem)
     return lnp_jax.value_and_grad(problem.apply, **options)
+
+
+def never_looked_at(problem: Problem, **options: Any) -> Callable:
+    """The same without that call: two samples are compared inside each time."""
+    return lnp_jax.value_and_grad(lambda p, x: problem.apply(p, x), **options)
 
 
 def by_vmap(problem: Problem) -> Callable:
@@ -249,19 +257,24 @@ ESTIMATES = {"vmap(vjp), 1 probe": by_vmap, "vjp, 1 probe (joint)": by_shared_si
 """Peers whose result is an estimate of tr Theta."""
 
 
-def cases(problem: Problem, peers: bool = True) -> tuple[dict[str, Case], list[str]]:
-    """What is measured on a problem, and notes on what could not be."""
+STEP = "training-step gradient"
+
+
+def cases(problem: Problem, full: bool = True) -> tuple[dict[str, Case], list[str]]:
+    """What is measured on a problem, and notes on what could not be; not `full` for the growth with sizes."""
     made = {
-        "training-step gradient": step(problem),
+        STEP: step(problem),
         "lnp, rtol=1%": decomposed(problem),
-        "lnp, rtol=1%, no population": decomposed(problem, population=False),
         "lnp in a step, rtol=1%": shared(problem),
-        "lnp in a step, no population": shared(problem, population=False),
     }
-    if problem.outputs <= 10:
+    if full:
+        made["lnp, rtol=1%, no population"] = decomposed(problem, population=False)
+        made["lnp in a step, no population"] = shared(problem, population=False)
+    if full and problem.outputs <= 10:
+        made["lnp in a step, compared inside"] = never_looked_at(problem, population=False)
         made["lnp, exact"] = decomposed(problem, estimator="exact", population=False)
     notes, found = [], {name: compiled(function, problem) for name, function in made.items()}
-    others = {**ESTIMATES, "neural-tangents, exact": by_neural_tangents} if peers else {}
+    others = {**ESTIMATES, "neural-tangents, exact": by_neural_tangents} if full else {}
     for name, make in others.items():
         if name.startswith("neural") and problem.outputs > 10:
             notes.append(f"{name}: left out with {problem.outputs} outputs, for which it forms K x K kernels")
@@ -289,9 +302,9 @@ def relative_errors(found: dict[str, Case], problem: Problem, repeats: int) -> d
     return errors
 
 
-def costs(problem: Problem, rounds: int, repeats: int, peers: bool = True) -> tuple[list[dict], list[str], dict]:
+def costs(problem: Problem, rounds: int, repeats: int) -> tuple[list[dict], list[str], dict]:
     """(rows of a table, notes, seconds of all rounds)."""
-    found, notes = cases(problem, peers)
+    found, notes = cases(problem)
     key = jax.random.key(0)
     seconds = report.interleaved({name: partial(case.run, problem, key) for name, case in found.items()}, rounds)
     times, errors = report.ratios(seconds, STEP), relative_errors(found, problem, repeats)
@@ -305,9 +318,6 @@ def costs(problem: Problem, rounds: int, repeats: int, peers: bool = True) -> tu
     return rows, notes, seconds
 
 
-STEP = "training-step gradient"
-
-
 def _to_one_percent(name: str, time: float, error: float) -> float:
     """lnp has stopped by itself; a peer's single probe is repeated, at least once."""
     return time if name.startswith(("lnp", "neural")) else time * max(1.0, (error / 0.01) ** 2)
@@ -316,27 +326,32 @@ def _to_one_percent(name: str, time: float, error: float) -> float:
 GROWTH = {
     "batch (MLP)": [("N=32", partial(mlp, 32)), ("N=128", mlp), ("N=512", partial(mlp, 512))],
     "width (MLP)": [(f"width {w}", partial(mlp, width=w)) for w in (256, 512, 1024)],
-    "sequence length (LM, N=4)": [(f"S={s}", partial(lm, 4, length=s)) for s in (32, 64, 128, 256)],
-    "outputs (LM, N=16, S=64)": [(f"V={v}", partial(lm, vocabulary=v)) for v in (2000, 8000, 32000)],
+    "sequence length (LM, L=2, N=8)": [(f"S={s}", partial(lm, 8, layers=2, length=s)) for s in (32, 128, 256)],
+    "outputs (LM, L=2, N=8, S=64)": [(f"V={v}", partial(lm, 8, layers=2, vocabulary=v)) for v in (2000, 8000, 32000)],
 }
+BUDGET = 8.0
+"""Seconds for the rounds of one size, as far as five rounds keep to it."""
 
 
-def growth(rounds: int, quick: bool) -> dict[str, list[dict]]:
+def growth(quick: bool) -> dict[str, list[dict]]:
     """Tables of how lnp's time relative to a step grows."""
     tables = {}
     for heading, problems in GROWTH.items():
         rows = []
         for name, make in problems[:2] if quick else problems:
-            found, _ = cases(problem := make(), peers=False)
-            found = {name: case for name, case in found.items() if name != "lnp, exact"}
-            key = jax.random.key(0)
-            seconds = report.interleaved({n: partial(case.run, problem, key) for n, case in found.items()}, rounds)
+            found, _ = cases(problem := make(), full=False)
+            runs = {n: partial(case.run, problem, jax.random.key(0)) for n, case in found.items()}
+            once = sum(times[0] for times in report.interleaved(runs, 1).values())
+            rounds = 3 if quick else min(15, max(5, int(BUDGET / once)))
+            seconds = report.interleaved(runs, rounds, warmup=0)
             times = report.ratios(seconds, STEP)
             row = {"size": name, "step, seconds": report.median(seconds[STEP])}
             row |= {case: times[case] for case in found if case != STEP}
             row["memory, lnp rtol=1%"] = found["lnp, rtol=1%"].memory / found[STEP].memory
             rows.append(row)
+            jax.clear_caches()
         tables[f"Growth with {heading}: time relative to a step's gradient"] = rows
+        print(heading, report.table(rows), sep="\n", flush=True)
     return tables
 
 
@@ -347,9 +362,10 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="some of mlp,cnn,lm")
     parser.add_argument("--no-growth", action="store_true", help="leave the tables of growth out")
     parser.add_argument("--name", default="jax", help="of the files that are written")
+    parser.add_argument("--note", default="", help="what a reader of the results should know about the machine")
     given = parser.parse_args()
-    rounds, repeats = (3, 4) if given.quick else (21, 24)
-    tables, notes, seconds = {}, [], {}
+    rounds, repeats = (3, 4) if given.quick else (15, 16)
+    tables, notes, seconds = {}, [given.note] if given.note else [], {}
     for model in given.models.split(","):
         rows, more, all_seconds = costs(MODELS[model](), rounds, repeats)
         tables[f"{TITLES[model]}: relative to a step's gradient"] = rows
@@ -357,7 +373,7 @@ def main() -> None:
         seconds[model] = all_seconds
         print(report.table(rows), *more, sep="\n", flush=True)
     if not given.no_growth:
-        tables |= growth(3 if given.quick else 11, given.quick)
+        tables |= growth(given.quick)
     title = "lnp in JAX" + (" (quick run: few rounds, no numbers to quote)" if given.quick else "")
     data = {"title": title, "machine": report.machine(), "tables": tables, "notes": notes, "seconds": seconds}
     print(*report.write(given.name, data))

@@ -90,13 +90,18 @@ def impossible(net: Network) -> str:
     if not net.split.possible:
         return f"no input runs over the {samples} samples along its first axis: they are not taken apart"
     of_one = parts.single(net.function, net.split)
+    of_few = lambda p, rows: flatten(net.function(p, net.split.inputs(rows)))
+    numbers = jax.eval_shape(flatten, net.tree).shape
     try:
-        shape = jax.eval_shape(jax.vmap(of_one, (None, 0)), dict(net.parameters), net.split.rows).shape
+        shapes = [jax.eval_shape(jax.vmap(of_one, (None, 0)), dict(net.parameters), net.split.rows).shape]
+        for few in (1, min(2, samples)):
+            made = jax.eval_shape(of_few, dict(net.parameters), [row[:few] for row in net.split.rows]).shape
+            shapes.append((made[0] - few + samples, *made[1:]))
     except (TypeError, ValueError, IndexError, NotImplementedError, ZeroDivisionError) as error:
         line = (str(error).splitlines() or [""])[0][:120]
-        return INTERACT.format(f"one sample alone fails with {type(error).__name__}: {line}")
-    numbers = jax.eval_shape(flatten, net.tree).shape
-    return "" if shape == numbers else INTERACT.format(f"one sample alone has outputs of another shape, {shape[1:]}")
+        return INTERACT.format(f"one or two samples alone fail with {type(error).__name__}: {line}")
+    other = [shape for shape in shapes if shape != numbers]
+    return INTERACT.format(f"one or two samples alone have outputs of another shape, {other[0][1:]}") if other else ""
 
 
 def compared(net: Network, size: int | None) -> Differences:
@@ -114,19 +119,20 @@ def compared(net: Network, size: int | None) -> Differences:
     (gradient,) = pullback(v)
     network = tapped(function, split, parameters, samples)
     made, pull = network.forward(rows)
-    by_taps, norms = pull(v)
+    pulled = pull(v)
+    by_taps, norms = pulled.gradient, pulled.norms or {}
     alone = _alone(network, [row[index] for row in rows], signs)
     return Differences(
         jnp.maximum(_apart(alone.outputs, outputs[index]), _largest(_relative(alone.gradient, gradient))),
         _apart(made, outputs),
         jax.tree.map(jnp.maximum, _relative(by_taps, gradient), _norm_differences(norms, alone.norms, index)),
-        net.tolerance,
+        net.tolerance(network.program),
     )
 
 
 def pair(net: Network, network: Tapped, outputs: jax.Array) -> jax.Array:
     """Whether two samples of the batch interact, or the taps of one are wrong, shape (). The cost is three samples'."""
-    split, tolerance = net.split, net.tolerance
+    split, tolerance = net.split, net.tolerance(network.program)
     index = np.asarray([0, split.samples // 2][: split.samples])
     rows = [row[index] for row in split.rows]
     both, pullback = jax.vjp(lambda p: flatten(net.function(p, split.inputs(rows))), dict(net.parameters))
@@ -135,7 +141,8 @@ def pair(net: Network, network: Tapped, outputs: jax.Array) -> jax.Array:
     v = _signs(both.shape, both.dtype).at[1].set(0)
     (gradient,) = pullback(v)
     _, pull = network.forward([row[:1] for row in rows])
-    by_taps, norms = pull(v[:1])
+    pulled = pull(v[:1])
+    by_taps, norms = pulled.gradient, pulled.norms or {}
     own = {name: jnp.sum(parts.wide(u) ** 2)[None] for name, u in by_taps.items()}
     found = jnp.maximum(_apart(outputs[index], both), _largest(_relative(by_taps, gradient)))
     return (found > tolerance) | (_largest(_norm_differences(norms, own, np.asarray([0]))) > 2 * tolerance)

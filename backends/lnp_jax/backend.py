@@ -14,7 +14,7 @@ import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
 from lnp_jax.compiled import Plan, check_hashable, measure, run
-from lnp_jax.judge import judged, traced
+from lnp_jax.judge import judged, known, traced
 from lnp_jax.models import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
 
@@ -46,7 +46,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
     if traced(dynamic):
-        return measure(plan, *dynamic).result
+        return measure(_remembering(plan, arrays, batches), *dynamic).result
     check_hashable(plan)
     if options.split:
         plan = replace(plan, verdicts=tuple(judged(structure, arrays, batch, plan.options) for batch in batches))
@@ -63,6 +63,16 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     known = options.split and not traced((arrays, batch, options.seed))
     verdict = judged(structure, arrays, batch, options) if known else None
     return record(structure, arrays, batch, options.seed, options, verdict)
+
+
+def _remembering(plan: Plan, arrays: Arrays, batches: tuple) -> Plan:
+    """With the verdicts that calls outside of compiled functions have found, if there are any."""
+    try:
+        hash(plan.structure)
+    except TypeError:
+        return plan
+    found = [known(plan.structure, arrays, batch, plan.options) for batch in batches] if plan.options.split else [None]
+    return plan if None in found else replace(plan, verdicts=tuple(verdict for verdict in found if verdict is not None))
 
 
 def _raise(answer: Any) -> None:

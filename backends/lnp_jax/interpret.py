@@ -10,8 +10,9 @@ import jax
 from jax import lax
 from jax.extend import core
 
+from lnp_jax.pooling import pooled
 from lnp_jax.sites import Use, View, cut, recognised, viewed
-from lnp_jax.taps import norm_tap
+from lnp_jax.taps import tapped_use
 
 Path = tuple[int, ...]
 """Where in the program an operation is: its number, in each of the programs around it."""
@@ -101,6 +102,8 @@ class Walk:
         {path of a site whose output is tapped: zeros of its shape}; inside a scan, of this step.
     copies:
         {piece that is tapped itself: zeros of its shape}.
+    along:
+        (zeros of shape (M,), M samples), for inner products with the gradient; or None.
     seen:
         Is filled on the way, or None.
     path, scans, lone:
@@ -110,6 +113,7 @@ class Walk:
     z: Mapping[Group, Any] = field(default_factory=dict)
     outputs: Mapping[Path, Any] = field(default_factory=dict)
     copies: Mapping[Group, Any] = field(default_factory=dict)
+    along: tuple[Any, Any] | None = None
     seen: Seen | None = None
     path: Path = ()
     scans: tuple[int, ...] = ()
@@ -163,11 +167,13 @@ class Walk:
         if self.seen is not None:
             y = jax.ShapeDtypeStruct(out.array.shape, out.array.dtype)
             self.seen.sites[self.path] = Site(self.path, view, use, self.scans, self.lone, out.batched, y)
-        beside = lax.stop_gradient(values[use.operand].array)
         if self.path in self.outputs:
+            beside = lax.stop_gradient(values[use.operand].array)
             return [Value(out.array + self.outputs[self.path], None, True)], {self.path: beside}
         if view.group in self.z:
-            return [Value(norm_tap(use, out.array, beside, self.z[view.group]), None, True)], {}
+            pair, along = (values[use.operand].array, values[position].array), None if self.lone else self.along
+            made = tapped_use(use, _alone(eqn, position), *pair, self.z[view.group], along)
+            return [Value(made, None, True)], {}
         return outs, {}
 
     def _piece(self, out: Value, view: View) -> Value:
@@ -239,6 +245,9 @@ class Walk:
 def _bound(eqn: Any, values: list[Value], jaxpr: Any) -> list[Value]:
     """The operation as it is."""
     arrays = [value.array for value in values]
+    pool = pooled(eqn, *arrays) if eqn.primitive.name == "reduce_window_max" else None
+    if pool is not None:
+        return _values([pool], values)
     if not any(True for _ in core.jaxprs_in_params(eqn.params)):
         outs = eqn.primitive.bind(*arrays, **eqn.params)
         return _values(outs if eqn.primitive.multiple_results else [outs], values)
@@ -247,6 +256,15 @@ def _bound(eqn: Any, values: list[Value], jaxpr: Any) -> list[Value]:
     names: Any = None if jaxpr.debug_info is None else jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     alone = core.Jaxpr((), list(given), eqn.outvars, [eqn], eqn.effects, names)
     return _values(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values()), values)
+
+
+def _alone(eqn: Any, position: int) -> Callable:
+    """(the other operand, the one at `position`) -> what comes out of an operation with two."""
+
+    def operation(x: Any, w: Any) -> Any:
+        return eqn.primitive.bind(*((w, x) if position == 0 else (x, w)), **eqn.params)
+
+    return operation
 
 
 def _values(arrays: Sequence, given: Sequence[Value]) -> list[Value]:

@@ -25,13 +25,10 @@ def judged(structure: Structure, arrays: Arrays, batch: Any, options: Options) -
     The comparison is made at the parameters as they are, and once more with noise added to them: a path that is
     closed now, by a gate at zero, may open later in the training.
     """
-    inputs, _ = batches.unpack(batch)
-    how = Options(microbatch=options.microbatch, batch_statistics=options.batch_statistics)
-    leaves, treedef = jax.tree.flatten((arrays, inputs))
-    key = (structure, how, treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
-    if key in _VERDICTS:
-        _VERDICTS.move_to_end(key)
-        return _VERDICTS[key]
+    remembered = known(structure, arrays, batch, options)
+    if remembered is not None:
+        return remembered
+    inputs, how, key = _case(structure, arrays, batch, options)
     reason = impossible(prepared(structure, arrays, inputs, how))
     found = [] if reason else [jax.device_get(_differences(structure, how, arrays, inputs, noise)) for noise in (0, 1)]
     verdict = Verdict(reason)
@@ -43,6 +40,25 @@ def judged(structure: Structure, arrays: Arrays, batch: Any, options: Options) -
         while len(_VERDICTS) > REMEMBERED:
             _VERDICTS.popitem(last=False)
     return verdict
+
+
+def known(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict | None:
+    """What was found out before about this model at these shapes, or None. Needs no values, so that it is there for
+    what is traced too.
+    """
+    key = _case(structure, arrays, batch, options)[2]
+    if key not in _VERDICTS:
+        return None
+    _VERDICTS.move_to_end(key)
+    return _VERDICTS[key]
+
+
+def _case(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> tuple[Any, Options, tuple]:
+    """(inputs, the options that matter, what the verdict is found by)."""
+    inputs, _ = batches.unpack(batch)
+    how = Options(microbatch=options.microbatch, batch_statistics=options.batch_statistics)
+    leaves, treedef = jax.tree.flatten((arrays, inputs))
+    return inputs, how, (structure, how, treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
 
 
 def traced(arrays: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from lnp.backends import Options
 from lnp.linearization import coupling_tolerance
@@ -52,11 +53,18 @@ class Network:
         """The same at other parameters."""
         return replace(self, parameters=parameters)
 
-    @property
-    def tolerance(self) -> float:
-        """Up to which two ways to compute the same may differ."""
+    def tolerance(self, program: Any) -> float:
+        """Up to which two ways to compute the same may differ: by the narrowest type in the program of one sample."""
         types = [leaf.dtype for leaf in (*self.parameters.values(), *parts_of(self.tree))]
+        types += _types(program.jaxpr)
         return coupling_tolerance(jnp, max(types, key=lambda dtype: jnp.finfo(dtype).eps))
+
+
+def _types(jaxpr: Any) -> set:
+    """Of the floating-point numbers that a program makes."""
+    made = {out.aval.dtype for eqn in jaxpr.eqns for out in eqn.outvars if hasattr(out.aval, "dtype")}
+    inside = [part for eqn in jaxpr.eqns for part in core.jaxprs_in_params(eqn.params)]
+    return {dtype for dtype in made if jnp.issubdtype(dtype, jnp.floating)}.union(*map(_types, inside))
 
 
 def prepared(structure: Structure, arrays: Arrays, inputs: Any, options: Options) -> Network:

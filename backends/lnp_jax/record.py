@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, Subset
 from lnp.losses import separable
+from lnp.population import jackknife_size
 from lnp_jax import losses, parts
 from lnp_jax.apart import Verdict, impossible, pair
 from lnp_jax.models import Arrays, Structure
@@ -20,7 +23,8 @@ from lnp_jax.network import Network, prepared
 from lnp_jax.outputs import parts as parts_of
 from lnp_jax.outputs import rebuild
 from lnp_jax.separable import found_separable
-from lnp_jax.tapped import Tapped, general_note, tapped
+from lnp_jax.tapped import Pulled, Tapped, general_note, tapped
+from lnp_jax.taps import inner
 
 DRAWN = 2**31 - 1
 """Folded into the key for the samples of a subset; probes count from 0."""
@@ -37,7 +41,7 @@ class _Loss:
     notes: tuple[str, ...]
 
 
-Pull = Callable[[jax.Array], tuple[Mapping, Mapping | None]]
+Pull = Callable[[jax.Array], Pulled]
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class _Passes:
     run:
         parameters -> f.
     pull:
-        v -> (J^T v, {name: (N,) array of ||J_nl^T v_n||^2} or None).
+        v -> J^T v, and what taps tell besides.
     again:
         () -> the same of another forward pass, for a loop; or None.
     """
@@ -67,20 +71,20 @@ class _Pulls:
     """Pull-backs, remembered for the loss gradient; inside a loop, of the pass that was made for it.
 
     Outside a loop XLA computes again what is cheap instead of keeping it between forward and backward pass. A loop
-    would make it keep everything, whether the loop is entered or not.
+    would make it keep everything, whether the loop is entered or not. What may be run once is no loop.
     """
 
     passes: _Passes
     g: jax.Array
-    of_g: tuple[Mapping, Mapping | None]
+    of_g: Pulled
     inside: Pull | None = None
 
-    def __call__(self, v: jax.Array) -> tuple[Mapping, Mapping | None]:
+    def __call__(self, v: jax.Array) -> Pulled:
         return self.of_g if v is self.g else (self.inside or self.passes.pull)(v)
 
     def square_norms(self, v: jax.Array) -> Mapping:
         """Of single samples, where they are taken apart."""
-        return self(v)[1] or {}
+        return self(v).norms or {}
 
     def while_loop(self, going: Callable, body: Callable, state: Any) -> Any:
         """`jax.lax.while_loop`, with a forward pass of its own if it is entered."""
@@ -94,10 +98,23 @@ class _Pulls:
             finally:
                 self.inside = outside
 
-        state = jax.tree.map(jnp.asarray, state)
+        arrays = jax.tree.map(jnp.asarray, state)
         if isinstance(entered, bool):
-            return loop(state) if entered else state
-        return jax.lax.cond(entered, loop, lambda state: state, state)
+            return loop(arrays) if entered else arrays
+        once = isinstance(state[0], int) and state[0] == 0 and _ends_after_one(going, state)
+        return jax.lax.cond(entered, body if once else loop, lambda arrays: arrays, arrays)
+
+
+def _ends_after_one(going: Callable, state: tuple) -> bool:
+    """Whether a loop that counts in state[0] is over at 1, whatever it finds: its condition is false then, whichever
+    values the flags have that it takes from outside.
+    """
+    program = jax.make_jaxpr(lambda: going((1, *state[1:])))()
+    if any(jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.bool_) for value in program.consts):
+        return False
+    with jax.ensure_compile_time_eval():
+        choices = itertools.product(map(jnp.asarray, (False, True)), repeat=len(program.consts))
+        return not any(core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, flags))()[0] for flags in choices)
 
 
 def record(
@@ -115,7 +132,11 @@ def record(
         )
     taken_apart = options.split and not reason
     taps = None if not taken_apart else _taps(net, options, verdict or Verdict())
-    passes = _whole(net) if taps is None else _tapped(net, taps, options.microbatch)
+    samples = net.split.samples
+    chosen = lambda size: _drawn(seed, samples, size)
+    passes = (
+        _whole(net) if taps is None else _tapped(net, taps, options.microbatch, chosen(jackknife_size(samples)))
+    )  # fmt: skip
     loss = _loss(passes.outputs, _tree(net), targets, options)
     g = loss.gradient
     pull = _Pulls(passes, g, passes.pull(g))
@@ -127,12 +148,12 @@ def record(
         loss=loss.value,
         loss_gradient=g,
         loss_terms=loss.terms,
-        vjp=lambda v: pull(v)[0],
+        vjp=lambda v: pull(v).gradient,
         inner_products=lambda u, w: {name: jnp.sum(parts.wide(u[name]) * parts.wide(w[name])) for name in parameters},
         signs=_signs(seed, passes.outputs),
         jvp=lambda u: jax.jvp(passes.run, (dict(parameters),), (_as(u, parameters),))[1],
         sample_square_norms=None if taps is None else pull.square_norms,
-        subset=None if taps is None else lambda size: _subset(net, taps, options.microbatch, seed, size),
+        subset=None if taps is None else lambda size: _subset(net, taps, options.microbatch, chosen(size), pull),
         cheap=taps is not None and not taps.plan.general,
         coupled=pair(net, taps, passes.outputs) if check and taps is not None else None,
         group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
@@ -155,7 +176,7 @@ def loss_and_gradient(
     net = prepared(structure, arrays, inputs, options)
     passes = _whole(net)
     loss = _loss(passes.outputs, _tree(net), targets, options)
-    return loss.value, passes.pull(loss.gradient)[0]
+    return loss.value, passes.pull(loss.gradient).gradient
 
 
 def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:
@@ -166,32 +187,43 @@ def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:
 def _whole(net: Network) -> _Passes:
     run = jax.jit(net.whole)  # for eager callers: one program, not one per operation
     outputs, pullback = jax.vjp(run, dict(net.parameters))
-    return _Passes(outputs, run, lambda v: (pullback(v)[0], None))
+    return _Passes(outputs, run, lambda v: Pulled(pullback(v)[0]))
 
 
-def _tapped(net: Network, taps: Tapped, size: int | None) -> _Passes:
+def _tapped(net: Network, taps: Tapped, size: int | None, index: jax.Array | None = None) -> _Passes:
+    rows = net.split.rows
     if size is None:
-        outputs, pull = taps.forward(net.split.rows)
-        again = lambda: taps.forward(net.split.rows)[1]
-        return _Passes(outputs, lambda p: taps.plain(p, net.split.rows), pull, again)
+        outputs, pull = taps.forward(rows, index)
+        return _Passes(outputs, lambda p: taps.plain(p, rows), pull, lambda: taps.forward(rows)[1])
     micro = parts.Micro(net.function, net.split, size)
-    part = lambda arrays: taps.forward(arrays[:-1])[1](arrays[-1])
-    return _Passes(
-        micro.outputs(net.parameters), micro.outputs, lambda v: micro.visited(part, [*net.split.rows, v])
-    )  # fmt: skip
+
+    def part(arrays: list) -> tuple[Mapping, Mapping | None]:
+        pulled = taps.forward(arrays[:-1])[1](arrays[-1])
+        return pulled.gradient, pulled.norms
+
+    return _Passes(micro.outputs(net.parameters), micro.outputs, lambda v: Pulled(*micro.visited(part, [*rows, v])))
 
 
-def _subset(net: Network, taps: Tapped, microbatch: int | None, seed: Any, size: int) -> Subset:
-    """Samples drawn at random, with a forward pass of their own."""
-    drawn = jax.random.permutation(jax.random.fold_in(_key(seed), DRAWN), net.split.samples)
-    index = jnp.sort(drawn[:size])
-    some = replace(net, split=net.split.some(index, size))
-    passes = _tapped(some, taps, microbatch)
+def _drawn(seed: Any, samples: int, size: int) -> jax.Array:
+    """Samples drawn at random, in the batch's order; the same ones at each call."""
+    return jnp.sort(jax.random.permutation(jax.random.fold_in(_key(seed), DRAWN), samples)[:size])
+
+
+def _subset(net: Network, taps: Tapped, microbatch: int | None, index: jax.Array, pulls: _Pulls) -> Subset:
+    """These samples, with a forward pass of their own where one is asked for."""
+    some = replace(net, split=net.split.some(index, len(index)))
+    of_g = pulls.of_g
+
+    def jvp(u: Mapping) -> jax.Array:
+        return jax.jvp(_tapped(some, taps, microbatch).run, (dict(net.parameters),), (_as(u, net.parameters),))[1]
+
+    def along(u: Mapping) -> jax.Array:
+        return of_g.along if u is of_g.gradient and of_g.along is not None else inner(pulls.g[index], jvp(u))
+
+    known = of_g.along is not None and len(of_g.along) == len(index)
     return Subset(
-        index,
-        lambda v: passes.pull(v)[1] or {},
-        lambda u: jax.jvp(passes.run, (dict(net.parameters),), (_as(u, net.parameters),))[1],
-    )
+        index, lambda v: _tapped(some, taps, microbatch).pull(v).norms or {}, jvp, along if known else None
+    )  # fmt: skip
 
 
 def _tree(net: Network) -> Any:

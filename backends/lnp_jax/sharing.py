@@ -25,9 +25,10 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
     `lnp.decompose` with the same forward and backward pass.
 
     Pure, for use inside `jax.jit`. The gradients have the structure of `parameters` and are those of
-    `jax.value_and_grad`, to rounding. Inside `jax.jit` two samples are compared each time: where a sample's output
-    depends on others, loss and gradients come from a pass of the batch, and the decomposition's numbers are nan.
-    Called outside, the batch is looked at once for each shape, as in `lnp.decompose`.
+    `jax.value_and_grad`, to rounding. Called outside of `jax.jit`, the batch is looked at once for each shape, as in
+    `lnp.decompose`, and what was found holds in whatever is traced from then on. Where nothing was looked at, two
+    samples are compared inside each time, which costs about three samples' passes: where a sample's output depends on
+    others, loss and gradients come from a pass of the batch, and the decomposition's numbers are nan.
 
     Parameters
     ----------

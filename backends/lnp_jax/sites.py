@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lnp import norms
+from lnp_jax import windows
+from lnp_jax.windows import Window
 
 Factors = tuple[jax.Array, ...]
 UNCHANGED = frozenset({"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "sharding_constraint"})
@@ -118,6 +120,12 @@ class Use:
         The same -> (N,) squared norms.
     size:
         Numbers that these need in memory for one sample.
+    gradient:
+        The same -> (squared norms, the weight's gradient), where that costs no more than the gradient alone; or None.
+    back:
+        (weight, cotangent of one sample's output) -> that of its input, where it is written out here; or None.
+    table:
+        Rows of the table that is looked up in.
     frame:
         Which axes of the parameter run along the factors' last axes; uses of one frame can be added. None for uses
         that cannot.
@@ -132,6 +140,9 @@ class Use:
     size: int
     frame: tuple | None = None
     flipped: bool = False
+    gradient: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
+    back: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    table: int = 0
 
 
 def recognised(eqn: Any, position: int, view: View) -> Use | None:
@@ -212,7 +223,7 @@ def _gather(eqn: Any, position: int, view: View) -> Use | None:
 
     length = math.prod(index.shape[:-1])
     frame = (view.space, (view.axes[axis],), tuple(sorted(a for a, _ in offset)))
-    return Use("rows", 1, factors, square_norms, 2 * length**2, frame)
+    return Use("rows", 1, factors, square_norms, 2 * length**2, frame, table=count)
 
 
 def _convolution(eqn: Any, position: int, view: View) -> Use | None:
@@ -221,26 +232,67 @@ def _convolution(eqn: Any, position: int, view: View) -> Use | None:
     if position != 1 or params["batch_group_count"] != 1:
         return None
     how, w, y = params["dimension_numbers"], eqn.invars[1].aval, eqn.outvars[0].aval
-    dilation = (1, *params["rhs_dilation"])
-    window = norms.Window(
-        (1, *(w.shape[axis] for axis in how.rhs_spec[2:])), (1, *params["window_strides"]), dilation,
-        params["feature_group_count"],
-    )  # fmt: skip
-    padding = [(0, 0, 0)] * 3
+    padding = [(0, 0, 0), (0, 0, 0)]
     padding += [(lo, hi, step - 1) for (lo, hi), step in zip(params["padding"], params["lhs_dilation"], strict=True)]
+    padding += [(0, 0, 0)]
+    x_axes, y_axes = ((spec[0], *spec[2:], spec[1]) for spec in (how.lhs_spec, how.out_spec))
+    x = eqn.invars[0].aval
+    groups, sizes = params["feature_group_count"], [x.shape[axis] for axis in x_axes]
+    padded = [lo + hi + size + step * max(size - 1, 0) for (lo, hi, step), size in zip(padding[1:], sizes, strict=True)]
+    window = Window(
+        (1, *(w.shape[axis] for axis in how.rhs_spec[2:])), (1, *params["window_strides"]),
+        (1, *params["rhs_dilation"]), tuple(padded[:-1]), tuple(y.shape[axis] for axis in y_axes[:-1]),
+        w.shape[how.rhs_spec[1]], w.shape[how.rhs_spec[0]] // groups, groups,
+    )  # fmt: skip
 
     def factors(x: jax.Array, d: jax.Array) -> Factors:
-        x = _permuted(x, [how.lhs_spec[1]], [how.lhs_spec[0]], how.lhs_spec[2:])
-        d = _permuted(d, [how.out_spec[1]], [how.out_spec[0]], how.out_spec[2:])
+        x, d = _permuted(x, x_axes), _permuted(d, y_axes)
         return lax.pad(x, jnp.zeros((), x.dtype), padding), d
+
+    def gradient(x: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+        padded, cotangent = factors(x, d)
+        found, kernel = windows.with_gradient(padded, cotangent, window)
+        places = (*how.rhs_spec[2:], how.rhs_spec[1], how.rhs_spec[0])  # of the weight's axes, for each of the kernel's
+        return found, jnp.transpose(kernel[0], [places.index(axis) for axis in range(w.ndim)]).astype(w.dtype)
 
     def square_norms(x: jax.Array, d: jax.Array) -> jax.Array:
         padded, cotangent = factors(x, d)
-        return norms.convolution(jnp, padded, cotangent, window, budget=UNBOUNDED)
+        return windows.square_norms(padded, cotangent, window)
 
-    positions = y.size // y.shape[how.out_spec[1]]
-    direct = 2 * w.size // max(1, math.prod(window.kernel)) + positions * y.shape[how.out_spec[1]]
-    return Use("window", 0, factors, square_norms, direct)
+    return Use(
+        "window", 0, factors, square_norms, 1, gradient=None if window.gram else gradient,
+        back=_back(params, x.shape, y.shape) if groups == 1 else None,
+    )  # fmt: skip
+
+
+def _back(params: dict[str, Any], given: tuple[int, ...], made: tuple[int, ...]) -> Callable:
+    """(weight, cotangent of y) -> cotangent of x of a convolution, with channels last and the kernel's put in order:
+    inside of loops XLA does not do that by itself, and a CPU has fast convolutions for this order only.
+    """
+    how, spatial = params["dimension_numbers"], range(len(given) - 2)
+    padding = []
+    for axis in spatial:
+        (lo, _), stride, dilation = (params[name][axis] for name in ("padding", "window_strides", "lhs_dilation"))
+        size, count = given[how.lhs_spec[axis + 2]], made[how.out_spec[axis + 2]]
+        padding.append((lo, (size - 1) * dilation + 1, (count - 1) * stride + 1))
+
+    def back(w: jax.Array, d: jax.Array) -> jax.Array:
+        kernel = jnp.transpose(lax.rev(w, how.rhs_spec[2:]), (*how.rhs_spec[2:], how.rhs_spec[0], how.rhs_spec[1]))
+        reach = [(w.shape[a] - 1) * step for a, step in zip(how.rhs_spec[2:], params["rhs_dilation"], strict=True)]
+        sides = [(r - lo, size + r - count - (r - lo)) for r, (lo, size, count) in zip(reach, padding, strict=True)]
+        last = jnp.transpose(d, (how.out_spec[0], *how.out_spec[2:], how.out_spec[1]))
+        order = tuple(range(1, last.ndim - 1))
+        axes = lax.ConvDimensionNumbers(
+            (0, last.ndim - 1, *order), (last.ndim - 1, last.ndim - 2, *spatial), (0, last.ndim - 1, *order)
+        )
+        x = lax.conv_general_dilated(
+            last, kernel, params["lhs_dilation"], sides, params["window_strides"], params["rhs_dilation"], axes,
+            precision=params["precision"], preferred_element_type=params["preferred_element_type"],
+        )  # fmt: skip
+        places = (how.lhs_spec[0], *how.lhs_spec[2:], how.lhs_spec[1])
+        return jnp.transpose(x, [places.index(axis) for axis in range(x.ndim)])
+
+    return back
 
 
 UNBOUNDED = 2**62

@@ -11,7 +11,6 @@ For each parameter, where the program uses it decides:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from lnp import norms
-from lnp_jax import parts, sites
+from lnp_jax import joined, parts, sites
 from lnp_jax.interpret import Group, Path, Seen, Site, Value, Walk
 from lnp_jax.sites import View
-from lnp_jax.taps import chunked
+from lnp_jax.taps import inner
 
 COPIED = 2**21
 """Numbers, over all samples, up to which a parameter is copied for each sample."""
@@ -33,6 +32,25 @@ NAMED = 4
 """Parameters that a note names."""
 
 Norms = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What one backward pass has found.
+
+    Attributes
+    ----------
+    gradient:
+        J^T v.
+    norms:
+        {name: (N,) array of ||J_n^T v_n||^2}; None where samples are not taken apart.
+    along:
+        <J_m^T v_m, J^T v> of some samples, shape (M,), or None.
+    """
+
+    gradient: Mapping[str, jax.Array]
+    norms: Norms | None = None
+    along: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +67,20 @@ class Plan:
         {piece, or whole parameter, that is copied for each sample: its shape and type}.
     general:
         {parameter whose samples are pulled back on their own: why}.
+    branched:
+        Whether a norm tap is inside of a branch.
     """
 
     lone: tuple[Group, ...] = ()
     joined: Mapping[Group, tuple[Site, ...]] = field(default_factory=dict)
     copies: Mapping[Group, Any] = field(default_factory=dict)
     general: Mapping[str, str] = field(default_factory=dict)
+    branched: bool = False
+
+    @property
+    def inner(self) -> bool:
+        """Whether taps tell the inner products of the samples' gradients with their sum."""
+        return not (self.general or self.branched)
 
 
 @dataclass(frozen=True)
@@ -77,19 +103,21 @@ class Tapped:
     program: Any
     plan: Plan
 
-    def forward(self, rows: list) -> tuple[jax.Array, Callable[[jax.Array], tuple[Mapping, Norms]]]:
-        """(outputs (N, K), v -> (J^T v, {name: (N,) array of ||J_n^T v_n||^2}))."""
+    def forward(self, rows: list, index: jax.Array | None = None) -> tuple[jax.Array, Callable[[jax.Array], Pulled]]:
+        """(outputs (N, K), what pulls cotangents back), with inner products for the samples of the index."""
         samples = rows[0].shape[0]
-        of_all = jax.jit(jax.vmap(self._one, (None, 0, 0)))  # for eager callers: one program, not one per operation
+        index = index if self.plan.inner else None
+        over = {"z": 0, "outputs": 0, "copies": 0, "along": None}
+        of_all = jax.jit(jax.vmap(self._one, (None, over, None, 0)))  # for eager callers: one program
         read = jax.jit(lambda taps, kept: self._norms(taps, kept, samples))
-        outputs, pullback, kept = jax.vjp(
-            lambda p, taps: of_all(p, taps, rows), dict(self.parameters), self._taps(samples), has_aux=True
-        )
+        with_taps = lambda p, taps: of_all(p, taps, index, rows)
+        outputs, pullback, kept = jax.vjp(with_taps, dict(self.parameters), self._taps(samples, index), has_aux=True)
 
-        def pull(v: jax.Array) -> tuple[Mapping, Norms]:
+        def pull(v: jax.Array) -> Pulled:
             gradient, taps = pullback(v.astype(outputs.dtype))
             found = read(taps, kept) | self._on_their_own(rows, v)
-            return gradient, {name: found[name] for name in self.parameters}
+            along = None if index is None else self._inner(taps, kept, index)
+            return Pulled(gradient, {name: found[name] for name in self.parameters}, along)
 
         return outputs, pull
 
@@ -97,9 +125,10 @@ class Tapped:
         """Outputs (N, K), without taps."""
         return jax.vmap(parts.single(self.function, self.split), (None, 0))(parameters, rows)
 
-    def _one(self, parameters: Mapping, taps: dict, rows: list) -> tuple[jax.Array, dict]:
+    def _one(self, parameters: Mapping, taps: dict, index: Any, rows: list) -> tuple[jax.Array, dict]:
         """(outputs of one sample (K,), what stood beside the weights at output taps)."""
-        walk = Walk(taps["z"], taps["outputs"], taps["copies"])
+        along = None if index is None else (taps["along"], index)
+        walk = Walk(taps["z"], taps["outputs"], taps["copies"], along)
         followed = {name for name, _ in (*self.plan.lone, *self.plan.joined)}
         followed |= {name for name, piece in self.plan.copies if piece}
         given = []
@@ -112,14 +141,15 @@ class Tapped:
         (out,), kept = walk.run(self.program, [*given, *(Value(row, None, True) for row in rows)])
         return out.array, kept
 
-    def _taps(self, samples: int) -> dict[str, dict]:
-        """Zeros, for each sample."""
+    def _taps(self, samples: int, index: jax.Array | None) -> dict[str, Any]:
+        """Zeros, for each sample, and for each of the index."""
         dtype = jnp.result_type(jnp.float32, *(p.dtype for p in self.parameters.values()))
         sites = [site for found in self.plan.joined.values() for site in found]
         return {
             "z": {group: jnp.zeros(samples, dtype) for group in self.plan.lone},
             "outputs": {s.path: jnp.zeros((samples, *s.scans, *s.y.shape), s.y.dtype) for s in sites},
             "copies": {group: jnp.zeros((samples, *p.shape), p.dtype) for group, p in self.plan.copies.items()},
+            "along": jnp.zeros(0 if index is None else len(index), dtype),
         }
 
     def _norms(self, taps: dict, kept: Mapping[Path, Any], samples: int) -> Norms:
@@ -129,8 +159,17 @@ class Tapped:
         for (name, _), gradients in taps["copies"].items():
             found[name].append(norms.explicit(jnp, gradients))
         for (name, _), uses in self.plan.joined.items():
-            found[name].append(_joined(uses, kept, taps["outputs"]))
+            found[name].append(joined.square_norms(uses, kept, taps["outputs"]))
         return {name: sum(values, start=jnp.zeros(samples)) for name, values in found.items()}
+
+    def _inner(self, taps: dict, kept: Mapping[Path, Any], index: jax.Array) -> jax.Array:
+        """<J_m^T v_m, J^T v> of the samples of the index."""
+        total = taps["along"]
+        for gradients in taps["copies"].values():
+            total = total + inner(gradients[index], jnp.sum(gradients, axis=0)[None])
+        for uses in self.plan.joined.values():
+            total = total + joined.inner_products(uses, kept, taps["outputs"], index)
+        return total
 
     def _on_their_own(self, rows: list, v: jax.Array) -> Norms:
         if not self.plan.general:
@@ -184,7 +223,7 @@ def _decided(seen: Seen, shapes: Mapping[str, Any], samples: int, excluded: froz
     for site in seen.sites.values():
         uses.setdefault(site.view.group, []).append(site)
     lone: list[Group] = []
-    joined: dict[Group, tuple[Site, ...]] = {}
+    together: dict[Group, tuple[Site, ...]] = {}
     copies: dict[Group, Any] = {}
     general = dict.fromkeys(excluded, "its taps differ from single samples")
     for name, shape in shapes.items():
@@ -194,31 +233,31 @@ def _decided(seen: Seen, shapes: Mapping[str, Any], samples: int, excluded: froz
             continue
         if own is not None:
             lone += own.lone
-            joined |= own.joined
+            together |= own.joined
             copies |= own.copies
         elif _small(shape, samples):
             copies[name, ()] = shape
         else:
             general[name] = next((seen.general[g] for g in groups if g in seen.general), "used in several ways")
-    return Plan(tuple(lone), joined, copies, general)
+    return Plan(tuple(lone), together, copies, general, any(site.lone for group in lone for site in uses[group]))
 
 
 def _groups(groups: list[Group], uses: dict[Group, list[Site]], seen: Seen, samples: int) -> Plan | None:
     """The taps of one parameter's pieces, or None if one cannot be tapped."""
     lone: list[Group] = []
-    joined: dict[Group, tuple[Site, ...]] = {}
+    together: dict[Group, tuple[Site, ...]] = {}
     copies: dict[Group, Any] = {}
     for group in groups:
         found = uses.get(group, [])
         if group not in seen.general and _alone(found):
             lone.append(group)
         elif group not in seen.general and _add(found):
-            joined[group] = tuple(found)
+            together[group] = tuple(found)
         elif group in seen.pieces and _small(seen.pieces[group], samples):
             copies[group] = seen.pieces[group]
         else:
             return None
-    return Plan(tuple(lone), joined, copies)
+    return Plan(tuple(lone), together, copies)
 
 
 def _small(shape: Any, samples: int) -> bool:
@@ -236,51 +275,7 @@ def _add(uses: list[Site]) -> bool:
     return all(
         site.use.frame is not None
         and site.use.frame == first.use.frame
-        and _lengths(site, True) == _lengths(first, True)
+        and joined.lengths(site, True) == joined.lengths(first, True)
         and not site.lone
         for site in uses
     )
-
-
-def _lengths(site: Site, scanned: bool) -> tuple[int, ...]:
-    """Of the scans that run over the parameter, or of those that do not."""
-    return tuple(length for depth, length in enumerate(site.scans) if (depth in site.view.scanned) == scanned)
-
-
-def _joined(uses: tuple[Site, ...], kept: Mapping[Path, Any], cotangents: Mapping[Path, Any]) -> jax.Array:
-    """(N,) squared norms of sums over several places or steps."""
-    if len(uses) == 1 and not uses[0].scans:
-        return chunked(uses[0].use, kept[uses[0].path], cotangents[uses[0].path])
-    outer, rows = [], []
-    for site in uses:
-        factors = _factors(site, kept[site.path], cotangents[site.path])
-        if site.use.kind == "rows":
-            rows.append(factors)
-        else:
-            outer.append(factors[::-1] if site.use.flipped else factors)
-    samples = cotangents[uses[0].path].shape[0]
-    total = jnp.zeros(())
-    if outer:
-        left, right = (jnp.concatenate(same, axis=1) for same in zip(*outer, strict=True))
-        total = total + norms.outer(jnp, left, right)
-    if rows:
-        index, values = (jnp.concatenate(same, axis=1) for same in zip(*rows, strict=True))
-        total = total + norms.rows(jnp, index, values)
-    if outer and rows:
-        total = total + 2 * norms.rows_and_outer(jnp, index, values, left, right)
-    return jnp.sum(total.reshape(samples, -1), axis=1)
-
-
-def _factors(site: Site, beside: jax.Array, d: jax.Array) -> tuple[jax.Array, ...]:
-    """Factors (samples x steps over the parameter, steps that add x positions, ...)."""
-    samples, levels = d.shape[0], len(site.scans)
-    over = [depth + 1 for depth in range(levels) if depth in site.view.scanned]
-    again = [depth + 1 for depth in range(levels) if depth not in site.view.scanned]
-    count, repeats = (math.prod(_lengths(site, scanned)) for scanned in (True, False))
-
-    def flat(array: jax.Array) -> jax.Array:
-        moved = jnp.transpose(array, (0, *over, *again, *range(levels + 1, array.ndim)))
-        return moved.reshape(samples * count * repeats, *array.shape[levels + 1 :])
-
-    made = site.use.factors(flat(beside), flat(d))
-    return tuple(part.reshape(samples * count, repeats * part.shape[1], *part.shape[2:]) for part in made)

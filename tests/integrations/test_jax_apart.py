@@ -12,6 +12,7 @@ import pytest
 import lnp
 import lnp_jax
 from integrations.jax_reference import agrees, cross_entropy, dense
+from lnp import population
 from lnp.backends import Options
 from lnp_jax import judge, parts, sites, tapped
 
@@ -37,16 +38,29 @@ def probed(lin):
     return signs, dict(lin.sample_square_norms(signs)), lin.vjp(signs)
 
 
-def alone(apply, parameters, x, v):
-    """Squared norms by one gradient for each sample, and the sum of those gradients."""
+def along(lin):
+    """(loss gradient, three samples, inner products of their gradients with the sum of all) as the taps tell them."""
+    chosen = lin.subset(population.jackknife_size(lin.outputs.shape[0]))
+    return lin.loss_gradient, chosen.index, chosen.along and chosen.along(lin.vjp(lin.loss_gradient))
+
+
+def both(lin):
+    return probed(lin), along(lin)
+
+
+def alone(apply, parameters, x, v, g):
+    """Squared norms by one gradient for each sample, and the sum of those gradients; for the loss gradient, inner
+    products with the sum.
+    """
 
     def gradient(row, v):
         return jax.vjp(lambda p: apply(p, row[None])[0].reshape(-1), parameters)[1](v)[0]
 
-    each = jax.vmap(gradient)(x, v)
+    each, descent = jax.vmap(gradient)(x, v), jax.vmap(gradient)(x, g)
     return (
-        {name: jnp.sum(g.reshape(len(x), -1) ** 2, axis=1) for name, g in each.items()},
-        {name: jnp.sum(g, axis=0) for name, g in each.items()},
+        {name: jnp.sum(u.reshape(len(x), -1) ** 2, axis=1) for name, u in each.items()},
+        {name: jnp.sum(u, axis=0) for name, u in each.items()},
+        sum(jnp.sum((u * jnp.sum(u, axis=0)).reshape(len(x), -1), axis=1) for u in descent.values()),
     )
 
 
@@ -206,9 +220,16 @@ def test_uses_of_parameters(name, rows, monkeypatch):
     x = jnp.asarray(x)
     monkeypatch.setattr(tapped, "ROW", rows)
     monkeypatch.setattr(tapped, "COPIED", 0)
+    monkeypatch.setattr(population, "LEAST", 3)
     parameters = made(shapes)
-    v, norms, vector = lnp_jax.evaluate(partial(probed), (apply, parameters), ((x, x),), Options(loss))
-    expected, total = jax.jit(partial(alone, apply))(parameters, x, v)
+    found, (g, index, inner) = lnp_jax.evaluate(partial(both), (apply, parameters), ((x, x),), Options(loss))
+    v, norms, vector = found
+    expected, total, products = jax.jit(partial(alone, apply))(parameters, x, v, g)
+    if rows and name != "branches":
+        np.testing.assert_allclose(inner, products[index], 1e-10)
+        assert len(index) == 3
+    else:  # left to a Jacobian-vector product
+        assert inner is None
     for name in parameters:
         np.testing.assert_allclose(norms[name], expected[name], 1e-10, err_msg=name)
         np.testing.assert_allclose(vector[name], total[name], 1e-10, 1e-12, err_msg=name)
@@ -267,10 +288,40 @@ def test_samples_that_interact(name):
     agrees(d, dense(lambda p: apply(p, x), parameters, squared, y.size))
     assert any("interact" in note for note in d.notes), d.notes
     assert d.probes == y.size
+    judge._VERDICTS.clear()
     inside = jax.jit(lambda p: lnp.decompose((apply, p), (x, y), estimator="exact"))(parameters)
     joint = any("interact" in note for note in inside.notes)  # known where one sample alone cannot even be run
     assert joint == (name == "flattened rows")
     assert np.isnan(inside.chi_net) != joint
+
+
+def per_sample_table(p, x):
+    return x * p["t"]
+
+
+def test_parameters_of_the_batchs_length():
+    """Two samples alone cannot even be run; one can, and has six outputs then."""
+    parameters, x, y = {"t": normal(6, 4)}, normal(6, 4), normal(6, 4, seed=9)
+    d = lnp.decompose((per_sample_table, parameters), (x, y), estimator="exact")
+    squared = lambda outputs: jnp.mean((outputs - y) ** 2)
+    agrees(d, dense(lambda p: per_sample_table(p, x), parameters, squared, y.size))
+    assert any("interact" in note for note in d.notes)
+    judge._VERDICTS.clear()
+    inside = jax.jit(lambda p: lnp.decompose((per_sample_table, p), (x, y), estimator="exact"))(parameters)
+    agrees(jax.device_get(inside), dense(lambda p: per_sample_table(p, x), parameters, squared, y.size))
+
+
+def test_rounding_of_narrow_types_inside_is_no_interaction():
+    """Parameters and outputs in float32, what lies between in bfloat16."""
+    with jax.enable_x64(False):
+        narrow = lambda p, x: jnp.tanh(x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32)
+        parameters, x = {"w": normal(4, 4)}, normal(6, 4)
+        parameters, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (parameters, x))
+        d = lnp.decompose((narrow, parameters), (x, x), estimator="exact")
+        squared = lambda outputs: jnp.mean((outputs - x) ** 2)
+        expected = dense(lambda p: narrow(p, x), parameters, squared, x.size)
+        assert not any("interact" in note for note in d.notes)
+        assert d.chi_net == pytest.approx(expected["chi_net"], rel=2e-2)  # bfloat16 has 8 bits
 
 
 def test_coupling_behind_two_closed_gates():
@@ -330,6 +381,7 @@ def test_wrong_taps_are_noticed(monkeypatch):
     assert d.chi_net == pytest.approx(expected.chi_net, rel=1e-10)
     assert ["w (its taps differ" in note for note in d.notes] == [True, False]
     assert d.population is None  # as single samples are not cheap
+    judge._VERDICTS.clear()
     assert np.isnan(jax.jit(lambda p: lnp.decompose((apply, p), (X, Y)))(made(PLAIN)).chi_net)
     judge._VERDICTS.clear()
     judge._differences.clear_cache()
