@@ -10,6 +10,7 @@ does by default, so that the frameworks' tables are of the same networks.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -39,30 +40,34 @@ SKIPPED = (
 
 
 def mlp(samples: int = 128, width: int = 512, outputs: int = 10) -> tuple[keras.Model, tuple]:
+    """784 - width - width - outputs, ReLU."""
     hidden = [layers.Dense(width, "relu") for _ in range(2)]
     model = keras.Sequential([keras.Input((784,)), *hidden, layers.Dense(outputs)])
-    return drawn(model), (normal(samples, 784), labels(outputs, samples))
+    return drawn(model), (normal(samples, 784), tf.range(samples) % outputs)
 
 
-def cnn(samples: int = 64) -> tuple[keras.Model, tuple]:
+def cnn(samples: int = 64, width: int = 32, outputs: int = 10) -> tuple[keras.Model, tuple]:
+    """Three 3x3 convolutions with width, 2 width and 4 width channels on 32x32 images, each pooled by two."""
     body = []
-    for channels in (32, 64, 128):
+    for channels in (width, 2 * width, 4 * width):
         body += [layers.Conv2D(channels, 3, padding="same", activation="relu"), layers.MaxPooling2D()]
-    model = keras.Sequential([keras.Input((32, 32, 3)), *body[:-1], layers.GlobalAveragePooling2D(), layers.Dense(10)])
-    return drawn(model), (normal(samples, 32, 32, 3), labels(10, samples))
+    model = keras.Sequential([keras.Input((32, 32, 3)), *body, layers.Flatten(), layers.Dense(outputs)])
+    return drawn(model), (normal(samples, 32, 32, 3), tf.range(samples) % outputs)
 
 
 def lm(samples: int = 16, length: int = 64, words: int = 2000, width: int = 256, depth: int = 4) -> tuple:
-    """A causal transformer."""
+    """A causal transformer with pre-normalisation, four heads, and a head of its own."""
     ids = keras.Input((length,), dtype="int32")
     x = layers.Embedding(words, width)(ids) + layers.Embedding(length, width)(keras.ops.arange(length))
+    dense = functools.partial(layers.Dense, use_bias=False)
     for _ in range(depth):
         h = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(4, width // 4)(h, h, use_causal_mask=True)
+        x = x + layers.MultiHeadAttention(4, width // 4, use_bias=False)(h, h, use_causal_mask=True)
         h = layers.LayerNormalization()(x)
-        x = x + layers.Dense(width)(layers.Dense(4 * width, "gelu")(h))
-    model = keras.Model(ids, layers.Dense(words)(layers.LayerNormalization()(x)))
-    return drawn(model), (labels(words, samples, length), labels(words, samples, length))
+        x = x + dense(width)(dense(4 * width, "gelu")(h))
+    model = keras.Model(ids, dense(words)(layers.LayerNormalization()(x)))
+    tokens = np.random.default_rng(2).integers(0, words, (samples, length + 1)).astype("int32")
+    return drawn(model), (tf.constant(tokens[:, :-1]), tf.constant(tokens[:, 1:]))
 
 
 MODELS = {
@@ -80,13 +85,17 @@ GROWTH = {
 
 
 def drawn(model: keras.Model) -> keras.Model:
-    """Compiled, with weights uniform in +-1/sqrt(fan in), embeddings standard normal."""
-    rng = np.random.default_rng(0)
+    """Compiled, with weights and biases drawn as PyTorch does: uniform in +-1/sqrt(fan in), embeddings normal."""
+    rng, bound = np.random.default_rng(0), 1.0
     for variable in model.trainable_variables:
         if "embeddings" in variable.path:
-            variable.assign(rng.standard_normal(variable.shape))
+            positions = variable.shape[0] == model.input_shape[1]
+            variable.assign((0.3 if positions else 1.0) * rng.standard_normal(variable.shape))
         elif "kernel" in variable.path:
-            bound = np.prod(variable.shape[:-1]) ** -0.5
+            made = 2 if len(variable.shape) == 3 and "output" not in variable.path else 1  # axes of an attention's
+            bound = np.prod(variable.shape[:-made]) ** -0.5
+            variable.assign(rng.uniform(-bound, bound, variable.shape))
+        elif "bias" in variable.path:  # of the kernel before it
             variable.assign(rng.uniform(-bound, bound, variable.shape))
     model.compile("sgd", CROSS_ENTROPY)
     return model
@@ -94,10 +103,6 @@ def drawn(model: keras.Model) -> keras.Model:
 
 def normal(*shape: int) -> tf.Tensor:
     return tf.constant(np.random.default_rng(1).standard_normal(shape), tf.float32)
-
-
-def labels(high: int, *shape: int) -> tf.Tensor:
-    return tf.constant(np.random.default_rng(2).integers(0, high, shape), tf.int32)
 
 
 def step_of(model: keras.Model, batch: tuple) -> Callable[[], Any]:
