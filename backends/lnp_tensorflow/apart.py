@@ -18,7 +18,7 @@ from lnp_tensorflow import namespace
 from lnp_tensorflow.forward import Forward
 from lnp_tensorflow.outputs import flatten
 from lnp_tensorflow.samples import Groups, difference, has_samples, square_norm
-from lnp_tensorflow.taps import Norms, Tapped, recorded
+from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 
 CHECKED = 8
 """Samples that are compared, spread over the batch."""
@@ -97,7 +97,8 @@ def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tap
     signs *= tf.cast(tf.linspace(0.5, 1.5, few), whole.dtype)[:, None]
     v = tf.scatter_nd(tf.constant(index)[:, None], signs, whole.shape)
     gradient, cotangents = batch.pulled(v)
-    found, unread = batch.read(cotangents)
+    uses, unread = batch.uses(cotangents)
+    found = batch.square_norms(uses)
     singles = Groups(run, cut(inputs, index, batch.samples), (few, whole.shape[1]), whole.dtype)
     flat, grads, expected = singles.seen(signs)
     coupling = difference(flat, grads, tf.gather(whole, index), gradient)
@@ -164,8 +165,13 @@ class Apart:
         """One sample at a time."""
         return Groups(self.run, self.inputs, self.shape, self.dtype)
 
-    def square_norms(self, v: tf.Tensor, cotangents: list | None = None) -> Norms:
-        """{parameter: (N,) array of ||J_n^T v_n||^2}; v may have been pulled back to the batch's taps already."""
+    def uses(self, batch: Tapped, cotangents: list) -> Uses:
+        """What taps say, where they are right."""
+        other = () if batch.expanded == self.expanded else (*batch.expanded, *self.expanded)
+        return batch.uses(cotangents, {*self.general, *other})[0]
+
+    def square_norms(self, v: tf.Tensor, uses: Uses | None = None) -> Norms:
+        """{parameter: (N,) array of ||J_n^T v_n||^2}; the batch's taps may have been asked already."""
         if self.microbatch is not None and self.microbatch < self.shape[0]:
             alone = replace(self, batch=None, microbatch=None)
             part = lambda inputs, v: replace(alone, inputs=inputs, shape=tuple(v.shape)).square_norms(v)
@@ -174,18 +180,15 @@ class Apart:
         known: Norms = {}
         if not set(names) <= set(self.general):
             batch = self.batch or recorded(self.run, self.inputs)
-            other = () if batch.expanded == self.expanded else (*batch.expanded, *self.expanded)
-            known = _read(batch, v, {*self.general, *other}, cotangents)
+            known = self._read(batch, v) if uses is None else batch.square_norms(uses)
         missing = tuple(name for name in names if name not in known)
         general = replace(self.singles, wanted=missing).square_norms(v) if missing else {}
         return {name: known[name] if name in known else general[name] for name in names}
 
-
-def _read(batch: Tapped, v: tf.Tensor, general: Iterable[str], cotangents: list | None = None) -> Norms:
-    if batch.samples == 1:
-        return {n: square_norm(g)[None] for n, g in batch.pulled(v)[0].items() if n not in general}
-    cotangents = batch.pulled(v, gradient=False)[1] if cotangents is None else cotangents
-    return batch.read(cotangents, general)[0]
+    def _read(self, batch: Tapped, v: tf.Tensor) -> Norms:
+        if batch.samples == 1:
+            return {n: square_norm(g)[None] for n, g in batch.pulled(v)[0].items() if n not in self.general}
+        return batch.square_norms(self.uses(batch, batch.pulled(v, gradient=False)[1]))
 
 
 def general_note(general: Iterable[tuple[str, str]]) -> tuple[str, ...]:

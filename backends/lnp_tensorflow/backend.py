@@ -33,8 +33,8 @@ def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **o
     """`lnp.decompose(model, batch, ...)`, with `jit_compile=True` compiled by XLA.
 
     Compiling takes seconds and pays where the same measurement is made many times. XLA computes the second derivative
-    of max-pooling wrongly in float32, which population values need: there are none by default, and `population=True`
-    is refused.
+    of max-pooling wrongly in float32: population values are made only where they do not need it, that is where no
+    parameter takes the general way, and `lnp.spectrum` not at all.
 
     >>> import tensorflow as tf
     >>> function = lambda w, x: x @ w
@@ -42,11 +42,6 @@ def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **o
     >>> d.chi_pos
     0.5
     """
-    if jit_compile and options.get("population"):
-        raise ValueError(
-            "population=True and jit_compile=True were given. Expected one of them: population values need a "
-            "Jacobian-vector product, which XLA computes wrongly through max-pooling."
-        )
     with _jit(jit_compile):
         return lnp.decompose(model, batch, *args, **options)
 

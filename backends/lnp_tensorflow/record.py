@@ -13,21 +13,20 @@ from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, Subset, while_loop
 from lnp.losses import separable
-from lnp.trace import pilot_size
 from lnp_tensorflow import losses, namespace
 from lnp_tensorflow.apart import Apart, Verdict, compare, cut, general_note
 from lnp_tensorflow.forward import Forward, draws_since, in_xla, moved, operations
 from lnp_tensorflow.outputs import flatten, rebuild, split, wide
 from lnp_tensorflow.samples import Groups
-from lnp_tensorflow.taps import Norms, Tapped, recorded
+from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 
 COUPLED = (
     "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
     "dropout and batch normalisation in training mode do that too): they are not taken apart"
 )
+XLA = "no Jacobian-vector products under XLA, which computes the second derivative of max-pooling wrongly"
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
-XLA = "no Jacobian-vector products under XLA, which computes the second derivative of max-pooling wrongly"
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,7 @@ def record(
     first = batch if groups is None else None
     apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, batch=first, microbatch=options.microbatch)
     taken = _taken_apart(apart, pulls, options, verdict)
-    xla, known = in_xla(), separable(options.loss)
-    population = not (xla or tf.executing_eagerly()) and (
-        options.population or (options.population is None and taken.cheap and known)
-    )
+    xla = in_xla()
     return Linearization(
         xp=namespace,
         outputs=flat,
@@ -75,19 +71,19 @@ def record(
         signs=lambda index: _signs(seed, index, flat),
         jvp=None if xla else lambda u: _jvp(batch, u),
         sample_square_norms=taken.square_norms,
-        subset=_subsets(taken, seed, not xla, population),
+        subset=_subsets(taken, pulls, seed, xla),
         cheap=taken.cheap,
         coupled=taken.coupled,
         group_square_norms=None if groups is None else groups.square_norms,
         groups=1 if groups is None else groups.count,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
-        separable=known,
+        separable=separable(options.loss),
         violations=loss.violations,
         notes=(
             *((COUPLED,) if coupled else ()),
             *loss.notes,
             *taken.notes,
-            *((XLA,) if xla and options.population is not False else ()),
+            *((XLA,) if xla and options.population is not False and not pulls.all_said(taken.apart) else ()),
         ),
         while_loop=_while_loop,
     )
@@ -97,22 +93,42 @@ class _Pulls:
     """Pull-backs; that of the loss gradient is traced once, for the gradient and for single samples."""
 
     def __init__(self, batch: Tapped, groups: Groups | None, g: tf.Tensor) -> None:
-        self._batch, self._groups, self._g = batch, groups, g
-        self.cotangents: list | None = None
+        self._batch, self._groups, self.g = batch, groups, g
+        self._cotangents: list | None = None
+        self._said: dict[tuple[str, ...], Uses] = {}
         if groups is None and not tf.executing_eagerly():
-            gradient, self.cotangents = batch.pulled(g)
+            gradient, self._cotangents = batch.pulled(g)
             self._gradient = [tf.convert_to_tensor(part) for part in gradient.values()]
 
     def vjp(self, v: tf.Tensor) -> list[tf.Tensor]:
         """J^T v."""
-        if v is self._g and self.cotangents is not None:
+        if v is self.g and self._cotangents is not None:
             return self._gradient
         pulled = self._batch.pulled(v)[0] if self._groups is None else self._groups.vjp(v)
         return [tf.convert_to_tensor(part) for part in pulled.values()]
 
     def square_norms(self, apart: Apart, v: tf.Tensor) -> Norms:
         """Of single samples' gradients."""
-        return apart.square_norms(v, self.cotangents if v is self._g else None)
+        return apart.square_norms(v, self.uses(apart) if v is self.g else None)
+
+    def along(self, apart: Apart, index: tf.Tensor) -> Callable[[list[tf.Tensor]], tf.Tensor] | None:
+        """u -> <J_m^T g_m, u>, where taps say it of every parameter."""
+        if not self.all_said(apart):
+            return None
+        uses, names = self.uses(apart), list(apart.run.sources)
+        return lambda u: self._batch.along(uses, dict(zip(names, u, strict=True)), index)
+
+    def all_said(self, apart: Apart) -> bool:
+        """Whether taps tell of every parameter."""
+        return set(self.uses(apart) or ()) == set(apart.run.sources)
+
+    def uses(self, apart: Apart) -> Uses | None:
+        """What the taps have said of the loss gradient's samples; first to be asked outside of branches."""
+        if self._cotangents is None or self._batch.samples == 1:
+            return None
+        if apart.general not in self._said:
+            self._said[apart.general] = apart.uses(self._batch, self._cotangents)
+        return self._said[apart.general]
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,7 @@ class _Taken:
 
     apart: Apart
     square_norms: Callable | None = None
+    wrong: tf.Tensor | None = None
     cheap: bool = False
     coupled: tf.Tensor | None = None
     notes: tuple[str, ...] = ()
@@ -137,45 +154,53 @@ def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict
     if verdict is not None:
         made = replace(apart, general=tuple(name for name, _ in verdict.general), expanded=verdict.expanded)
         square_norms = lambda v: pulls.square_norms(made, v)
-        return _Taken(made, square_norms, not verdict.general, None, general_note(verdict.general))
+        return _Taken(made, square_norms, None, not verdict.general, None, general_note(verdict.general))
     seen = compare(apart.run, apart.inputs, apart.microbatch, apart.batch)
     made = replace(apart, general=tuple(seen.unread), expanded=seen.expanded)
-    wrong = [missed > 2 * seen.tolerance for missed in seen.missed.values()]
+    missed = [missed > 2 * seen.tolerance for missed in seen.missed.values()]
+    wrong, _ = tf.reduce_any(missed) if missed else None, pulls.uses(made)
     general = replace(apart, general=tuple(apart.run.sources))
 
     def checked(v: tf.Tensor) -> Norms:
         """Taps where they are right: which is known only when the graph runs."""
-        if not wrong:
+        if wrong is None:
             return pulls.square_norms(made, v)
         either = (lambda: list(general.square_norms(v).values())), (lambda: list(pulls.square_norms(made, v).values()))
-        return dict(zip(apart.run.sources, tf.cond(tf.reduce_any(wrong), *either), strict=True))
+        return dict(zip(apart.run.sources, tf.cond(wrong, *either), strict=True))
 
     coupled = seen.coupling > seen.tolerance
     notes = general_note(seen.unread.items())
-    return _Taken(made, checked, not seen.unread, coupled, notes)
+    return _Taken(made, checked, wrong, not seen.unread, coupled, notes)
 
 
-def _subsets(taken: _Taken, seed: Any, jvp: bool, population: bool) -> Callable[[int], Subset] | None:
-    """M -> M samples. For the population's values some will certainly be asked for: they run at once, outside of the
-    loop that may ask for them too.
-    """
+def _subsets(taken: _Taken, pulls: _Pulls, seed: Any, xla: bool) -> Callable[[int], Subset] | None:
+    """M -> M samples drawn at random, with a forward pass of their own where one is needed."""
     if taken.square_norms is None:
         return None
-    size = pilot_size(taken.apart.shape[0])
-    ahead = {size: _subset(taken.apart, seed, size, jvp, True)} if population and size < taken.apart.shape[0] else {}
-    return lambda size: ahead[size] if size in ahead else _subset(taken.apart, seed, size, jvp, False)
+    apart, samples = taken.apart, taken.apart.shape[0]
+
+    def subset(size: int) -> Subset:
+        order = tf.random.stateless_uniform((samples,), tf.stack([tf.cast(seed, tf.int64), tf.cast(samples, tf.int64)]))
+        index = tf.sort(tf.argsort(order)[:size])
+        inputs = cut(apart.inputs, index, samples)
+        some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=None)
+        jvp = None if xla else lambda u: _jvp(recorded(apart.run, inputs), u)
+        return Subset(index, some.square_norms, jvp, _along(taken, pulls, index, jvp))
+
+    return subset
 
 
-def _subset(apart: Apart, seed: Any, size: int, jvp: bool, now: bool) -> Subset:
-    """Samples drawn at random, with a forward pass of their own."""
-    samples = apart.shape[0]
-    order = tf.random.stateless_uniform((samples,), tf.stack([tf.cast(seed, tf.int64), tf.cast(samples, tf.int64)]))
-    index = tf.sort(tf.argsort(order)[:size])
-    inputs = cut(apart.inputs, index, samples)
-    batch = recorded(apart.run, inputs) if now else None
-    some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=batch)
-    along = lambda u: _jvp(batch or recorded(apart.run, inputs), u)
-    return Subset(index, some.square_norms, along if jvp else None)
+def _along(taken: _Taken, pulls: _Pulls, index: tf.Tensor, jvp: Callable | None) -> Callable | None:
+    """u -> <J_m^T g_m, u> from taps, and where they are wrong from J u or not at all."""
+    along = pulls.along(taken.apart, index)
+    if along is None or taken.wrong is None:
+        return along
+
+    def slow(u: list[tf.Tensor]) -> tf.Tensor:
+        g = tf.gather(pulls.g, index)
+        return tf.fill(index.shape, tf.constant(math.nan, g.dtype)) if jvp is None else tf.reduce_sum(g * jvp(u), 1)
+
+    return lambda u: tf.cond(taken.wrong, lambda: slow(u), lambda: along(u))
 
 
 def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: Options) -> _Loss:

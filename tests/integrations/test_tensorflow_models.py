@@ -303,8 +303,7 @@ def test_xla(kind):
     plain, fast = lnp.decompose(model, batch), lnp_tensorflow.decompose(model, batch, jit_compile=True)
     for name in ("loss", "rate", "chi_loss", "chi_net", "chi_pos"):
         assert getattr(fast, name) == pytest.approx(getattr(plain, name), rel=1e-5)
-    with pytest.raises(ValueError, match="population"):
-        lnp_tensorflow.decompose(model, batch, jit_compile=True, population=True)
+    assert fast.population.chi_pos_stderr == pytest.approx(plain.population.chi_pos_stderr, rel=1e-4)
 
 
 def test_saved_model(tmp_path):

@@ -26,11 +26,15 @@ GENERAL = {
 
 
 class Norms:
-    """A computation that returns squared norms of single samples."""
+    """A computation that returns squared norms of single samples, and their inner products with a vector."""
 
     def __call__(self, lin):
-        v = lin.signs(3)
-        return {"norms": lin.sample_square_norms(v), "v": v, "cheap": lin.cheap, "notes": lin.notes}
+        v, g = lin.signs(3), lin.loss_gradient
+        some, u = lin.subset(max(v.shape[0] - 1, 1)), lin.vjp(lin.signs(4))
+        along = {} if some.along is None else {"along": some.along(u)}
+        if lin.jvp is not None:
+            along["expected"] = tf.gather(tf.reduce_sum(g * lin.jvp(u), 1), some.index)
+        return {"norms": lin.sample_square_norms(v), "v": v, "cheap": lin.cheap, "notes": lin.notes, **along}
 
 
 NORMS = Norms()
@@ -63,6 +67,9 @@ def same(found, model, x, dtype):
     norms = np.stack([found["norms"][f"p.{name}"].numpy() for name in names], 1)
     floor = 1e-3 * expected.sum(1, keepdims=True)
     assert np.all(np.abs(norms - expected) <= TOLERANCE[dtype] * (expected + floor))
+    if "along" in found and "expected" in found:
+        along, expected = found["along"].numpy(), found["expected"].numpy()
+        assert np.allclose(along, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
 
 
 def wrapped(name, dtype):
@@ -76,14 +83,16 @@ def test_norms_are_those_of_single_samples(name, dtype):
     model, x = wrapped(name, dtype)
     found = measured(model, x)
     same(found, model, x, dtype)
-    assert found["cheap"] == (name not in GENERAL), found["notes"]
+    assert found["cheap"] == ("along" in found) == (name not in GENERAL), found["notes"]
     assert any("slower" in note for note in found["notes"]) == (name in GENERAL)
 
 
 @pytest.mark.parametrize("name", ["conv2d, strided", "tied head", "causal attention"])
 def test_under_xla(name):
     model, x = wrapped(name, "float32")
-    same(measured(model, x, jit=True), model, x, "float32")
+    found, plain = measured(model, x, jit=True), measured(model, x)
+    same(found, model, x, "float32")
+    assert np.allclose(found["along"], plain["along"], rtol=0, atol=1e-5 * np.abs(plain["along"]).max())
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 3])
@@ -107,7 +116,8 @@ def folded(p, x):
 
 def cut(p, x):
     first, second = tf.split(p["w"], 2, axis=1)
-    return tf.tanh(x @ first) @ p["o"][:2] + tf.sin(x @ second) @ p["o"][2:]
+    above, below = tf.unstack(tf.reshape(p["o"], (2, 2, 2)))
+    return tf.tanh(x @ first) @ above + tf.sin(x @ second) @ p["m"][2:] + tf.cos(x @ second) @ below * p["m"][1, ::-1]
 
 
 def adapted(p, x):
@@ -129,7 +139,7 @@ def headed(p, x):
 
 PARTS = {
     "one weight twice, its bias in two places, a scale": (folded, {"w": (3, 3), "b": (3,), "s": ()}, normal(4, 2, 3)),
-    "parts of a weight": (cut, {"w": (3, 4), "o": (4, 2)}, normal(4, 3)),
+    "parts of a weight": (cut, {"w": (3, 4), "o": (4, 2), "m": (4, 2)}, normal(4, 3)),
     "low-rank adapter": (adapted, {"w": (2, 3), "a": (3, 1), "b": (1, 2)}, normal(4, 5, 3)),
     "class token, positions": (classed, {"c": (3,), "t": (4, 3)}, normal(4, 2, 3)),
     "frozen normalisation": (normalised, {"g": (3,), "b": (3,)}, normal(4, 3)),
@@ -148,17 +158,46 @@ def test_what_parameters_go_through(name):
     found = measured(model, x)
     same(found, model, x, "float64")
     assert found["cheap"], found["notes"]
+    assert "along" in found
 
 
-@pytest.mark.parametrize(("stride", "dilation"), [((1, 1), (2, 1)), ((2, 1), (1, 2))])
-def test_convolutions_with_channels_last(stride, dilation):
-    """The same as with channels first; TensorFlow has no dilated gradient on a CPU."""
-    window = norms.Window((3, 2), stride, dilation)
-    out = [(8 - dilation[i] * (window.kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
-    x, d = normal(3, 8, 8, 2), normal(3, *out, 4, seed=1)
-    first = [np.moveaxis(array, -1, 1) for array in (x, d)]
-    expected = norms.convolution(np, *first, window)
-    assert np.allclose(windows.convolution(tf.constant(x), tf.constant(d), window), expected, rtol=1e-12)
+CONVOLUTIONS = {
+    "strided": (norms.Window((3, 2), (2, 1), (1, 1)), 2, 4),
+    "dilated": (norms.Window((3, 2), (1, 1), (2, 1)), 2, 4),
+    "many channels": (norms.Window((3, 2), (1, 1), (1, 2)), 60, 50),
+    "in groups": (norms.Window((3, 2), (2, 1), (1, 1), 2), 4, 6),
+    "depthwise": (norms.Window((3, 2), (1, 1), (1, 1), 4), 4, 8),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_with_channels_last(name):
+    """The weight's gradient sample by sample, by its definition."""
+    window, channels, outputs = CONVOLUTIONS[name]
+    (k, l), (s, t), (p, q), groups = window.kernel, window.stride, window.dilation, window.groups
+    x = normal(3, 6, 7, channels)
+    d = normal(3, (5 - p * (k - 1)) // s + 1, (6 - q * (l - 1)) // t + 1, outputs, seed=1)
+    gradient = np.zeros((3, k, l, channels // groups, outputs))
+    for i, j, o in np.ndindex(k, l, outputs):
+        first = o // (outputs // groups) * (channels // groups)
+        piece = x[:, i * p :: s, j * q :: t, first : first + channels // groups][:, : d.shape[1], : d.shape[2]]
+        gradient[:, i, j, :, o] = np.einsum("nhwc,nhw->nc", piece, d[..., o])
+    found = windows.convolution(tf.constant(x), tf.constant(d), window)
+    assert np.allclose(found, np.sum(gradient**2, (1, 2, 3, 4)), rtol=1e-12)
+    u = normal(*gradient.shape[1:], seed=2)
+    given = np.moveaxis(u, -1, -2).reshape(k, l, groups, -1) if name == "depthwise" else u  # as TensorFlow has it
+    along = windows.along_convolution(tf.constant(x), tf.constant(d), window, tf.constant(given))
+    assert np.allclose(along, np.sum(gradient * u, (1, 2, 3, 4)), rtol=1e-10)
+
+
+def test_many_channels_on_few_positions_take_the_gram_form(monkeypatch):
+    """The other one would be taken at any advantage that is large enough."""
+    called = []
+    monkeypatch.setattr(windows, "_gram", lambda x, d, window: called.append(x.shape[0]) or tf.zeros(x.shape[0]))
+    window, channels, outputs = CONVOLUTIONS["many channels"]
+    windows.convolution(tf.zeros((3, 6, 7, channels)), tf.zeros((3, 4, 5, outputs)), window)
+    windows.convolution(tf.zeros((3, 6, 7, 2)), tf.zeros((3, 4, 5, 3)), window)
+    assert called == [3]
 
 
 def sizes(graph):
@@ -198,7 +237,8 @@ def test_population_values_come_by_default():
     g = np.array([np.concatenate([part.numpy() for part in row]) for row in rows])
     rate = 12 / 11 * (np.sum(g.sum(0) ** 2) - np.sum(g**2))
     assert d.population.rate == pytest.approx(rate, rel=1e-10)
-    assert lnp_tensorflow.decompose(model, (x, y), jit_compile=True).population is None
+    fast = lnp_tensorflow.decompose(model, (x, y), jit_compile=True)
+    assert fast.population.rate_stderr == pytest.approx(d.population.rate_stderr, rel=1e-10)
 
 
 def test_subset_is_drawn_at_random():
