@@ -6,7 +6,7 @@ way, one sample at a time; where single samples differ from the batch itself, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from lnp.structure import map_leaves
 from lnp_tensorflow import namespace
 from lnp_tensorflow.forward import Forward
 from lnp_tensorflow.outputs import flatten
-from lnp_tensorflow.samples import Groups, difference, has_samples, square_norm
+from lnp_tensorflow.samples import Groups, difference, dot, has_samples, square_norm
 from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 
 CHECKED = 8
@@ -172,23 +172,34 @@ class Apart:
 
     def square_norms(self, v: tf.Tensor, uses: Uses | None = None) -> Norms:
         """{parameter: (N,) array of ||J_n^T v_n||^2}; the batch's taps may have been asked already."""
+        return self._each(v, uses, lambda batch, uses: batch.square_norms(uses), lambda name, g: square_norm(g))
+
+    def along(self, v: tf.Tensor, u: Mapping[str, tf.Tensor], uses: Uses | None = None) -> Norms:
+        """{parameter: (N,) array of <J_n^T v_n, u>} of the parameters that u has."""
+        return self._each(v, uses, lambda batch, uses: batch.along(uses, u), lambda name, g: dot(g, u[name]), tuple(u))
+
+    def _each(
+        self, v: tf.Tensor, uses: Uses | None, by_taps: Callable, by_gradient: Callable, wanted: tuple = ()
+    ) -> Norms:
+        """{parameter: (N,)} of what `by_taps(batch, uses)` says, elsewhere of numbers `by_gradient(name, gradient)`."""
         if self.microbatch is not None and self.microbatch < self.shape[0]:
             alone = replace(self, batch=None, microbatch=None)
-            part = lambda inputs, v: replace(alone, inputs=inputs, shape=tuple(v.shape)).square_norms(v)
-            return replace(self.singles, size=self.microbatch).each(part, v)
-        names = list(self.run.sources)
+            part = lambda inputs, v: replace(alone, inputs=inputs, shape=tuple(v.shape))._each(
+                v, None, by_taps, by_gradient, wanted
+            )
+            return replace(self.singles, size=self.microbatch, wanted=wanted or None).each(part, v)
+        names = wanted or tuple(self.run.sources)
         known: Norms = {}
         if not set(names) <= set(self.general):
             batch = self.batch or recorded(self.run, self.inputs)
-            known = self._read(batch, v) if uses is None else batch.square_norms(uses)
+            if batch.samples == 1:
+                return {name: by_gradient(name, g)[None] for name, g in batch.pulled(v)[0].items() if name in names}
+            if uses is None:
+                uses = self.uses(batch, batch.pulled(v, gradient=False)[1])
+            known = by_taps(batch, {name: uses[name] for name in names if name in uses})
         missing = tuple(name for name in names if name not in known)
-        general = replace(self.singles, wanted=missing).square_norms(v) if missing else {}
-        return {name: known[name] if name in known else general[name] for name in names}
-
-    def _read(self, batch: Tapped, v: tf.Tensor) -> Norms:
-        if batch.samples == 1:
-            return {n: square_norm(g)[None] for n, g in batch.pulled(v)[0].items() if n not in self.general}
-        return batch.square_norms(self.uses(batch, batch.pulled(v, gradient=False)[1]))
+        single = replace(self.singles, wanted=missing).numbers(v, by_gradient) if missing else {}
+        return {name: known[name] if name in known else single[name] for name in names}
 
 
 def general_note(general: Iterable[tuple[str, str]]) -> tuple[str, ...]:

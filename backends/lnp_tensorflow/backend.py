@@ -32,9 +32,7 @@ _JIT = contextvars.ContextVar("jit_compile", default=False)
 def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **options: Any) -> lnp.Decomposition:
     """`lnp.decompose(model, batch, ...)`, with `jit_compile=True` compiled by XLA.
 
-    Compiling takes seconds and pays where the same measurement is made many times. XLA computes the second derivative
-    of max-pooling wrongly in float32: population values are made only where they do not need it, that is where no
-    parameter takes the general way, and `lnp.spectrum` not at all.
+    Compiling takes seconds and pays where the same measurement is made many times.
 
     >>> import tensorflow as tf
     >>> function = lambda w, x: x @ w

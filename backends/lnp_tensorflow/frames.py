@@ -14,8 +14,8 @@ from lnp_tensorflow.rules import Use
 from lnp_tensorflow.windows import along_convolution
 
 
-def along(use: Use, u: tf.Tensor, index: tf.Tensor, samples: int) -> tf.Tensor:
-    """<gradient of sample m by one use, u> for the samples of an index (M,), with u of the parameter's shape. (M,).
+def along(use: Use, u: tf.Tensor, index: tf.Tensor | None, samples: int) -> tf.Tensor:
+    """<gradient of sample m by one use, u> for the samples of an index (M,) or all, with u of the parameter's shape.
 
     outer      sum_s (left_ms u) . right_ms
     rows       sum_s u[index_ms] . values_ms
@@ -32,16 +32,22 @@ def along(use: Use, u: tf.Tensor, index: tf.Tensor, samples: int) -> tf.Tensor:
         found = tf.gather(tf.reshape(u, (u.shape[0], -1)), tf.maximum(rows, 0))
         product = tf.where((rows >= 0)[:, :, None], found * values, tf.zeros_like(values))
     elif use.kind == "outer":
-        left, right = some
-        product = tf.matmul(left, tf.reshape(u, (left.shape[1], left.shape[3], -1))) * right
+        left, right = some  # (M, blocks, S, p) and (M, blocks, S, q)
+        blocks, rows = left.shape[1], left.shape[3]
+        # not by broadcasting the matrices: TensorFlow 2.21's oneDNN kernel for that corrupts memory
+        by_block = tf.reshape(tf.transpose(left, (1, 0, 2, 3)) if blocks > 1 else left, (blocks, -1, rows))
+        product = tf.matmul(by_block, tf.reshape(u, (blocks, rows, -1)))
+        product *= tf.reshape(tf.transpose(right, (1, 0, 2, 3)) if blocks > 1 else right, product.shape)
+        return tf.reduce_sum(tf.reshape(product, (blocks, left.shape[0], -1)), (0, 2))
     else:
         product = some[0] * tf.reshape(u, some[0].shape[2:])
     return tf.reduce_sum(product, range(1, product.shape.rank))
 
 
-def _rows(factor: tf.Tensor, index: tf.Tensor, samples: int) -> tf.Tensor:
+def _rows(factor: tf.Tensor, index: tf.Tensor | None, samples: int) -> tf.Tensor:
     """(M, blocks, ...) of (N * blocks, ...)."""
-    return tf.gather(tf.reshape(factor, (samples, -1, *factor.shape[1:])), index)
+    by_sample = tf.reshape(factor, (samples, -1, *factor.shape[1:]))
+    return by_sample if index is None else tf.gather(by_sample, index)
 
 
 def seen(u: tf.Tensor, frame: tuple) -> tf.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -15,16 +16,20 @@ from lnp.linearization import Linearization, Subset, while_loop
 from lnp.losses import separable
 from lnp_tensorflow import losses, namespace
 from lnp_tensorflow.apart import Apart, Verdict, compare, cut, general_note
-from lnp_tensorflow.forward import Forward, draws_since, in_xla, moved, operations
+from lnp_tensorflow.forward import Forward, draws_since, in_xla, made_since, moved, operations
 from lnp_tensorflow.outputs import flatten, rebuild, split, wide
-from lnp_tensorflow.samples import Groups
+from lnp_tensorflow.samples import Groups, dot
 from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 
 COUPLED = (
     "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
     "dropout and batch normalisation in training mode do that too): they are not taken apart"
 )
-XLA = "no Jacobian-vector products under XLA, which computes the second derivative of max-pooling wrongly"
+
+
+UNROLLED = 16
+"""Turns of a loop that are written out where the network pools maxima: in a loop TensorFlow looks for them again,
+which takes half a training step for each probe of a convolutional network."""
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 
@@ -50,6 +55,7 @@ def record(
     before = operations()
     batch = recorded(run, inputs)
     drawn, outputs = draws_since(before), batch.outputs
+    pools = any("MaxPool" in op.type for op in made_since(before))
     flat = flatten(outputs)
     groups = _groups(Groups(run, inputs, tuple(flat.shape), flat.dtype, options.microbatch or 1), options)
     if groups is not None:
@@ -59,7 +65,6 @@ def record(
     first = batch if groups is None else None
     apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, batch=first, microbatch=options.microbatch)
     taken = _taken_apart(apart, pulls, options, verdict)
-    xla = in_xla()
     return Linearization(
         xp=namespace,
         outputs=flat,
@@ -67,11 +72,12 @@ def record(
         loss_gradient=loss.gradient,
         loss_terms=loss.terms,
         vjp=pulls.vjp,
-        inner_products=lambda u, w: {name: _dot(a, b) for name, a, b in zip(run.sources, u, w, strict=True)},
+        inner_products=lambda u, w: {name: dot(a, b) for name, a, b in zip(run.sources, u, w, strict=True)},
         signs=lambda index: _signs(seed, index, flat),
-        jvp=None if xla else lambda u: _jvp(batch, u),
+        # XLA computes the second derivative of max-pooling wrongly in float32
+        jvp=None if in_xla() else lambda u: _jvp(batch, u),
         sample_square_norms=taken.square_norms,
-        subset=_subsets(taken, pulls, seed, xla),
+        subset=_subsets(taken, pulls, seed),
         cheap=taken.cheap,
         coupled=taken.coupled,
         group_square_norms=None if groups is None else groups.square_norms,
@@ -79,13 +85,8 @@ def record(
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
         separable=separable(options.loss),
         violations=loss.violations,
-        notes=(
-            *((COUPLED,) if coupled else ()),
-            *loss.notes,
-            *taken.notes,
-            *((XLA,) if xla and options.population is not False and not pulls.all_said(taken.apart) else ()),
-        ),
-        while_loop=_while_loop,
+        notes=(*((COUPLED,) if coupled else ()), *loss.notes, *taken.notes),
+        while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
     )
 
 
@@ -111,16 +112,14 @@ class _Pulls:
         """Of single samples' gradients."""
         return apart.square_norms(v, self.uses(apart) if v is self.g else None)
 
-    def along(self, apart: Apart, index: tf.Tensor) -> Callable[[list[tf.Tensor]], tf.Tensor] | None:
-        """u -> <J_m^T g_m, u>, where taps say it of every parameter."""
-        if not self.all_said(apart):
-            return None
-        uses, names = self.uses(apart), list(apart.run.sources)
-        return lambda u: self._batch.along(uses, dict(zip(names, u, strict=True)), index)
-
-    def all_said(self, apart: Apart) -> bool:
-        """Whether taps tell of every parameter."""
-        return set(self.uses(apart) or ()) == set(apart.run.sources)
+    def along(self, apart: Apart, some: Apart, index: tf.Tensor, u: dict[str, tf.Tensor]) -> tf.Tensor:
+        """<J_m^T g_m, u> of some of the samples, from taps where they have told it already."""
+        uses = self.uses(apart) or {}
+        found = self._batch.along(uses, u, index)
+        missing = {name: part for name, part in u.items() if name not in uses}
+        if missing:
+            found |= some.along(tf.gather(self.g, index), missing)
+        return tf.add_n([tf.cast(part, self.g.dtype) for part in found.values()])
 
     def uses(self, apart: Apart) -> Uses | None:
         """What the taps have said of the loss gradient's samples; first to be asked outside of branches."""
@@ -173,34 +172,31 @@ def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict
     return _Taken(made, checked, wrong, not seen.unread, coupled, notes)
 
 
-def _subsets(taken: _Taken, pulls: _Pulls, seed: Any, xla: bool) -> Callable[[int], Subset] | None:
+def _subsets(taken: _Taken, pulls: _Pulls, seed: Any) -> Callable[[int], Subset] | None:
     """M -> M samples drawn at random, with a forward pass of their own where one is needed."""
     if taken.square_norms is None:
         return None
-    apart, samples = taken.apart, taken.apart.shape[0]
+    apart, samples, names = taken.apart, taken.apart.shape[0], list(taken.apart.run.sources)
 
     def subset(size: int) -> Subset:
         order = tf.random.stateless_uniform((samples,), tf.stack([tf.cast(seed, tf.int64), tf.cast(samples, tf.int64)]))
         index = tf.sort(tf.argsort(order)[:size])
         inputs = cut(apart.inputs, index, samples)
         some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=None)
-        jvp = None if xla else lambda u: _jvp(recorded(apart.run, inputs), u)
-        return Subset(index, some.square_norms, jvp, _along(taken, pulls, index, jvp))
+
+        def along(u: list[tf.Tensor]) -> tf.Tensor:
+            by_name = dict(zip(names, u, strict=True))
+            by_taps = lambda: pulls.along(apart, some, index, by_name)
+            if taken.wrong is None:
+                return by_taps()
+            general = replace(apart, general=tuple(names))
+            return tf.cond(
+                taken.wrong, lambda: pulls.along(general, replace(some, general=tuple(names)), index, by_name), by_taps
+            )
+
+        return Subset(index, some.square_norms, along=along)
 
     return subset
-
-
-def _along(taken: _Taken, pulls: _Pulls, index: tf.Tensor, jvp: Callable | None) -> Callable | None:
-    """u -> <J_m^T g_m, u> from taps, and where they are wrong from J u or not at all."""
-    along = pulls.along(taken.apart, index)
-    if along is None or taken.wrong is None:
-        return along
-
-    def slow(u: list[tf.Tensor]) -> tf.Tensor:
-        g = tf.gather(pulls.g, index)
-        return tf.fill(index.shape, tf.constant(math.nan, g.dtype)) if jvp is None else tf.reduce_sum(g * jvp(u), 1)
-
-    return lambda u: tf.cond(taken.wrong, lambda: slow(u), lambda: along(u))
 
 
 def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: Options) -> _Loss:
@@ -277,10 +273,19 @@ def _signs(seed: Any, index: Any, like: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.reshape(tf.reshape(ones, (-1,))[:size], like.shape), like.dtype)
 
 
-def _while_loop(condition: Callable, body: Callable, state: Any) -> Any:
-    """Python's loop where there are values to look at, TensorFlow's in a graph."""
+def _while_loop(condition: Callable, body: Callable, state: Any, unrolled: int = 0) -> Any:
+    """Python's loop where there are values to look at, TensorFlow's in a graph.
+
+    A number of turns that is known, and at most `unrolled`, is written out, one after the other.
+    """
     if tf.executing_eagerly():
         return while_loop(condition, body, state)
+    if unrolled and isinstance(state[0], int) and condition((state[0] + unrolled, *state[1:])) is False:
+        while condition(state) is True:
+            with tf.control_dependencies([part for part in state if tf.is_tensor(part)]):
+                state = body(state)
+        if condition(state) is False:
+            return state
     tensors = tf.nest.map_structure(tf.convert_to_tensor, state)
 
     def step(*state: Any) -> Any:
@@ -288,8 +293,3 @@ def _while_loop(condition: Callable, body: Callable, state: Any) -> Any:
         return tf.nest.map_structure(lambda new, old: tf.ensure_shape(new, old.shape), made, tensors)
 
     return tf.while_loop(lambda *state: condition(state), step, tensors, parallel_iterations=1)
-
-
-def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    dtype = wide([a, b])
-    return tf.reduce_sum(tf.cast(a, dtype) * tf.cast(b, dtype))

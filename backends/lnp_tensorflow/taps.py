@@ -119,11 +119,13 @@ class Tapped:
         zero = tf.zeros(self.samples, wide(self.outputs))
         return {name: _square_norm(many, self.samples) if many else zero for name, many in uses.items()}
 
-    def along(self, uses: Uses, u: Mapping[str, tf.Tensor], index: tf.Tensor) -> tf.Tensor:
-        """<gradient of sample m, u> for the samples of an index (M,), by all these parameters. (M,)."""
-        made = [along(use, u[name], index, self.samples) for name, many in uses.items() for use in many]
-        dtype = wide(self.outputs)
-        return tf.add_n([tf.zeros(index.shape, dtype), *(tf.cast(part, dtype) for part in made)])
+    def along(self, uses: Uses, u: Mapping[str, tf.Tensor], index: tf.Tensor | None = None) -> Norms:
+        """{parameter: (N,) inner products with u}, or (M,) of some samples."""
+        zero = tf.zeros(self.samples if index is None else index.shape[0], wide(self.outputs))
+        return {
+            name: sum((along(use, u[name], index, self.samples) for use in many), start=zero)
+            for name, many in uses.items()
+        }
 
     def _use(self, site: Site, d: Any) -> Use:
         if d is None:
