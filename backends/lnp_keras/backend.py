@@ -12,6 +12,7 @@ import keras
 import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
+from lnp.sharing import WithGradient
 from lnp_keras import batch_norm, sharing
 from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
 from lnp_keras.models import Snapshot, Stateless, accepts, as_tensors, named_variables, selected, stateless
@@ -27,7 +28,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     if operands.get("update") is not None:
         operands["update"] = _by_name(handed.options.parameters, operands["update"])
     wanted = sharing.WANTED.get()
-    computation = computation if wanted is None else sharing.WithGradient(computation)
+    computation = computation if wanted is None else WithGradient(computation)
     result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
     if wanted is not None:
         result, gradient = result

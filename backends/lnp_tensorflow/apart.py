@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from lnp.linearization import coupling_tolerance
@@ -94,7 +95,7 @@ def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tap
     whole = flatten(batch.outputs)
     signs = tf.cast(2 * tf.random.stateless_uniform((few, whole.shape[1]), (0, 0), 0, 2, tf.int32) - 1, whole.dtype)
     # of different lengths: signs alone give the biases of all samples the same norm, whichever sample they belong to
-    signs *= tf.cast(tf.linspace(0.5, 1.5, few), whole.dtype)[:, None]
+    signs *= tf.constant(np.linspace(0.5, 1.5, few)[:, None], whole.dtype)
     v = tf.scatter_nd(tf.constant(index)[:, None], signs, whole.shape)
     gradient, cotangents = batch.pulled(v)
     uses, unread = batch.uses(cotangents)

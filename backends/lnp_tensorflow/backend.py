@@ -15,6 +15,7 @@ import lnp
 from lnp.backends import Options
 from lnp.batches import unpack
 from lnp.linearization import Linearization
+from lnp.sharing import WithGradient
 from lnp.structure import leaves, map_leaves
 from lnp_tensorflow import sharing
 from lnp_tensorflow.compiled import CONVERTED, Answer, Plan, measure, remember, run
@@ -56,7 +57,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     operands = map_leaves(tf.convert_to_tensor, operands)
     pairs = _tensors(batches)
     shared = sharing.WANTED.get() is not None
-    computation = sharing.WithGradient(computation) if shared else computation
+    computation = WithGradient(computation) if shared else computation
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None, forward=None), _JIT.get())
     if tf.inside_function():
         with undisturbed(structure.static):

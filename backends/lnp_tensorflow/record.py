@@ -179,7 +179,8 @@ def _subsets(taken: _Taken, pulls: _Pulls, seed: Any) -> Callable[[int], Subset]
     apart, samples, names = taken.apart, taken.apart.shape[0], list(taken.apart.run.sources)
 
     def subset(size: int) -> Subset:
-        order = tf.random.stateless_uniform((samples,), tf.stack([tf.cast(seed, tf.int64), tf.cast(samples, tf.int64)]))
+        pair = tf.stack([tf.cast(seed, tf.int64), tf.constant(samples, tf.int64)])
+        order = tf.raw_ops.StatelessRandomUniform(shape=(samples,), seed=pair)
         index = tf.sort(tf.argsort(order)[:size])
         inputs = cut(apart.inputs, index, samples)
         some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=None)

@@ -183,7 +183,7 @@ def _row(gradients: Gradients, of: Callable[[str, Any], tf.Tensor]) -> tf.Tensor
 def dot(a: Any, b: Any) -> tf.Tensor:
     """<a, b> in float32 or better, shape ()."""
     dtype = wide([a, b])
-    return tf.reduce_sum(tf.cast(a, dtype) * tf.cast(b, dtype))
+    return tf.reduce_sum(tf.cast(tf.convert_to_tensor(a), dtype) * tf.cast(b, dtype))
 
 
 def square_norm(gradient: Any) -> tf.Tensor:
@@ -204,12 +204,17 @@ def difference(flat: tf.Tensor, grads: Gradients, outputs: tf.Tensor, gradient: 
     if flat.shape != outputs.shape:
         return tf.constant(float("inf"), tf.float64)
     in_outputs = tf.reduce_max(tf.abs(flat - outputs)) / _positive(tf.reduce_max(tf.abs(outputs)))
-    norms = tf.stack([tf.cast(tf.norm(_wide(gradient[name])), tf.float64) for name in grads])
-    missed = tf.stack([tf.cast(tf.norm(_wide(grads[n]) - _wide(gradient[n])), tf.float64) for n in grads])
+    whole, parts = ([_wide(tf.convert_to_tensor(given[n])) for n in grads] for given in (gradient, grads))
+    norms = tf.sqrt(_joined([square_norm(g) for g in whole]))
+    missed = tf.sqrt(_joined([square_norm(a - b) for a, b in zip(whole, parts, strict=True)]))
     # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
     # whole
     floor = 0.03 * tf.norm(norms)
     return tf.maximum(tf.cast(in_outputs, tf.float64), tf.reduce_max(missed / _positive(norms + floor)))
+
+
+def _joined(numbers: list[tf.Tensor]) -> tf.Tensor:
+    return tf.stack([tf.cast(number, tf.float64) for number in numbers])
 
 
 def has_samples(leaf: Any, samples: int) -> bool:
