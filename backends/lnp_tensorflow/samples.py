@@ -204,9 +204,9 @@ def difference(flat: tf.Tensor, grads: Gradients, outputs: tf.Tensor, gradient: 
     if flat.shape != outputs.shape:
         return tf.constant(float("inf"), tf.float64)
     in_outputs = tf.reduce_max(tf.abs(flat - outputs)) / _positive(tf.reduce_max(tf.abs(outputs)))
-    whole, parts = ([_wide(tf.convert_to_tensor(given[n])) for n in grads] for given in (gradient, grads))
+    whole, joined = ([_wide(tf.convert_to_tensor(given[n])) for n in grads] for given in (gradient, grads))
     norms = tf.sqrt(_joined([square_norm(g) for g in whole]))
-    missed = tf.sqrt(_joined([square_norm(a - b) for a, b in zip(whole, parts, strict=True)]))
+    missed = tf.sqrt(_joined([square_norm(a - b) for a, b in zip(whole, joined, strict=True)]))
     # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
     # whole
     floor = 0.03 * tf.norm(norms)

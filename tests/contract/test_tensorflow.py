@@ -89,7 +89,9 @@ def kit(name, build, **how):
     )
 
 
-@pytest.mark.parametrize("kit", [kit("module", module), kit("function", function)], ids=lambda kit: kit.name)
+@pytest.mark.parametrize(
+    "kit", [kit("module", module), kit("function", function, dtypes=("float64",))], ids=lambda kit: kit.name
+)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check, kit):
     check(kit)
