@@ -6,8 +6,10 @@ way, one sample at a time; where single samples differ from the batch itself, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,21 @@ import tensorflow as tf
 from lnp.linearization import coupling_tolerance
 from lnp.structure import map_leaves
 from lnp_tensorflow import namespace
-from lnp_tensorflow.forward import Forward
+from lnp_tensorflow.forward import Forward, made_since
 from lnp_tensorflow.outputs import flatten
-from lnp_tensorflow.samples import Groups, difference, dot, has_samples, square_norm
+from lnp_tensorflow.samples import Gradients, Groups, difference, difference_of_gradients, dot, has_samples, square_norm
 from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 
 CHECKED = 8
 """Samples that are compared, spread over the batch."""
+COUPLED = (
+    "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
+    "dropout and batch normalisation in training mode do that too): they are not taken apart"
+)
+BENT = (
+    "the network's backward pass is not linear (a custom gradient that clips or normalises does that): it is not that "
+    "of a Jacobian, which chi_net and chi_pos are about"
+)
 NAMED = 4
 """Parameters that a note names."""
 
@@ -36,13 +46,16 @@ class Verdict:
     general:
         (parameter that takes the general way, why) pairs.
     coupled:
-        Whether the samples interact.
+        Why they are not taken apart, or nothing.
+    bent:
+        Whether the backward pass is not linear.
     expanded:
         As in `Tapped`, where they were compared.
     """
 
     general: tuple[tuple[str, str], ...] = ()
-    coupled: bool = False
+    coupled: str = ""
+    bent: bool = False
     expanded: tuple[str, ...] = ()
 
 
@@ -62,6 +75,10 @@ class Comparison:
         What coupling may be.
     expanded:
         As in `Tapped`.
+    bend:
+        Relative difference between J^T v and 4 J^T (v / 4), shape ().
+    impossible:
+        Why single samples cannot be run, or nothing.
     """
 
     coupling: Any
@@ -69,13 +86,16 @@ class Comparison:
     unread: dict[str, str]
     tolerance: float
     expanded: tuple[str, ...]
+    bend: Any
+    impossible: str = ""
 
     def verdict(self) -> Verdict:
         """From numbers."""
         differing = {
             n: "its taps differ from single samples" for n, m in self.missed.items() if not m <= 2 * self.tolerance
         }
-        return Verdict(tuple((self.unread | differing).items()), self.coupling > self.tolerance, self.expanded)
+        coupled = self.impossible or (COUPLED if self.coupling > self.tolerance else "")
+        return Verdict(tuple((self.unread | differing).items()), coupled, self.bend > self.tolerance, self.expanded)
 
 
 def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tapped | None = None) -> Comparison:
@@ -98,14 +118,33 @@ def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tap
     signs *= tf.constant(np.linspace(0.5, 1.5, few)[:, None], whole.dtype)
     v = tf.scatter_nd(tf.constant(index)[:, None], signs, whole.shape)
     gradient, cotangents = batch.pulled(v)
-    uses, unread = batch.uses(cotangents)
-    found = batch.square_norms(uses)
+    bend, tolerance = _bend(batch, v, gradient), coupling_tolerance(namespace, run.narrow)
     singles = Groups(run, cut(inputs, index, batch.samples), (few, whole.shape[1]), whole.dtype)
-    flat, grads, expected = singles.seen(signs)
+    impossible = partial(Comparison, math.inf, {}, {}, tolerance, batch.expanded, bend)
+    if not Groups(run, inputs, tuple(whole.shape), whole.dtype).possible:
+        return impossible(
+            f"no input runs over the {batch.samples} samples along its first axis: they are not taken apart"
+        )
+    try:
+        flat, grads, expected = singles.seen(signs)
+    except (ValueError, tf.errors.InvalidArgumentError) as error:  # of shapes
+        return impossible(f"single samples cannot be run, so that they are not taken apart: {_first_line(error)}")
+    uses, unread = batch.uses(cotangents)
+    missed = _missed(batch.square_norms(uses), expected, index)
     coupling = difference(flat, grads, tf.gather(whole, index), gradient)
-    return Comparison(
-        coupling, _missed(found, expected, index), unread, coupling_tolerance(namespace, run.narrow), batch.expanded
-    )
+    return Comparison(coupling, missed, unread, tolerance, batch.expanded, bend)
+
+
+def _bend(batch: Tapped, v: tf.Tensor, gradient: Gradients) -> tf.Tensor:
+    """How far the backward pass is from linear, where the network has one of its own."""
+    if not any(op.type == "IdentityN" for op in made_since(0)):  # what custom gradients leave in a graph
+        return tf.constant(0.0, tf.float64)
+    again = {name: 4 * tf.convert_to_tensor(part) for name, part in batch.pulled(v / 4)[0].items()}
+    return difference_of_gradients(again, gradient)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
 def _missed(found: Norms, expected: Norms, index: list[int]) -> dict[str, tf.Tensor]:

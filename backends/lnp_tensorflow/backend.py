@@ -98,7 +98,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
             structure = replace(structure, static=model)  # the record keeps it alive
         run = forward(structure, tree, arrays, inputs)
         try:
-            return record(run, inputs, targets, options.seed, options, False)
+            return record(run, inputs, targets, options.seed, options, ())
         finally:
             run.restore()
 

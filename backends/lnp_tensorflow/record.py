@@ -21,12 +21,6 @@ from lnp_tensorflow.outputs import flatten, rebuild, split, wide
 from lnp_tensorflow.samples import Groups, dot
 from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 
-COUPLED = (
-    "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
-    "dropout and batch normalisation in training mode do that too): they are not taken apart"
-)
-
-
 UNROLLED = 16
 """Turns of a loop that are written out where the network pools maxima: in a loop TensorFlow looks for them again,
 which takes half a training step for each probe of a convolutional network."""
@@ -45,12 +39,18 @@ class _Loss:
 
 
 def record(
-    run: Forward, inputs: Any, targets: Any, seed: Any, options: Options, coupled: bool, verdict: Verdict | None = None
+    run: Forward,
+    inputs: Any,
+    targets: Any,
+    seed: Any,
+    options: Options,
+    notes: tuple[str, ...],
+    verdict: Verdict | None = None,
 ) -> Linearization:
     """Linearise the model on a batch.
 
-    `coupled` says that its samples are known to interact, `verdict` how they can be taken apart: without one, that is
-    found out by the record itself.
+    `verdict` says how its samples can be taken apart: without one, that is found out by the record itself. `notes` say
+    what is known already.
     """
     before = operations()
     batch = recorded(run, inputs)
@@ -85,7 +85,7 @@ def record(
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
         separable=separable(options.loss),
         violations=loss.violations,
-        notes=(*((COUPLED,) if coupled else ()), *loss.notes, *taken.notes),
+        notes=(*notes, *loss.notes, *taken.notes),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
     )
 
@@ -145,16 +145,13 @@ class _Taken:
 def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict | None) -> _Taken:
     if not options.split:
         return _Taken(apart)
-    if not apart.singles.possible:
-        n = apart.shape[0]
-        return _Taken(
-            apart, notes=(f"no input runs over the {n} samples along its first axis: they are not taken apart",)
-        )
     if verdict is not None:
         made = replace(apart, general=tuple(name for name, _ in verdict.general), expanded=verdict.expanded)
         square_norms = lambda v: pulls.square_norms(made, v)
         return _Taken(made, square_norms, None, not verdict.general, None, general_note(verdict.general))
     seen = compare(apart.run, apart.inputs, apart.microbatch, apart.batch)
+    if seen.impossible:
+        return _Taken(apart, notes=(seen.impossible,))
     made = replace(apart, general=tuple(seen.unread), expanded=seen.expanded)
     missed = [missed > 2 * seen.tolerance for missed in seen.missed.values()]
     wrong, _ = tf.reduce_any(missed) if missed else None, pulls.uses(made)
@@ -167,7 +164,7 @@ def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict
         either = (lambda: list(general.square_norms(v).values())), (lambda: list(pulls.square_norms(made, v).values()))
         return dict(zip(apart.run.sources, tf.cond(wrong, *either), strict=True))
 
-    coupled = seen.coupling > seen.tolerance
+    coupled = (seen.coupling > seen.tolerance) | (seen.bend > seen.tolerance)
     notes = general_note(seen.unread.items())
     return _Taken(made, checked, wrong, not seen.unread, coupled, notes)
 

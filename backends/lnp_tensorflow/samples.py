@@ -204,13 +204,18 @@ def difference(flat: tf.Tensor, grads: Gradients, outputs: tf.Tensor, gradient: 
     if flat.shape != outputs.shape:
         return tf.constant(float("inf"), tf.float64)
     in_outputs = tf.reduce_max(tf.abs(flat - outputs)) / _positive(tf.reduce_max(tf.abs(outputs)))
-    whole, joined = ([_wide(tf.convert_to_tensor(given[n])) for n in grads] for given in (gradient, grads))
+    return tf.maximum(tf.cast(in_outputs, tf.float64), difference_of_gradients(grads, gradient))
+
+
+def difference_of_gradients(grads: Gradients, gradient: Gradients) -> tf.Tensor:
+    """The largest relative difference of a parameter's part, shape ()."""
+    alone, whole = ([_wide(tf.convert_to_tensor(given[n])) for n in grads] for given in (grads, gradient))
     norms = tf.sqrt(_joined([square_norm(g) for g in whole]))
-    missed = tf.sqrt(_joined([square_norm(a - b) for a, b in zip(whole, joined, strict=True)]))
+    missed = tf.sqrt(_joined([square_norm(a - b) for a, b in zip(alone, whole, strict=True)]))
     # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
     # whole
     floor = 0.03 * tf.norm(norms)
-    return tf.maximum(tf.cast(in_outputs, tf.float64), tf.reduce_max(missed / _positive(norms + floor)))
+    return tf.reduce_max(missed / _positive(norms + floor))
 
 
 def _joined(numbers: list[tf.Tensor]) -> tf.Tensor:
