@@ -177,7 +177,7 @@ def _subsets(taken: _Taken, pulls: _Pulls, seed: Any) -> Callable[[int], Subset]
 
     def subset(size: int) -> Subset:
         pair = tf.stack([tf.cast(seed, tf.int64), tf.constant(samples, tf.int64)])
-        order = tf.raw_ops.StatelessRandomUniform(shape=(samples,), seed=pair)
+        order = tf.random.stateless_uniform((samples,), pair)
         index = tf.sort(tf.argsort(order)[:size])
         inputs = cut(apart.inputs, index, samples)
         some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=None)
