@@ -238,6 +238,19 @@ def test_nothing_is_as_large_as_samples_times_parameters(name):
     assert max(size for graph in graphs for size in sizes(graph)) < 16 * largest
 
 
+def test_maxima_are_pooled_outside_of_loops():
+    """A loop would look for them anew at each turn."""
+    model, x = wrapped("max pooling", "float32")
+    compiled._TRACED.clear()
+    d = lnp.decompose(model, (x, tf.zeros_like(model(x))), estimator="exact", population=False)
+    assert d.probes > 1
+    (graph,) = [traced.function.graph for (plan, *_), traced in compiled._TRACED.items() if plan.verdicts]
+    definition = graph.as_graph_def()
+    looped = [node.op for function in definition.library.function for node in function.node_def]
+    assert [node.op for node in definition.node].count("MaxPoolGrad") > d.probes
+    assert "MaxPoolGrad" not in looped
+
+
 def test_population_values_come_by_default():
     """Of the mean squared error from a dense Jacobian."""
     model, x = wrapped("layer norm", "float64")
