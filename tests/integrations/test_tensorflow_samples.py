@@ -151,7 +151,12 @@ def headed(p, x):
     return tf.einsum("nhd,hde->nhe", tf.stack([x, 2 * x], 1), p["w"])[:, 0] - tf.einsum("...d,ed->...e", x, p["v"])
 
 
+def turned(p, x):
+    return tf.tanh(x @ tf.transpose(p["w"])[:, 1:]) @ p["o"]
+
+
 PARTS = {
+    "part of a transposed weight": (turned, {"w": (5, 3), "o": (4, 2)}, normal(4, 3)),
     "one weight twice, its bias in two places, a scale": (folded, {"w": (3, 3), "b": (3,), "s": ()}, normal(4, 2, 3)),
     "parts of a weight": (cut, {"w": (3, 4), "o": (4, 2), "m": (4, 2)}, normal(4, 3)),
     "low-rank adapter": (adapted, {"w": (2, 3), "a": (3, 1), "b": (1, 2)}, normal(4, 5, 3)),
