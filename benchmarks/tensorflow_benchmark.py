@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -291,23 +290,26 @@ def main() -> None:
         print(_peak(*given.peak))
         return
     quick, wanted = given.quick, ["cost"] if given.quick else given.only.split(",")
-    names = list(MODELS)[: 2 if quick else None]
     tables: dict[str, list[dict]] = {}
-    for name in names:
+
+    def add(heading: str, rows: list[dict]) -> None:
+        """Shown, and written with all before, as soon as it is there."""
+        tables.setdefault(heading, []).extend(rows)
+        print(f"\n{heading}\n\n{report.table(rows)}", flush=True)
+        if not quick:
+            data = {"title": "Cost of a measurement in TensorFlow", "machine": report.machine(), "tables": tables}
+            report.write("tensorflow", data | {"notes": NOTES})
+
+    for name in list(MODELS)[: 2 if quick else None]:
         rounds = 5 if quick else {"MLP": 25, "CNN": 15, "LM": 9}[name.partition(" ")[0]]
         if "cost" in wanted:
-            tables[name] = cost(name, rounds)
+            add(name, cost(name, rounds))
         if "error" in wanted:
-            tables.setdefault("Time to a relative standard error of 1%, in steps", []).extend(error(name, 16, 5))
+            add("Time to a relative standard error of 1%, in steps", error(name, 16, 5))
         if "memory" in wanted:
-            tables.setdefault("Peak memory, as a multiple of the step's", []).extend(memory(name))
-    if "growth" in wanted:
-        tables |= {f"Growth with {what}": growth(what, 7) for what in GROWTH}
-    for heading, rows in tables.items():
-        print(f"\n{heading}\n\n{report.table(rows)}", flush=True)
-    if not quick:
-        data = {"title": "Cost of a measurement in TensorFlow", "machine": report.machine(), "tables": tables}
-        print(json.dumps([str(path) for path in report.write("tensorflow", data | {"notes": NOTES})]))
+            add("Peak memory, as a multiple of the step's", memory(name))
+    for what in GROWTH if "growth" in wanted else ():
+        add(f"Growth with {what}", growth(what, 7))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ def normalised(p, x):
 
 
 def headed(p, x):
-    return tf.einsum("nhd,hde->nhe", tf.stack([x, 2 * x], 1), p["w"])[:, 0] - tf.einsum("...d,ed->...e", x, p["v"])
+    made = tf.einsum("nhd,hde->nhe", tf.stack([x, 2 * x], 1), p["w"])[:, 0] - tf.einsum("...d,ed->...e", x, p["v"])
+    return made + tf.einsum("nhd,dhe->nhe", tf.stack([x, x**2], 1), p["u"])[:, 1]
 
 
 def turned(p, x):
@@ -162,7 +163,7 @@ PARTS = {
     "low-rank adapter": (adapted, {"w": (2, 3), "a": (3, 1), "b": (1, 2)}, normal(4, 5, 3)),
     "class token, positions": (classed, {"c": (3,), "t": (4, 3)}, normal(4, 2, 3)),
     "frozen normalisation": (normalised, {"g": (3,), "b": (3,)}, normal(4, 3)),
-    "one matrix for each head": (headed, {"w": (2, 3, 3), "v": (3, 3)}, normal(4, 3)),
+    "one matrix for each head": (headed, {"w": (2, 3, 4), "v": (4, 3), "u": (3, 2, 4)}, normal(4, 3)),
     "nested function": (tf.function(folded, jit_compile=True), {"w": (3, 3), "b": (3,), "s": ()}, normal(4, 3)),
 }
 
