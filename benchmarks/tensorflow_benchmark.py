@@ -1,6 +1,6 @@
 """What a measurement costs in TensorFlow, beside a training-step gradient and beside other ways to the same number.
 
-    python benchmarks/tensorflow_benchmark.py           # tables in benchmarks/results/tensorflow.md, about 12 minutes
+    python benchmarks/tensorflow_benchmark.py           # tables in benchmarks/results/tensorflow.md, about 16 minutes
     python benchmarks/tensorflow_benchmark.py --quick   # few rounds of the small models, printed only
 
 All cases of a model run in one process, in turn; memory is that of each case in a process of its own. Models are made
