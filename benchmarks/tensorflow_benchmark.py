@@ -1,16 +1,17 @@
 """What a measurement costs in TensorFlow, beside a training-step gradient and beside other ways to the same number.
 
-    python benchmarks/tensorflow_benchmark.py           # tables in benchmarks/results/tensorflow.md, about 20 minutes
+    python benchmarks/tensorflow_benchmark.py           # tables in benchmarks/results/tensorflow.md, about 16 minutes
     python benchmarks/tensorflow_benchmark.py --quick   # few rounds of the small models, printed only
 
-All cases of a model run in one process, in turn. Models are made of Keras layers; their weights are drawn as PyTorch
-does by default, so that the frameworks' tables are of the same networks.
+All cases of a model run in one process, in turn; memory is that of each case in a process of its own. Models are made
+of Keras layers; their weights are drawn as PyTorch does by default, so that the frameworks' tables are of the same
+networks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import os
 import subprocess
 import sys
@@ -32,37 +33,43 @@ import lnp
 import lnp_keras
 
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-SKIPPED = (
+NOTES = (
+    "time: multiples of a training step's gradient in a `tf.function`, medians of rounds",
+    "memory: of weights, gradient, and what a process grows by at the whole batch's first run",
     "tape.jacobian only where its N x K x P numbers fit into half of the memory; vectorized_map not on the language "
-    "model: TensorFlow 2.21's oneDNN kernel corrupts memory in the products it makes there (tensorflow#117700)"
+    "model: TensorFlow 2.21's oneDNN kernel corrupts memory in the products it makes there (tensorflow#117700)",
 )
 
 
 def mlp(samples: int = 128, width: int = 512, outputs: int = 10) -> tuple[keras.Model, tuple]:
+    """784 - width - width - outputs, ReLU."""
     hidden = [layers.Dense(width, "relu") for _ in range(2)]
     model = keras.Sequential([keras.Input((784,)), *hidden, layers.Dense(outputs)])
-    return drawn(model), (normal(samples, 784), labels(outputs, samples))
+    return drawn(model), (normal(samples, 784), tf.range(samples) % outputs)
 
 
-def cnn(samples: int = 64) -> tuple[keras.Model, tuple]:
+def cnn(samples: int = 64, width: int = 32, outputs: int = 10) -> tuple[keras.Model, tuple]:
+    """Three 3x3 convolutions with width, 2 width and 4 width channels on 32x32 images, each pooled by two."""
     body = []
-    for channels in (32, 64, 128):
+    for channels in (width, 2 * width, 4 * width):
         body += [layers.Conv2D(channels, 3, padding="same", activation="relu"), layers.MaxPooling2D()]
-    model = keras.Sequential([keras.Input((32, 32, 3)), *body[:-1], layers.GlobalAveragePooling2D(), layers.Dense(10)])
-    return drawn(model), (normal(samples, 32, 32, 3), labels(10, samples))
+    model = keras.Sequential([keras.Input((32, 32, 3)), *body, layers.Flatten(), layers.Dense(outputs)])
+    return drawn(model), (normal(samples, 32, 32, 3), tf.range(samples) % outputs)
 
 
 def lm(samples: int = 16, length: int = 64, words: int = 2000, width: int = 256, depth: int = 4) -> tuple:
-    """A causal transformer."""
+    """A causal transformer with pre-normalisation, four heads, and a head of its own."""
     ids = keras.Input((length,), dtype="int32")
     x = layers.Embedding(words, width)(ids) + layers.Embedding(length, width)(keras.ops.arange(length))
+    dense = functools.partial(layers.Dense, use_bias=False)
     for _ in range(depth):
         h = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(4, width // 4)(h, h, use_causal_mask=True)
+        x = x + layers.MultiHeadAttention(4, width // 4, use_bias=False)(h, h, use_causal_mask=True)
         h = layers.LayerNormalization()(x)
-        x = x + layers.Dense(width)(layers.Dense(4 * width, "gelu")(h))
-    model = keras.Model(ids, layers.Dense(words)(layers.LayerNormalization()(x)))
-    return drawn(model), (labels(words, samples, length), labels(words, samples, length))
+        x = x + dense(width)(dense(4 * width, "gelu")(h))
+    model = keras.Model(ids, dense(words)(layers.LayerNormalization()(x)))
+    tokens = np.random.default_rng(2).integers(0, words, (samples, length + 1)).astype("int32")
+    return drawn(model), (tf.constant(tokens[:, :-1]), tf.constant(tokens[:, 1:]))
 
 
 MODELS = {
@@ -71,22 +78,27 @@ MODELS = {
     "LM D=256 L=4 V=2000 S=64, N=16": lm,
 }
 GROWTH = {
-    "batch (MLP)": (mlp, "samples", (32, 128, 512)),
-    "width (MLP)": (mlp, "width", (256, 512, 1024)),
-    "outputs (MLP)": (mlp, "outputs", (10, 100, 1000)),
-    "sequence (LM)": (lm, "length", (32, 64, 128)),
-    "outputs (LM)": (lm, "words", (500, 2000, 8000)),
+    "batch (MLP)": (mlp, "samples", (32, 128, 512, 2048), {}),
+    "width (MLP)": (mlp, "width", (128, 512, 2048), {}),
+    "outputs (MLP)": (mlp, "outputs", (10, 100, 1000), {}),
+    "image batch (CNN)": (cnn, "samples", (16, 64, 256), {}),
+    "sequence length (LM)": (lm, "length", (16, 64, 256), {"samples": 8, "depth": 2, "width": 128, "words": 500}),
+    "vocabulary (LM)": (lm, "words", (2000, 8000, 32000), {"samples": 4, "depth": 2}),
 }
 
 
 def drawn(model: keras.Model) -> keras.Model:
-    """Compiled, with weights uniform in +-1/sqrt(fan in), embeddings standard normal."""
-    rng = np.random.default_rng(0)
+    """Compiled, with weights and biases drawn as PyTorch does: uniform in +-1/sqrt(fan in), embeddings normal."""
+    rng, bound = np.random.default_rng(0), 1.0
     for variable in model.trainable_variables:
         if "embeddings" in variable.path:
-            variable.assign(rng.standard_normal(variable.shape))
+            positions = variable.shape[0] == model.input_shape[1]
+            variable.assign((0.3 if positions else 1.0) * rng.standard_normal(variable.shape))
         elif "kernel" in variable.path:
-            bound = np.prod(variable.shape[:-1]) ** -0.5
+            made = 2 if len(variable.shape) == 3 and "output" not in variable.path else 1  # axes of an attention's
+            bound = np.prod(variable.shape[:-made]) ** -0.5
+            variable.assign(rng.uniform(-bound, bound, variable.shape))
+        elif "bias" in variable.path:  # of the kernel before it
             variable.assign(rng.uniform(-bound, bound, variable.shape))
     model.compile("sgd", CROSS_ENTROPY)
     return model
@@ -94,10 +106,6 @@ def drawn(model: keras.Model) -> keras.Model:
 
 def normal(*shape: int) -> tf.Tensor:
     return tf.constant(np.random.default_rng(1).standard_normal(shape), tf.float32)
-
-
-def labels(high: int, *shape: int) -> tf.Tensor:
-    return tf.constant(np.random.default_rng(2).integers(0, high, shape), tf.int32)
 
 
 def step_of(model: keras.Model, batch: tuple) -> Callable[[], Any]:
@@ -145,62 +153,110 @@ def mapped_of(model: keras.Model, batch: tuple) -> Callable[[], Any]:
     return lambda: trace(batch[0]).numpy()
 
 
-def cases_of(model: keras.Model, batch: tuple, peers: bool) -> dict[str, Callable[[], Any]]:
+def cases_of(model: keras.Model, batch: tuple) -> dict[str, Callable[[], Any]]:
+    """The step, lnp by itself, and steps that share their passes with lnp."""
     cases = {
         "step": step_of(model, batch),
-        "lnp, 1%": lambda: lnp.decompose(model, batch),
-        "lnp, 1%, without population": lambda: lnp.decompose(model, batch, population=False),
-        "lnp, one probe": lambda: lnp.decompose(model, batch, population=False, estimator="per_sample", max_probes=1),
-        "lnp, in the loop": lambda: lnp_keras.value_and_grad(model, batch),
+        "lnp, 1%": lambda: lnp.decompose(model, batch, population=False),
+        "lnp, 1%, with the population": lambda: lnp.decompose(model, batch),
+        "step shared with lnp, 1%": lambda: lnp_keras.value_and_grad(model, batch, population=False),
+        "step shared with lnp, 1%, with the population": lambda: lnp_keras.value_and_grad(model, batch),
     }
     if len(model.output_shape) == 2:
         cases["lnp, exact"] = lambda: lnp.decompose(model, batch, estimator="exact", population=False)
-        if peers:
-            cases["vectorized_map, one probe"] = mapped_of(model, batch)
-            numbers = batch[0].shape[0] * model.output_shape[1] * model.count_params()
-            # through max-pooling it forms outputs x images x features at once
-            if len(batch[0].shape) == 2 and 8 * numbers < (report.machine()["memory_gib"] or 0) * 2**30:
-                cases["tape.jacobian, exact"] = jacobian_of(model, batch)
     return cases
 
 
-def table_of(name: str, rounds: int, peers: bool, memory: bool) -> list[dict]:
-    """One row for each case of a model."""
-    cases = cases_of(*MODELS[name](), peers)
-    seconds = report.interleaved(cases, rounds)
-    ratios, rows = report.ratios(seconds, "step"), []
-    growth = {case: _peak_of(name, case) for case in cases} if memory else {}
-    held = 8 * MODELS[name]()[0].count_params()  # weights and gradient
-    for case in cases:
-        d = cases[case]() if case.startswith("lnp") else None
-        d = d[0][1] if isinstance(d, tuple) else d
-        row = {"case": case, "ms": 1e3 * report.median(seconds[case]), "time": ratios[case]}
-        if memory:
-            row["MiB grown"] = growth[case] / 2**20
-            row["peak memory"] = (growth[case] + held) / (growth["step"] + held)
-        if d is not None:
-            row |= {"probes": d.probes, "relative standard error": d.chi_net_stderr / d.chi_net}
-        rows.append(row)
-    added = [loop - step for loop, step in zip(seconds["lnp, in the loop"], seconds["step"], strict=True)]
-    shared = report.median([one / step for one, step in zip(added, seconds["step"], strict=True)])
-    return [*rows, {"case": "lnp, in the loop, beyond the step", "ms": 1e3 * report.median(added), "time": shared}]
+def peers_of(model: keras.Model, batch: tuple) -> dict[str, Callable[[], Any]]:
+    """Other ways to the trace."""
+    if len(model.output_shape) > 2:
+        return {}
+    peers = {"vectorized_map: one probe, no decomposition": mapped_of(model, batch)}
+    numbers = batch[0].shape[0] * model.output_shape[1] * model.count_params()
+    # through max-pooling it forms outputs x images x features at once
+    if len(batch[0].shape) == 2 and 8 * numbers < (report.machine()["memory_gib"] or 0) * 2**30:
+        peers["tape.jacobian: exact, no decomposition"] = jacobian_of(model, batch)
+    return peers
 
 
-def growth_of(what: str, rounds: int) -> list[dict]:
-    build, keyword, values = GROWTH[what]
+def cost(name: str, rounds: int) -> list[dict]:
+    """Time as a multiple of the step's, one row for each case of a model."""
+    model, batch = MODELS[name]()
+    cases = cases_of(model, batch)
+    seconds = report.interleaved(cases | peers_of(model, batch), rounds)
     rows = []
-    for value in values:
-        model, batch = build(**{keyword: value})
-        cases = {"step": step_of(model, batch), "lnp": lambda m=model, b=batch: lnp.decompose(m, b)}
-        ratio = report.ratios(report.interleaved(cases, rounds), "step")["lnp"]
-        rows.append({what: value, "lnp, 1%": ratio, "probes": lnp.decompose(model, batch).probes})
+    for case, time in report.ratios(seconds, "step").items():
+        row = {"case": case, "ms": 1e3 * report.median(seconds[case]), "time": time}
+        if "lnp" in case:
+            d = cases[case]()
+            d = d[0][1] if isinstance(d, tuple) else d
+            row |= {"relative standard error": d.chi_net_stderr / d.chi_net, "probes": d.probes, "probed": d.probed}
+        if case.startswith("step shared"):
+            pairs = zip(seconds[case], seconds["step"], strict=True)
+            row["on top of the step"] = report.median([shared / step - 1 for shared, step in pairs])
+        rows.append(row)
     return rows
 
 
-def _peak_of(name: str, case: str) -> int:
-    """Bytes that a case needs beside what is there before it, in a process of its own."""
-    made = subprocess.run([sys.executable, __file__, "--peak", name, case], capture_output=True, text=True, check=True)
-    return int(made.stdout.strip().splitlines()[-1])
+def error(name: str, seeds: int, rounds: int) -> list[dict]:
+    """Relative standard deviation of one probe, the time of another one, and the time to 1%."""
+    model, batch = MODELS[name]()
+    several = functools.partial(lnp.decompose, model, batch, population=False, rtol=0)
+    run = {"step": step_of(model, batch)}
+    for estimator in ("per_sample", "joint"):
+        for probes in (1, 5):
+            run[estimator, probes] = functools.partial(several, estimator=estimator, max_probes=probes)
+    if len(model.output_shape) == 2:
+        run["vectorized_map"] = mapped_of(model, batch)
+    seconds = report.interleaved(run, rounds)
+    ratio = lambda times: report.median([t / step for t, step in zip(times, seconds["step"], strict=True)])
+    added = lambda kind: ratio([(b - a) / 4 for a, b in zip(seconds[kind, 1], seconds[kind, 5], strict=True)])
+    times = {"lnp": added("per_sample"), "lnp, joint": added("joint")}
+    if "vectorized_map" in run:
+        times["vectorized_map"] = ratio(seconds["vectorized_map"])
+    rows: list[dict] = []
+    for way, time in times.items():
+        kind = "joint" if "joint" in way else "per_sample"
+        found = [several(estimator=kind, max_probes=1, seed=seed).chi_net for seed in range(seeds)]
+        deviation = float(np.std(found, ddof=1) / np.mean(found))
+        rows.append(
+            {"model": name.partition(" ")[0], "way": way, "deviation of a probe": deviation, "time of a probe": time,
+             "time to 1%": time * (deviation / 0.01) ** 2}
+        )  # fmt: skip
+    return [{**row, "times lnp's": row["time to 1%"] / rows[0]["time to 1%"]} for row in rows]
+
+
+def growth(what: str, rounds: int) -> list[dict]:
+    """Ratios to the step as one size grows."""
+    build, keyword, values, others = GROWTH[what]
+    rows = []
+    for value in values:
+        model, batch = build(**{**others, keyword: value})
+        cases = {case: run for case, run in cases_of(model, batch).items() if not case.startswith("step shared")}
+        found = report.ratios(report.interleaved(cases, rounds), "step")
+        rows.append({keyword: value, **{case: time for case, time in found.items() if case != "step"}})
+    return rows
+
+
+def memory(name: str) -> list[dict]:
+    """Peak memory of each case beside what is there before it, and with weights and gradient as a multiple of the
+    step's.
+    """
+    held = 8 * MODELS[name]()[0].count_params()
+    peaks = {}
+    for case in (*cases_of(*MODELS[name]()), *(peer for peer in peers_of(*MODELS[name]()) if "map" in peer)):
+        command = [sys.executable, __file__, "--peak", name, case]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[case] = int(done.stdout.strip().splitlines()[-1])
+    return [
+        {
+            "model": name.partition(" ")[0],
+            "case": case,
+            "MiB": peak / 2**20,
+            "memory": (peak + held) / (peaks["step"] + held),
+        }
+        for case, peak in peaks.items()
+    ]
 
 
 def _peak(name: str, case: str) -> int:
@@ -211,7 +267,7 @@ def _peak(name: str, case: str) -> int:
     grown = []
     for samples in (4, 5, len(batch[0])):
         part = tuple(tensor[:samples] for tensor in batch)
-        run, before = cases_of(model, part, True)[case], _status("VmRSS")
+        run, before = (cases_of(model, part) | peers_of(model, part))[case], _status("VmRSS")
         for _ in range(3):
             run()
         grown.append(_status("VmHWM") - before)
@@ -224,32 +280,36 @@ def _status(what: str) -> int:
 
 
 def main() -> None:
+    """Run what was asked for and write benchmarks/results/tensorflow.json and tensorflow.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, nothing written")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--no-growth", action="store_true", help="leave the tables of growth out")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: each case traces three times")
+    parser.add_argument("--quick", action="store_true", help="few rounds of the small models, nothing written")
+    parser.add_argument("--only", default="cost,error,memory,growth")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
         print(_peak(*given.peak))
         return
-    names = list(MODELS)[: 2 if given.quick else None]
-    rounds = 5 if given.quick else given.rounds
-    memory = not (given.quick or given.no_memory)
-    tables = {name: table_of(name, rounds, not given.quick, memory) for name in names}
-    if not (given.quick or given.no_growth):
-        tables |= {f"Growth with {what}": growth_of(what, 10) for what in GROWTH}
-    for heading, rows in tables.items():
+    quick, wanted = given.quick, ["cost"] if given.quick else given.only.split(",")
+    tables: dict[str, list[dict]] = {}
+
+    def add(heading: str, rows: list[dict]) -> None:
+        """Shown, and written with all before, as soon as it is there."""
+        tables.setdefault(heading, []).extend(rows)
         print(f"\n{heading}\n\n{report.table(rows)}", flush=True)
-    if not given.quick:
-        notes = [
-            "time: multiples of a training step's gradient in a `tf.function`, medians of rounds",
-            "peak memory: likewise, of weights, gradient, and what a process grows by at the whole batch's first run",
-            SKIPPED,
-        ]
-        data = {"title": "TensorFlow", "machine": report.machine(), "tables": tables, "notes": notes}
-        print(json.dumps([str(path) for path in report.write("tensorflow", data)]))
+        if not quick:
+            data = {"title": "Cost of a measurement in TensorFlow", "machine": report.machine(), "tables": tables}
+            report.write("tensorflow", data | {"notes": NOTES})
+
+    for name in list(MODELS)[: 2 if quick else None]:
+        rounds = 5 if quick else {"MLP": 25, "CNN": 15, "LM": 9}[name.partition(" ")[0]]
+        if "cost" in wanted:
+            add(name, cost(name, rounds))
+        if "error" in wanted:
+            add("Time to a relative standard error of 1%, in steps", error(name, 16, 5))
+        if "memory" in wanted:
+            add("Peak memory, as a multiple of the step's", memory(name))
+    for what in GROWTH if "growth" in wanted else ():
+        add(f"Growth with {what}", growth(what, 7))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 from lnp import trace
 from lnp.linearization import Array, Linearization, Vector, accumulation_dtype, ratio, square_norm, valid
-from lnp.population import Population
+from lnp.population import Population, possible
 from lnp.population import population as population_of
 
 ByLayer = bool | Callable[[str], str]
@@ -192,7 +192,7 @@ def _population(
         reason = "fewer than three samples tell nothing about their spread"
     elif not (lin.cheap or asked):
         reason = "single samples are not cheap in this network; ask for population=True"
-    elif lin.jvp is None:
+    elif not possible(lin):
         reason = "the backend has no Jacobian-vector products"
     if reason:
         return None, (f"no population values: {reason}",)

@@ -61,6 +61,13 @@ def jackknife_size(samples: int) -> int:
     return min(samples, max(samples // 4, LEAST))
 
 
+def possible(lin: Linearization) -> bool:
+    """Whether the record can tell the samples' inner products with the gradient."""
+    return lin.jvp is not None or (
+        lin.subset is not None and lin.subset(jackknife_size(lin.outputs.shape[0])).along is not None
+    )
+
+
 def population(lin: Linearization, gradient: Vector | None, rate: Array, traces: Array, stderr: Array) -> Population:
     """The population's values from a batch of N >= 3 samples that do not interact. Pure, safe to trace and compile.
 

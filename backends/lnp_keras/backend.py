@@ -12,6 +12,7 @@ import keras
 import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
+from lnp.with_gradient import WithGradient
 from lnp_keras import batch_norm, sharing
 from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
 from lnp_keras.models import Snapshot, Stateless, accepts, as_tensors, named_variables, selected, stateless
@@ -27,7 +28,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     if operands.get("update") is not None:
         operands["update"] = _by_name(handed.options.parameters, operands["update"])
     wanted = sharing.WANTED.get()
-    computation = computation if wanted is None else sharing.WithGradient(computation)
+    computation = computation if wanted is None else WithGradient(computation)
     result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
     if wanted is not None:
         result, gradient = result
@@ -41,7 +42,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         handed = _handed(model, (batch,), options)
     record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
     keep = lambda v: (model, record.vjp(v))[1]  # the function that was handed over refers to the model weakly
-    return replace(record, vjp=keep, notes=(*record.notes, *handed.notes))
+    return replace(record, vjp=keep, gradient_square_norms=None, notes=(*record.notes, *handed.notes))
 
 
 def untouched() -> contextlib.AbstractContextManager:

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 
 import lnp
-from lnp.linearization import Linearization
 from lnp_keras.models import named_variables
 
 WANTED: contextvars.ContextVar[list | None] = contextvars.ContextVar("gradients", default=None)
 """Where `evaluate` leaves the gradient of what it measures, if somebody wants it."""
-
-
-@dataclass(frozen=True)
-class WithGradient:
-    """A computation, and J^T g by name beside it: with one axis at least, since arrays of shape () become numbers."""
-
-    computation: Callable
-
-    def __call__(self, lin: Linearization, **operands: Any) -> tuple[Any, dict[str, Any]]:
-        gradient = lin.vjp(lin.loss_gradient)
-        known = replace(lin, vjp=lambda v: gradient if v is lin.loss_gradient else lin.vjp(v))
-        names = list(lin.inner_products(gradient, gradient))
-        parts = gradient if isinstance(gradient, Mapping) else dict(zip(names, gradient, strict=True))
-        raised = {n: parts[n] if len(parts[n].shape) else lin.xp.reshape(parts[n], (1,)) for n in names}
-        return self.computation(known, **operands), raised
 
 
 def value_and_grad(

@@ -6,22 +6,33 @@ way, one sample at a time; where single samples differ from the batch itself, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from lnp.linearization import coupling_tolerance
 from lnp.structure import map_leaves
 from lnp_tensorflow import namespace
-from lnp_tensorflow.forward import Forward
+from lnp_tensorflow.forward import Forward, made_since
 from lnp_tensorflow.outputs import flatten
-from lnp_tensorflow.samples import Groups, difference, has_samples, square_norm
-from lnp_tensorflow.taps import Norms, Tapped, recorded
+from lnp_tensorflow.samples import Gradients, Groups, difference, difference_of_gradients, dot, has_samples, square_norm
+from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 
 CHECKED = 8
 """Samples that are compared, spread over the batch."""
+COUPLED = (
+    "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
+    "dropout and batch normalisation in training mode do that too): they are not taken apart"
+)
+BENT = (
+    "the network's backward pass is not linear (a custom gradient that clips or normalises does that): it is not that "
+    "of a Jacobian, which chi_net and chi_pos are about"
+)
 NAMED = 4
 """Parameters that a note names."""
 
@@ -35,13 +46,16 @@ class Verdict:
     general:
         (parameter that takes the general way, why) pairs.
     coupled:
-        Whether the samples interact.
+        Why they are not taken apart, or nothing.
+    bent:
+        Whether the backward pass is not linear.
     expanded:
         As in `Tapped`, where they were compared.
     """
 
     general: tuple[tuple[str, str], ...] = ()
-    coupled: bool = False
+    coupled: str = ""
+    bent: bool = False
     expanded: tuple[str, ...] = ()
 
 
@@ -61,6 +75,10 @@ class Comparison:
         What coupling may be.
     expanded:
         As in `Tapped`.
+    bend:
+        Relative difference between J^T v and 4 J^T (v / 4), shape ().
+    impossible:
+        Why single samples cannot be run, or nothing.
     """
 
     coupling: Any
@@ -68,13 +86,16 @@ class Comparison:
     unread: dict[str, str]
     tolerance: float
     expanded: tuple[str, ...]
+    bend: Any
+    impossible: str = ""
 
     def verdict(self) -> Verdict:
         """From numbers."""
         differing = {
             n: "its taps differ from single samples" for n, m in self.missed.items() if not m <= 2 * self.tolerance
         }
-        return Verdict(tuple((self.unread | differing).items()), self.coupling > self.tolerance, self.expanded)
+        coupled = self.impossible or (COUPLED if self.coupling > self.tolerance else "")
+        return Verdict(tuple((self.unread | differing).items()), coupled, self.bend > self.tolerance, self.expanded)
 
 
 def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tapped | None = None) -> Comparison:
@@ -94,16 +115,36 @@ def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tap
     whole = flatten(batch.outputs)
     signs = tf.cast(2 * tf.random.stateless_uniform((few, whole.shape[1]), (0, 0), 0, 2, tf.int32) - 1, whole.dtype)
     # of different lengths: signs alone give the biases of all samples the same norm, whichever sample they belong to
-    signs *= tf.cast(tf.linspace(0.5, 1.5, few), whole.dtype)[:, None]
+    signs *= tf.constant(np.linspace(0.5, 1.5, few)[:, None], whole.dtype)
     v = tf.scatter_nd(tf.constant(index)[:, None], signs, whole.shape)
     gradient, cotangents = batch.pulled(v)
-    found, unread = batch.read(cotangents)
+    bend, tolerance = _bend(batch, v, gradient), coupling_tolerance(namespace, run.narrow)
     singles = Groups(run, cut(inputs, index, batch.samples), (few, whole.shape[1]), whole.dtype)
-    flat, grads, expected = singles.seen(signs)
+    impossible = partial(Comparison, math.inf, {}, {}, tolerance, batch.expanded, bend)
+    if not Groups(run, inputs, tuple(whole.shape), whole.dtype).possible:
+        return impossible(
+            f"no input runs over the {batch.samples} samples along its first axis: they are not taken apart"
+        )
+    try:
+        flat, grads, expected = singles.seen(signs)
+    except (ValueError, tf.errors.InvalidArgumentError) as error:  # of shapes
+        return impossible(f"single samples cannot be run, so that they are not taken apart: {_first_line(error)}")
+    uses, unread = batch.uses(cotangents)
+    missed = _missed(batch.square_norms(uses), expected, index)
     coupling = difference(flat, grads, tf.gather(whole, index), gradient)
-    return Comparison(
-        coupling, _missed(found, expected, index), unread, coupling_tolerance(namespace, run.narrow), batch.expanded
-    )
+    return Comparison(coupling, missed, unread, tolerance, batch.expanded, bend)
+
+
+def _bend(batch: Tapped, v: tf.Tensor, gradient: Gradients) -> tf.Tensor:
+    """How far the backward pass is from linear, where the network has one of its own."""
+    if not any(op.type == "IdentityN" for op in made_since(0)):  # what custom gradients leave in a graph
+        return tf.constant(0.0, tf.float64)
+    again = {name: 4 * tf.convert_to_tensor(part) for name, part in batch.pulled(v / 4)[0].items()}
+    return difference_of_gradients(again, gradient)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
 def _missed(found: Norms, expected: Norms, index: list[int]) -> dict[str, tf.Tensor]:
@@ -164,28 +205,41 @@ class Apart:
         """One sample at a time."""
         return Groups(self.run, self.inputs, self.shape, self.dtype)
 
-    def square_norms(self, v: tf.Tensor, cotangents: list | None = None) -> Norms:
-        """{parameter: (N,) array of ||J_n^T v_n||^2}; v may have been pulled back to the batch's taps already."""
+    def uses(self, batch: Tapped, cotangents: list) -> Uses:
+        """What taps say, where they are right."""
+        other = () if batch.expanded == self.expanded else (*batch.expanded, *self.expanded)
+        return batch.uses(cotangents, {*self.general, *other})[0]
+
+    def square_norms(self, v: tf.Tensor, uses: Uses | None = None) -> Norms:
+        """{parameter: (N,) array of ||J_n^T v_n||^2}; the batch's taps may have been asked already."""
+        return self._each(v, uses, lambda batch, uses: batch.square_norms(uses), lambda name, g: square_norm(g))
+
+    def along(self, v: tf.Tensor, u: Mapping[str, tf.Tensor], uses: Uses | None = None) -> Norms:
+        """{parameter: (N,) array of <J_n^T v_n, u>} of the parameters that u has."""
+        return self._each(v, uses, lambda batch, uses: batch.along(uses, u), lambda name, g: dot(g, u[name]), tuple(u))
+
+    def _each(
+        self, v: tf.Tensor, uses: Uses | None, by_taps: Callable, by_gradient: Callable, wanted: tuple = ()
+    ) -> Norms:
+        """{parameter: (N,)} of what `by_taps(batch, uses)` says, elsewhere of numbers `by_gradient(name, gradient)`."""
         if self.microbatch is not None and self.microbatch < self.shape[0]:
             alone = replace(self, batch=None, microbatch=None)
-            part = lambda inputs, v: replace(alone, inputs=inputs, shape=tuple(v.shape)).square_norms(v)
-            return replace(self.singles, size=self.microbatch).each(part, v)
-        names = list(self.run.sources)
+            part = lambda inputs, v: replace(alone, inputs=inputs, shape=tuple(v.shape))._each(
+                v, None, by_taps, by_gradient, wanted
+            )
+            return replace(self.singles, size=self.microbatch, wanted=wanted or None).each(part, v)
+        names = wanted or tuple(self.run.sources)
         known: Norms = {}
         if not set(names) <= set(self.general):
             batch = self.batch or recorded(self.run, self.inputs)
-            other = () if batch.expanded == self.expanded else (*batch.expanded, *self.expanded)
-            known = _read(batch, v, {*self.general, *other}, cotangents)
+            if batch.samples == 1:
+                return {name: by_gradient(name, g)[None] for name, g in batch.pulled(v)[0].items() if name in names}
+            if uses is None:
+                uses = self.uses(batch, batch.pulled(v, gradient=False)[1])
+            known = by_taps(batch, {name: uses[name] for name in names if name in uses})
         missing = tuple(name for name in names if name not in known)
-        general = replace(self.singles, wanted=missing).square_norms(v) if missing else {}
-        return {name: known[name] if name in known else general[name] for name in names}
-
-
-def _read(batch: Tapped, v: tf.Tensor, general: Iterable[str], cotangents: list | None = None) -> Norms:
-    if batch.samples == 1:
-        return {n: square_norm(g)[None] for n, g in batch.pulled(v)[0].items() if n not in general}
-    cotangents = batch.pulled(v, gradient=False)[1] if cotangents is None else cotangents
-    return batch.read(cotangents, general)[0]
+        single = replace(self.singles, wanted=missing).numbers(v, by_gradient) if missing else {}
+        return {name: known[name] if name in known else single[name] for name in names}
 
 
 def general_note(general: Iterable[tuple[str, str]]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import lnp
 from lnp.backends import Options
 from lnp.batches import unpack
 from lnp.linearization import Linearization
+from lnp.with_gradient import WithGradient
 from lnp.structure import leaves, map_leaves
 from lnp_tensorflow import sharing
 from lnp_tensorflow.compiled import CONVERTED, Answer, Plan, measure, remember, run
@@ -32,9 +33,7 @@ _JIT = contextvars.ContextVar("jit_compile", default=False)
 def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **options: Any) -> lnp.Decomposition:
     """`lnp.decompose(model, batch, ...)`, with `jit_compile=True` compiled by XLA.
 
-    Compiling takes seconds and pays where the same measurement is made many times. XLA computes the second derivative
-    of max-pooling wrongly in float32, which population values need: there are none by default, and `population=True`
-    is refused.
+    Compiling takes seconds and pays where the same measurement is made many times.
 
     >>> import tensorflow as tf
     >>> function = lambda w, x: x @ w
@@ -42,11 +41,6 @@ def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **o
     >>> d.chi_pos
     0.5
     """
-    if jit_compile and options.get("population"):
-        raise ValueError(
-            "population=True and jit_compile=True were given. Expected one of them: population values need a "
-            "Jacobian-vector product, which XLA computes wrongly through max-pooling."
-        )
     with _jit(jit_compile):
         return lnp.decompose(model, batch, *args, **options)
 
@@ -63,7 +57,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     operands = map_leaves(tf.convert_to_tensor, operands)
     pairs = _tensors(batches)
     shared = sharing.WANTED.get() is not None
-    computation = sharing.WithGradient(computation) if shared else computation
+    computation = WithGradient(computation) if shared else computation
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None, forward=None), _JIT.get())
     if tf.inside_function():
         with undisturbed(structure.static):
@@ -104,7 +98,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
             structure = replace(structure, static=model)  # the record keeps it alive
         run = forward(structure, tree, arrays, inputs)
         try:
-            return record(run, inputs, targets, options.seed, options, False)
+            return record(run, inputs, targets, options.seed, options, ())
         finally:
             run.restore()
 

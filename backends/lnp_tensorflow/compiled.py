@@ -13,7 +13,7 @@ import tensorflow as tf
 from lnp import batches
 from lnp.backends import Options
 from lnp.structure import leaves, map_leaves
-from lnp_tensorflow.apart import Comparison, Verdict, compare
+from lnp_tensorflow.apart import BENT, Comparison, Verdict, compare
 from lnp_tensorflow.forward import Forward, forward
 from lnp_tensorflow.isolation import undisturbed
 from lnp_tensorflow.models import Arrays, Structure
@@ -31,7 +31,7 @@ class Plan:
     structure: Structure
     options: Options
     jit_compile: bool = False
-    coupled: bool = False
+    notes: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
 
 
@@ -82,7 +82,7 @@ def measure(
     runs = [forward(plan.structure, tree, arrays, inputs) for inputs, _ in given]
     verdicts = plan.verdicts or [None] * len(runs)
     records = [
-        record(run, *pair, seed, plan.options, plan.coupled, verdict)
+        record(run, *pair, seed, plan.options, plan.notes, verdict)
         for run, pair, verdict in zip(runs, given, verdicts, strict=True)
     ]
     result = plan.computation(*records, **operands)
@@ -101,11 +101,12 @@ def run(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands
     key = _key(plan, arrays, pairs, operands)
     if plan.options.split:
         verdicts = _verdicts(key, plan, tree, arrays, pairs)
-        joint = any(verdict.coupled for verdict in verdicts)
+        joint = [verdict.coupled for verdict in verdicts if verdict.coupled][:1]
         if joint and plan.options.microbatch is not None:
             return Answer(None, (), (True,))
-        change = {"options": replace(plan.options, split=False), "coupled": True} if joint else {"verdicts": verdicts}
-        plan = replace(plan, **change)
+        change = {"options": replace(plan.options, split=False)} if joint else {"verdicts": verdicts}
+        bent = (BENT,) if any(verdict.bent for verdict in verdicts) else ()
+        plan = replace(plan, notes=(*joint, *bent), **change)
     return _run((plan, *key[1:]), measure, plan, tree, arrays, pairs, seed, operands)
 
 

@@ -162,7 +162,12 @@ def _arguments(forward: Forward, graph: Any, inputs: Any, sources: dict[str, tf.
 
 def draws_since(before: int) -> list[tf.Operation]:
     """Random operations of the current graph after its first `before` operations; none where there is no graph."""
-    return [] if tf.executing_eagerly() else _draws(tf.compat.v1.get_default_graph().get_operations()[before:])
+    return _draws(made_since(before))
+
+
+def made_since(before: int) -> list[tf.Operation]:
+    """Operations of the current graph after its first `before` operations."""
+    return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()[before:]
 
 
 def operations() -> int:

@@ -27,6 +27,8 @@ UNARY = {
 }
 PARTS = {"Split": 1, "SplitV": 0, "Unpack": 0}
 """Operations that cut into parts, and the input that is cut."""
+AXES = {"Split": 0, "SplitV": 2}
+"""The input that says along which axis."""
 
 
 def origins(tensor: tf.Tensor, walk: Walk) -> tuple[list[tuple[str, tuple[Step, ...]]], dict[str, str]]:
@@ -65,13 +67,26 @@ def _step(op: tf.Operation, place: int, out: tf.Tensor) -> Step | None:
     if op.type in UNARY:
         (slope,) = tf.gradients(out, op.inputs[place])
         return lambda use, samples: _scaled(use, slope, op, place, samples)
-    if op.type in PARTS and place == PARTS[op.type]:
-        return _framed(("part", op.name, [t.name for t in op.outputs].index(out.name)))
+    if op.type in PARTS:
+        return _part(op, place, [t.name for t in op.outputs].index(out.name))
     return STEPS[op.type](op, place) if op.type in STEPS else None
 
 
-def _framed(frame: tuple) -> Step:
-    return lambda use, samples: Use(use.kind, use.factors, (frame, *use.frame))
+def _framed(*frame: tuple) -> Step:
+    return lambda use, samples: Use(use.kind, use.factors, (*frame, *use.frame))
+
+
+def _part(op: tf.Operation, place: int, which: int) -> Step | None:
+    """One of the parts into which an axis is cut."""
+    axis = op.get_attr("axis") if op.type == "Unpack" else tf.get_static_value(op.inputs[AXES[op.type]])
+    if place != PARTS[op.type] or axis is None:
+        return None
+    sizes = list(op.inputs[place].shape)
+    widths = [1 if op.type == "Unpack" else out.shape[int(axis)] for out in op.outputs]
+    start = sum(widths[:which])
+    ranges = [(0, size, 1) for size in sizes]
+    ranges[int(axis)] = (start, start + widths[which], 1)
+    return _framed(("slice", tuple(ranges)), ("reshape", tuple(op.outputs[which].shape)))
 
 
 def _reshape(op: tf.Operation, place: int) -> Step | None:
@@ -94,7 +109,7 @@ def _slice(op: tf.Operation, place: int) -> Step | None:
     if place != 0 or ranges is None:
         return None
     whole = all(taken == (0, size, 1) for taken, size in zip(ranges, op.inputs[0].shape, strict=True))
-    return _reshape(op, place) if whole else _framed(("slice", ranges))
+    return _reshape(op, place) if whole else _framed(("slice", ranges), ("reshape", tuple(op.outputs[0].shape)))
 
 
 def _transpose(op: tf.Operation, place: int) -> Step | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -13,21 +14,19 @@ from lnp import batches
 from lnp.backends import Options
 from lnp.linearization import Linearization, Subset, while_loop
 from lnp.losses import separable
-from lnp.trace import pilot_size
 from lnp_tensorflow import losses, namespace
 from lnp_tensorflow.apart import Apart, Verdict, compare, cut, general_note
-from lnp_tensorflow.forward import Forward, draws_since, in_xla, moved, operations
+from lnp_tensorflow.forward import Forward, draws_since, in_xla, made_since, moved, operations
 from lnp_tensorflow.outputs import flatten, rebuild, split, wide
-from lnp_tensorflow.samples import Groups
-from lnp_tensorflow.taps import Norms, Tapped, recorded
+from lnp_tensorflow.samples import Groups, dot
+from lnp_tensorflow.separable import found_separable
+from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 
-COUPLED = (
-    "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
-    "dropout and batch normalisation in training mode do that too): they are not taken apart"
-)
+UNROLLED = 16
+"""Turns of a loop that are written out where the network pools maxima: in a loop TensorFlow looks for them again,
+which takes half a training step for each probe of a convolutional network."""
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
-XLA = "no Jacobian-vector products under XLA, which computes the second derivative of max-pooling wrongly"
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,29 @@ class _Loss:
     gradient: tf.Tensor
     of: Callable[[list[tf.Tensor]], tf.Tensor]
     terms: Any
+    separable: bool
     violations: tuple
     notes: tuple[str, ...]
 
 
 def record(
-    run: Forward, inputs: Any, targets: Any, seed: Any, options: Options, coupled: bool, verdict: Verdict | None = None
+    run: Forward,
+    inputs: Any,
+    targets: Any,
+    seed: Any,
+    options: Options,
+    notes: tuple[str, ...],
+    verdict: Verdict | None = None,
 ) -> Linearization:
     """Linearise the model on a batch.
 
-    `coupled` says that its samples are known to interact, `verdict` how they can be taken apart: without one, that is
-    found out by the record itself.
+    `verdict` says how its samples can be taken apart: without one, that is found out by the record itself. `notes` say
+    what is known already.
     """
     before = operations()
     batch = recorded(run, inputs)
     drawn, outputs = draws_since(before), batch.outputs
+    pools = any("MaxPool" in op.type for op in made_since(before))
     flat = flatten(outputs)
     groups = _groups(Groups(run, inputs, tuple(flat.shape), flat.dtype, options.microbatch or 1), options)
     if groups is not None:
@@ -60,10 +67,6 @@ def record(
     first = batch if groups is None else None
     apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, batch=first, microbatch=options.microbatch)
     taken = _taken_apart(apart, pulls, options, verdict)
-    xla, known = in_xla(), separable(options.loss)
-    population = not (xla or tf.executing_eagerly()) and (
-        options.population or (options.population is None and taken.cheap and known)
-    )
     return Linearization(
         xp=namespace,
         outputs=flat,
@@ -71,25 +74,21 @@ def record(
         loss_gradient=loss.gradient,
         loss_terms=loss.terms,
         vjp=pulls.vjp,
-        inner_products=lambda u, w: {name: _dot(a, b) for name, a, b in zip(run.sources, u, w, strict=True)},
+        inner_products=lambda u, w: {name: dot(a, b) for name, a, b in zip(run.sources, u, w, strict=True)},
         signs=lambda index: _signs(seed, index, flat),
-        jvp=None if xla else lambda u: _jvp(batch, u),
+        # XLA computes the second derivative of max-pooling wrongly in float32
+        jvp=None if in_xla() else lambda u: _jvp(batch, u),
         sample_square_norms=taken.square_norms,
-        subset=_subsets(taken, seed, not xla, population),
+        subset=_subsets(taken, pulls, seed),
         cheap=taken.cheap,
         coupled=taken.coupled,
         group_square_norms=None if groups is None else groups.square_norms,
         groups=1 if groups is None else groups.count,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
-        separable=known,
+        separable=loss.separable,
         violations=loss.violations,
-        notes=(
-            *((COUPLED,) if coupled else ()),
-            *loss.notes,
-            *taken.notes,
-            *((XLA,) if xla and options.population is not False else ()),
-        ),
-        while_loop=_while_loop,
+        notes=(*notes, *loss.notes, *taken.notes),
+        while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
     )
 
 
@@ -97,22 +96,40 @@ class _Pulls:
     """Pull-backs; that of the loss gradient is traced once, for the gradient and for single samples."""
 
     def __init__(self, batch: Tapped, groups: Groups | None, g: tf.Tensor) -> None:
-        self._batch, self._groups, self._g = batch, groups, g
-        self.cotangents: list | None = None
+        self._batch, self._groups, self.g = batch, groups, g
+        self._cotangents: list | None = None
+        self._said: dict[tuple[str, ...], Uses] = {}
         if groups is None and not tf.executing_eagerly():
-            gradient, self.cotangents = batch.pulled(g)
+            gradient, self._cotangents = batch.pulled(g)
             self._gradient = [tf.convert_to_tensor(part) for part in gradient.values()]
 
     def vjp(self, v: tf.Tensor) -> list[tf.Tensor]:
         """J^T v."""
-        if v is self._g and self.cotangents is not None:
+        if v is self.g and self._cotangents is not None:
             return self._gradient
         pulled = self._batch.pulled(v)[0] if self._groups is None else self._groups.vjp(v)
         return [tf.convert_to_tensor(part) for part in pulled.values()]
 
     def square_norms(self, apart: Apart, v: tf.Tensor) -> Norms:
         """Of single samples' gradients."""
-        return apart.square_norms(v, self.cotangents if v is self._g else None)
+        return apart.square_norms(v, self.uses(apart) if v is self.g else None)
+
+    def along(self, apart: Apart, some: Apart, index: tf.Tensor, u: dict[str, tf.Tensor]) -> tf.Tensor:
+        """<J_m^T g_m, u> of some of the samples, from taps where they have told it already."""
+        uses = self.uses(apart) or {}
+        found = self._batch.along(uses, u, index)
+        missing = {name: part for name, part in u.items() if name not in uses}
+        if missing:
+            found |= some.along(tf.gather(self.g, index), missing)
+        return tf.add_n([tf.cast(part, self.g.dtype) for part in found.values()])
+
+    def uses(self, apart: Apart) -> Uses | None:
+        """What the taps have said of the loss gradient's samples; first to be asked outside of branches."""
+        if self._cotangents is None or self._batch.samples == 1:
+            return None
+        if apart.general not in self._said:
+            self._said[apart.general] = apart.uses(self._batch, self._cotangents)
+        return self._said[apart.general]
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,7 @@ class _Taken:
 
     apart: Apart
     square_norms: Callable | None = None
+    wrong: tf.Tensor | None = None
     cheap: bool = False
     coupled: tf.Tensor | None = None
     notes: tuple[str, ...] = ()
@@ -129,53 +147,56 @@ class _Taken:
 def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict | None) -> _Taken:
     if not options.split:
         return _Taken(apart)
-    if not apart.singles.possible:
-        n = apart.shape[0]
-        return _Taken(
-            apart, notes=(f"no input runs over the {n} samples along its first axis: they are not taken apart",)
-        )
     if verdict is not None:
         made = replace(apart, general=tuple(name for name, _ in verdict.general), expanded=verdict.expanded)
         square_norms = lambda v: pulls.square_norms(made, v)
-        return _Taken(made, square_norms, not verdict.general, None, general_note(verdict.general))
+        return _Taken(made, square_norms, None, not verdict.general, None, general_note(verdict.general))
     seen = compare(apart.run, apart.inputs, apart.microbatch, apart.batch)
+    if seen.impossible:
+        return _Taken(apart, notes=(seen.impossible,))
     made = replace(apart, general=tuple(seen.unread), expanded=seen.expanded)
-    wrong = [missed > 2 * seen.tolerance for missed in seen.missed.values()]
+    missed = [missed > 2 * seen.tolerance for missed in seen.missed.values()]
+    wrong, _ = tf.reduce_any(missed) if missed else None, pulls.uses(made)
     general = replace(apart, general=tuple(apart.run.sources))
 
     def checked(v: tf.Tensor) -> Norms:
         """Taps where they are right: which is known only when the graph runs."""
-        if not wrong:
+        if wrong is None:
             return pulls.square_norms(made, v)
         either = (lambda: list(general.square_norms(v).values())), (lambda: list(pulls.square_norms(made, v).values()))
-        return dict(zip(apart.run.sources, tf.cond(tf.reduce_any(wrong), *either), strict=True))
+        return dict(zip(apart.run.sources, tf.cond(wrong, *either), strict=True))
 
-    coupled = seen.coupling > seen.tolerance
+    coupled = (seen.coupling > seen.tolerance) | (seen.bend > seen.tolerance)
     notes = general_note(seen.unread.items())
-    return _Taken(made, checked, not seen.unread, coupled, notes)
+    return _Taken(made, checked, wrong, not seen.unread, coupled, notes)
 
 
-def _subsets(taken: _Taken, seed: Any, jvp: bool, population: bool) -> Callable[[int], Subset] | None:
-    """M -> M samples. For the population's values some will certainly be asked for: they run at once, outside of the
-    loop that may ask for them too.
-    """
+def _subsets(taken: _Taken, pulls: _Pulls, seed: Any) -> Callable[[int], Subset] | None:
+    """M -> M samples drawn at random, with a forward pass of their own where one is needed."""
     if taken.square_norms is None:
         return None
-    size = pilot_size(taken.apart.shape[0])
-    ahead = {size: _subset(taken.apart, seed, size, jvp, True)} if population and size < taken.apart.shape[0] else {}
-    return lambda size: ahead[size] if size in ahead else _subset(taken.apart, seed, size, jvp, False)
+    apart, samples, names = taken.apart, taken.apart.shape[0], list(taken.apart.run.sources)
 
+    def subset(size: int) -> Subset:
+        pair = tf.stack([tf.cast(seed, tf.int64), tf.constant(samples, tf.int64)])
+        order = tf.random.stateless_uniform((samples,), pair)
+        index = tf.sort(tf.argsort(order)[:size])
+        inputs = cut(apart.inputs, index, samples)
+        some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=None)
 
-def _subset(apart: Apart, seed: Any, size: int, jvp: bool, now: bool) -> Subset:
-    """Samples drawn at random, with a forward pass of their own."""
-    samples = apart.shape[0]
-    order = tf.random.stateless_uniform((samples,), tf.stack([tf.cast(seed, tf.int64), tf.cast(samples, tf.int64)]))
-    index = tf.sort(tf.argsort(order)[:size])
-    inputs = cut(apart.inputs, index, samples)
-    batch = recorded(apart.run, inputs) if now else None
-    some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=batch)
-    along = lambda u: _jvp(batch or recorded(apart.run, inputs), u)
-    return Subset(index, some.square_norms, along if jvp else None)
+        def along(u: list[tf.Tensor]) -> tf.Tensor:
+            by_name = dict(zip(names, u, strict=True))
+            by_taps = lambda: pulls.along(apart, some, index, by_name)
+            if taken.wrong is None:
+                return by_taps()
+            general = replace(apart, general=tuple(names))
+            return tf.cond(
+                taken.wrong, lambda: pulls.along(general, replace(some, general=tuple(names)), index, by_name), by_taps
+            )
+
+        return Subset(index, some.square_norms, along=along)
+
+    return subset
 
 
 def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: Options) -> _Loss:
@@ -202,7 +223,10 @@ def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: 
             "convert the outputs to NumPy."
         )
     filled = [tf.zeros_like(part) if grad is None else grad for part, grad in zip(made, grads, strict=True)]
-    return _Loss(value, flatten([tf.convert_to_tensor(grad) for grad in filled]), of, terms, violations, notes)
+    wanted = options.split and options.population is not False
+    known = separable(options.loss) or (wanted and found_separable(function, rebuild(returned, made), targets))
+    gradient = flatten([tf.convert_to_tensor(grad) for grad in filled])
+    return _Loss(value, gradient, of, terms, known, violations, notes)
 
 
 def _groups(groups: Groups, options: Options) -> Groups | None:
@@ -252,10 +276,19 @@ def _signs(seed: Any, index: Any, like: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.reshape(tf.reshape(ones, (-1,))[:size], like.shape), like.dtype)
 
 
-def _while_loop(condition: Callable, body: Callable, state: Any) -> Any:
-    """Python's loop where there are values to look at, TensorFlow's in a graph."""
+def _while_loop(condition: Callable, body: Callable, state: Any, unrolled: int = 0) -> Any:
+    """Python's loop where there are values to look at, TensorFlow's in a graph.
+
+    A number of turns that is known, and at most `unrolled`, is written out, one after the other.
+    """
     if tf.executing_eagerly():
         return while_loop(condition, body, state)
+    if unrolled and isinstance(state[0], int) and condition((state[0] + unrolled, *state[1:])) is False:
+        while condition(state) is True:
+            with tf.control_dependencies([part for part in state if tf.is_tensor(part)]):
+                state = body(state)
+        if condition(state) is False:
+            return state
     tensors = tf.nest.map_structure(tf.convert_to_tensor, state)
 
     def step(*state: Any) -> Any:
@@ -263,8 +296,3 @@ def _while_loop(condition: Callable, body: Callable, state: Any) -> Any:
         return tf.nest.map_structure(lambda new, old: tf.ensure_shape(new, old.shape), made, tensors)
 
     return tf.while_loop(lambda *state: condition(state), step, tensors, parallel_iterations=1)
-
-
-def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    dtype = wide([a, b])
-    return tf.reduce_sum(tf.cast(a, dtype) * tf.cast(b, dtype))

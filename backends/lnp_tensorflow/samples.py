@@ -71,9 +71,13 @@ class Groups:
 
     def square_norms(self, v: tf.Tensor) -> dict[str, tf.Tensor]:
         """{name: (G,) array of ||J_g^T v_g||^2}."""
+        return self.numbers(v, lambda name, gradient: square_norm(gradient))
+
+    def numbers(self, v: tf.Tensor, of: Callable[[str, Any], tf.Tensor]) -> dict[str, tf.Tensor]:
+        """{name: (G,) array of numbers of(name, J_g^T v_g)}."""
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
-            return [_square_norms(pulled(self.forward, inputs, v, self.names)[1])], []
+            return [_row(pulled(self.forward, inputs, v, self.names)[1], of)], []
 
         return self._by_name(self._visit(visit, v, [(-1, self._norms_dtype)])[0][0])
 
@@ -86,7 +90,9 @@ class Groups:
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
             flat, grads = pulled(self.forward, inputs, v, self.names)
-            return [flat, _square_norms(grads)], [tf.convert_to_tensor(grad) for grad in grads.values()]
+            return [flat, _row(grads, lambda name, gradient: square_norm(gradient))], [
+                tf.convert_to_tensor(grad) for grad in grads.values()
+            ]
 
         (flat, norms), sums = self._visit(visit, v, [(self.shape[1], self.dtype), (-1, self._norms_dtype)])
         return flat, dict(zip(self.names, sums, strict=True)), self._by_name(norms)
@@ -168,10 +174,16 @@ def gradients(tape: tf.GradientTape, outputs: list[tf.Tensor], sources: dict[str
     return dict(zip(sources, found, strict=True))
 
 
-def _square_norms(gradients: Gradients) -> tf.Tensor:
+def _row(gradients: Gradients, of: Callable[[str, Any], tf.Tensor]) -> tf.Tensor:
     """Shape (1, number of parameters)."""
-    norms = [square_norm(gradient) for gradient in gradients.values()]
-    return tf.stack([tf.cast(norm, wide(norms)) for norm in norms])[None]
+    numbers = [of(name, gradient) for name, gradient in gradients.items()]
+    return tf.stack([tf.cast(number, wide(numbers)) for number in numbers])[None]
+
+
+def dot(a: Any, b: Any) -> tf.Tensor:
+    """<a, b> in float32 or better, shape ()."""
+    dtype = wide([a, b])
+    return tf.reduce_sum(tf.cast(tf.convert_to_tensor(a), dtype) * tf.cast(b, dtype))
 
 
 def square_norm(gradient: Any) -> tf.Tensor:
@@ -192,12 +204,22 @@ def difference(flat: tf.Tensor, grads: Gradients, outputs: tf.Tensor, gradient: 
     if flat.shape != outputs.shape:
         return tf.constant(float("inf"), tf.float64)
     in_outputs = tf.reduce_max(tf.abs(flat - outputs)) / _positive(tf.reduce_max(tf.abs(outputs)))
-    norms = tf.stack([tf.cast(tf.norm(_wide(gradient[name])), tf.float64) for name in grads])
-    missed = tf.stack([tf.cast(tf.norm(_wide(grads[n]) - _wide(gradient[n])), tf.float64) for n in grads])
+    return tf.maximum(tf.cast(in_outputs, tf.float64), difference_of_gradients(grads, gradient))
+
+
+def difference_of_gradients(grads: Gradients, gradient: Gradients) -> tf.Tensor:
+    """The largest relative difference of a parameter's part, shape ()."""
+    alone, whole = ([_wide(tf.convert_to_tensor(given[n])) for n in grads] for given in (grads, gradient))
+    norms = tf.sqrt(_joined([square_norm(g) for g in whole]))
+    missed = tf.sqrt(_joined([square_norm(a - b) for a, b in zip(alone, whole, strict=True)]))
     # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
     # whole
     floor = 0.03 * tf.norm(norms)
-    return tf.maximum(tf.cast(in_outputs, tf.float64), tf.reduce_max(missed / _positive(norms + floor)))
+    return tf.reduce_max(missed / _positive(norms + floor))
+
+
+def _joined(numbers: list[tf.Tensor]) -> tf.Tensor:
+    return tf.stack([tf.cast(number, tf.float64) for number in numbers])
 
 
 def has_samples(leaf: Any, samples: int) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
 import lnp
-from lnp.linearization import Linearization
 from lnp.structure import map_leaves
 from lnp_tensorflow.models import Structure, accepts, is_module, named, separate
 
@@ -18,24 +15,12 @@ WANTED: contextvars.ContextVar[list | None] = contextvars.ContextVar("gradients"
 """Where `evaluate` leaves the gradient of what it measures, if somebody wants it."""
 
 
-@dataclass(frozen=True)
-class WithGradient:
-    """A computation, and J^T g beside it: one axis at least, since numbers go to the host."""
-
-    computation: Callable
-
-    def __call__(self, lin: Linearization, **operands: Any) -> tuple[Any, list[tf.Tensor]]:
-        gradient = lin.vjp(lin.loss_gradient)
-        known = replace(lin, vjp=lambda v: gradient if v is lin.loss_gradient else lin.vjp(v))
-        return self.computation(known, **operands), [part if part.shape.rank else part[None] for part in gradient]
-
-
-def leave(structure: Structure, arrays: dict, gradient: list[tf.Tensor]) -> None:
-    """Hand the gradient to who wants it, as {name: tensor}."""
+def leave(structure: Structure, arrays: dict, gradients: dict[str, tf.Tensor]) -> None:
+    """Hand the gradients to who wants them, in the parameters' shapes."""
     wanted = WANTED.get()
     assert wanted is not None, "evaluate() looks for it"
-    shapes = {name: source.shape for name, source in structure.sources(arrays).items()}
-    wanted.append({n: g if s.rank else tf.reshape(g, ()) for (n, s), g in zip(shapes.items(), gradient, strict=True)})
+    sources = structure.sources(arrays)
+    wanted.append({name: tf.reshape(g, sources[name].shape) for name, g in gradients.items()})
 
 
 def value_and_grad(

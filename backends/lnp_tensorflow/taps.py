@@ -6,7 +6,7 @@ parameters tells what each of them does, and `lnp.norms` does the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lnp import norms
 from lnp.structure import leaves, map_leaves
 from lnp_tensorflow import namespace as xp
 from lnp_tensorflow.forward import Forward, operations
+from lnp_tensorflow.frames import along
 from lnp_tensorflow.origins import Step, origins
 from lnp_tensorflow.outputs import parts, split, wide
 from lnp_tensorflow.rules import Unread, Use, used
@@ -25,6 +26,8 @@ from lnp_tensorflow.windows import convolution
 
 Norms = dict[str, tf.Tensor]
 """{parameter: (N,) squared norms}."""
+Uses = dict[str, list[Use]]
+"""{parameter: what the operations make of it}."""
 
 
 @dataclass(frozen=True)
@@ -97,25 +100,32 @@ class Tapped:
         }
         return grads, found[len(sources) :]
 
-    def read(self, cotangents: list, skip: Iterable[str] = ()) -> tuple[Norms, dict[str, str]]:
-        """({parameter: (N,) squared norms}, {other parameter: why it cannot be read})."""
+    def uses(self, cotangents: list, skip: Iterable[str] = ()) -> tuple[Uses, dict[str, str]]:
+        """({parameter: what it is used for}, {other parameter: why it cannot be read})."""
         unread = {**dict.fromkeys(skip, ""), **self.general}
-        uses: dict[str, list[Use]] = {}
+        uses: Uses = {name: [] for name in self.sources}
         for site in self.sites:
             if site.name in unread:
                 continue
             try:
-                uses.setdefault(site.name, []).append(self._use(site, cotangents[site.tap]))
+                uses[site.name].append(self._use(site, cotangents[site.tap]))
             except Unread as error:
                 unread[site.name] = str(error)
         unread |= {n: "several uses" for n, many in uses.items() if n not in unread and not _combine(many)}
+        return {name: many for name, many in uses.items() if name not in unread}, unread
+
+    def square_norms(self, uses: Uses) -> Norms:
+        """{parameter: (N,) squared norms}, zero for what is not used."""
         zero = tf.zeros(self.samples, wide(self.outputs))
-        found = {
-            name: _square_norm(uses[name], self.samples) if name in uses else zero
-            for name in self.sources
-            if name not in unread
+        return {name: _square_norm(many, self.samples) if many else zero for name, many in uses.items()}
+
+    def along(self, uses: Uses, u: Mapping[str, tf.Tensor], index: tf.Tensor | None = None) -> Norms:
+        """{parameter: (N,) inner products with u}, or (M,) of some samples."""
+        zero = tf.zeros(self.samples if index is None else index.shape[0], wide(self.outputs))
+        return {
+            name: sum((along(use, u[name], index, self.samples) for use in many), start=zero)
+            for name, many in uses.items()
         }
-        return found, unread
 
     def _use(self, site: Site, d: Any) -> Use:
         if d is None:
@@ -219,8 +229,6 @@ def _disjoint(a: tuple, b: tuple) -> bool:
     for one, other in zip(a, b, strict=False):
         if one == other:
             continue
-        if one[0] == other[0] == "part":
-            return one[1] == other[1]
         if one[0] == other[0] == "slice":
             return any(
                 stop <= start or end <= begin

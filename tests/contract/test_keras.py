@@ -74,6 +74,7 @@ kit = Kit(
     build=build,
     loss=lambda loss: partial(loss.value, xp),
     snapshot=snapshot,
+    dtypes=("float64",),  # in float32 the integrations' models are measured
     to_numpy=lambda value: np.asarray(value.detach() if hasattr(value, "detach") else value),
 )
 

@@ -23,7 +23,11 @@ def jacobian(run, model):
 
 def factors(run, model, loss, terms):
     """The factors of `loss`, a function of outputs in NumPy whose gradient is taken by central differences."""
-    outputs, j = jacobian(run, model)
+    return of_jacobian(*jacobian(run, model), loss, terms)
+
+
+def of_jacobian(outputs, j, loss, terms):
+    """The same from outputs (N, K) and J (N K, P)."""
     g = gradient(loss, outputs)
     kernel, g = j @ j.T, g.reshape(-1)
     rate, g2, trace = g @ kernel @ g, g @ g, np.trace(kernel)

@@ -1,4 +1,4 @@
-"""Keras models on KERAS_BACKEND's framework: squared norms of single samples, and sharing with a training step."""
+"""Keras models on KERAS_BACKEND's framework share a training step."""
 
 from __future__ import annotations
 
@@ -7,57 +7,10 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-import lnp
 import lnp_keras
-from integrations.keras_reference import BACKEND, jacobian, numpy
-from integrations.test_keras_models import MODELS, WIDE, float64, inference, normal, seeded  # noqa: F401 - fixtures
+from integrations.test_keras_models import normal, seeded  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside Keras
-GENERAL = ("LSTM", "GRU")
-"""Loops, which take the general way."""
-TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-
-
-class Norms:
-    def __call__(self, lin):
-        v = lin.signs(3)
-        return {"norms": lin.sample_square_norms(v), "v": v, "cheap": lin.cheap, "notes": lin.notes}
-
-
-NORMS = Norms()
-
-
-def check(name, dtype):
-    build, x = MODELS[name]
-    model = build()
-    x = x.astype(dtype) if x.dtype.kind == "f" else x
-    model(x)
-    # in inference mode no samples interact, and statistics stay
-    forward = inference if name in ("batch norm", "spectral norm") else None
-    batch = x, np.zeros(model(x).shape, dtype)
-    found = lnp_keras.evaluate(NORMS, model, (batch,), lnp.Options(loss="mse", forward=forward))
-    v = numpy(found["v"])
-    rows = jacobian(lambda: model(x), model)[1].reshape(*v.shape, -1)
-    pulled = np.einsum("nk,nkp->np", v, rows)
-    sizes = np.cumsum([int(np.prod(p.shape)) for p in model.trainable_variables])[:-1]
-    expected = np.stack([np.sum(part**2, 1) for part in np.split(pulled, sizes, axis=1)], 1)
-    names = {id(p): key for key, p in lnp_keras.models.named_variables(model).items()}
-    norms = np.stack([numpy(found["norms"][names[id(p)]]) for p in model.trainable_variables], 1)
-    floor = 1e-3 * expected.sum(1, keepdims=True)  # a parameter's own norm may be rounding noise beside the whole
-    assert np.all(np.abs(norms - expected) <= TOLERANCE[dtype] * (expected + floor))
-    if BACKEND == "tensorflow":
-        assert not any("differ" in note for note in found["notes"])
-        assert found["cheap"] == (name not in GENERAL), found["notes"]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_norms_are_those_of_single_samples(name):
-    check(name, "float32")
-
-
-@pytest.mark.parametrize("name", WIDE if BACKEND == "tensorflow" else WIDE[:0])
-def test_norms_in_float64(name, float64):  # noqa: F811
-    check(name, "float64")
 
 
 def classifier(*more):

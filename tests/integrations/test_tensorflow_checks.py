@@ -8,7 +8,8 @@ import tensorflow as tf
 
 import lnp
 from contract.namespaces import tensorflow
-from integrations.test_tensorflow_models import Wrapped, normal
+from integrations.tensorflow_reference import dense
+from integrations.test_tensorflow_models import Wrapped, agrees, normal, squared
 from integrations.test_tensorflow_samples import measured, same, wrapped
 from lnp_tensorflow import compiled, rules
 
@@ -44,6 +45,7 @@ def gated(p, x):
     return y + p["gate"] * tf.reduce_mean(y, 0)
 
 
+WEIGHTS = {"w": normal(3, 4), "o": normal(4, 2)}
 MISREAD = {"time major": time_major, "packed rows": packed}
 COUPLED = {"batch attention": attention_over_the_batch, "batch norm": batch_normalised, "closed gate": gated}
 
@@ -74,13 +76,74 @@ def test_inside_a_function(name):
     """Where nothing can be remembered, misread samples take the general way, and samples that interact give nan."""
     model, x = given((MISREAD | COUPLED)[name])
     y = tf.ones_like(model(x))
-    inside = tf.function(lambda x: lnp.decompose(model, (x, y), estimator="exact", population=False), autograph=False)(
-        x
-    )
+    inside = tf.function(lambda x: lnp.decompose(model, (x, y), estimator="exact"), autograph=False)(x)
     if name in COUPLED:
         assert np.isnan(inside.chi_net.numpy())
-    else:
-        assert inside.chi_net.numpy() == pytest.approx(lnp.decompose(model, (x, y), estimator="exact").chi_net, 1e-10)
+        return
+    outside = lnp.decompose(model, (x, y), estimator="exact", population=True)
+    assert inside.chi_net.numpy() == pytest.approx(outside.chi_net, 1e-10)
+    assert inside.population.rate_stderr.numpy() == pytest.approx(outside.population.rate_stderr, 1e-10)
+
+
+def for_so_many(p, x):
+    return tf.reshape(tf.reshape(x, (-1, 3)) @ p["w"], (5, 4, 2))
+
+
+def one_for_each(p, x):
+    return x * p["w"][:5, :1, None]
+
+
+IMPOSSIBLE = {
+    "a batch size of its own": (for_so_many, (3, 2), "single samples cannot be run"),
+    "a number for each sample": (one_for_each, (5, 1), "single samples cannot be run"),
+    "a row for each position": (lambda p, x: tf.reshape(x, (-1, 3)) @ p["w"], (3, 2), "no input runs over the 20"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_networks_that_do_not_run_on_single_samples(name):
+    function, shape, note = IMPOSSIBLE[name]
+    model, x = Wrapped(function, {"w": normal(*shape)}), tf.constant(normal(5, 4, 3, seed=1))
+    y = tf.constant(normal(*model(x).shape, seed=2))
+    d = lnp.decompose(model, (x, y), "mse", estimator="exact")
+    size = y.shape.num_elements()
+    agrees(d, dense(lambda: model(x), [model.p["w"]], squared(y), size), "float64")
+    assert d.probes == size
+    assert any(note in given for given in d.notes), d.notes
+    inside = tf.function(lambda x: lnp.decompose(model, (x, y), "mse", estimator="exact"), autograph=False)(x)
+    assert inside.chi_net.numpy() == pytest.approx(d.chi_net, 1e-10)
+
+
+@tf.custom_gradient
+def clipped(x):
+    return tf.identity(x), lambda d: tf.clip_by_value(d, -0.6, 0.6)
+
+
+@tf.custom_gradient
+def doubled(x):
+    return tf.identity(x), lambda d: 2 * d
+
+
+@pytest.mark.parametrize("own", [clipped, doubled])
+def test_a_backward_pass_that_is_not_linear_is_noted(own):
+    """The comparison's signs have lengths between 0.5 and 1.5."""
+    model, x = Wrapped(lambda p, x: own(x @ p["w"]), {"w": normal(3, 2)}), tf.constant(normal(5, 3))
+    d = lnp.decompose(model, (x, tf.ones_like(model(x))), "mse")
+    assert any("not linear" in note for note in d.notes) == (own is clipped), d.notes
+    inside = tf.function(lambda x: lnp.decompose(model, (x, tf.ones_like(x[:, :2])), "mse"), autograph=False)(x)
+    assert np.isnan(inside.chi_net.numpy()) == (own is clipped)
+
+
+def test_the_population_of_a_network_that_recomputes():
+    """Which has no Jacobian-vector products."""
+    recomputed, plain = (
+        Wrapped(lambda p, x, through=through: through(lambda x: tf.tanh(x @ p["w"]))(x) @ p["o"], WEIGHTS)
+        for through in (tf.recompute_grad, lambda function: function)
+    )
+    batch = tf.constant(normal(14, 3)), tf.constant(normal(14, 2, seed=1))
+    found, expected = (lnp.decompose(model, batch, "mse", population=True) for model in (recomputed, plain))
+    assert found.population.rate_stderr == pytest.approx(expected.population.rate_stderr, rel=1e-10)
+    assert any("slower" in note for note in found.notes)
 
 
 def test_a_wrong_rule_is_caught(monkeypatch):
