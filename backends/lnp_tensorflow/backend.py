@@ -15,8 +15,8 @@ import lnp
 from lnp.backends import Options
 from lnp.batches import unpack
 from lnp.linearization import Linearization
-from lnp.with_gradient import WithGradient
 from lnp.structure import leaves, map_leaves
+from lnp.with_gradient import WithGradient
 from lnp_tensorflow import sharing
 from lnp_tensorflow.compiled import CONVERTED, Answer, Plan, measure, remember, run
 from lnp_tensorflow.forward import forward
