@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -282,8 +283,13 @@ def cases(problem: Problem, full: bool = True) -> tuple[dict[str, Case], list[st
         try:
             found[name] = compiled(make(problem), problem)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            notes.append(f"{name}: does not run here, {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            notes.append(f"{name}: does not run here, {type(error).__name__}: {_said(error)}")
     return found, notes
+
+
+def _said(error: Exception) -> str:
+    """Its first line, without where on this machine it happened."""
+    return re.sub(r" \(/[^)]*\)", "", (str(error).splitlines() or [""])[0])[:150]
 
 
 def relative_errors(found: dict[str, Case], problem: Problem, repeats: int) -> dict[str, float]:
