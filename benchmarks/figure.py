@@ -18,6 +18,7 @@ from matplotlib.ticker import NullFormatter
 
 Row = dict[str, Any]
 PEERS = "0.6"
+COLUMNS = 3
 
 
 def bars(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -48,11 +49,12 @@ def draw_bars(ax: Any, model: str, rows: list[Row]) -> None:
     colours = ["C0" if "lnp" in name else "k" if "step" in name else PEERS for name in names]
     ax.barh(names, times, color=colours)
     for place, time in enumerate(times):
-        ax.text(time * 1.05, place, f"{time:.2g}", va="center", fontsize=7)
+        ax.text(time * 1.05, place, f"{time:.2f}" if time < 10 else f"{time:.0f}", va="center", fontsize=7)
     ax.axvline(1, color="k", lw=0.8)
-    ax.set(xscale="log", title=model, xlabel="time / step")
+    ax.set(xscale="log", xlabel="time / step")
+    ax.set_title(model, fontsize=9, loc="right")
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlim(right=max(times) * 2)
+    ax.set_xlim(right=max(times) ** 1.15 * 1.3)
     ax.tick_params(axis="y", labelsize=7)
 
 
@@ -68,24 +70,28 @@ def draw_lines(ax: Any, what: str, column: str, rows: list[Row]) -> None:
         ax.minorticks_off()
 
 
+def panels(figure: Any, count: int) -> list[Any]:
+    """As many axes, in rows."""
+    axes = list(figure.subplots(-(-count // COLUMNS), COLUMNS, squeeze=False).flat)
+    for ax in axes[count:]:
+        ax.remove()
+    return axes[:count]
+
+
 def main(name: str) -> None:
     """Read, draw, write."""
     tables = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["tables"]
     above, below = bars(tables), lines(tables)
-    columns = max(len(above), len(below), 1)
-    fig, axes = plt.subplots(
-        2 if below else 1, columns, figsize=(4.6 * columns, 6.5), layout="constrained", squeeze=False
-    )
-    for ax in axes.flat[len(above) : columns]:
-        ax.remove()
-    for ax, (model, rows) in zip(axes[0], above.items(), strict=False):
+    heights = [-(-len(part) // COLUMNS) for part in (above, below) if part]
+    fig = plt.figure(figsize=(4.6 * COLUMNS, 3.3 * sum(heights)), layout="constrained")
+    parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for ax, (model, rows) in zip(panels(parts[0], len(above)), above.items(), strict=True):
         draw_bars(ax, model, rows)
-    for ax in axes[-1][len(below) :] if below else ():
-        ax.remove()
-    for ax, (what, (column, rows)) in zip(axes[-1], below.items(), strict=False):
-        draw_lines(ax, what, column, rows)
     if below:
-        axes[-1][0].legend(fontsize=6, frameon=False)
+        axes = panels(parts[-1], len(below))
+        for ax, (what, (column, rows)) in zip(axes, below.items(), strict=True):
+            draw_lines(ax, what, column, rows)
+        axes[0].legend(fontsize=6, frameon=False)
     fig.savefig(RESULTS / f"{name}.png", dpi=110)
 
 
