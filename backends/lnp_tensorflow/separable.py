@@ -65,4 +65,4 @@ def _gradient(function: Callable, outputs: Any, targets: Any) -> tf.Tensor:
         value = function(rebuild(outputs, floating), targets)
         return flatten(tf.gradients(value, floating, unconnected_gradients=tf.UnconnectedGradients.ZERO))
 
-    return tf.function(run, autograph=False)()
+    return tf.function(run, autograph=False).get_concrete_function()()  # which is no retracing to be warned of
