@@ -185,6 +185,16 @@ def tells(xp: Any, gradient: Any) -> Any:
     return (size > 0) & (size < float("inf"))
 
 
+def agrees(xp: Any, whole: Any, gradient: Callable[[list[int]], tuple[Any, Any]]) -> bool | None:
+    """Whether some samples alone have the loss gradient of a mean; None where it tells nothing.
+
+    `whole` is the loss gradient (N, K); `gradient` takes which samples to (their rows of it, the one among themselves).
+    """
+    if not tells(xp, whole):
+        return None
+    return all(bool(is_mean(xp, *gradient(some), whole.shape[0])) for some in left_in(whole.shape[0]))
+
+
 def all_agree(found: Sequence[bool | None]) -> bool:
     """The verdict of several trials; None are those that tell nothing, as of probabilities that are negative.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lnp import standins
-from lnp.losses import TRIED, all_agree, is_mean, left_in, tells
+from lnp.losses import TRIED, agrees, all_agree
 from lnp_jax.outputs import flatten, parts
 
 
@@ -55,15 +55,13 @@ def _few(leaf: Any) -> tuple[int, ...]:
 
 def _agrees(function: Callable, outputs: Any, targets: Any) -> bool | None:
     whole = _gradient(function, outputs, targets)
-    if not tells(jnp, whole):
-        return None
-    for some in left_in(len(whole)):
+
+    def alone(some: list[int]) -> tuple[jax.Array, jax.Array]:
         index = np.asarray(some)
-        rows = lambda leaf, index=index: leaf[index] if leaf.ndim else leaf
-        alone = _gradient(function, jax.tree.map(rows, outputs), jax.tree.map(rows, targets))
-        if not is_mean(jnp, whole[index], alone, len(whole)):
-            return False
-    return True
+        rows = lambda leaf: leaf[index] if leaf.ndim else leaf
+        return whole[index], _gradient(function, jax.tree.map(rows, outputs), jax.tree.map(rows, targets))
+
+    return agrees(jnp, whole, alone)
 
 
 def _gradient(function: Callable, outputs: Any, targets: Any) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from lnp import standins
-from lnp.losses import TRIED, all_agree, is_mean, left_in, tells
+from lnp.losses import TRIED, agrees, all_agree
 from lnp.structure import leaves, map_leaves
 from lnp_tensorflow import namespace as xp
 from lnp_tensorflow.outputs import flatten, measured, parts, rebuild
@@ -47,14 +47,12 @@ def _few(leaf: tf.Tensor) -> tuple[int, ...]:
 
 def _agrees(function: Callable, outputs: Any, targets: Any) -> bool | None:
     whole = _gradient(function, outputs, targets)
-    if not tells(xp, whole):
-        return None
-    for some in left_in(len(whole)):
-        rows = lambda leaf, some=some: tf.gather(leaf, some) if leaf.shape.rank else leaf
-        alone = _gradient(function, map_leaves(rows, outputs), map_leaves(rows, targets))
-        if not bool(is_mean(xp, tf.gather(whole, some), alone, len(whole))):
-            return False
-    return True
+
+    def alone(some: list[int]) -> tuple[tf.Tensor, tf.Tensor]:
+        rows = lambda leaf: tf.gather(leaf, some) if leaf.shape.rank else leaf
+        return tf.gather(whole, some), _gradient(function, map_leaves(rows, outputs), map_leaves(rows, targets))
+
+    return agrees(xp, whole, alone)
 
 
 def _gradient(function: Callable, outputs: Any, targets: Any) -> tf.Tensor:

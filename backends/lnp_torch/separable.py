@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from array_api_compat import torch as xp
 
-from lnp.losses import TRIED, all_agree, is_mean, left_in, tells
+from lnp.losses import TRIED, agrees, all_agree
 from lnp.structure import leaves, map_leaves
 from lnp_torch.outputs import Outputs, flatten, wide
 
@@ -47,14 +47,12 @@ def _found(function: Callable, outputs: Outputs, targets: Any) -> bool:
 
 def _agrees(function: Callable, outputs: Outputs, parts: list[torch.Tensor], targets: Any) -> bool | None:
     whole = _gradient(function, outputs, parts, targets)
-    if not tells(xp, whole):
-        return None
-    agreed = []
-    for some in left_in(len(whole)):
+
+    def alone(some: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.as_tensor(some, device=whole.device)
-        alone = _gradient(function, outputs, [part[index] for part in parts], _rows(targets, index))
-        agreed.append(is_mean(xp, whole[index], alone, len(whole)))
-    return bool(torch.stack(agreed).all())
+        return whole[index], _gradient(function, outputs, [part[index] for part in parts], _rows(targets, index))
+
+    return agrees(xp, whole, alone)
 
 
 def _gradient(function: Callable, outputs: Outputs, parts: list[torch.Tensor], targets: Any) -> torch.Tensor:
