@@ -189,6 +189,11 @@ def agrees(xp: Any, whole: Any, gradient: Callable[[list[int]], tuple[Any, Any]]
     """Whether some samples alone have the loss gradient of a mean; None where it tells nothing.
 
     `whole` is the loss gradient (N, K); `gradient` takes which samples to (their rows of it, the one among themselves).
+
+    >>> import numpy
+    >>> g = numpy.ones((6, 1))
+    >>> agrees(numpy, g, lambda some: (g[some], g[some] * 6 / len(some))), agrees(numpy, 0 * g, lambda some: (g, g))
+    (True, None)
     """
     if not tells(xp, whole):
         return None
