@@ -16,6 +16,7 @@ import contextlib
 import functools
 import itertools
 import operator
+import os
 import random
 import sys
 import types
@@ -67,16 +68,16 @@ class Part:
 def kept(*roots: Any, foreign: frozenset[str] = frozenset()) -> Iterator[None]:
     """What can be reached from the roots holds afterwards what it held before, also after an exception.
 
-    Containers, attributes, closures, the globals that a function names, small arrays of NumPy and random states
-    (NumPy's and Python's own, and generators that are found on the way) are put back in place, so that everybody who
-    refers to them still does.
+    Containers, attributes, closures, the globals that the user's functions name, small arrays of NumPy and random
+    states (NumPy's and Python's own, and generators that are found on the way) are put back in place, so that everybody
+    who refers to them still does.
 
     Parameters
     ----------
     roots:
         Models, functions, losses; None is allowed.
     foreign:
-        Top-level packages whose functions and objects are not entered.
+        Top-level packages whose objects are not entered.
 
     Examples
     --------
@@ -86,14 +87,25 @@ def kept(*roots: Any, foreign: frozenset[str] = frozenset()) -> Iterator[None]:
     >>> calls
     []
     """
-    found = [(part, x, part.take(x)) for x in reachable(roots, foreign) for part in places(x)]
+    before = Saved(roots, foreign)
     randomness = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's legacy state
     try:
         yield
     finally:
         random.setstate(randomness[0])
         np.random.set_state(randomness[1])  # noqa: NPY002
-        for part, x, before in found:
+        before.restore()
+
+
+class Saved:
+    """What everything that can be reached from the roots holds now, to be put back; without random states."""
+
+    def __init__(self, roots: Iterable[Any], foreign: frozenset[str] = frozenset()) -> None:
+        self._held = [(part, x, part.take(x)) for x in reachable(roots, foreign) for part in places(x)]
+
+    def restore(self) -> None:
+        """Put back what has changed."""
+        for part, x, before in self._held:
             if not part.same(part.take(x), before):
                 part.put(x, before)
 
@@ -113,9 +125,9 @@ def reachable(roots: Iterable[Any], foreign: frozenset[str] = frozenset()) -> li
 
 
 def enters(x: Any, foreign: frozenset[str] = frozenset()) -> bool:
-    """Whether an object is looked into: containers, and functions, classes and objects that are the user's own."""
-    if isinstance(x, type | types.FunctionType):
-        return _own(x.__module__ or "", foreign)
+    """Whether an object is looked into: containers, functions, objects, and the user's own classes."""
+    if isinstance(x, type):
+        return own_code(x.__module__)
     return _entered(type(x), foreign)
 
 
@@ -123,18 +135,31 @@ def enters(x: Any, foreign: frozenset[str] = frozenset()) -> bool:
 def _entered(kind: type, foreign: frozenset[str]) -> bool:
     if kind in PLAIN:
         return False
-    if kind in STATES or kind in LINKS or issubclass(kind, (*CONTAINERS, tuple, frozenset, types.CellType)):
+    if kind in STATES or kind in LINKS or issubclass(kind, (*CONTAINERS, tuple, frozenset)):
         return True
-    return _own(kind.__module__, foreign) or kind.__module__.partition(".")[0] in MERE
+    root = kind.__module__.partition(".")[0]
+    return root in MERE or root == "__main__" or not (root in foreign or root in sys.stdlib_module_names or _ours(root))
 
 
 @functools.lru_cache(maxsize=4096)
-def _own(module: str, foreign: frozenset[str]) -> bool:
-    root = module.partition(".")[0]
-    return root == "__main__" or not (root in foreign or root in sys.stdlib_module_names or root in ("numpy", "lnp"))
+def own_code(module: str | None) -> bool:
+    """Whether a module is the user's own: not of the standard library, and not an installed package.
+
+    Globals and attributes of classes are looked at in the user's own code alone: following what the functions of a
+    library name would lead through all of it.
+    """
+    root = (module or "").partition(".")[0]
+    if not root or root in sys.stdlib_module_names and root != "__main__" or _ours(root):
+        return False
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return not any(folder in file for folder in (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"))
 
 
-LINKS = (types.MethodType, functools.partial)
+def _ours(root: str) -> bool:
+    return root in ("numpy", "lnp") or root.startswith("lnp_")
+
+
+LINKS = (types.MethodType, types.FunctionType, types.CellType, functools.partial)
 
 
 def references(x: Any) -> list[Any]:
@@ -155,7 +180,7 @@ def places(x: Any) -> tuple[Part, ...]:
     if isinstance(x, type):
         return (OF_CLASS,)
     if isinstance(x, types.FunctionType):
-        return ATTRIBUTES, GLOBALS
+        return (ATTRIBUTES, GLOBALS) if own_code(x.__module__) else (ATTRIBUTES,)
     return _places(type(x))
 
 
