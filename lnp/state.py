@@ -1,67 +1,29 @@
-"""What Python objects hold: found, compared, and put back.
+"""Puts back what the code of a model or a loss writes to while it is measured.
 
-The code of a model or a loss may write to more than tensors: it counts calls, appends to a list, keeps its last
-activations, makes a layer when it first needs it. All of that sits in a few kinds of places: containers, attributes,
-cells of closures, globals, arrays of NumPy, generators of random numbers. This module knows how to read each kind of
-place and how to write to it.
-
-`kept` puts back, afterwards, whatever can be reached from a model and a loss. A backend that runs the user's code on a
-copy of its objects makes the copy with `places`, `blank` and `references`.
+Such code writes to more than tensors: it counts calls, appends to a list, keeps its last activations, makes a layer
+when it first needs it. `kept` finds every place that can be reached from a model and a loss, and restores it.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
-import itertools
-import operator
-import os
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-LARGEST = 2**22
-"""Bytes of a NumPy array up to which its values are kept: running statistics are small, and data sets are only read."""
+from lnp.places import PARTS, STATES, ours, own_code, places, references
+
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), types.EllipsisType, types.CodeType, property})
 PLAIN |= {types.BuiltinFunctionType, types.ModuleType, staticmethod, classmethod, types.MemberDescriptorType}
 """Types of what cannot be written to."""
-CONTAINERS = (dict, list, set, collections.deque, bytearray, np.ndarray)
 MERE = frozenset({"types", "argparse", "collections", "dataclasses"})
 """Modules of the standard library whose objects are mere containers: what others hold (locks, files) is theirs."""
-NOTHING = object()
-"""Stands for a name that has no value."""
-
-
-def _identical(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-@dataclass(frozen=True)
-class Part:
-    """One kind of place.
-
-    Attributes
-    ----------
-    take:
-        holder -> what it holds, as a list.
-    put:
-        (holder, list) -> None. Makes the holder hold that instead.
-    same:
-        Whether two such lists are the same.
-    refers:
-        Whether the list holds references, which may be followed, or a copy of values.
-    """
-
-    take: Callable[[Any], list]
-    put: Callable[[Any, list], None]
-    same: Callable[[list, list], bool] = _identical
-    refers: bool = True
+LINKS = (types.MethodType, types.FunctionType, types.CellType, functools.partial)
 
 
 @contextlib.contextmanager
@@ -135,223 +97,7 @@ def enters(x: Any, foreign: frozenset[str] = frozenset()) -> bool:
 def _entered(kind: type, foreign: frozenset[str]) -> bool:
     if kind in PLAIN:
         return False
-    if kind in STATES or kind in LINKS or issubclass(kind, (*CONTAINERS, tuple, frozenset)):
+    if kind in STATES or kind in LINKS or issubclass(kind, (*PARTS, tuple, frozenset)):
         return True
     root = kind.__module__.partition(".")[0]
-    return root in MERE or root == "__main__" or not (root in foreign or root in sys.stdlib_module_names or _ours(root))
-
-
-@functools.lru_cache(maxsize=4096)
-def own_code(module: str | None) -> bool:
-    """Whether a module is the user's own: not of the standard library, and not an installed package.
-
-    Globals and attributes of classes are looked at in the user's own code alone: following what the functions of a
-    library name would lead through all of it.
-    """
-    root = (module or "").partition(".")[0]
-    if not root or root in sys.stdlib_module_names and root != "__main__" or _ours(root):
-        return False
-    file = getattr(sys.modules.get(root), "__file__", None) or ""
-    return not any(folder in file for folder in (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"))
-
-
-def _ours(root: str) -> bool:
-    return root in ("numpy", "lnp") or root.startswith("lnp_")
-
-
-LINKS = (types.MethodType, types.FunctionType, types.CellType, functools.partial)
-
-
-def references(x: Any) -> list[Any]:
-    """What an object refers to for good: it has no place where another reference could be put."""
-    if isinstance(x, types.MethodType):
-        return [x.__self__, x.__func__]
-    if isinstance(x, functools.partial):
-        return [x.func, *x.args, *x.keywords.values()]
-    if isinstance(x, types.FunctionType):
-        return [*(x.__closure__ or ()), *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
-    if isinstance(x, type):
-        return [*x.__bases__, *(value for value in vars(x).values() if isinstance(value, types.FunctionType))]
-    return [*(x if isinstance(x, tuple | frozenset) else ()), type(x)]
-
-
-def places(x: Any) -> tuple[Part, ...]:
-    """The places that an object has. Those of a function are its attributes, and the globals that it names."""
-    if isinstance(x, type):
-        return (OF_CLASS,)
-    if isinstance(x, types.FunctionType):
-        return (ATTRIBUTES, GLOBALS) if own_code(x.__module__) else (ATTRIBUTES,)
-    return _places(type(x))
-
-
-@functools.lru_cache(maxsize=4096)
-def _places(kind: type) -> tuple[Part, ...]:
-    if kind in STATES:
-        return (STATES[kind],)
-    found = [part for base, part in PARTS.items() if issubclass(kind, base)][:1]
-    slots = tuple(name for base in kind.__mro__ if base.__module__ != "builtins" for name in _slots(base))
-    if slots and not issubclass(kind, tuple):
-        found.append(_members(slots))
-    return (*found, ATTRIBUTES) if kind.__dictoffset__ else tuple(found)
-
-
-def _slots(kind: type) -> list[str]:
-    return [name for name, value in vars(kind).items() if isinstance(value, types.MemberDescriptorType)]
-
-
-def blank(x: Any) -> Any:
-    """An object of the same type that holds nothing yet.
-
-    Raises
-    ------
-    TypeError
-        If such objects cannot be made without what they hold.
-    """
-    kind = type(x)
-    if isinstance(x, collections.deque):
-        made = collections.deque.__new__(kind)
-        collections.deque.__init__(made, (), x.maxlen)
-        return made
-    made = next((base for base in (*PARTS, object) if isinstance(x, base)), object).__new__(kind)
-    if isinstance(x, collections.defaultdict):
-        made.default_factory = x.default_factory
-    return made
-
-
-def named(function: types.FunctionType) -> tuple[str, ...]:
-    """The names of globals that a function uses, also those that have no value yet."""
-    return _names(function.__code__)
-
-
-@functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const)]
-    return tuple(dict.fromkeys([*code.co_names, *inner]))
-
-
-def _put_globals(x: types.FunctionType, values: list) -> None:
-    for name, value in zip(named(x), values, strict=True):
-        if value is not NOTHING:
-            x.__globals__[name] = value
-        else:
-            x.__globals__.pop(name, None)
-
-
-def _members(names: tuple[str, ...]) -> Part:
-    def put(x: Any, values: list) -> None:
-        for name, value in zip(names, values, strict=True):
-            if value is not NOTHING:
-                object.__setattr__(x, name, value)
-            elif hasattr(x, name):
-                object.__delattr__(x, name)
-
-    return Part(lambda x: [getattr(x, name, NOTHING) for name in names], put)
-
-
-def _take_class(x: type) -> list:
-    return _flat((name, value) for name, value in vars(x).items() if not name.startswith("__"))
-
-
-def _put_class(x: type, values: list) -> None:
-    before = dict(zip(values[::2], values[1::2], strict=True))
-    now = _take_class(x)
-    for name in set(now[::2]) - before.keys():
-        type.__delattr__(x, name)
-    for name, value in before.items():
-        if vars(x).get(name, NOTHING) is not value:
-            type.__setattr__(x, name, value)
-
-
-def _put_list(x: list, values: list) -> None:
-    list.__setitem__(x, slice(None), values)
-
-
-def _put_set(x: set, values: list) -> None:
-    set.clear(x)
-    set.update(x, values)
-
-
-def _put_deque(x: collections.deque, values: list) -> None:
-    collections.deque.clear(x)
-    collections.deque.extend(x, values)
-
-
-def _put_ordered(x: collections.OrderedDict, values: list) -> None:
-    collections.OrderedDict.clear(x)
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        collections.OrderedDict.__setitem__(x, key, value)
-
-
-def _put_dict(x: dict, values: list) -> None:
-    dict.clear(x)
-    dict.update(x, zip(values[::2], values[1::2], strict=True))
-
-
-def _take_cell(x: types.CellType) -> list:
-    try:
-        return [x.cell_contents]
-    except ValueError:  # an empty one: the variable has no value yet
-        return []
-
-
-def _put_cell(x: types.CellType, values: list) -> None:
-    if values:
-        x.cell_contents = values[0]
-    elif _take_cell(x):
-        del x.cell_contents
-
-
-def _take_array(x: np.ndarray) -> list:
-    return [x.copy()] if x.nbytes <= LARGEST and x.flags.writeable else []
-
-
-def _put_array(x: np.ndarray, values: list) -> None:
-    if values:
-        np.copyto(x, values[0])
-
-
-def _same_array(a: list, b: list) -> bool:
-    return not (a and b) or (a[0].shape == b[0].shape and a[0].tobytes() == b[0].tobytes())
-
-
-def _put_bytes(x: bytearray, values: list) -> None:
-    x[:] = values[0]
-
-
-def _put_generator(x: np.random.Generator, values: list) -> None:
-    x.bit_generator.state = values[0]
-
-
-def _same_state(a: list, b: list) -> bool:
-    return repr(a) == repr(b)  # dictionaries with arrays in them
-
-
-def _flat(items: Iterable[tuple]) -> list:
-    return list(itertools.chain.from_iterable(items))
-
-
-PARTS: dict[type, Part] = {
-    collections.OrderedDict: Part(lambda x: _flat(collections.OrderedDict.items(x)), _put_ordered),
-    dict: Part(lambda x: _flat(dict.items(x)), _put_dict),
-    list: Part(lambda x: list.__getitem__(x, slice(None)), _put_list),
-    set: Part(lambda x: list(set.__iter__(x)), _put_set),
-    collections.deque: Part(lambda x: list(collections.deque.__iter__(x)), _put_deque),
-    bytearray: Part(lambda x: [bytes(x)], _put_bytes, operator.eq, refers=False),
-    types.CellType: Part(_take_cell, _put_cell),
-    np.ndarray: Part(_take_array, _put_array, _same_array, refers=False),
-}
-"""The places of containers; the first that fits is the one."""
-ATTRIBUTES = Part(lambda x: _flat(vars(x).items()), lambda x, values: _put_dict(vars(x), values))
-"""What an object holds by name."""
-OF_CLASS = Part(_take_class, _put_class)
-"""What all objects of a class share."""
-GLOBALS = Part(lambda x: [x.__globals__.get(name, NOTHING) for name in named(x)], _put_globals)
-"""What a function finds in its module."""
-STATES: dict[type, Part] = {
-    random.Random: Part(lambda x: [x.getstate()], lambda x, values: x.setstate(values[0]), operator.eq, refers=False),
-    np.random.Generator: Part(lambda x: [x.bit_generator.state], _put_generator, _same_state, refers=False),
-    np.random.RandomState: Part(
-        lambda x: [x.get_state()], lambda x, values: x.set_state(values[0]), _same_state, refers=False
-    ),
-}
-"""Generators of random numbers, whose place is their state."""
+    return root in MERE or root == "__main__" or not (root in foreign or root in sys.stdlib_module_names or ours(root))
