@@ -7,7 +7,6 @@ passed on as it is. Libraries are imported when they are used.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,19 +98,3 @@ def _wandb_like(find: Callable[[], Any]) -> Logger:
         run.log(dict(values), step=max(step, ahead) if isinstance(ahead, int) else step)
 
     return log
-
-
-def hand_on(loggers: list[Logger], values: Mapping[str, float], step: int) -> None:
-    """Give the values to each logger. One that fails is dropped from the list with a warning.
-
-    The run must not die of a service that watches it.
-    """
-    for logger in list(loggers):
-        try:
-            logger(values, step)
-        except Exception as error:  # whatever a service raises
-            loggers.remove(logger)
-            warnings.warn(
-                f"A logger failed at step {step} and gets no more values: {type(error).__name__}: {error}",
-                stacklevel=5,
-            )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from lnp import measure
+from lnp.backends import Options
 from lnp.cross import CrossResponse
 from lnp.decomposition import Decomposition
 from lnp.history import RESUMED
+from lnp.trace import Settings
 
 
 class Watched:
@@ -114,11 +118,23 @@ def moved(seed: Any, step: int) -> Any:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """A TypeError for options that `lnp.decompose` does not have."""
-    known = [name for name in inspect.signature(measure.decompose).parameters if name not in ("model", "batch")]
-    wrong = sorted(set(options) - set(known))
+    """A TypeError for options that `lnp.decompose` does not have, a ValueError for values that they cannot take."""
+    if not options:
+        return
+    defaults = _defaults()
+    wrong = sorted(set(options) - set(defaults))
     if wrong:
         raise TypeError(
             f"Tracker received the options {', '.join(wrong)}. Expected path, schedule, batch, tags, loggers, rank, "
-            f"fsync, or an option of lnp.decompose: {', '.join(known)}."
+            f"fsync, on_error, or an option of lnp.decompose: {', '.join(defaults)}."
         )
+    values = {**defaults, **options}
+    for settings in (Options, Settings):
+        settings(**{field.name: values[field.name] for field in fields(settings) if field.name in values})
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """The options of `lnp.decompose` and their defaults."""
+    known = inspect.signature(measure.decompose).parameters.values()
+    return {option.name: option.default for option in known if option.name not in ("model", "batch")}

@@ -9,9 +9,15 @@ from typing import Any
 
 from lnp import backends
 from lnp.decomposition import Decomposition
+from lnp.failures import ROWS, Failures
+from lnp.turns import refuse
 
 OPTIONS = ("loss", "parameters", "loss_terms", "estimator", "rtol", "max_probes", "by_layer", "population", "seed")
 """Of `lnp.decompose`, those that a shared step can follow: the others ask for passes of their own."""
+FORGOTTEN = (
+    "A shared step was watched, and its shared.backward() was never called. Expected shared.backward(loss, targets, "
+    "criterion) in the place of loss.backward()."
+)
 
 
 class Shared(contextlib.AbstractContextManager):
@@ -23,20 +29,18 @@ class Shared(contextlib.AbstractContextManager):
         Of the step's batch, once `backward` has been called; None where nothing is measured.
     """
 
-    def __init__(
-        self, step: Any = None, options: Mapping[str, Any] | None = None, keep: Callable | None = None
-    ) -> None:
-        self._step, self._options, self._keep = step, dict(options or {}), keep
+    def __init__(self, watch: _Watch | None = None) -> None:
+        self._watch = watch
         self.decomposition: Decomposition | None = None
 
     def __enter__(self) -> Shared:
-        if self._step is not None:
-            self._step.__enter__()
+        if self._watch is not None and not self._watch.enter():
+            self._watch = None
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._step is not None:
-            self._step.__exit__(*exception)
+        if self._watch is not None and not self._watch.leave(*exception):
+            self._watch = None
 
     def backward(self, loss: Any, targets: Any = None, criterion: Any = None, **given: Any) -> Decomposition | None:
         """The loss's own backward pass; where a measurement is due, with the decomposition, which the tracker keeps.
@@ -47,44 +51,109 @@ class Shared(contextlib.AbstractContextManager):
             As for the `backward` of `lnp_torch.shared`; targets, criterion and what follows say what the loss was
             computed with, and are not looked at where nothing is due.
         """
-        if self._step is None or self._keep is None:
+        watch, self._watch = self._watch, None  # the next call is another pass, and the loss's own
+        d = None if watch is None else watch.backward(loss, targets, criterion, given)
+        if d is not None:
+            self.decomposition = d
+        elif watch is None or not watch.step.stepped:
             loss.backward()
-            return None
-        started = time.perf_counter()
-        options = {**self._options, **given}
-        stated = options.pop("loss", None)
-        criterion = stated if criterion is None else criterion
-        self.decomposition = d = self._step.backward(loss, targets, criterion, **options)
-        self._keep(d, time.perf_counter() - started - self._step.seconds)
         return d
 
 
-def watched(model: Any, options: Mapping[str, Any], keep: Callable, own_batches: bool) -> Shared:
-    """A step that the model's backend watches, to be measured with a tracker's options, and where the result goes:
-    keep(decomposition, seconds).
+class _Watch:
+    """What a shared step does beside the training step.
+
+    Attributes
+    ----------
+    step:
+        Of the backend. Its `stepped` says whether the step's own backward pass has run: until then the gradients are
+        untouched, and the loss's own pass can stand in.
+    """
+
+    def __init__(self, step: Any, options: Mapping[str, Any], keep: Callable, attempt: Callable, await_: Callable):
+        self.step, self._options = step, options
+        self._keep, self._attempt, self._await = keep, attempt, await_
+
+    def enter(self) -> bool:
+        """Whether the step is watched from now on."""
+        with self._attempt():
+            self.step.__enter__()
+            return True
+        return False
+
+    def leave(self, *exception: Any) -> bool:
+        """Whether the step, which is watched no longer, can be measured."""
+        failing = exception[0] is not None
+        with self._attempt(always=failing):
+            self.step.__exit__(*exception)
+            self._await(not failing)
+            return True
+        return False
+
+    def backward(self, loss: Any, targets: Any, criterion: Any, given: Mapping[str, Any]) -> Decomposition | None:
+        """The step's own backward pass and its decomposition."""
+        self._await(False)
+        started = time.perf_counter()
+        options = {**self._options, **given}
+        stated = options.pop("loss", None)
+        with self._attempt():
+            d = self.step.backward(loss, targets, stated if criterion is None else criterion, **options)
+            self._keep(d, time.perf_counter() - started - self.step.seconds)
+            return d
+        return None
+
+
+class SharedSteps:
+    """Makes the shared steps of one tracker, and tells of one whose backward pass was not shared.
 
     Raises
     ------
     TypeError
-        For a model whose backend has none, and for batches and options that a shared step cannot follow.
+        By `check`, once: for a model whose backend watches no steps, and for batches and options that a shared step
+        cannot follow.
     """
-    if own_batches:
-        raise TypeError(
-            "This tracker has batches of its own, while a shared step is measured on the batch that it trains on. "
-            "Expected a tracker without batch=. Call observe(step, model, batch)."
-        )
-    backend = backends.find(model)
-    if not hasattr(backend, "shared"):
-        raise TypeError(
-            f"The steps of a model of type {type(model).__name__} cannot be watched: its backend has no shared(model). "
-            "Expected a torch.nn.Module. Elsewhere take the gradient and the decomposition from the backend's "
-            "value_and_grad, and hand the latter to tracker.record(step, decomposition)."
-        )
-    others = sorted(set(options) - set(OPTIONS))
-    if others:
-        raise TypeError(
-            f"This tracker has the options {', '.join(others)}. Expected for a shared step, which is measured on the "
-            f"passes that it makes itself, some of {', '.join(OPTIONS)}. Call observe(step, model, batch)."
-        )
-    rest = {name: value for name, value in options.items() if name != "parameters"}
-    return Shared(backend.shared(model, options.get("parameters")), rest, keep)
+
+    def __init__(self, failures: Failures) -> None:
+        self._failures = failures
+        self._checked = False
+        self._awaited: int | None = None
+
+    def check(self, model: Any, options: Mapping[str, Any], own_batches: bool) -> None:
+        """Refuse what never can be shared, at the first step, whether it is due or not."""
+        if self._checked:
+            return
+        if own_batches:
+            raise TypeError(
+                "This tracker has batches of its own, while a shared step is measured on the batch that it trains on. "
+                "Expected a tracker without batch=. Call observe(step, model, batch)."
+            )
+        if not hasattr(backends.find(model), "shared"):
+            raise TypeError(
+                f"The steps of a model of type {type(model).__name__} cannot be watched: its backend has no "
+                "shared(model). Expected a torch.nn.Module. Elsewhere take the gradient and the decomposition from the "
+                "backend's value_and_grad, and hand the latter to tracker.record(step, decomposition)."
+            )
+        others = sorted(set(options) - set(OPTIONS))
+        if others:
+            raise TypeError(
+                f"This tracker has the options {', '.join(others)}. Expected for a shared step, which is measured on "
+                f"the passes that it makes itself, some of {', '.join(OPTIONS)}. Call observe(step, model, batch)."
+            )
+        self._checked = True
+
+    def watched(self, step: int, model: Any, options: Mapping[str, Any], keep: Callable, attempt: Callable) -> Shared:
+        """A step that the model's backend watches: attempt() is around what may fail, keep(decomposition, seconds)
+        gets the result.
+        """
+        refuse(model)
+        rest = {name: value for name, value in options.items() if name != "parameters"}
+        made = backends.find(model).shared(model, options.get("parameters"))
+        # the tracker holds the number alone: a step holds its activations
+        await_ = lambda comes: setattr(self, "_awaited", step if comes else None)
+        return Shared(_Watch(made, rest, keep, attempt, await_))
+
+    def remind(self) -> None:
+        """Tell of a step that ran another backward pass than the one that measures."""
+        step, self._awaited = self._awaited, None
+        if step is not None:
+            self._failures.tell(FORGOTTEN, step, ROWS)

@@ -63,9 +63,9 @@ class Cycle:
     def next(self, model: Any) -> Any:
         """The next batch, from the beginning again after the last one."""
         with _untouched(model):
-            for _ in range(self._behind):
+            while self._behind:
+                self._behind -= 1  # one that fails is passed over, too
                 self._following()
-            self._behind = 0
             self.last = self._following()
         self.position += 1
         return self.last

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lnp import sharing, sources, steps
+from lnp import steps
 from lnp.decomposition import Decomposition
-from lnp.history import RESUMED, History
-from lnp.loggers import Logger, as_logger, hand_on
-from lnp.rows import Watched, check_options, measured, moved, numbers, plain, process_rank
+from lnp.failures import ROWS, Failures
+from lnp.history import History
+from lnp.loggers import as_logger
+from lnp.measuring import Measuring
+from lnp.recorder import Recorder
+from lnp.rows import Watched, check_options, plain
 from lnp.schedule import Schedule, as_schedule
-from lnp.storage import Appender
+from lnp.sharing import Shared, SharedSteps
+from lnp.turns import Turns
 
 VERSION = 1
 """Of the state that a checkpoint holds."""
-ZERO = -1
-"""Before the first step."""
 
 
 class Tracker:
-    """Measures a run at scheduled steps. Nothing of the run is changed, not by a bit.
+    """Measures a run at scheduled steps. Nothing of the run is changed, not by a bit, and a failure never ends it.
 
     Call `observe` at every step, before the update. It answers in about a microsecond where nothing is due; otherwise
     it measures, adds a row to `history`, appends it to the file and hands it to the loggers.
@@ -50,20 +52,18 @@ class Tracker:
         variable RANK, else LOCAL_RANK, else 0.
     fsync:
         Wait for the disk after each record, so that a power failure loses none.
+    on_error:
+        What happens where measuring, writing or logging fails. "warn": a warning names each distinct reason once,
+        `close` tells how often it came again, and the run goes on without that row. "raise": the error is raised.
     options:
         Of `lnp.decompose`: loss, by_layer, rtol and the others. The seed of the random signs is `seed` plus the step.
-
-    Attributes
-    ----------
-    history:
-        What has been measured, also by earlier processes.
-    latest:
-        The last measurement as loggers get it: {"lnp/chi_pos": 0.01, ...}.
 
     Raises
     ------
     TypeError
         For an option that `lnp.decompose` does not have, or a schedule or logger that is none.
+    ValueError
+        For the value of an option that cannot be.
 
     Examples
     --------
@@ -86,24 +86,18 @@ class Tracker:
         loggers: Any = (),
         rank: int | Callable[[], int] | None = None,
         fsync: bool = False,
+        on_error: str = "warn",
         **options: Any,
     ) -> None:
         check_options(options)
         self.path = None if path is None else os.fspath(path)
-        self.schedule: Schedule = as_schedule(schedule)
-        self.tags = dict(tags or {})
+        self.tags, self.on_error = dict(tags or {}), on_error
         listed = loggers if isinstance(loggers, list | tuple) else [loggers]
-        self._loggers: list[Logger] = [as_logger(logger) for logger in listed]
-        self._rank, self._fsync = rank, fsync
-        self._options = options
-        self._source = None if batch is None else sources.source(batch)
-        self._history: History | None = None
-        self._file: Appender | None = None
-        self._idle: bool | None = None
-        self._observed = ZERO
-        self._resumed: int | None = None
-        self._notes: tuple[str, ...] = ()
-        self.latest: dict[str, float] = {}
+        self._failures = Failures(on_error)
+        self._recorder = Recorder(self.path, fsync, [as_logger(logger) for logger in listed], self._failures)
+        self._turns = Turns(as_schedule(schedule), rank, self._recorder, self._failures)
+        self._measuring = Measuring(options, batch, self._turns)
+        self._sharing = SharedSteps(self._failures)
 
     def observe(
         self, step: int, model: Any, batch: Any = None, *, options: Mapping[str, Any] | None = None, **values: Any
@@ -127,43 +121,47 @@ class Tracker:
         Decomposition or None
             Of the training batch, or of the tracker's own without one. None where nothing was measured.
         """
-        if not self._reaches(step) or not self.schedule(step):
-            return None
-        return self._measure(operator.index(step), model, batch, options or {}, values)
+        check_options(options or {})
+        return self._measure(step, model, batch, options, values) if self._turns.take(step, model) else None
 
     def measure(
         self, step: int, model: Any, batch: Any = None, *, options: Mapping[str, Any] | None = None, **values: Any
     ) -> Decomposition | None:
         """Measure at this step, whatever the schedule says, unless it has been measured. As `observe`."""
-        if not self._reaches(step):
-            return None
-        return self._measure(operator.index(step), model, batch, options or {}, values)
+        check_options(options or {})
+        return self._measure(step, model, batch, options, values) if self._turns.take(step, model, False) else None
 
-    def shared(self, step: int, model: Any, **values: Any) -> sharing.Shared:
+    def shared(self, step: int, model: Any, **values: Any) -> Shared:
         """Measure on the passes of the step itself, if the schedule says so: it then costs its probes alone.
 
             with tracker.shared(step, model) as shared:
                 loss = criterion(model(inputs), targets)
             shared.backward(loss, targets, criterion)  # instead of loss.backward()
 
-        Where nothing is due the block runs as it is, and `backward` is the loss's own. For PyTorch's modules, see
-        `lnp_torch.shared`; what the other backends' `value_and_grad` returns goes to `record`.
+        Where nothing is due, and where watching fails before the step's own backward pass has run, the block runs as it
+        is, and `backward` is the loss's own. For PyTorch's modules, see `lnp_torch.shared`; what the other backends'
+        `value_and_grad` returns goes to `record`.
 
         Raises
         ------
         TypeError
-            Where a step is due: for other models, and a tracker with batches or options that need passes of their own.
+            At the first call: for other models, and a tracker with batches or options that need passes of their own.
         """
-        if not self._reaches(step) or not self.schedule(step):
-            return sharing.Shared()
-        keep = lambda d, seconds: self._record(self._row(operator.index(step), d, d.to_dict(), seconds, values))
-        return sharing.watched(model, self._at(step), keep, own_batches=self._source is not None)
+        self._sharing.remind()
+        self._sharing.check(model, self._measuring.options, own_batches=self._measuring.source is not None)
+        if self._turns.take(step, model):
+            step, attempt = operator.index(step), functools.partial(self.attempt, step)
+            keep = lambda d, seconds: self._keep(self._measuring.row(step, d.to_dict(), seconds), d, values)
+            with attempt():
+                return self._sharing.watched(step, model, self._measuring.at(step), keep, attempt)
+        return Shared()
 
     def record(self, step: int, decomposition: Decomposition, **values: Any) -> None:
         """Keep a decomposition of elsewhere (`lnp_jax.value_and_grad`), scheduled or not, unless the step has a row."""
-        if self._reaches(step):
-            d = decomposition
-            self._record(self._row(operator.index(step), d, plain(d.to_dict()), None, values))
+        if self._turns.take_row(step):
+            with self.attempt(step):
+                row = self._measuring.row(operator.index(step), plain(decomposition.to_dict()), None)
+                self._keep(row, decomposition, values)
 
     @contextlib.contextmanager
     def step(self, step: int, model: Any, batch: Any = None, **values: Any) -> Iterator[Watched]:
@@ -174,43 +172,71 @@ class Tracker:
                 optimizer.step()
 
         The row gets "update/predicted" and "update/measured", the loss change of `lnp.step_taken`, for any optimizer.
-        It is written after the block. A copy of the parameters is kept meanwhile, where a step is measured. In JAX,
-        where an update makes new parameters, tell them: `with tracker.step(...) as watched: ...;
-        watched.after(new_model)`.
+        It is written after the block, and without them where the block raises an error, which passes through. A copy of
+        the parameters is kept meanwhile, where a step is measured. In JAX, where an update makes new parameters, tell
+        them: `with tracker.step(...) as watched: ...; watched.after(new_model)`.
         """
-        watched = Watched(None, model)
-        if not self._reaches(step) or not self.schedule(step):
+        watched, row = Watched(None, model), None
+        if self._turns.take(step, model):
+            with self.attempt(operator.index(step)):
+                before = steps.snapshot(model)
+                row, d = self._measuring.measured(operator.index(step), model, batch, {})
+                watched.decomposition = d
+        if row is None:
             yield watched
             return
-        before = steps.snapshot(model)
-        row, watched.decomposition = self._measured(operator.index(step), model, batch, {}, values)
+        done = False
         try:
             yield watched
-            own = batch if batch is not None else self._source.last if self._source is not None else None
-            same = ("loss", "forward", "loss_terms", "batch_statistics")
-            options = {name: self._options[name] for name in same if name in self._options}
-            taken = steps.step_taken(before, watched.model, own, **options)
-            row |= {"update/predicted": taken.predicted, "update/measured": taken.measured}
+            done = True
+            with self._failures.caught(row["step"], "update/predicted and update/measured in the row of this step"):
+                row |= self._measuring.change(before, watched.model, batch)
         finally:
-            self._record(row)
+            self._keep(row, d, values, always=not done)
+
+    def check(self, model: Any, reason: str | None = None) -> bool:
+        """Whether nothing is known against measuring the model, such as sharded parameters; for before the run begins.
+
+        `reason` is why it cannot be measured, where the caller knows that. The process that measures warns of it; with
+        `on_error="raise"` every process raises a RuntimeError, so that none waits for another.
+        """
+        return self._turns.check(model, reason)
+
+    def attempt(
+        self, step: int | None, missing: str = ROWS, always: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Around what a loop does for a measurement alone: an error is told or raised, as `on_error` says.
+
+            with tracker.attempt(step):
+                tracker.observe(step, model, prepared(batch))
+
+        `missing` is what the run goes on without. The step counts as observed, and the time as spent on measuring; None
+        is for what is no step's measurement. `always` warns also where the tracker raises.
+        """
+        return self._turns.attempt(step, missing, always)
 
     def option(self, name: str) -> Any:
         """An option of `lnp.decompose` that the tracker was made with, or None."""
-        return self._options.get(name)
+        return self._measuring.options.get(name)
 
     def due(self, step: int) -> bool:
         """Whether `observe` would measure at this step; for loops in which getting at the batch is work."""
-        if self._idle is None:
-            self._start(step)
-        return not self._idle and step != self._observed and self.schedule(step)
+        return self._turns.due(step)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When to measure."""
+        return self._turns.schedule
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The last measurement as loggers get it: {"lnp/chi_pos": 0.01, ...}."""
+        return self._recorder.latest
 
     @property
     def history(self) -> History:
         """What has been measured, also by earlier processes."""
-        if self._history is None:
-            known = self.path is not None and os.path.exists(self.path)
-            return History.read(self.path) if known and self.path is not None else History()
-        return self._history
+        return self._recorder.history
 
     def to_pandas(self, by_layer: bool = False) -> Any:
         """The history as a `pandas.DataFrame`."""
@@ -225,9 +251,9 @@ class Tracker:
         keep = getattr(self.schedule, "state_dict", None)
         return {
             "version": VERSION,
-            "observed": self._observed,
+            "observed": self._turns.observed,
             "schedule": keep() if callable(keep) else None,
-            "batches": None if self._source is None else self._source.position,
+            "batches": None if self._measuring.source is None else self._measuring.source.position,
             "rows": self.history.rows() if self.path is None else None,
         }
 
@@ -248,101 +274,42 @@ class Tracker:
         if callable(restore) and state["schedule"] is not None:
             with contextlib.suppress(KeyError):  # another schedule's state
                 restore(state["schedule"])
-        if self._source is not None and state["batches"] is not None:
-            self._source.seek(state["batches"])
+        if self._measuring.source is not None and state["batches"] is not None:
+            self._measuring.source.seek(state["batches"])
         if self.path is None and state["rows"] is not None:
-            self._history = History(state["rows"])
-        self._observed = state["observed"] - 1  # the step at which the checkpoint was made may come again
+            self._recorder.restore(state["rows"])
+        self._turns.observed = state["observed"] - 1  # the step at which the checkpoint was made may come again
 
     def close(self) -> None:
-        """Let others write to the file. Another `observe` opens it again."""
-        if self._file is not None:
-            self._file.close()
-        self._file, self._idle = None, None
+        """Let others write to the file, and tell how often failures came again. Another `observe` opens it again."""
+        self._close(failing=False)
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._close(failing=kind is not None)
 
     def __repr__(self) -> str:
         return f"Tracker({self.path!r}, schedule={self.schedule!r}, {len(self.history)} rows)"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None, "_idle": None}  # a copy in another process opens the file itself
+    def _close(self, failing: bool) -> None:
+        """Close; where another error is on its way, without one of its own."""
+        with self._failures.caught(None, "what the disk has lost of the file", always=failing):
+            self._recorder.close()
+        self._turns.close()
+        if not failing:
+            self._sharing.remind()
+        self._failures.summary()
 
-    def _reaches(self, step: int) -> bool:
-        """Whether this process measures, and the step is a new one."""
-        if self._idle is None:
-            self._start(step)
-        if step <= self._observed and not self._goes_back(step):
-            return False
-        self._observed = step
-        return not self._idle
+    def _measure(
+        self, step: int, model: Any, batch: Any, options: Mapping[str, Any] | None, values: Mapping[str, Any]
+    ) -> Decomposition | None:
+        with self.attempt(step):
+            row, d = self._measuring.measured(operator.index(step), model, batch, options or {})
+            self._keep(row, d, values)
+            return d
+        return None
 
-    def _start(self, step: int) -> None:
-        """At the first step in this process: is it the one that measures, and does it continue a run?"""
-        rank = process_rank() if self._rank is None else self._rank() if callable(self._rank) else self._rank
-        if not rank and self.path is not None:
-            self._file = Appender(self.path, self._fsync)
-            self._history = History.read(self.path)
-        elif self._history is None:
-            self._history = History()
-        last = self._history.last_step if self._history is not None else None
-        if not rank and last is not None and step <= last:
-            self._goes_back(step)
-        self._idle = bool(rank)
-
-    def _goes_back(self, step: int) -> bool:
-        """Whether this step is before the last one; what was measured since is then void."""
-        if step == self._observed:
-            return False
-        if self._history is not None:
-            self._history.go_back(step)
-        self._resumed = step if self._resumed is None else min(step, self._resumed)
-        return True
-
-    def _measure(self, *arguments: Any) -> Decomposition:
-        row, d = self._measured(*arguments)
-        self._record(row)
-        return d
-
-    def _measured(
-        self, step: int, model: Any, batch: Any, own_options: Mapping[str, Any], values: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], Decomposition]:
-        started = time.perf_counter()
-        options = {**self._at(step), **own_options}
-        own = None if self._source is None else self._source.next(model)
-        d, found = measured(step, model, batch, own, options)
-        return self._row(step, d, found, time.perf_counter() - started, values), d
-
-    def _at(self, step: int) -> dict[str, Any]:
-        """The options of a step."""
-        return {**self._options, "seed": moved(self._options.get("seed", 0), step)}
-
-    def _row(
-        self, step: int, d: Decomposition, found: Mapping[str, Any], seconds: float | None, values: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        row: dict[str, Any] = {"step": step, "time": time.time(), **found}
-        if d.notes != self._notes:
-            self._notes, row["notes"] = d.notes, "; ".join(d.notes)
-        window = getattr(self.schedule, "window", None)
-        if window is not None and (centre := window(step)) is not None:
-            row["window"] = centre
-        if seconds is not None:
-            row["seconds"] = seconds
-            note = getattr(self.schedule, "measured", None)
-            if callable(note):
-                note(seconds)
-        return {**row, **self.tags, **values}
-
-    def _record(self, row: dict[str, Any]) -> None:
-        if self._resumed is not None:
-            row, self._resumed = row | {RESUMED: self._resumed}, None
-        if self._file is not None:
-            self._file.append(row)
-        assert self._history is not None, "the first step has made it"
-        self._history.append(row)
-        self.latest = numbers(row, self.tags)
-        hand_on(self._loggers, self.latest, row["step"])
+    def _keep(self, row: Mapping[str, Any], d: Decomposition, values: Mapping[str, Any], always: bool = False) -> None:
+        self._recorder.keep({**row, **self.tags, **values}, d.notes, self.tags, always)

@@ -129,6 +129,7 @@ def watched(
         rank=0,
         parameters="1.*" if tags["frozen"] else None,
         population=True,
+        on_error="raise",
     ) as tracker:
         done = 0
         for step in settings.measurements:  # the steps between them are one compiled loop in JAX

@@ -150,7 +150,7 @@ def test_a_loader_is_gone_through_again_and_leaves_no_trace():
 def test_a_list_of_batches_is_a_loader_and_a_generator_is_used_up():
     tracker = lnp.Tracker(schedule=1, batch=[BATCH, OTHER])
     assert [tracker.observe(step, MODEL).samples for step in range(3)] == [8, 5, 8]
-    tracker = lnp.Tracker(schedule=1, batch=iter([BATCH]))
+    tracker = lnp.Tracker(schedule=1, batch=iter([BATCH]), on_error="raise")
     tracker.observe(0, MODEL)
     with pytest.raises(ValueError, match="no more batches after 1"):
         tracker.observe(1, MODEL)
@@ -172,7 +172,7 @@ def test_cross_response_to_a_batch_of_its_own():
 
 def test_without_any_batch_it_says_so():
     with pytest.raises(ValueError, match="received no batch"):
-        lnp.Tracker(schedule=1).observe(0, MODEL)
+        lnp.Tracker(schedule=1, on_error="raise").observe(0, MODEL)
 
 
 def test_only_rank_0_measures(tmp_path, monkeypatch):
@@ -187,7 +187,9 @@ def test_only_rank_0_measures(tmp_path, monkeypatch):
     assert train(lnp.Tracker(path, schedule=1), range(3)) == [0, 1, 2]
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ValueError, match="RANK is 'first'"):
-        lnp.Tracker(schedule=1).observe(0, MODEL, BATCH)
+        lnp.Tracker(schedule=1, on_error="raise").observe(0, MODEL, BATCH)
+    with pytest.warns(UserWarning, match="RANK is 'first'"):
+        assert train(lnp.Tracker(schedule=1), range(3)) == []
 
 
 def test_trackers_side_by_side_and_two_on_one_file(tmp_path):
@@ -195,7 +197,7 @@ def test_trackers_side_by_side_and_two_on_one_file(tmp_path):
     train(a, range(3)), train(b, range(2))
     assert (len(a.history), len(b.history)) == (3, 2)
     with pytest.raises(BlockingIOError, match="another tracker"):
-        train(lnp.Tracker(tmp_path / "a.jsonl", schedule=1), range(3))
+        train(lnp.Tracker(tmp_path / "a.jsonl", schedule=1, on_error="raise"), range(3))
     a.close()
     train(lnp.Tracker(tmp_path / "a.jsonl", schedule=1), range(3, 5))
 
@@ -259,6 +261,19 @@ def test_wrong_options_are_refused_at_once():
         lnp.Tracker(batch=3)
     with pytest.raises(TypeError, match="A logger is of type int"):
         lnp.Tracker(loggers=3)
+    with pytest.raises(ValueError, match="on_error is 'ignore'"):
+        lnp.Tracker(on_error="ignore")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"estimator": "best"}, {"rtol": -1}, {"seed": -1}, {"microbatch": 0}, {"batch_statistics": "running"}]
+)
+def test_values_that_cannot_be_are_refused_at_once(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
+        lnp.Tracker(**wrong)
+    tracker = lnp.Tracker(schedule=[5])
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
+        tracker.observe(0, MODEL, BATCH, options=wrong)
 
 
 def test_a_copy_in_another_process_opens_the_file_itself(tmp_path):
@@ -297,7 +312,8 @@ def test_steps_of_other_models_are_not_watched():
         lnp.Tracker(schedule=1).shared(0, MODEL)
     with pytest.raises(TypeError, match="batches of its own"):
         lnp.Tracker(schedule=1, batch=BATCH).shared(0, MODEL)
-    assert lnp.Tracker(schedule=[1]).shared(0, MODEL).decomposition is None
+    with pytest.raises(TypeError, match="LinearModel cannot be watched"):  # now, and not when a step is due
+        lnp.Tracker(schedule=[1000]).shared(0, MODEL)
 
 
 def test_seeds_of_numpy_move_too():
