@@ -123,8 +123,8 @@ def compared(net: Network, size: int | None) -> Differences:
     by_taps, norms = pulled.gradient, pulled.norms or {}
     alone = _alone(network, [row[index] for row in rows], signs)
     return Differences(
-        jnp.maximum(_apart(alone.outputs, outputs[index]), _largest(_relative(alone.gradient, gradient))),
-        _apart(made, outputs),
+        jnp.maximum(apart(alone.outputs, outputs[index]), _largest(_relative(alone.gradient, gradient))),
+        apart(made, outputs),
         jax.tree.map(jnp.maximum, _relative(by_taps, gradient), _norm_differences(norms, alone.norms, index)),
         net.tolerance(network.program),
     )
@@ -144,7 +144,7 @@ def pair(net: Network, network: Tapped, outputs: jax.Array) -> jax.Array:
     pulled = pull(v[:1])
     by_taps, norms = pulled.gradient, pulled.norms or {}
     own = {name: jnp.sum(parts.wide(u) ** 2)[None] for name, u in by_taps.items()}
-    found = jnp.maximum(_apart(outputs[index], both), _largest(_relative(by_taps, gradient)))
+    found = jnp.maximum(apart(outputs[index], both), _largest(_relative(by_taps, gradient)))
     return (found > tolerance) | (_largest(_norm_differences(norms, own, np.asarray([0]))) > 2 * tolerance)
 
 
@@ -182,7 +182,8 @@ def _signs(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.where(irregular(shape) < 0, -1, 1).astype(dtype)
 
 
-def _apart(one: jax.Array, other: jax.Array) -> jax.Array:
+def apart(one: jax.Array, other: jax.Array) -> jax.Array:
+    """The largest difference, relative to the largest number of the other. Shape ()."""
     return jnp.max(jnp.abs(one - other)) / _positive(jnp.max(jnp.abs(other)))
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
-from lnp_jax.compiled import Plan, check_hashable, measure, run
-from lnp_jax.judge import judged, known, traced
+from lnp_jax.compiled import Answer, Plan, check_hashable, measure, run
+from lnp_jax.judge import interacting, judged, known, traced
 from lnp_jax.models import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
 
@@ -50,11 +50,27 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     check_hashable(plan)
     if options.split:
         plan = replace(plan, verdicts=tuple(judged(structure, arrays, batch, plan.options) for batch in batches))
-    answer, notes = run(plan, *dynamic)
-    answer = jax.device_get(answer)
+    answer, notes = _answered(plan, dynamic)
     _raise(answer)
     result = jax.tree.map(_to_number, answer.result)
     return replace(result, notes=(*result.notes, *notes)) if notes and hasattr(result, "notes") else result
+
+
+def _answered(plan: Plan, dynamic: tuple) -> tuple[Answer, tuple[str, ...]]:
+    """The answer on the host, and notes. Samples that turn out to interact, whatever was found before, are measured
+    jointly, now and later.
+    """
+    answer, notes = run(plan, *dynamic)
+    answer = jax.device_get(answer)
+    if not any(answer.coupled):
+        return answer, notes
+    arrays, batches, *_ = dynamic
+    jointly = [
+        interacting(plan.structure, arrays, batch, plan.options) if coupled else verdict
+        for batch, verdict, coupled in zip(batches, plan.verdicts or (), answer.coupled, strict=True)
+    ]
+    answer, more = run(replace(plan, verdicts=tuple(jointly)), *dynamic)
+    return jax.device_get(answer), (*notes, *more)
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:

@@ -7,8 +7,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,41 +37,31 @@ class Plan:
     verdicts: tuple[Verdict, ...] | None = None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["result", "violated"], meta_fields=["messages"])
+@partial(jax.tree_util.register_dataclass, data_fields=["result", "violated", "coupled"], meta_fields=["messages"])
 @dataclass(frozen=True)
 class Answer:
-    """What a measurement returns: the computation's result, and the checks on values."""
+    """What a measurement returns: the computation's result, the checks on values, and for each batch whether its
+    samples turned out to interact (None where they were not taken apart).
+    """
 
     result: Any
     violated: tuple
+    coupled: tuple
     messages: tuple[str, ...]
-
-
-@dataclass
-class Observer:
-    """Sees the records of a measurement that is traced into another function, and may bring the verdict on it."""
-
-    verdict: Verdict | None = None
-    records: list = field(default_factory=list)
-
-
-OBSERVER: ContextVar[Observer | None] = ContextVar("OBSERVER", default=None)
 
 
 def measure(plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
     """Linearise each batch and compute. Pure."""
-    observer = OBSERVER.get()
-    verdicts = plan.verdicts or [None if observer is None else observer.verdict] * len(batches)
+    verdicts = plan.verdicts or [None] * len(batches)
     records = [
         record(plan.structure, arrays, batch, seed, plan.options, verdict)
         for batch, verdict in zip(batches, verdicts, strict=True)
     ]
-    if observer is not None:
-        observer.records += records
     checks = [check for lin in records for check in lin.violations]
     return Answer(
         plan.computation(*records, **operands),
         tuple(flag for flag, _ in checks),
+        tuple(lin.coupled for lin in records),
         tuple(message for _, message in checks),
     )
 

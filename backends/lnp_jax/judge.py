@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lnp import batches
 from lnp.backends import Options
-from lnp_jax.apart import Differences, Verdict, compared, impossible, irregular
+from lnp_jax.apart import INTERACT, Differences, Verdict, compared, impossible, irregular
 from lnp_jax.models import Arrays, Structure
 from lnp_jax.network import Network, prepared
 
@@ -36,10 +36,23 @@ def judged(structure: Structure, arrays: Arrays, batch: Any, options: Options) -
         other = differences.verdict()
         verdict = Verdict(verdict.reason or other.reason, verdict.excluded | other.excluded)
     if reason or verdict.reason or found[0].finite:  # what is not finite shows nothing
-        _VERDICTS[key] = verdict
-        while len(_VERDICTS) > REMEMBERED:
-            _VERDICTS.popitem(last=False)
+        _remember(key, verdict)
     return verdict
+
+
+def interacting(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict:
+    """The verdict on samples that gave other outputs on their own than in the batch when they were measured. It holds
+    from then on: what couples them may be closed again in the next batch's outputs, and still be open in its gradients.
+    """
+    verdict = Verdict(INTERACT.format("on this batch or one before, they give other outputs on their own"))
+    _remember(_case(structure, arrays, batch, options)[2], verdict)
+    return verdict
+
+
+def _remember(key: tuple, verdict: Verdict) -> None:
+    _VERDICTS[key] = verdict
+    while len(_VERDICTS) > REMEMBERED:
+        _VERDICTS.popitem(last=False)
 
 
 def known(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict | None:

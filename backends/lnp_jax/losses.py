@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lnp import losses
-from lnp_jax.outputs import parts
+from lnp_jax.outputs import measured, parts
 
 
 def prepare(
@@ -41,6 +41,18 @@ def prepare(
     leaf = outputs if hasattr(outputs, "shape") else parts(outputs)[0]
     terms, note = losses.assumed_terms(jnp, tuple(leaf.shape), targets if single else None, integer)
     return meant, terms, (), (note,)
+
+
+def value(loss: str | Callable | None, outputs: Any, targets: Any) -> jax.Array:
+    """The loss of a batch as it is trained on: a callable of the user's on the outputs as they are, one of lnp's own in
+    float32 or better.
+    """
+    if callable(loss):
+        return loss(outputs, targets)
+    targets = jax.tree.map(jnp.asarray, targets)
+    wide = lambda leaf: leaf.astype(jnp.result_type(jnp.float32, leaf.dtype)) if measured(leaf) else leaf
+    outputs = jax.tree.map(wide, outputs)
+    return prepare(loss, outputs, targets, None)[0](outputs, targets)
 
 
 def _mse(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -87,6 +87,15 @@ class Micro:
         """f, shape (N, K)."""
         return self.visited(lambda rows: ((), self._flat(parameters, rows)), self.split.rows)[1]
 
+    def pulled(self, parameters: Mapping, v: jax.Array) -> Mapping:
+        """J^T v."""
+
+        def gradient(arrays: list) -> tuple[dict, tuple]:
+            *rows, v = arrays
+            return jax.vjp(lambda p: self._flat(p, rows), dict(parameters))[1](v)[0], ()
+
+        return self.visited(gradient, [*self.split.rows, v])[0]
+
     def square_norms(self, parameters: Mapping, v: jax.Array) -> Mapping:
         """{name: (G,) array of ||J_g^T v_g||^2}."""
 

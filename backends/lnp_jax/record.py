@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from lnp import batches
 from lnp.backends import Options
@@ -17,13 +15,14 @@ from lnp.linearization import Linearization, Subset
 from lnp.losses import separable
 from lnp.population import jackknife_size
 from lnp_jax import losses, parts
-from lnp_jax.apart import Verdict, impossible, pair
+from lnp_jax.apart import Verdict, apart, impossible, pair
 from lnp_jax.models import Arrays, Structure
 from lnp_jax.network import Network, prepared
+from lnp_jax.outputs import flatten, rebuild
 from lnp_jax.outputs import parts as parts_of
-from lnp_jax.outputs import rebuild
+from lnp_jax.passes import SamplePasses, of_batch, of_samples, while_loop
 from lnp_jax.separable import found_separable
-from lnp_jax.tapped import Pulled, Tapped, general_note, tapped
+from lnp_jax.tapped import Tapped, general_note, tapped
 from lnp_jax.taps import inner
 
 DRAWN = 2**31 - 1
@@ -41,82 +40,6 @@ class _Loss:
     notes: tuple[str, ...]
 
 
-Pull = Callable[[jax.Array], Pulled]
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """Passes forward and back.
-
-    Attributes
-    ----------
-    outputs:
-        f, shape (N, K).
-    run:
-        parameters -> f.
-    pull:
-        v -> J^T v, and what taps tell besides.
-    again:
-        () -> the same of another forward pass, for a loop; or None.
-    """
-
-    outputs: jax.Array
-    run: Callable[[Mapping], jax.Array]
-    pull: Pull
-    again: Callable[[], Pull] | None = None
-
-
-@dataclass
-class _Pulls:
-    """Pull-backs, remembered for the loss gradient; inside a loop, of the pass that was made for it.
-
-    Outside a loop XLA computes again what is cheap instead of keeping it between forward and backward pass. A loop
-    would make it keep everything, whether the loop is entered or not. What may be run once is no loop.
-    """
-
-    passes: _Passes
-    g: jax.Array
-    of_g: Pulled
-    inside: Pull | None = None
-
-    def __call__(self, v: jax.Array) -> Pulled:
-        return self.of_g if v is self.g else (self.inside or self.passes.pull)(v)
-
-    def square_norms(self, v: jax.Array) -> Mapping:
-        """Of single samples, where they are taken apart."""
-        return self(v).norms or {}
-
-    def while_loop(self, going: Callable, body: Callable, state: Any) -> Any:
-        """`jax.lax.while_loop`, with a forward pass of its own if it is entered."""
-        entered = going(state)
-
-        def loop(state: Any) -> Any:
-            outside = self.inside
-            self.inside = outside or (None if self.passes.again is None else self.passes.again())
-            try:
-                return jax.lax.while_loop(going, body, state)
-            finally:
-                self.inside = outside
-
-        arrays = jax.tree.map(jnp.asarray, state)
-        if isinstance(entered, bool):
-            return loop(arrays) if entered else arrays
-        once = isinstance(state[0], int) and state[0] == 0 and _ends_after_one(going, state)
-        return jax.lax.cond(entered, body if once else loop, lambda arrays: arrays, arrays)
-
-
-def _ends_after_one(going: Callable, state: tuple) -> bool:
-    """Whether a loop that counts in state[0] is over at 1, whatever it finds: its condition is false then, whichever
-    values the flags have that it takes from outside.
-    """
-    program = jax.make_jaxpr(lambda: going((1, *state[1:])))()
-    if any(jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.bool_) for value in program.consts):
-        return False
-    with jax.ensure_compile_time_eval():
-        choices = itertools.product(map(jnp.asarray, (False, True)), repeat=len(program.consts))
-        return not any(core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, flags))()[0] for flags in choices)
-
-
 def record(
     structure: Structure, arrays: Arrays, batch: Any, seed: Any, options: Options, verdict: Verdict | None
 ) -> Linearization:
@@ -130,53 +53,39 @@ def record(
             f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
             "microbatch unset, or remove what couples them."
         )
-    taken_apart = options.split and not reason
-    taps = None if not taken_apart else _taps(net, options, verdict or Verdict())
-    samples = net.split.samples
-    chosen = lambda size: _drawn(seed, samples, size)
-    passes = (
-        _whole(net) if taps is None else _tapped(net, taps, options.microbatch, chosen(jackknife_size(samples)))
-    )  # fmt: skip
-    loss = _loss(passes.outputs, _tree(net), targets, options)
-    g = loss.gradient
-    pull = _Pulls(passes, g, passes.pull(g))
+    taps = _taps(net, options, verdict or Verdict()) if options.split and not reason else None
     micro = None if options.microbatch is None else parts.Micro(net.function, net.split, options.microbatch)
+    batch_passes = of_batch(net, micro)
+    loss = _loss(batch_passes.outputs, _tree(net), targets, options)
+    g = loss.gradient
+    gradient = batch_passes.pull(g)
+    chosen = lambda size: _drawn(seed, net.split.samples, size)
+    samples = None if taps is None else of_samples(net, taps, micro, g, chosen(jackknife_size(net.split.samples)))
     parameters = net.parameters
     return Linearization(
         xp=jnp,
-        outputs=passes.outputs,
+        outputs=batch_passes.outputs,
         loss=loss.value,
         loss_gradient=g,
         loss_terms=loss.terms,
-        vjp=lambda v: pull(v).gradient,
+        vjp=lambda v: gradient if v is g else batch_passes.pull(v),
         inner_products=lambda u, w: {name: jnp.sum(parts.wide(u[name]) * parts.wide(w[name])) for name in parameters},
-        signs=_signs(seed, passes.outputs),
-        jvp=lambda u: jax.jvp(passes.run, (dict(parameters),), (_as(u, parameters),))[1],
-        sample_square_norms=None if taps is None else pull.square_norms,
-        subset=None if taps is None else lambda size: _subset(net, taps, options.microbatch, chosen(size), pull),
+        signs=_signs(seed, batch_passes.outputs),
+        jvp=lambda u: jax.jvp(batch_passes.run, (dict(parameters),), (_as(u, parameters),))[1],
+        sample_square_norms=None if samples is None else samples.square_norms,
+        subset=None if samples is None else lambda size: _subset(net, taps, micro, chosen(size), gradient, samples),
         cheap=taps is not None and not taps.plan.general,
-        coupled=pair(net, taps, passes.outputs) if check and taps is not None else None,
+        coupled=None if samples is None else _coupled(net, taps, samples, batch_passes.outputs, check),
         group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
         groups=1 if micro is None else micro.groups,
         loss_along=lambda u, step: loss.of(
-            passes.run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})
+            batch_passes.run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})
         ),
         separable=loss.separable,
         violations=loss.violations,
         notes=(*net.notes, *([reason] if reason else []), *loss.notes, *(general_note(taps.plan) if taps else ())),
-        while_loop=pull.while_loop,
+        while_loop=while_loop if samples is None else samples.while_loop,
     )
-
-
-def loss_and_gradient(
-    structure: Structure, arrays: Arrays, batch: Any, options: Options
-) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """(L, J^T g) of the batch as a whole."""
-    inputs, targets = batches.unpack(batch)
-    net = prepared(structure, arrays, inputs, options)
-    passes = _whole(net)
-    loss = _loss(passes.outputs, _tree(net), targets, options)
-    return loss.value, passes.pull(loss.gradient).gradient
 
 
 def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:
@@ -184,24 +93,12 @@ def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:
     return tapped(net.function, net.split, net.parameters, samples, verdict.excluded)
 
 
-def _whole(net: Network) -> _Passes:
-    run = jax.jit(net.whole)  # for eager callers: one program, not one per operation
-    outputs, pullback = jax.vjp(run, dict(net.parameters))
-    return _Passes(outputs, run, lambda v: Pulled(pullback(v)[0]))
-
-
-def _tapped(net: Network, taps: Tapped, size: int | None, index: jax.Array | None = None) -> _Passes:
-    rows = net.split.rows
-    if size is None:
-        outputs, pull = taps.forward(rows, index)
-        return _Passes(outputs, lambda p: taps.plain(p, rows), pull, lambda: taps.forward(rows)[1])
-    micro = parts.Micro(net.function, net.split, size)
-
-    def part(arrays: list) -> tuple[Mapping, Mapping | None]:
-        pulled = taps.forward(arrays[:-1])[1](arrays[-1])
-        return pulled.gradient, pulled.norms
-
-    return _Passes(micro.outputs(net.parameters), micro.outputs, lambda v: Pulled(*micro.visited(part, [*rows, v])))
+def _coupled(net: Network, taps: Tapped, samples: SamplePasses, outputs: jax.Array, check: bool) -> jax.Array:
+    """Whether the samples give other outputs on their own than in the batch, shape (); with `check` also whether two of
+    them interact in the gradient, or taps are wrong.
+    """
+    differ = apart(samples.outputs, outputs) > net.tolerance(taps.program)
+    return differ | pair(net, taps, outputs) if check else differ
 
 
 def _drawn(seed: Any, samples: int, size: int) -> jax.Array:
@@ -209,21 +106,26 @@ def _drawn(seed: Any, samples: int, size: int) -> jax.Array:
     return jnp.sort(jax.random.permutation(jax.random.fold_in(_key(seed), DRAWN), samples)[:size])
 
 
-def _subset(net: Network, taps: Tapped, microbatch: int | None, index: jax.Array, pulls: _Pulls) -> Subset:
+def _subset(
+    net: Network, taps: Tapped, micro: parts.Micro | None, index: jax.Array, gradient: Mapping, samples: SamplePasses
+) -> Subset:
     """These samples, with a forward pass of their own where one is asked for."""
     some = replace(net, split=net.split.some(index, len(index)))
-    of_g = pulls.of_g
+    few = None if micro is None else replace(micro, split=some.split)
+    inputs = some.split.inputs(some.split.rows)
+    run = few.outputs if few is not None else lambda p: flatten(net.function(p, inputs))
 
     def jvp(u: Mapping) -> jax.Array:
-        return jax.jvp(_tapped(some, taps, microbatch).run, (dict(net.parameters),), (_as(u, net.parameters),))[1]
+        return jax.jvp(run, (dict(net.parameters),), (_as(u, net.parameters),))[1]
+
+    def square_norms(v: jax.Array) -> Mapping:
+        return of_samples(some, taps, few, v, None).of_g
 
     def along(u: Mapping) -> jax.Array:
-        return of_g.along if u is of_g.gradient and of_g.along is not None else inner(pulls.g[index], jvp(u))
+        return samples.along if u is gradient else inner(samples.g[index], jvp(u))
 
-    known = of_g.along is not None and len(of_g.along) == len(index)
-    return Subset(
-        index, lambda v: _tapped(some, taps, microbatch).pull(v).norms or {}, jvp, along if known else None
-    )  # fmt: skip
+    known = samples.along is not None and len(samples.along) == len(index)
+    return Subset(index, square_norms, jvp, along if known else None)
 
 
 def _tree(net: Network) -> Any:

@@ -7,15 +7,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.extend import core
 
 import lnp
-from lnp.backends import Options
-from lnp_jax.apart import Verdict
-from lnp_jax.compiled import OBSERVER, Observer
-from lnp_jax.judge import judged, traced
-from lnp_jax.models import Structure, separate
-from lnp_jax.record import loss_and_gradient
+from lnp import batches
+from lnp_jax.judge import traced
+from lnp_jax.losses import value as loss_of
+from lnp_jax.models import separate
 
 OPTIONS = ("by_layer", "population", "estimator", "rtol", "max_probes", "loss_terms")
 
@@ -74,41 +72,50 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
     unknown = [name for name in options if name not in OPTIONS]
     if unknown:
         raise TypeError(f"value_and_grad received the options {unknown}. Expected some of {', '.join(OPTIONS)}.")
-    shared = partial(jax.jit, static_argnums=3)(partial(_shared, apply, loss, options))
+    compiled = jax.jit(partial(_step, apply, loss))
 
     def value_and_grad_of(parameters: Any, batch: Any, key: Any) -> tuple[tuple[jax.Array, lnp.Decomposition], Any]:
-        structure, arrays = separate((apply, parameters), None, None)
-        if set(structure.trained) != set(structure.names) or structure.fixed:
-            other = [name for name in structure.names if name not in structure.trained]
-            raise ValueError(
-                f"The parameters hold leaves that are not trained: {other[:4] or 'no arrays'}. Expected "
-                "floating-point arrays only. Close over the others in apply."
-            )
-        if traced((arrays, batch, key)):
-            return _shared(apply, loss, options, parameters, batch, key, None)
-        return shared(parameters, batch, key, judged(structure, arrays, batch, Options()))
+        _check_trained(apply, parameters)
+        measure = lambda: lnp.decompose((apply, parameters), batch, loss, seed=key, **options)
+        if not traced((parameters, batch, key)):
+            d = measure()
+            value, gradients = compiled(parameters, batch)
+            return (value, d), gradients
+        measured = _kept_apart(measure)
+        value, gradients = _step(apply, loss, parameters, batch)
+        return (value, measured()), gradients
 
     return value_and_grad_of
 
 
-def _shared(
-    apply: Callable, loss: Any, options: dict[str, Any], parameters: Any, batch: Any, key: Any, verdict: Verdict | None
-) -> tuple:
-    seen = Observer(verdict)
-    token = OBSERVER.set(seen)
-    try:
-        d = lnp.decompose((apply, parameters), batch, loss, seed=key, **options)
-    finally:
-        OBSERVER.reset(token)
-    (lin,) = seen.records
-    made = lin.loss, lin.vjp(lin.loss_gradient)
-    structure, arrays = separate((apply, parameters), None, None)
-    if lin.coupled is not None:
-        true = lambda: loss_and_gradient(structure, arrays, batch, Options(loss, loss_terms=options.get("loss_terms")))
-        made = jax.lax.cond(lin.coupled, true, lambda: made)
-    return (made[0], d), _tree(structure, made[1])
+def _step(apply: Callable, loss: str | Callable | None, parameters: Any, batch: Any) -> tuple[jax.Array, Any]:
+    """The step as it is without lnp: the user's function on the whole batch, the user's loss, nothing else."""
+    inputs, targets = batches.unpack(batch)
+    return jax.value_and_grad(lambda p: loss_of(loss, apply(p, inputs), targets))(parameters)
 
 
-def _tree(structure: Structure, vector: Any) -> Any:
-    """A vector in parameter space in the structure of the parameters."""
-    return jax.tree.unflatten(structure.treedef, [jnp.asarray(vector[structure.shown[n]]) for n in structure.names])
+def _kept_apart(measure: Callable[[], Any]) -> Callable[[], Any]:
+    """The measurement as a program that shares no operation with what else the caller computes.
+
+    XLA joins equal operations, and fuses an operation with its successor if it has no other. Behind the barrier nothing
+    that the caller computes is equal to what is measured or gets another successor, so that it is rounded as ever.
+    Everything that the measurement takes from outside goes through it, what functions have closed over too.
+    """
+    closed, shapes = jax.make_jaxpr(measure, return_shape=True)()
+
+    def measured() -> Any:
+        consts = jax.lax.optimization_barrier(closed.consts)
+        made = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
+        return jax.tree.unflatten(jax.tree.structure(shapes), made)
+
+    return measured
+
+
+def _check_trained(apply: Callable, parameters: Any) -> None:
+    structure, _ = separate((apply, parameters), None, None)
+    if set(structure.trained) != set(structure.names) or structure.fixed:
+        other = [name for name in structure.names if name not in structure.trained]
+        raise ValueError(
+            f"The parameters hold leaves that are not trained: {other[:4] or 'no arrays'}. Expected "
+            "floating-point arrays only. Close over the others in apply."
+        )

@@ -121,10 +121,6 @@ class Tapped:
 
         return outputs, pull
 
-    def plain(self, parameters: Mapping, rows: list) -> jax.Array:
-        """Outputs (N, K), without taps."""
-        return jax.vmap(parts.single(self.function, self.split), (None, 0))(parameters, rows)
-
     def _one(self, parameters: Mapping, taps: dict, index: Any, rows: list) -> tuple[jax.Array, dict]:
         """(outputs of one sample (K,), what stood beside the weights at output taps)."""
         along = None if index is None else (taps["along"], index)

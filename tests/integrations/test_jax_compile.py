@@ -14,7 +14,7 @@ from flax import nnx
 
 import lnp
 import lnp_jax
-from lnp_jax.record import _ends_after_one
+from lnp_jax.passes import ends_after_one
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
 Y = jnp.asarray([0, 1, 2, 0, 1, 2])
@@ -236,7 +236,7 @@ def test_global_flags_stay(monkeypatch):
 def test_what_may_run_once_is_no_loop():
     """Proved from the condition alone, for either value of a flag that comes from outside."""
     flag, state = jnp.asarray(True), (0, jnp.ones(2))
-    assert _ends_after_one(lambda state: (state[0] < 1) & flag, state)
-    assert not _ends_after_one(lambda state: (state[0] < 2) & flag, state)
-    assert not _ends_after_one(lambda state: (state[0] < 1) | flag, state)
-    assert not _ends_after_one(lambda state: (state[0] < 1) & (jnp.sum(state[1]) > 0), state)  # not looked into
+    assert ends_after_one(lambda state: (state[0] < 1) & flag, state)
+    assert not ends_after_one(lambda state: (state[0] < 2) & flag, state)
+    assert not ends_after_one(lambda state: (state[0] < 1) | flag, state)
+    assert not ends_after_one(lambda state: (state[0] < 1) & (jnp.sum(state[1]) > 0), state)  # not looked into

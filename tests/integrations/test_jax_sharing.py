@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,6 @@ import pytest
 
 import lnp
 import lnp_jax
-from lnp_jax.apart import Verdict
-from lnp_jax.sharing import _shared
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((64, 20)), jnp.float32)
 Y = jnp.arange(64) % 12
@@ -74,16 +70,6 @@ def test_samples_that_interact_train_as_without():
         close((value, gradients), expected)
         assert any("interact" in note for note in d.notes) == known
         assert np.isfinite(d.chi_net) == known
-
-
-def test_the_passes_are_shared():
-    """One probe on top of a step costs less than two thirds of it: forward and weight gradients are not repeated."""
-    flops = lambda function, *args: jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
-    wide = {"hidden": [jnp.ones((20, 512)), jnp.ones(512)], "head": jnp.ones((512, 12))}
-    draw = lambda n: (jnp.ones((n, 20)), jnp.arange(n) % 12)
-    step = flops(reference(apply), wide, draw(512))
-    shared = partial(_shared, apply, None, {"max_probes": 1, "population": False}, verdict=Verdict())
-    assert flops(shared, wide, draw(512), KEY) < 1.67 * step
 
 
 def test_training_with_it():
