@@ -27,6 +27,8 @@ class LNPCallback(keras.callbacks.Callback):
     path, schedule, options:
         Of `lnp.Tracker`; or a Tracker, made with `batch=`, in the place of the data. The loss is the compiled one.
 
+    What fails on the way is told once, and the fit goes on (`on_error` of the tracker).
+
     Steps are the optimizer's iterations, also over several calls of `fit` and after restoring a checkpoint. With
     `steps_per_execution=n` Keras calls every n steps: what is due among them is measured before the first of them.
 
@@ -44,21 +46,27 @@ class LNPCallback(keras.callbacks.Callback):
                 "the tracker."
             )
         self.tracker = data if isinstance(data, Tracker) else Tracker(path, schedule, batch=data, **options)
-        self._before, self._every, self._together = 0, 1, 1
+        self._before: int | None = None
+        self._every, self._together = 1, 1
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """How many batches an update takes, and how many Keras runs at a time."""
-        model = self.model
-        self._every = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
-        self._together = getattr(model, "steps_per_execution", None) or 1
-        self.tracker.tags.setdefault("parameters", trained(model))
+        """Say now if the model cannot be measured; find how many batches an update takes and how many run at once."""
+        self.tracker.check(self.model)
+        with self.tracker.attempt(None, "the number of parameters in rows"):
+            self.tracker.tags.setdefault("parameters", trained(self.model))
+        self._every = getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1
+        self._together = getattr(self.model, "steps_per_execution", None) or 1
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """The batches before this epoch."""
-        self._before = int(self.model.optimizer.iterations) * self._every
+        """The batches before this epoch; where they cannot be told, its steps have no numbers."""
+        self._before = None
+        with self.tracker.attempt(None, "measurements in this epoch"):
+            self._before = int(self.model.optimizer.iterations) * self._every
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Measure if one of the updates that come now is due."""
+        if self._before is None:
+            return
         first, last = (self._before + b for b in (batch, batch + self._together - 1))
         steps = range(first // self._every, last // self._every + 1)
         if any(map(self.tracker.due, steps)):

@@ -47,7 +47,8 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         another form: `prepare=lambda module, batch: (module.net, (batch["image"], batch["label"]))`.
 
     The values also go to the trainer's loggers, directly: `self.log` would drop all steps off `log_every_n_steps`. Only
-    the first process measures. The callback's state is part of the checkpoint, so that a resumed run goes on.
+    the first process measures. The callback's state is part of the checkpoint, so that a resumed run goes on. What
+    fails on the way is told once, and the fit goes on (`on_error` of the tracker).
 
     Raises
     ------
@@ -71,17 +72,27 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         """Tells the states of several callbacks apart."""
         return f"LNPCallback({self.tracker.path!r})"
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say now if the module cannot be measured; where failures raise, in all processes."""
+        if trainer.is_global_zero or self.tracker.on_error == "raise":
+            self.tracker.check(pl_module)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure if this update is due; the later batches of an accumulated update are none."""
         step = trainer.global_step
-        if not trainer.is_global_zero or not self.tracker.due(step):
-            return
+        if trainer.is_global_zero and self.tracker.due(step):
+            with self.tracker.attempt(step):
+                self._measure(trainer, pl_module, batch, step)
+
+    def _measure(self, trainer: Any, pl_module: Any, batch: Any, step: int) -> None:
         model, prepared = (pl_module, batch) if self._prepare is None else self._prepare(pl_module, batch)
         self.tracker.tags.setdefault("parameters", trained(pl_module))
         with trainer.precision_plugin.train_step_context():
             measured = self.tracker.observe(step, model, prepared)
-        if measured is not None:
-            for logger in trainer.loggers:
+        if measured is None:
+            return
+        for logger in trainer.loggers:
+            with self.tracker.attempt(None, f"the values of step {step} in {type(logger).__name__}"):
                 logger.log_metrics(self.tracker.latest, step=step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -94,7 +105,8 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The tracker's."""
-        self.tracker.load_state_dict(state_dict)
+        with self.tracker.attempt(None, "the tracker's state in this checkpoint"):
+            self.tracker.load_state_dict(state_dict)
 
 
 def trained(module: torch.nn.Module) -> int:

@@ -9,7 +9,7 @@ which stays what it is: accumulation, label smoothing, `compute_loss_func`, mixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ except ImportError as error:
     ) from error
 
 LABELS = "labels"
+ZERO_3 = 3
+"""The stage from which DeepSpeed shards parameters."""
 CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 """Names of the classes whose labels are shifted by one."""
 
@@ -36,7 +38,9 @@ def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = 
     """Measure the trainer's model while it trains, and return the tracker.
 
     Measured are the parameters before an update, on the batch that it trains on: with accumulated gradients on the
-    first of its batches, as a mean over that batch's own labels. The loss is the one that the trainer minimises.
+    first of its batches, as a mean over that batch's own labels. The loss is the one that the trainer minimises. What
+    fails on the way is told once, and training goes on (`on_error` of the tracker). A trainer that shards parameters
+    (FSDP, ZeRO-3), of which the tracker warns here, is left as it is.
 
     Parameters
     ----------
@@ -51,16 +55,16 @@ def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = 
         If a tracker and options of another one are given.
     ValueError
         If a tracker is attached already, or if the trainer's class computes a loss of its own and `loss=` is not given.
+    RuntimeError
+        With `on_error="raise"`, in every process, if the trainer shards parameters.
     """
     if isinstance(path, Tracker) and (schedule is not None or options):
         raise TypeError(
             "attach() received a tracker, and options beside it. Expected one of the two: give the options to the "
             "tracker."
         )
-    if "training_step" in vars(trainer):
-        raise ValueError(
-            "This trainer's training_step is wrapped already. Expected one tracker: call detach(trainer) first."
-        )
+    if isinstance(vars(trainer).get("training_step"), _Watched):
+        raise ValueError("This trainer has a tracker already. Expected one: call detach(trainer) first.")
     tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **options)
     own = type(trainer).compute_loss is not transformers.Trainer.compute_loss
     if own and tracker.option("loss") is None:
@@ -69,40 +73,104 @@ def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = 
             "Expected loss=, a function (outputs, labels) -> scalar; or compute_loss_func= of the Trainer, which is "
             "understood."
         )
-    original, forward = trainer.training_step, _Forward(trainer.accelerator)
-
-    def training_step(model: Any, inputs: Mapping[str, Any], *rest: Any, **more: Any) -> Any:
-        step = trainer.state.global_step
-        if trainer.is_world_process_zero() and tracker.due(step):
-            _measure(trainer, tracker, step, model, inputs, forward, log)
-        return original(model, inputs, *rest, **more)
-
-    trainer.training_step = training_step
+    reason = _refusal(trainer)
+    if reason is None:
+        trainer.training_step = _Watched(
+            trainer, tracker, log, trainer.training_step, vars(trainer).get("training_step")
+        )
+    elif trainer.is_world_process_zero() or tracker.on_error == "raise":
+        tracker.check(trainer.model, reason)
     return tracker
 
 
 def detach(trainer: Any) -> None:
-    """Stop watching; the trainer is as it was."""
-    vars(trainer).pop("training_step", None)
+    """Stop watching; the trainer is as it was.
+
+    Raises
+    ------
+    ValueError
+        If its `training_step` has been replaced or wrapped since.
+    """
+    watched = vars(trainer).get("training_step")
+    if watched is None:
+        return
+    if not isinstance(watched, _Watched):
+        raise ValueError(
+            f"This trainer's training_step is a {type(watched).__name__} that attach() has not put there. Expected "
+            "attach()'s own. Take away first what has been put around it since."
+        )
+    if watched.before is None:
+        del trainer.training_step
+    else:
+        trainer.training_step = watched.before
 
 
-def _measure(
-    trainer: Any, tracker: Tracker, step: int, model: Any, inputs: Mapping[str, Any], forward: _Forward, log: bool
-) -> None:
-    """What `training_step` is about to do with the batch, measured."""
-    model.train()  # as it does itself, at once
-    options: dict[str, Any] = {}
-    batch, loss = _batch(trainer, trainer._prepare_inputs(dict(inputs)), tracker.option("loss"))
-    if loss is not None:
-        options["loss"] = loss
-    unwrapped = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-    if "_original_forward" in vars(unwrapped) and tracker.option("forward") is None:
-        options["forward"] = forward
-    tracker.tags.setdefault("parameters", sum(p.numel() for p in unwrapped.parameters() if p.requires_grad))
-    with trainer.compute_loss_context_manager():
-        measured = tracker.observe(step, unwrapped, batch, options=options)
-    if measured is not None and log:
-        trainer.log(dict(tracker.latest))
+@dataclass(eq=False)
+class _Watched:
+    """A trainer's training step, with a measurement before it where one is due.
+
+    Attributes
+    ----------
+    original:
+        The training step itself.
+    before:
+        What the trainer, and not its class, had under this name; None without.
+    """
+
+    trainer: Any
+    tracker: Tracker
+    log: bool
+    original: Callable
+    before: Callable | None
+    checked: bool = False
+
+    def __call__(self, model: Any, inputs: Mapping[str, Any], *rest: Any, **more: Any) -> Any:
+        self._check(model)
+        step = self.trainer.state.global_step
+        if self.trainer.is_world_process_zero() and self.tracker.due(step):
+            with self.tracker.attempt(step):
+                self._measure(step, model, inputs)
+        return self.original(model, inputs, *rest, **more)
+
+    def _check(self, model: Any) -> None:
+        """At the first step, which all processes take: the model is wrapped and sharded only then."""
+        if not self.checked and (self.trainer.is_world_process_zero() or self.tracker.on_error == "raise"):
+            self.tracker.check(model)
+        self.checked = True
+
+    def _measure(self, step: int, model: Any, inputs: Mapping[str, Any]) -> None:
+        """What `training_step` is about to do with the batch, measured."""
+        trainer, tracker = self.trainer, self.tracker
+        model.train()  # as it does itself, at once
+        options: dict[str, Any] = {}
+        batch, loss = _batch(trainer, trainer._prepare_inputs(dict(inputs)), tracker.option("loss"))
+        if loss is not None:
+            options["loss"] = loss
+        unwrapped = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+        if "_original_forward" in vars(unwrapped) and tracker.option("forward") is None:
+            options["forward"] = _Forward(trainer.accelerator)
+        tracker.tags.setdefault("parameters", sum(p.numel() for p in unwrapped.parameters() if p.requires_grad))
+        with trainer.compute_loss_context_manager():
+            measured = tracker.observe(step, unwrapped, batch, options=options)
+        if measured is not None and self.log:
+            with tracker.attempt(None, f"the values of step {step} in the trainer's log"):
+                trainer.log(dict(tracker.latest))
+
+
+def _refusal(trainer: Any) -> str | None:
+    """Why the trainer's model cannot be measured, as far as the trainer says so itself."""
+    sharded = None
+    if trainer.is_fsdp_enabled:
+        sharded = "FSDP"
+    elif trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == ZERO_3:
+        sharded = "DeepSpeed's ZeRO-3"
+    if sharded is None:
+        return None
+    return (
+        f"This trainer shards the parameters over its processes ({sharded}), and a measurement needs them whole. "
+        "Expected whole parameters in each process. Train with data parallelism or ZeRO up to stage 2, or measure a "
+        "checkpoint with lnp.decompose in a process of its own."
+    )
 
 
 @dataclass(frozen=True)
