@@ -17,6 +17,7 @@ from lnp_jax.compiled import Answer, Plan, check_hashable, measure, run
 from lnp_jax.judge import interacting, judged, known, traced
 from lnp_jax.models import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
+from lnp_jax.state_guard import undisturbed
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]
 
@@ -40,6 +41,11 @@ def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options:
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation compiled; numbers come back in one transfer. Inside a compiled function: as arrays."""
+    with undisturbed(model, options.loss, options.forward):
+        return _evaluated(computation, model, batches, options, operands)
+
+
+def _evaluated(computation: Callable, model: Any, batches: tuple, options: Options, operands: dict[str, Any]) -> Any:
     structure, arrays = separate(model, options.forward, options.parameters)
     if operands.get("update") is not None:
         operands["update"] = _as_vector(structure, arrays, model, operands["update"])
@@ -75,10 +81,11 @@ def _answered(plan: Plan, dynamic: tuple) -> tuple[Answer, tuple[str, ...]]:
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not compiled."""
-    structure, arrays = separate(model, options.forward, options.parameters)
-    known = options.split and not traced((arrays, batch, options.seed))
-    verdict = judged(structure, arrays, batch, options) if known else None
-    return record(structure, arrays, batch, options.seed, options, verdict)
+    with undisturbed(model, options.loss, options.forward):
+        structure, arrays = separate(model, options.forward, options.parameters)
+        known = options.split and not traced((arrays, batch, options.seed))
+        verdict = judged(structure, arrays, batch, options) if known else None
+        return record(structure, arrays, batch, options.seed, options, verdict)
 
 
 def _remembering(plan: Plan, arrays: Arrays, batches: tuple) -> Plan:

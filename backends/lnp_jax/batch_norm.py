@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from lnp_jax.models import Arrays, Structure, called
+from lnp_jax.state_guard import replayed
 
 
 def frozen(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[Structure, Arrays, tuple[str, ...]]:
@@ -29,7 +30,7 @@ def frozen(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[Structure
     watched = [m for _, m in nnx.iter_graph(seen) if isinstance(m, nnx.BatchNorm) and not m.use_running_average]
     for layer in watched:
         layer.momentum = 0.0
-    (structure.forward or called)(seen, inputs)
+    replayed(structure.forward or called, seen)(seen, inputs)
     for layer, other in zip(layers, watched, strict=True):
         layer.mean, layer.var = nnx.BatchStat(other.mean[...]), nnx.BatchStat(other.var[...])
         layer.use_running_average = True

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lnp.batches import select
+from lnp_jax.state_guard import replayed
 
 Arrays = dict[str, jax.Array]
 
@@ -56,19 +57,19 @@ class Structure:
             values.insert(position, value)
         tree = jax.tree.unflatten(self.treedef, values)
         if self.kind == "function":
-            return self.static(tree, inputs)
+            return replayed(self.static)(tree, inputs)
         if self.kind == "nnx":
             model = sys.modules["flax.nnx"].merge(self.static, *tree, copy=True)
         elif self.kind == "linen":
             model = self.static.bind(tree, mutable=[name for name in tree if name != "params"])
         else:
             model = tree
-        return (self.forward or called)(model, inputs)
+        return replayed(self.forward or called, model)(model, inputs)
 
 
 def accepts(model: Any) -> bool:
     """Whether the model is a Flax or Equinox module, or a function with parameters that are arrays."""
-    if _is_nnx(model) or _is_linen(model) or _is_equinox(model):
+    if is_nnx(model) or is_linen(model) or _is_equinox(model):
         return True
     if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
         return False
@@ -112,14 +113,14 @@ def _opened(model: Any, forward: Callable | None) -> tuple[str, Any, Any, Callab
                 "put what it does into apply(parameters, inputs)."
             )
         collections = (
-            _is_linen(getattr(model[0], "__self__", None)) and isinstance(model[1], Mapping) and "params" in model[1]
+            is_linen(getattr(model[0], "__self__", None)) and isinstance(model[1], Mapping) and "params" in model[1]
         )
         return "function", model[0], model[1], (_in_params if collections else _anywhere)
-    if _is_nnx(model):
+    if is_nnx(model):
         nnx = sys.modules["flax.nnx"]
         definition, parameters, rest = nnx.split(model, nnx.Param, ...)
         return "nnx", definition, (parameters, rest), lambda path: path[0].idx == 0
-    if _is_linen(model):
+    if is_linen(model):
         if model.scope is None:
             raise ValueError(
                 f"The Linen module {type(model).__name__} is not bound to variables. Expected "
@@ -138,12 +139,14 @@ def _anywhere(path: tuple) -> bool:
     return True
 
 
-def _is_nnx(model: Any) -> bool:
+def is_nnx(model: Any) -> bool:
+    """Whether it is a Flax NNX module."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(model, nnx.Module)
 
 
-def _is_linen(model: Any) -> bool:
+def is_linen(model: Any) -> bool:
+    """Whether it is a Flax Linen module."""
     linen = sys.modules.get("flax.linen")
     return linen is not None and isinstance(model, linen.Module)
 

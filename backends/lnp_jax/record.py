@@ -22,6 +22,7 @@ from lnp_jax.outputs import flatten, rebuild
 from lnp_jax.outputs import parts as parts_of
 from lnp_jax.passes import SamplePasses, of_batch, of_samples, while_loop
 from lnp_jax.separable import found_separable
+from lnp_jax.state_guard import replayed
 from lnp_jax.tapped import Tapped, general_note, tapped
 from lnp_jax.taps import inner
 
@@ -140,7 +141,9 @@ def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Los
     if hasattr(targets, "shape"):
         batches.check_lengths(outputs.shape[0], targets.shape)
     made = rebuild(outputs, tree)
-    function, terms, violations, notes = losses.prepare(options.loss, made, targets, options.loss_terms)
+    prepare = replayed(losses.prepare, options.loss)
+    meant, terms, violations, notes = prepare(options.loss, made, targets, options.loss_terms)
+    function = replayed(meant)
 
     def of(flat: jax.Array) -> jax.Array:
         value = jnp.asarray(function(rebuild(flat, tree), targets))
