@@ -61,7 +61,7 @@ class LNPCallback(keras.callbacks.Callback):
         """The batches before this epoch; where they cannot be told, its steps have no numbers."""
         self._before = None
         with self.tracker.attempt(None, "measurements in this epoch"):
-            self._before = int(self.model.optimizer.iterations) * self._every
+            self._before = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations)) * self._every
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Measure if one of the updates that come now is due."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import warnings
 
 import keras
 import numpy as np
 import pytest
 
 import lnp
+import lnp_keras
 from integrations.determinism import deterministic
 from lnp_keras.callback import LNPCallback
 
@@ -56,7 +59,7 @@ def fit(kind, callbacks=(), epochs=2):
     finally:
         keras.config.set_dtype_policy(policy)
     states = random.getstate(), repr(np.random.get_state())  # noqa: NPY002
-    values = [keras.ops.convert_to_numpy(v.value) for v in (*model.variables, *model.optimizer.variables)]
+    values = [keras.ops.convert_to_numpy(v) for v in (*model.variables, *model.optimizer.variables)]
     return losses, [value.astype("float64") for value in values], states
 
 
@@ -113,3 +116,94 @@ def test_batches_of_its_own_and_a_tracker():
     assert tracker.history["samples"].tolist() == [10, 5, 10, 5]
     with pytest.raises(TypeError, match="received a tracker, and options"):
         LNPCallback(tracker, schedule=3)
+
+
+# --- what fails ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told():
+    """What lnp warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(w.message) for w in caught if str(w.message).startswith("lnp")]
+
+
+@functools.cache
+def unwatched():
+    return fit("AdamW")
+
+
+def out_of_memory(outputs, targets):
+    """A loss that does not fit, in the midst of a measurement."""
+    keras.ops.sum(outputs)
+    raise MemoryError("no room for the outputs")
+
+
+FAILURES = {
+    "loss": (lambda: LNPCallback(PROBE, schedule=1, loss=out_of_memory), "MemoryError: no room"),
+    "batch": (lambda: LNPCallback((INPUTS[:10, :3], TARGETS[:10]), schedule=1), "Error"),
+    "source": (lambda: LNPCallback(iter([]), schedule=1), "has no more batches"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_measurement_that_fails_does_not_end_fit(failure, told):
+    made, reason = FAILURES[failure]
+    callback = made()
+    assert same(fit("AdamW", [callback]), unwatched())
+    assert len(callback.tracker.history) == 0
+    first, second = told()
+    assert reason in first
+    assert f"{2 * BATCHES - 1} times more" in second
+
+
+def test_it_ends_fit_where_that_is_wanted(told):
+    with pytest.raises(MemoryError):
+        fit("AdamW", [LNPCallback(PROBE, schedule=1, loss=out_of_memory, on_error="raise")])
+
+
+def test_a_refused_model_is_told_of_before_the_first_step(monkeypatch, told):
+    monkeypatch.setattr(lnp_keras, "refusal", lambda model: "It is sharded.", raising=False)
+    monkeypatch.setattr(lnp_keras, "evaluate", lambda *a, **k: pytest.fail("it was measured"))
+    callback = LNPCallback(PROBE, schedule=[11])
+    assert same(fit("AdamW", [callback]), unwatched())
+    assert "RuntimeError: It is sharded." in told()[0]
+    idle = LNPCallback(PROBE, schedule=1, rank=1)
+    assert same(fit("AdamW", [idle]), unwatched())
+    assert len(told()) == 2
+    for rank in (0, 1):
+        with pytest.raises(RuntimeError, match="It is sharded"):
+            fit("AdamW", [LNPCallback(PROBE, schedule=[11], rank=rank, on_error="raise")])
+
+
+def test_steps_without_numbers_are_not_measured(told):
+    class Lost(LNPCallback):
+        def on_epoch_begin(self, epoch, logs=None):
+            model = self._model
+            if epoch == 1:
+                self._model = object()  # which has no optimizer
+            super().on_epoch_begin(epoch, logs)
+            self._model = model
+
+    callback = Lost(PROBE, schedule=1, max_probes=2)
+    fit("AdamW", [callback])
+    assert callback.tracker.history["step"].tolist() == list(range(BATCHES))
+    assert "without measurements in this epoch" in told()[0]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a strategy of TensorFlow's")
+def test_variables_that_are_mirrored(told):
+    import tensorflow as tf
+
+    def mirrored(callbacks):
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            return fit("AdamW", callbacks)
+
+    callback = LNPCallback(PROBE, schedule=1)
+    assert same(mirrored([callback]), mirrored([]))
+    beside = LNPCallback(PROBE, schedule=1)
+    fit("AdamW", [beside])
+    assert callback.tracker.history["step"].tolist() == list(range(2 * BATCHES))
+    assert callback.tracker.history["chi_net"] == pytest.approx(beside.tracker.history["chi_net"], rel=1e-4)
+    assert told() == []
