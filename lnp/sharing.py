@@ -66,8 +66,8 @@ class _Watch:
     Attributes
     ----------
     step:
-        Of the backend. Its `stepped` says whether the step's own backward pass has run: until then the gradients are
-        untouched, and the loss's own pass can stand in.
+        Of the backend. `stepped` says whether the step's own backward pass has begun: until then the gradients are
+        untouched, and the loss's own pass can stand in. `seconds` is what that pass took, and 0 until it has returned.
     """
 
     def __init__(self, step: Any, options: Mapping[str, Any], keep: Callable, attempt: Callable, await_: Callable):
@@ -91,15 +91,27 @@ class _Watch:
         return False
 
     def backward(self, loss: Any, targets: Any, criterion: Any, given: Mapping[str, Any]) -> Decomposition | None:
-        """The step's own backward pass and its decomposition."""
+        """The step's own backward pass and its decomposition; None where measuring fails.
+
+        An error of the step's own pass is the user's: gradients are half accumulated, and no other pass can mend that.
+        """
         self._await(False)
         started = time.perf_counter()
         options = {**self._options, **given}
         stated = options.pop("loss", None)
+        broken = None
         with self._attempt():
-            d = self.step.backward(loss, targets, stated if criterion is None else criterion, **options)
-            self._keep(d, time.perf_counter() - started - self.step.seconds)
-            return d
+            try:
+                d = self.step.backward(loss, targets, stated if criterion is None else criterion, **options)
+            except Exception as error:
+                if not (self.step.stepped and not self.step.seconds):
+                    raise
+                broken = error
+            else:
+                self._keep(d, time.perf_counter() - started - self.step.seconds)
+                return d
+        if broken is not None:
+            raise broken
         return None
 
 

@@ -19,7 +19,7 @@ from lnp.recorder import Recorder
 from lnp.rows import Watched, check_options, plain
 from lnp.schedule import Schedule, as_schedule
 from lnp.sharing import Shared, SharedSteps
-from lnp.turns import Turns
+from lnp.turns import Turns, refuse
 
 VERSION = 1
 """Of the state that a checkpoint holds."""
@@ -179,6 +179,7 @@ class Tracker:
         watched, row = Watched(None, model), None
         if self._turns.take(step, model):
             with self.attempt(operator.index(step)):
+                refuse(model)
                 before = steps.snapshot(model)
                 row, d = self._measuring.measured(operator.index(step), model, batch, {})
                 watched.decomposition = d
@@ -198,7 +199,7 @@ class Tracker:
         """Whether nothing is known against measuring the model, such as sharded parameters; for before the run begins.
 
         `reason` is why it cannot be measured, where the caller knows that. The process that measures warns of it; with
-        `on_error="raise"` every process raises a RuntimeError, so that none waits for another.
+        `on_error="raise"` every process raises a ValueError, so that none waits for another.
         """
         return self._turns.check(model, reason)
 

@@ -157,10 +157,12 @@ class Turns:
 
 
 def refuse(model: Any, reason: str | None = None) -> None:
-    """A RuntimeError where a model's backend, or the caller, knows that it cannot be measured; nothing is touched.
+    """Refuse a model of which its backend, or the caller, knows that it cannot be measured; nothing is touched.
 
     Raises
     ------
+    ValueError
+        With the backend's reason, or the caller's.
     TypeError
         For a model that no backend accepts.
     """
@@ -168,4 +170,4 @@ def refuse(model: Any, reason: str | None = None) -> None:
     if reason is None and hasattr(backend, "refusal"):
         reason = backend.refusal(model)
     if reason is not None:
-        raise RuntimeError(reason)
+        raise ValueError(reason)

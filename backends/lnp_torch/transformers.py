@@ -54,9 +54,8 @@ def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = 
     TypeError
         If a tracker and options of another one are given.
     ValueError
-        If a tracker is attached already, or if the trainer's class computes a loss of its own and `loss=` is not given.
-    RuntimeError
-        With `on_error="raise"`, in every process, if the trainer shards parameters.
+        If a tracker is attached already, or if the trainer's class computes a loss of its own and `loss=` is not given;
+        with `on_error="raise"` also, in every process, if the trainer shards parameters.
     """
     if isinstance(path, Tracker) and (schedule is not None or options):
         raise TypeError(

@@ -15,6 +15,7 @@ import lnp
 import lnp_numpy
 from lnp.failures import Failures
 from lnp.schedule import budget
+from lnp.storage import Appender
 
 GENERATOR = np.random.default_rng(0)
 MODEL = lnp_numpy.LinearModel(weight=GENERATOR.standard_normal((3, 2)))
@@ -181,17 +182,27 @@ def test_a_failure_costs_what_it_costs(quiet):
 @pytest.fixture
 def full(monkeypatch):
     """A disk that is full while the list is empty."""
-    from lnp import storage
+    room, append = [], Appender.append
 
-    room, write = [], storage.os.write
-
-    def once(file, line):
+    def where_room_is(self, record):
         if not room:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(file, line)
+        append(self, record)
 
-    monkeypatch.setattr(storage.os, "write", once)
+    monkeypatch.setattr(Appender, "append", where_room_is)
     return room
+
+
+@pytest.fixture
+def failing_disk(monkeypatch):
+    """A disk that fails when a file is closed."""
+    close = Appender.close
+
+    def closed(self):
+        close(self)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Appender, "close", closed)
 
 
 def test_a_full_disk_loses_rows_and_not_the_run(full, tmp_path, quiet):
@@ -250,13 +261,7 @@ def test_a_file_that_cannot_be_read_is_not_kept_from_others(tmp_path, quiet):
     assert watch(lnp.Tracker(path, schedule=1), range(3)) == [0, 1, 2]
 
 
-def test_a_disk_that_fails_at_the_end(tmp_path, quiet, monkeypatch):
-    from lnp import storage
-
-    def fsync(file):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(storage.os, "fsync", fsync)
+def test_a_disk_that_fails_at_the_end(failing_disk, tmp_path, quiet):
     tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=1)
     watch(tracker, range(2))
     tracker.close()
@@ -346,13 +351,7 @@ def test_the_users_own_error_passes_through_also_when_the_row_cannot_be_written(
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
-def test_the_users_own_error_passes_through_a_tracker_that_cannot_be_closed(on_error, tmp_path, quiet, monkeypatch):
-    from lnp import storage
-
-    def fsync(file):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(storage.os, "fsync", fsync)
+def test_the_users_own_error_passes_through_a_tracker_that_cannot_be_closed(failing_disk, on_error, tmp_path, quiet):
     tracker, error = lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error=on_error), RuntimeError("diverged")
     watch(tracker, [0])
     with pytest.raises(RuntimeError) as raised, tracker:
@@ -417,7 +416,7 @@ def test_every_rank_raises_alike_at_the_first_due_step(refused, monkeypatch, ran
     if verb not in ("measure", "check"):
         call(0)
         call(1)
-    with pytest.raises(RuntimeError, match="The parameters are sharded"):
+    with pytest.raises(ValueError, match="The parameters are sharded"):
         call(2)
 
 
@@ -455,7 +454,7 @@ class Loss:
 class Step:
     """A backend's shared step, which fails where it is told to."""
 
-    seconds = 0.0
+    seconds = 0.0  # until the step's own pass has returned
 
     def __init__(self, fails):
         self.fails, self.stepped, self.left = fails, False, None
@@ -475,8 +474,9 @@ class Step:
 
     def backward(self, loss, targets, criterion, **options):
         self._at("before")
-        loss.backward()
         self.stepped = True
+        loss.backward()
+        self.seconds = 1e-3
         self._at("after")
         return lnp.decompose(MODEL, BATCH)
 
@@ -530,6 +530,24 @@ def test_the_users_error_in_a_shared_block_passes_through(monkeypatch, on_error,
     assert len(quiet) == (fails == "left")
     tracker.shared(1, MODEL)  # the step that was left by an error is not taken for a forgotten one
     assert len(quiet) == (fails == "left")
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_an_error_of_the_steps_own_backward_pass_is_the_users(monkeypatch, on_error, quiet):
+    class Diverging(Loss):
+        def backward(self):
+            super().backward()
+            raise error
+
+    monkeypatch.setattr(lnp_numpy, "shared", lambda model, parameters: Step(None), raising=False)
+    tracker, loss, error = lnp.Tracker(schedule=1, on_error=on_error), Diverging(), FloatingPointError("diverged")
+    with tracker.shared(0, MODEL) as shared:
+        pass
+    with pytest.raises(FloatingPointError) as raised:
+        shared.backward(loss)
+    assert raised.value is error
+    assert loss.passes == 1
+    assert not quiet
 
 
 def test_a_second_backward_pass_is_the_losss_own(monkeypatch, quiet):

@@ -168,12 +168,12 @@ def test_a_refused_model_is_told_of_before_the_first_step(monkeypatch, told):
     monkeypatch.setattr(lnp_keras, "evaluate", lambda *a, **k: pytest.fail("it was measured"))
     callback = LNPCallback(PROBE, schedule=[11])
     assert same(fit("AdamW", [callback]), unwatched())
-    assert "RuntimeError: It is sharded." in told()[0]
+    assert "ValueError: It is sharded." in told()[0]
     idle = LNPCallback(PROBE, schedule=1, rank=1)
     assert same(fit("AdamW", [idle]), unwatched())
     assert len(told()) == 2
     for rank in (0, 1):
-        with pytest.raises(RuntimeError, match="It is sharded"):
+        with pytest.raises(ValueError, match="It is sharded"):
             fit("AdamW", [LNPCallback(PROBE, schedule=[11], rank=rank, on_error="raise")])
 
 

@@ -124,7 +124,7 @@ def test_a_refused_model_in_a_plain_loop(way, refused, told):
     tracker.close()
     once(told(), REASON, STEPS - 1)
     for rank in (0, 1):
-        with pytest.raises(RuntimeError, match=REASON):
+        with pytest.raises(ValueError, match=REASON):
             plain(way(lnp.Tracker(schedule=1, rank=rank, on_error="raise")))
 
 
@@ -178,6 +178,26 @@ def test_shared_steps(monkeypatch, where, told):
         plain(sharing(lnp.Tracker(schedule=1, on_error="raise")))
 
 
+def test_an_error_in_the_users_own_backward_pass_passes_through(told):
+    class Diverging(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, d):
+            raise FloatingPointError("diverged")
+
+    model = network()
+    for on_error in ("warn", "raise"):
+        tracker = lnp.Tracker(schedule=1, on_error=on_error)
+        with tracker.shared(0, model) as shared:
+            loss = F.cross_entropy(model(Diverging.apply(torch.randn(8, 6).requires_grad_())), torch.arange(8) % 3)
+        with pytest.raises(FloatingPointError):
+            shared.backward(loss, torch.arange(8) % 3, F.cross_entropy)
+    assert told() == []
+
+
 def test_shared_steps_are_still_measured(told):
     tracker = lnp.Tracker(schedule=1)
     assert same(plain(sharing(tracker)), plain(unwatched))
@@ -191,7 +211,7 @@ def test_a_refused_model_in_shared_steps(refused, told):
     tracker.close()
     once(told(), REASON, STEPS - 1)
     for rank in (0, 1):
-        with pytest.raises(RuntimeError, match=REASON):
+        with pytest.raises(ValueError, match=REASON):
             plain(sharing(lnp.Tracker(schedule=1, rank=rank, on_error="raise")))
 
 
@@ -247,7 +267,7 @@ def test_lightning_and_a_refused_module(refused, tmp_path, told):
     once(told(), REASON, STEPS)
     module, first = Module(), LNPCallback(schedule=1, on_error="raise")
     for rank in (True, False):  # before the fit begins, in every process
-        with pytest.raises(RuntimeError, match=REASON):
+        with pytest.raises(ValueError, match=REASON):
             first.on_fit_start(types.SimpleNamespace(is_global_zero=rank), module)
     LNPCallback(schedule=1).on_fit_start(types.SimpleNamespace(is_global_zero=False), module)
     assert len(told()) == 2
@@ -303,7 +323,7 @@ def test_a_refused_model_in_hugging_face(refused, tmp_path, told):
     tracker.close()
     once(told(), REASON, 4)
     for rank in (0, 1):  # at the first step, although nothing is due
-        with pytest.raises(RuntimeError, match=REASON):
+        with pytest.raises(ValueError, match=REASON):
             hugging_face(tmp_path, lambda trainer: attach(trainer, schedule=[3], rank=rank, on_error="raise"))
 
 
@@ -328,7 +348,7 @@ def test_trainers_that_shard_are_left_alone(by, first, tmp_path, told):
     assert vars(trainer) == before
     assert len(tracker.history) == 0
     assert ["shards the parameters" in text for text in told()] == [True] * first
-    with pytest.raises(RuntimeError, match="shards the parameters"):
+    with pytest.raises(ValueError, match="shards the parameters"):
         attach(trainer, schedule=1, on_error="raise")
     assert vars(trainer) == before
 
