@@ -12,42 +12,76 @@ import keras
 import lnp
 from lnp.backends import Options
 from lnp.linearization import Linearization
-from lnp.with_gradient import WithGradient
-from lnp_keras import batch_norm, sharing
+from lnp_keras import batch_norm
+from lnp_keras.isolation import foreign_variables_kept, unchanged
 from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
-from lnp_keras.models import Snapshot, Stateless, accepts, as_tensors, named_variables, selected, stateless
+from lnp_keras.models import (
+    Snapshot,
+    Stateless,
+    accepts,
+    as_tensors,
+    named_variables,
+    observed,
+    selected,
+    stateless,
+    unpack,
+)
 
 __all__ = ["accepts", "evaluate", "linearize"]
+
+TERMS = (
+    "terms of the loss that do not come from the outputs (regularisation, add_loss) are left out: the loss and the "
+    "gradient of a training step have them"
+)
+OWN_STEP = "the model has a train_step of its own, which may minimise another loss than the compiled one"
+OVERWRITES = (
+    "a layer writes to trained variables while it runs (spectral normalisation does): on TensorFlow and PyTorch the "
+    "gradient is taken at what it wrote, as in a training step, and on JAX through it"
+)
 
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation with the backend of the framework that Keras runs on."""
     backend = lnp.load(keras.backend.backend())
-    with untouched():  # the passes that look for batch statistics draw dropout masks
+    with untouched(), unchanged(_plain(model), options.loss, options.forward):  # also passes here draw dropout masks
         handed = _handed(model, batches, options)
-    if operands.get("update") is not None:
-        operands["update"] = _by_name(handed.options.parameters, operands["update"])
-    wanted = sharing.WANTED.get()
-    computation = computation if wanted is None else WithGradient(computation)
-    result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
-    if wanted is not None:
-        result, gradient = result
-        wanted.append(gradient)
-    return replace(result, notes=(*result.notes, *handed.notes)) if hasattr(result, "notes") else result
+        if operands.get("update") is not None:
+            operands["update"] = _by_name(handed.options.parameters, operands["update"])
+        result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
+    notes = (*handed.notes, *_notes(_plain(model), options))
+    return replace(result, notes=(*result.notes, *notes)) if hasattr(result, "notes") else result
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch."""
-    with untouched():
+    with untouched(), unchanged(_plain(model), options.loss, options.forward):
         handed = _handed(model, (batch,), options)
-    record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
+        record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
     keep = lambda v: (model, record.vjp(v))[1]  # the function that was handed over refers to the model weakly
-    return replace(record, vjp=keep, gradient_square_norms=None, notes=(*record.notes, *handed.notes))
+    notes = (*record.notes, *handed.notes, *_notes(_plain(model), options))
+    return replace(record, vjp=keep, gradient_square_norms=None, notes=notes)
 
 
 def untouched() -> contextlib.AbstractContextManager:
     """The random states of the framework that Keras runs on are as before afterwards, where it has any."""
     return getattr(lnp.load(keras.backend.backend()), "untouched", contextlib.nullcontext)()
+
+
+def _plain(model: Any) -> keras.Layer:
+    return model.model if isinstance(model, Snapshot) else model
+
+
+def _notes(model: Any, options: Options) -> tuple[str, ...]:
+    """What a step of `fit` has that the outputs do not tell."""
+    seen, notes = observed(model), []
+    compiled = options.loss is None and getattr(model, "compiled", False)
+    if compiled and (seen.adds_terms or (model.losses and not overridden(model))):
+        notes.append(TERMS)
+    if compiled and type(model).train_step is not keras.Model.train_step:
+        notes.append(OWN_STEP)
+    if seen.overwrites:
+        notes.append(OVERWRITES)
+    return tuple(notes)
 
 
 @dataclass(frozen=True)
@@ -65,7 +99,7 @@ def _handed(model: Any, batches: tuple, options: Options) -> _Handed:
     model = model if before is None else model.model
     function = stateless(model, options.forward)
     values = before or {name: variable.value for name, variable in named_variables(model).items()}
-    parts = [_split(batch) for batch in batches]
+    parts = [unpack(batch) for batch in batches]
     loss, notes = _loss(model, options.loss, parts)
     inputs = [as_tensors(x) for x, _, _ in parts]
     frozen: list = [[] for _ in parts]
@@ -102,18 +136,8 @@ def _seen(function: Stateless, values: dict, inputs: Any) -> tuple[list[int], li
 
         with torch.no_grad():
             return batch_norm.seen(function, values, inputs)
-    return batch_norm.seen(function, values, inputs)
-
-
-def _split(batch: Any) -> tuple[Any, Any, Any]:
-    """(inputs, targets, sample weights or None)."""
-    if isinstance(batch, list | tuple) and len(batch) in (2, 3):
-        return (*batch, None) if len(batch) == 2 else tuple(batch)
-    what = f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
-    raise TypeError(
-        f"The batch is a {what}. Expected (inputs, targets) or (inputs, targets, sample_weight), as `fit` takes them. "
-        "Put the parts together in a tuple."
-    )
+    with foreign_variables_kept(function.model, function.forward):
+        return batch_norm.seen(function, values, inputs)
 
 
 def _loss(model: Any, loss: Any, parts: list) -> tuple[Any, tuple[str, ...]]:
@@ -136,10 +160,7 @@ def _loss(model: Any, loss: Any, parts: list) -> tuple[Any, tuple[str, ...]]:
         return None, (
             "the model is not compiled: its loss is inferred from the targets, and outputs are taken as logits",
         )
-    notes = []
-    if model.losses and not overridden(model):
-        notes.append("regularisation terms are left out of the loss: they do not come from the outputs")
-    return compiled_loss(model), tuple(notes)
+    return compiled_loss(model), ()
 
 
 def _targets(loss: Any, inputs: Any, targets: Any, weight: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from lnp_keras.isolation import unchanged
 from lnp_keras.models import Stateless, called, flat_layers, named_variables
 
 NOTE = "batch normalisation in training mode keeps this batch's statistics"
@@ -16,7 +17,7 @@ class _Counting(keras.StatelessScope):
     """Counts how often each variable is written to."""
 
     def __init__(self, mapping: list) -> None:
-        super().__init__(mapping)
+        super().__init__(mapping, initialize_variables=False)
         self.counts: dict[int, int] = {}
 
     def add_update(self, update: tuple) -> None:
@@ -45,7 +46,7 @@ def seen(function: Stateless, values: Mapping[str, Any], inputs: Any) -> tuple[l
     try:
         for position in positions:
             layers[position].momentum = 0.0
-        with scope:
+        with unchanged(function.model, function.forward), scope:
             (function.forward or called)(model, inputs)
     finally:
         for position, momentum in zip(positions, momenta, strict=True):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras.src.backend import set_keras_mask  # there is no public way to set one
 
-from lnp.losses import NAMES
+from lnp.losses import IGNORE_INDEX, NAMES, resolve
 from lnp.structure import leaves
+from lnp_keras.isolation import Scope, unchanged
 
 ELEMENTS = (
     *("MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError"),
@@ -41,10 +42,8 @@ class KerasLoss:
     loss: Any
 
     def __call__(self, outputs: Any, targets: Any) -> Any:
-        outputs, targets, weight = _opened(outputs), *_weighted(targets)
-        if isinstance(self.loss, keras.losses.Loss):
-            return self.loss(targets, outputs, sample_weight=weight)
-        return keras.ops.mean(self.loss(targets, outputs))
+        with unchanged(self.loss), Scope([]):
+            return plain_value(self.loss, _opened(outputs), *_weighted(targets))
 
     @property
     def separable(self) -> bool:
@@ -54,6 +53,25 @@ class KerasLoss:
     def loss_terms(self, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
         """n, and notes on it."""
         return _terms(self.loss, outputs, targets)
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss (outputs, targets) -> scalar of the user's own, which finds its state at each call as it was before.
+
+    What else it offers, such as `loss_terms` or `separable`, is that of the user's.
+    """
+
+    loss: Callable
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        with unchanged(self.loss), Scope([]):
+            return self.loss(outputs, targets)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loss":  # while it is copied, before it has one
+            raise AttributeError(name)
+        return getattr(self.loss, name)
 
 
 @dataclass(frozen=True)
@@ -79,11 +97,10 @@ class CompiledLoss:
     def __call__(self, outputs: Any, targets: Any) -> Any:
         model: Any = self.model()
         outputs, (y, weight) = _opened(outputs), _weighted(targets)
-        with _built(model), keras.StatelessScope(_regularised_at_zero(model)):
-            total = model.compute_loss(x=targets["inputs"], y=y, y_pred=outputs, sample_weight=weight, training=True)
-            for extra in [] if overridden(model) else model.losses:
-                total = total - keras.ops.sum(extra)
-        return total
+        with unchanged(model), _built(model), Scope([]):
+            if not overridden(model):
+                model._losses_override = [keras.ops.zeros(())]
+            return model.compute_loss(x=targets["inputs"], y=y, y_pred=outputs, sample_weight=weight, training=True)
 
     @property
     def separable(self) -> bool:
@@ -121,7 +138,14 @@ def adapted(loss: Any) -> Any:
         return loss
     if isinstance(loss, keras.losses.Loss) or getattr(loss, "__module__", "").startswith("keras."):
         return KerasLoss(loss)
-    return loss
+    return OwnLoss(loss) if callable(loss) else loss
+
+
+def plain_value(loss: Any, outputs: Any, targets: Any, weight: Any) -> Any:
+    """The value of one of Keras's losses."""
+    if isinstance(loss, keras.losses.Loss):
+        return loss(targets, outputs, sample_weight=weight)
+    return keras.ops.mean(loss(targets, outputs))
 
 
 def overridden(model: Any) -> bool:
@@ -198,12 +222,6 @@ def _opened(outputs: Any) -> Any:
     return outputs["outputs"]
 
 
-def _regularised_at_zero(model: Any) -> list:
-    """What a scope needs to compute the regularisation terms, which are subtracted again wherever they are taken."""
-    variables = [] if overridden(model) else model.variables
-    return [(v, keras.ops.zeros(v.shape, v.dtype)) for v in variables if getattr(v, "regularizer", None) is not None]
-
-
 def is_ready(model: Any) -> bool:
     """Whether the model's loss has been used before, or needs no preparation."""
     compiled = getattr(model, "_compile_loss", None)
@@ -239,3 +257,26 @@ def _built(model: Any) -> Iterator[None]:
         yield
     finally:
         vars(model)["_compile_loss"] = own
+
+
+def named_loss(name: str | None, outputs: Any, targets: Any) -> Any:
+    """One of lnp's losses by name, or the one that is inferred, in Keras's operations.
+
+    Labels are right and no others than those that are ignored are out of range: a measurement has seen to it.
+    """
+    targets, kind = keras.ops.convert_to_tensor(targets), keras.backend.standardize_dtype
+    integer = not keras.backend.is_float_dtype(kind(targets.dtype))
+    meant = resolve(name, tuple(outputs.shape), tuple(targets.shape), integer)
+    outputs = outputs if kind(outputs.dtype) == "float64" else keras.ops.cast(outputs, "float32")
+    if meant == "cross_entropy" and integer:
+        kept = keras.ops.cast(targets != IGNORE_INDEX, outputs.dtype)
+        labels = keras.ops.where(targets == IGNORE_INDEX, keras.ops.zeros_like(targets), targets)
+        terms = keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)
+        return keras.ops.sum(kept * terms) / keras.ops.sum(kept)
+    targets = keras.ops.cast(targets, outputs.dtype)
+    if meant == "cross_entropy":
+        return keras.ops.mean(keras.losses.categorical_crossentropy(targets, outputs, from_logits=True))
+    if meant == "binary_cross_entropy":
+        return keras.ops.mean(keras.losses.binary_crossentropy(targets, outputs, from_logits=True))
+    one = keras.losses.huber if meant == "huber" else keras.losses.mean_squared_error
+    return keras.ops.mean(one(targets, outputs))

@@ -14,10 +14,13 @@ import numpy as np
 from keras.src.backend import get_keras_mask  # there is no public way to read a mask
 
 from lnp.batches import select
+from lnp.fingerprint import fingerprint
 from lnp.structure import leaves, map_leaves
+from lnp_keras.isolation import FOREIGN, Scope, unchanged
 
 PLAIN = (bool, int, float, str, type(None))
-FOREIGN = ("TorchModuleWrapper", "TFSMLayer")
+WRAPPERS = ("TorchModuleWrapper", "TFSMLayer")
+"""Layers that hold another framework's module."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Stateless:
     frozen:
         Positions among the model's layers of the normalisations that use the statistics that come with the inputs.
     state:
-        Plain attributes of the layers: they are constants in compiled code.
+        What the public attributes of the layers hold: constants in compiled code.
     """
 
     model: weakref.ref
@@ -51,10 +54,28 @@ class Stateless:
         layers = [flat_layers(model)[position] for position in self.frozen]
         for layer, (mean, variance) in zip(layers, batch["statistics"], strict=True):
             mapping += [(layer.moving_mean, mean[0]), (layer.moving_variance, variance[0])]
-        with inference_mode(layers), keras.StatelessScope(mapping):
+        scope = Scope(mapping, model.trainable_variables)
+        with unchanged(self.model, self.forward), inference_mode(layers), scope:
             outputs = (self.forward or called)(model, batch["inputs"])
+        _OBSERVED[model] = Observed(bool(scope.losses), scope.overwritten)
         masks = [get_keras_mask(leaf) for leaf in leaves(outputs)]
         return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a pass of a model did beside computing: add terms to the loss, write to variables that are trained."""
+
+    adds_terms: bool = False
+    overwrites: bool = False
+
+
+_OBSERVED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def observed(model: keras.Layer) -> Observed:
+    """In its last pass; code that is compiled already was observed when it was traced."""
+    return _OBSERVED.get(model, Observed())
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ def stateless(model: keras.Layer, forward: Callable | None) -> Stateless:
             f"The model {model.name!r} is not built: it has no variables yet. Expected a model that knows the shape of "
             "its inputs. Call it once on a batch, or model.build(shape)."
         )
-    foreign = [layer.name for layer in flat_layers(model) if type(layer).__name__ in FOREIGN]
+    foreign = [layer.name for layer in flat_layers(model) if type(layer).__name__ in WRAPPERS]
     if foreign:
         raise ValueError(
             f"The layers {foreign} hold another framework's module, whose variables Keras cannot replace. Expected "
@@ -146,14 +167,22 @@ def inference_mode(layers: list[keras.Layer]) -> Iterator[None]:
 
 
 def plain_state(model: keras.Layer) -> tuple:
-    """Public attributes of the layers that are no tensors."""
-    return tuple(
-        (
-            layer.trainable,
-            *((k, v) for k, v in vars(layer).items() if k[0] != "_" and isinstance(v, PLAIN)),
-        )
-        for layer in flat_layers(model)
-    )
+    """What the public attributes of the layers hold that are no tensors: plain values, containers of them, arrays."""
+    return tuple((layer.trainable, *_public(layer)) for layer in flat_layers(model))
+
+
+def _public(layer: keras.Layer) -> Iterator[tuple]:
+    for name, value in vars(layer).items():
+        if name[0] == "_":
+            continue
+        if isinstance(value, PLAIN):
+            yield name, value
+        elif isinstance(value, dict | list | set | tuple | np.ndarray | np.random.Generator):
+            yield name, fingerprint([_unwrapped(value)], FOREIGN | {"keras"}, lambda inner: type(inner).__qualname__)
+
+
+def _unwrapped(value: Any) -> Any:
+    return getattr(value, "_storage", getattr(value, "__wrapped__", value))  # TensorFlow's wrappers of containers
 
 
 def as_tensors(tree: Any) -> Any:
@@ -166,3 +195,14 @@ def as_tensors(tree: Any) -> Any:
         return keras.ops.convert_to_tensor(np.asarray(leaf) if isinstance(leaf, np.generic) else leaf)
 
     return map_leaves(tensor, tree)
+
+
+def unpack(batch: Any) -> tuple[Any, Any, Any]:
+    """(inputs, targets, sample weights or None)."""
+    if isinstance(batch, list | tuple) and len(batch) in (2, 3):
+        return (*batch, None) if len(batch) == 2 else tuple(batch)
+    what = f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+    raise TypeError(
+        f"The batch is a {what}. Expected (inputs, targets) or (inputs, targets, sample_weight), as `fit` takes them. "
+        "Put the parts together in a tuple."
+    )

@@ -125,10 +125,14 @@ def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tap
         return impossible(
             f"no input runs over the {batch.samples} samples along its first axis: they are not taken apart"
         )
+    if run.varying:
+        return impossible(run.varying)
     try:
         flat, grads, expected = singles.seen(signs)
-    except (ValueError, tf.errors.InvalidArgumentError) as error:  # of shapes
-        return impossible(f"single samples cannot be run, so that they are not taken apart: {_first_line(error)}")
+    except tf.errors.OperatorNotAllowedInGraphError:  # the network needs AutoGraph
+        raise
+    except Exception as error:  # whatever the user's network raises for a part of its batch
+        return impossible(alone_note(error))
     uses, unread = batch.uses(cotangents)
     missed = _missed(batch.square_norms(uses), expected, index)
     coupling = difference(flat, grads, tf.gather(whole, index), gradient)
@@ -143,8 +147,10 @@ def _bend(batch: Tapped, v: tf.Tensor, gradient: Gradients) -> tf.Tensor:
     return difference_of_gradients(again, gradient)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+def alone_note(error: Exception) -> str:
+    """That some of the samples cannot be run without the others, and why."""
+    first = (str(error).splitlines() or [""])[0][:150]
+    return f"single samples cannot be run, so that they are not taken apart: {type(error).__name__}: {first}"
 
 
 def _missed(found: Norms, expected: Norms, index: list[int]) -> dict[str, tf.Tensor]:

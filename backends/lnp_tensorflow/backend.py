@@ -16,12 +16,10 @@ from lnp.backends import Options
 from lnp.batches import unpack
 from lnp.linearization import Linearization
 from lnp.structure import leaves, map_leaves
-from lnp.with_gradient import WithGradient
-from lnp_tensorflow import sharing
-from lnp_tensorflow.compiled import CONVERTED, Answer, Plan, measure, remember, run
+from lnp_tensorflow.compiled import CONVERTED, Plan, measure, remember, run, separately
 from lnp_tensorflow.forward import forward
 from lnp_tensorflow.isolation import undisturbed
-from lnp_tensorflow.models import Arrays, Snapshot, Structure, accepts, is_module, separate
+from lnp_tensorflow.models import Arrays, Snapshot, Structure, accepts, is_module, plain_state, separate
 from lnp_tensorflow.record import record
 from lnp_tensorflow.steps import as_before
 
@@ -56,13 +54,11 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
         operands["update"] = _as_vector(structure, arrays, operands["update"])
     operands = map_leaves(tf.convert_to_tensor, operands)
     pairs = _tensors(batches)
-    shared = sharing.WANTED.get() is not None
-    computation = WithGradient(computation) if shared else computation
-    plan = Plan(computation, structure, replace(options, seed=None, parameters=None, forward=None), _JIT.get())
+    fixed = replace(options, seed=None, parameters=None, forward=None)
+    plan = Plan(computation, structure, fixed, _JIT.get(), loss_state=plain_state(options.loss))
     if tf.inside_function():
-        with undisturbed(structure.static):
-            answer, _ = measure(plan, tree, arrays, pairs, options.seed, operands)
-        return _result(answer, structure, arrays, shared)
+        with undisturbed(*structure.roots, options.loss):
+            return separately(lambda: measure(plan, tree, arrays, pairs, options.seed, operands)[0].result)
     answer = _traced(plan, tree, arrays, pairs, options.seed, operands)
     for violated, message in zip(answer.violated, answer.messages, strict=True):
         if violated:
@@ -73,15 +69,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
             "output or gradient changes when the others are left out. Expected independent samples. Leave microbatch "
             "unset, or remove what couples them."
         )
-    return _result(answer, structure, arrays, shared)
-
-
-def _result(answer: Answer, structure: Structure, arrays: Arrays, shared: bool) -> Any:
-    if not shared:
-        return answer.result
-    result, gradient = answer.result
-    sharing.leave(structure, arrays, gradient)
-    return result
+    return answer.result
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
@@ -93,14 +81,11 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         )
     structure, tree, arrays = separate(model, options.forward, options.parameters)
     inputs, targets = unpack(_tensors(batch))
-    with undisturbed(structure.static):
+    with undisturbed(*structure.roots, options.loss):
         if is_module(model):
             structure = replace(structure, static=model)  # the record keeps it alive
         run = forward(structure, tree, arrays, inputs)
-        try:
-            return record(run, inputs, targets, options.seed, options, ())
-        finally:
-            run.restore()
+        return record(run, inputs, targets, options.seed, options, ())
 
 
 def _traced(plan: Plan, *dynamic: Any) -> Any:

@@ -13,7 +13,8 @@ import tensorflow as tf
 from lnp import batches
 from lnp.backends import Options
 from lnp.structure import leaves, map_leaves
-from lnp_tensorflow.apart import BENT, Comparison, Verdict, compare
+from lnp_tensorflow.apart import BENT, Comparison, Verdict, alone_note, compare
+from lnp_tensorflow.effects import written
 from lnp_tensorflow.forward import Forward, forward
 from lnp_tensorflow.isolation import undisturbed
 from lnp_tensorflow.models import Arrays, Structure
@@ -33,6 +34,7 @@ class Plan:
     jit_compile: bool = False
     notes: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+    loss_state: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ CONVERTED: OrderedDict[Any, None] = OrderedDict()
 def measure(
     plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]
 ) -> tuple[Answer, list[Forward]]:
-    """Linearise the model on each batch and compute. Pure but for what the model itself writes, which is put back."""
+    """Linearise the model on each batch and compute. Each pass puts back what the model and the loss write to."""
     given = [batches.unpack(pair) for pair in pairs]
     runs = [forward(plan.structure, tree, arrays, inputs) for inputs, _ in given]
     verdicts = plan.verdicts or [None] * len(runs)
@@ -86,8 +88,6 @@ def measure(
         for run, pair, verdict in zip(runs, given, verdicts, strict=True)
     ]
     result = plan.computation(*records, **operands)
-    for run in runs:
-        run.restore()
     checks = [check for lin in records for check in lin.violations]
     coupled = tuple(lin.coupled for lin in records if lin.coupled is not None)
     return Answer(result, tuple(flag for flag, _ in checks), coupled, tuple(message for _, message in checks)), runs
@@ -107,7 +107,16 @@ def run(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands
         change = {"options": replace(plan.options, split=False)} if joint else {"verdicts": verdicts}
         bent = (BENT,) if any(verdict.bent for verdict in verdicts) else ()
         plan = replace(plan, notes=(*joint, *bent), **change)
-    return _run((plan, *key[1:]), measure, plan, tree, arrays, pairs, seed, operands)
+    given = tree, arrays, pairs, seed, operands
+    try:
+        return _run((plan, *key[1:]), measure, plan, *given)
+    except tf.errors.OperatorNotAllowedInGraphError:  # the network needs AutoGraph
+        raise
+    except Exception as error:  # the user's code may raise whatever it likes for a part of its batch
+        if not plan.options.split or plan.options.microbatch is not None:
+            raise
+        plan = replace(plan, options=replace(plan.options, split=False), notes=(alone_note(error),), verdicts=())
+        return _run((plan, *key[1:]), measure, plan, *given)  # where it was not that, this raises again
 
 
 def _verdicts(key: Any, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple) -> tuple[Verdict, ...]:
@@ -129,7 +138,10 @@ def _verdict(plan: Plan, tree: Any, arrays: Arrays, inputs: Any) -> tuple[Verdic
     key = _key(mine, arrays, inputs, {})
     if key in _VERDICTS:
         return _VERDICTS[key][0], True
-    seen: Comparison = _run(key, _judge, mine, tree, arrays, (inputs,), 0, {}).result
+    try:
+        seen: Comparison = _run(key, _judge, mine, tree, arrays, (inputs,), 0, {}).result
+    except tf.errors.OpError as error:  # from single samples or from the batch, which will be run again
+        return Verdict(coupled=alone_note(error)), False
     verdict, lasting = seen.verdict(), all(missed == missed for missed in seen.missed.values())
     if lasting:  # what is not a number tells nothing
         remember(_VERDICTS, key, (verdict,))
@@ -144,7 +156,6 @@ def _judge(
     (inputs,) = given
     run = forward(plan.structure, tree, arrays, inputs)
     seen = compare(run, inputs, plan.options.microbatch)
-    run.restore()
     return Answer(seen, (), ()), [run]
 
 
@@ -155,17 +166,18 @@ def _run(
     dynamic = (arrays, tensors, tf.cast(seed, tf.int64), operands)
     traced = _TRACED.get(key)
     if traced is None:
-        traced = _trace(body, plan, tree, pairs, dynamic)
-        remember(_TRACED, key, traced)
-        _forget_with(plan.structure.static, _TRACED, key)
+        traced, lasting = _trace(body, plan, tree, pairs, dynamic)
+        if lasting:
+            remember(_TRACED, key, traced)
+            _forget_with(plan.structure.static, _TRACED, key)
     before = [(variable, variable.read_value()) for variable in traced.written]
     try:
-        packed, *made = traced.function(*dynamic)
+        with undisturbed(*plan.structure.roots, plan.options.loss):  # a graph may call Python
+            packed, *made = traced.function(*dynamic)
         values = iter(packed.numpy().tolist())
-    except BaseException:
+    finally:
         for variable, value in before:
             variable.assign(value)
-        raise
 
     def number(spec: Any) -> Any:
         if isinstance(spec, Place):
@@ -178,7 +190,8 @@ def _run(
     return map_leaves(number, traced.answer)
 
 
-def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> Traced:
+def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> tuple[Traced, bool]:
+    """The measurement as a graph, and whether that is one for later measurements too."""
     seen: list[Any] = []
 
     def graph(arrays: Arrays, tensors: list, seed: tf.Tensor, operands: dict[str, Any]) -> list[tf.Tensor]:
@@ -190,14 +203,31 @@ def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) 
         made = [leaf for leaf in tensors if leaf.shape.rank]
         places = map(Place, range(len(made)))
         shown = lambda leaf: (next(places) if leaf.shape.rank else leaf.dtype) if tf.is_tensor(leaf) else leaf
-        seen[:] = [map_leaves(shown, answer), tuple({id(v): v for run in runs for v, _ in run.written}.values())]
+        seen[:] = [map_leaves(shown, answer), not any(run.drawing for run in runs)]
         return [tf.stack(numbers) if numbers else tf.zeros(0, tf.float64), *made]
 
     function = tf.function(graph, autograph=False, jit_compile=plan.jit_compile or None)
     spec = tf.nest.map_structure(tf.type_spec_from_value, dynamic, expand_composites=False)
-    with undisturbed(plan.structure.static):
+    with undisturbed(*plan.structure.roots, plan.options.loss):
         concrete = function.get_concrete_function(*spec)
-    return Traced(concrete, *seen)
+    answer, lasting = seen
+    return Traced(concrete, answer, written(concrete.graph)), lasting
+
+
+def separately(body: Callable[[], Any]) -> Any:
+    """What `body` returns, traced as a function of its own that the graph around it calls.
+
+    The operations around it stay as they are without: the same seeds, and the same ones to be fused by an optimiser.
+    """
+    seen: list[Any] = []
+
+    def run() -> list[tf.Tensor]:
+        seen[:] = [body()]
+        return [leaf for leaf in leaves(seen[0]) if tf.is_tensor(leaf)]
+
+    function = tf.function(run, autograph=False, experimental_attributes={"_noinline": True})
+    made = iter(function.get_concrete_function()())
+    return map_leaves(lambda leaf: next(made) if tf.is_tensor(leaf) else leaf, seen[0])
 
 
 def _key(plan: Plan, arrays: Arrays, pairs: tuple, operands: dict[str, Any]) -> Any:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util  # there is no public way to ask for XLA
 
+from lnp.fingerprint import random_states
 from lnp.structure import leaves, map_leaves
 from lnp_tensorflow import namespace
+from lnp_tensorflow.effects import draws, replayed, varying, written
+from lnp_tensorflow.isolation import FOREIGN, opened, refusing_variables, undisturbed
 from lnp_tensorflow.models import Arrays, Structure
 from lnp_tensorflow.outputs import parts
 
-WRITES = re.compile(r"Assign\w*VariableOp|Resource(Scatter|StridedSliceAssign)\w*|Rng\w+|Stateful(?!Partitioned)\w+")
-DRAWS = re.compile(
-    r"(Parameterized)?TruncatedNormal|Random(Uniform|UniformInt|StandardNormal|Shuffle|Gamma|PoissonV2)|Multinomial"
-)
-CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 ANONYMOUS = "cd2c89b7-88b7-44c8-ad83-06c2a9158347"
 """What TensorFlow calls a variable that lives as long as something refers to it."""
-NESTED = (
-    "the network draws random numbers inside a nested tf.function or a loop, so that it cannot be evaluated a second "
-    "time with the same ones. Expected a network that is the same function at every call. Switch dropout off, or call "
-    "the inner function directly (.python_function)."
-)
 
 
 @dataclass(frozen=True)
@@ -39,12 +31,18 @@ class Forward:
     structure, tree, arrays:
         The model, see `lnp_tensorflow.models`.
     written:
-        Variables that a pass writes to, and their values before the first.
+        Variables that a pass writes to, and their values before it.
     narrow:
         The floating-point type of the least precision that the model computes in.
     inline:
         Whether the `tf.function`s that the model calls are traced as if they were its own code, which shows what they
         do with its parameters.
+    varying:
+        Why single samples would see another network than the batch does, whatever a comparison of some shows; or
+        nothing.
+    drawing:
+        Not empty where random numbers are drawn by Python while the model or its loss is traced: other ones whenever
+        they are traced.
     """
 
     structure: Structure
@@ -53,6 +51,8 @@ class Forward:
     written: tuple[tuple[tf.Variable, tf.Tensor], ...] = ()
     narrow: tf.DType = tf.float64
     inline: bool = False
+    varying: str = ""
+    drawing: list[str] = field(default_factory=list)
 
     @property
     def sources(self) -> dict[str, Any]:
@@ -61,28 +61,40 @@ class Forward:
 
     def __call__(self, inputs: Any, sources: dict[str, Any] | None = None) -> Any:
         """The outputs; `sources` replaces tensors, and is left unused for variables."""
-        self.restore()
         arrays = self.arrays
         if sources is not None and self.structure.kind == "function":
             arrays = arrays | sources
-        with inlined(self.inline and not tf.executing_eagerly()):
-            return self.structure.call(self.tree, arrays, inputs)
-
-    def restore(self) -> None:
-        """Put back what a pass has written to."""
-        for variable, value in self.written:
-            variable.assign(value)
+        try:
+            with undisturbed(*self.structure.roots), inlined(self.inline and not tf.executing_eagerly()):
+                return self.structure.call(self.tree, arrays, inputs)
+        finally:
+            for variable, value in self.written:
+                variable.assign(value)
 
 
 def forward(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> Forward:
-    """The model's passes. Traces the model once to see what it writes to."""
-    graph, inline = traced(structure, tree, arrays, inputs).graph, False
-    if not structure.autograph and any(op.type in CALLS for op in graph.get_operations()):
-        with contextlib.suppress(Exception):  # as the inner functions may need AutoGraph: they stay as they are
-            graph, inline = traced(structure, tree, arrays, inputs, True).graph, True
+    """The model's passes. Traces the model once to see what it writes to and draws."""
+    roots = opened(structure.roots)
+    with undisturbed(*roots):
+        before = random_states(roots, FOREIGN)
+        graph, inline = _graph(structure, tree, arrays, inputs)
+        draws_in_python = random_states(roots, FOREIGN) != before
     types = {tensor.dtype for op in graph.get_operations() for tensor in op.outputs if tensor.dtype.is_floating}
     narrow = max(types, key=lambda dtype: namespace.finfo(dtype).eps, default=tf.float64)
-    return Forward(structure, tree, arrays, tuple((v, v.read_value()) for v in _written(graph)), narrow, inline)
+    values = tuple((variable, variable.read_value()) for variable in written(graph))
+    why = varying(graph, draws_in_python)
+    return Forward(structure, tree, arrays, values, narrow, inline, why, ["the network"] if draws_in_python else [])
+
+
+def _graph(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> tuple[Any, bool]:
+    """The traced model, and whether the `tf.function`s in it could be traced as its own code.
+
+    That is tried first: a `tf.function` keeps what has been traced, and would run no Python at its next call.
+    """
+    if not structure.autograph:
+        with contextlib.suppress(tf.errors.OperatorNotAllowedInGraphError):  # it needs AutoGraph
+            return traced(structure, tree, arrays, inputs, True).graph, True
+    return traced(structure, tree, arrays, inputs).graph, False
 
 
 @contextlib.contextmanager
@@ -104,14 +116,17 @@ def in_xla() -> bool:
 
 
 def traced(structure: Structure, tree: Any, arrays: Arrays, inputs: Any, inline: bool = False) -> Any:
-    """The concrete function (arrays, leaves of the inputs) -> floating-point leaves of the outputs."""
+    """The concrete function (arrays, leaves of the inputs) -> floating-point leaves of the outputs.
+
+    What that does to the user's Python objects stays.
+    """
     given = leaves(inputs)
     tensors = [leaf for leaf in given if tf.is_tensor(leaf)]
 
     def run(arrays: Arrays, tensors: list) -> list:
         values = iter(tensors)
         filled = map_leaves(lambda leaf: next(values) if tf.is_tensor(leaf) else leaf, inputs)
-        with inlined(inline):
+        with refusing_variables(), inlined(inline):
             return parts(structure.call(tree, arrays, filled))
 
     spec = tf.nest.map_structure(tf.type_spec_from_value, (arrays, tensors), expand_composites=False)
@@ -124,21 +139,15 @@ def moved(forward: Forward, inputs: Any, sources: dict[str, tf.Tensor], drawn: l
     The traced model is placed into the current graph a second time, where variables that are read are others, made for
     the purpose: the user's are not moved.
     """
-    forward.restore()
     structure = forward.structure
-    concrete = traced(structure, forward.tree, forward.arrays, inputs, forward.inline)
-    graph = concrete.graph
+    with undisturbed(*structure.roots):
+        graph = traced(structure, forward.tree, forward.arrays, inputs, forward.inline).graph
     replaced = _captured(structure, graph, sources) | _arguments(forward, graph, inputs, sources)
-    first, again = list(drawn), _draws(graph.get_operations())
-    definition = graph.as_graph_def()
-    if any(DRAWS.fullmatch(node.op) for node in _nested(definition)) or len(first) != len(again):
-        raise ValueError(NESTED)
-    for mine, other in zip(first, again, strict=True):
-        replaced |= dict(zip((t.name for t in other.outputs), mine.outputs, strict=True))
-    outputs = [tensor.name for tensor in graph.structured_outputs]
-    capture = tf.compat.v1.get_default_graph().capture
-    replaced = {name: capture(tensor) for name, tensor in replaced.items()}
-    return tf.graph_util.import_graph_def(definition, replaced, outputs, name="moved")
+    try:
+        return replayed(graph, replaced, drawn, "the network")
+    finally:
+        for variable, value in forward.written:
+            variable.assign(value)
 
 
 def _captured(structure: Structure, graph: Any, sources: dict[str, tf.Tensor]) -> dict[str, Any]:
@@ -162,7 +171,7 @@ def _arguments(forward: Forward, graph: Any, inputs: Any, sources: dict[str, tf.
 
 def draws_since(before: int) -> list[tf.Operation]:
     """Random operations of the current graph after its first `before` operations; none where there is no graph."""
-    return _draws(made_since(before))
+    return draws(made_since(before))
 
 
 def made_since(before: int) -> list[tf.Operation]:
@@ -173,19 +182,3 @@ def made_since(before: int) -> list[tf.Operation]:
 def operations() -> int:
     """Of the current graph."""
     return 0 if tf.executing_eagerly() else len(tf.compat.v1.get_default_graph().get_operations())
-
-
-def _draws(operations: list[tf.Operation]) -> list[tf.Operation]:
-    return [op for op in operations if DRAWS.fullmatch(op.type)]
-
-
-def _written(graph: Any) -> tuple[tf.Variable, ...]:
-    """The variables that the graph uses, if it writes to any."""
-    definition = graph.as_graph_def()
-    nodes = [*definition.node, *_nested(definition)]
-    return graph.variables if any(WRITES.fullmatch(node.op) for node in nodes) else ()
-
-
-def _nested(definition: Any) -> Iterator[Any]:
-    """The operations inside functions and loops."""
-    return (node for function in definition.library.function for node in function.node_def)

@@ -3,30 +3,88 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import context  # there is no public way to the seeds of eager operations
+
+from lnp.places import places
+from lnp.state import kept, reachable
+
+FOREIGN = frozenset({"tensorflow"})
+"""Packages whose objects are not entered: variables are put back by what a traced graph writes to."""
 
 
 @contextlib.contextmanager
-def undisturbed(model: Any) -> Iterator[None]:
-    """Modules' attributes and Python's and NumPy's random states are afterwards as they were before.
+def undisturbed(*roots: Any) -> Iterator[None]:
+    """What Python objects hold, and all random states outside of graphs, are afterwards as they were before.
 
-    TensorFlow's own random state needs no care: tracing draws nothing, and random operations in a graph have a state
-    of their own. Generators are variables.
+    Symbolic tensors that tracing has left in attributes and containers go with it. Random operations in a graph have a
+    state of their own, and generators are variables; eager operations draw their seeds from one sequence.
     """
-    module = model() if isinstance(model, weakref.ref) else None
-    parts = [] if module is None else [module, *getattr(module, "submodules", ())]
-    attributes = [(part, dict(vars(part))) for part in parts]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's legacy state
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        for part, saved in attributes:
-            vars(part).clear()
-            vars(part).update(saved)
+    seeds = eager_seeds()
+    state = None if seeds is None else seeds.getstate()
+    with kept(*opened(roots), foreign=FOREIGN):
+        try:
+            yield
+        finally:
+            if seeds is not None:
+                seeds.setstate(state)
+
+
+def opened(roots: Iterable[Any]) -> list[Any]:
+    """The roots, and what is hidden in them: dictionaries in TensorFlow's wrappers, functions in `tf.function`s, losses
+    in lnp's own.
+    """
+    found = [root() if isinstance(root, weakref.ref) else root for root in roots]
+    known: set[int] = set()
+    while True:
+        held = [value for x in reachable(found, FOREIGN) for part in places(x) if part.refers for value in part.take(x)]
+        inner = [value for outer in (*found, *held) for value in _hidden(outer)]
+        new = [value for value in inner if id(value) not in known]
+        if not new:
+            return found
+        known |= {id(value) for value in new}
+        found += new
+
+
+def _hidden(value: Any) -> list[Any]:
+    root = type(value).__module__.partition(".")[0]
+    if root == "tensorflow" and not tf.is_tensor(value):
+        return [getattr(value, name) for name in ("__wrapped__", "python_function") if hasattr(value, name)]
+    if root.startswith("lnp_") and dataclasses.is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return []
+
+
+def eager_seeds() -> random.Random | None:
+    """What draws the seeds of eager operations; there is none before `tf.random.set_seed`.
+
+    Raises
+    ------
+    RuntimeError
+        If this release of TensorFlow keeps it elsewhere.
+    """
+    found = getattr(context.context(), "_rng", None)
+    if found is None and context.global_seed() is not None:
+        raise RuntimeError(
+            f"TensorFlow {tf.__version__} keeps the seeds of eager operations where lnp does not find them, so that it "
+            "could not put them back. Expected one of the releases that lnp was tested with."
+        )
+    return found
+
+
+def refusing_variables() -> contextlib.AbstractContextManager:
+    """Where the user's code is an error if it makes variables, as a network does that is built at its first call."""
+
+    def refuse(create: Callable, **given: Any) -> Any:
+        raise ValueError(
+            "The model or the loss makes variables when it is called: it is not built yet, and what is measured now "
+            "would not have all of its parameters. Expected one whose variables exist. Call it once on a batch before."
+        )
+
+    return tf.variable_creator_scope(refuse)

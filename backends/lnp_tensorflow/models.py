@@ -11,10 +11,11 @@ from typing import Any
 import tensorflow as tf
 
 from lnp.batches import select
+from lnp.fingerprint import fingerprint
 from lnp.structure import children, leaves, map_leaves
+from lnp_tensorflow.isolation import FOREIGN, opened
 
 Arrays = dict[str, tf.Tensor]
-PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Structure:
     variables:
         The trained variables, as hashable references in the order of `trained`.
     state:
-        Plain attributes of the modules: they are constants in traced code.
+        What the model's Python objects hold: constants in traced code.
     forward:
         The user's (model, inputs) -> outputs, or None.
     autograph:
@@ -53,6 +54,11 @@ class Structure:
     state: tuple = ()
     forward: Callable | None = None
     autograph: bool = False
+
+    @property
+    def roots(self) -> tuple[Any, ...]:
+        """The user's objects that a call may write to."""
+        return self.static, self.forward
 
     def sources(self, arrays: Arrays) -> dict[str, Any]:
         """{name: what is differentiated by}."""
@@ -122,7 +128,7 @@ def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Str
     if is_module(model):
         variables = {name: v for name, v in named_variables(model).items() if v.dtype.is_floating}
         variables = {name: v for name, v in variables.items() if v.trainable or parameters is not None}
-        return _of_variables(weakref.ref(model), variables, parameters, forward, plain_state(model)), None, {}
+        return _of_variables(weakref.ref(model), variables, parameters, forward, plain_state(model, forward)), None, {}
     if forward is not None:
         raise ValueError(
             "forward= was given for a model that is a pair (function, parameters). Expected it for modules only: put "
@@ -132,11 +138,12 @@ def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Str
     named_leaves = named(tree)
     if _closes_over_variables(function):
         variables = {name: v for name, v in named_leaves.items() if v.dtype.is_floating}
-        return _of_variables(function, variables, parameters, called, ()), None, {}
+        return _of_variables(function, variables, parameters, called, plain_state(function)), None, {}
     trained = select([name for name, leaf in named_leaves.items() if leaf.dtype.is_floating], parameters)
     template = str(map_leaves(lambda leaf: "*", tree))
     arrays = {name: tf.convert_to_tensor(leaf) for name, leaf in named_leaves.items()}
-    return Structure("function", function, template, tuple(arrays), tuple(trained)), tree, arrays
+    state = plain_state(function)
+    return Structure("function", function, template, tuple(arrays), tuple(trained), state=state), tree, arrays
 
 
 def called(model: Callable, inputs: Any) -> Any:
@@ -194,10 +201,10 @@ def named_variables(module: Any) -> dict[str, tf.Variable]:
     return reached
 
 
-def plain_state(module: Any) -> tuple:
-    """Attributes of the module and its parts that are no tensors: traced code holds them as constants."""
-    parts = [module, *getattr(module, "submodules", ())]
-    return tuple(tuple((key, value) for key, value in vars(part).items() if isinstance(value, PLAIN)) for part in parts)
+def plain_state(*roots: Any) -> tuple:
+    """What can be reached from a model, a function or a loss and is no variable: traced code holds it as constants."""
+    held = lambda value: value.ref() if isinstance(value, tf.Tensor | tf.Variable) else type(value).__qualname__
+    return fingerprint(opened(roots), FOREIGN, held)
 
 
 def _of_variables(static: Any, variables: dict, parameters: Any, forward: Callable | None, state: tuple) -> Structure:

@@ -16,7 +16,9 @@ from lnp.linearization import Linearization, Subset, while_loop
 from lnp.losses import separable
 from lnp_tensorflow import losses, namespace
 from lnp_tensorflow.apart import Apart, Verdict, compare, cut, general_note
+from lnp_tensorflow.criterion import Criterion, criterion
 from lnp_tensorflow.forward import Forward, draws_since, in_xla, made_since, moved, operations
+from lnp_tensorflow.isolation import undisturbed
 from lnp_tensorflow.outputs import flatten, rebuild, split, wide
 from lnp_tensorflow.samples import Groups, dot
 from lnp_tensorflow.separable import found_separable
@@ -25,6 +27,10 @@ from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
 UNROLLED = 16
 """Turns of a loop that are written out where the network pools maxima: in a loop TensorFlow looks for them again,
 which takes half a training step for each probe of a convolutional network."""
+CHANGING = (
+    "the loss draws random numbers, calls Python while it runs, or keeps a state: it is not tried for whether it is a "
+    "mean over samples, and numbers that it draws are not those of the step"
+)
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 
@@ -33,7 +39,7 @@ ONE = 0x3F800000
 class _Loss:
     value: tf.Tensor
     gradient: tf.Tensor
-    of: Callable[[list[tf.Tensor]], tf.Tensor]
+    of: Criterion
     terms: Any
     separable: bool
     violations: tuple
@@ -63,6 +69,8 @@ def record(
     if groups is not None:
         flat = groups.outputs()  # in a graph, the pass over the whole batch is not run if nothing else needs it
     loss = _loss(flat, outputs, batch.returned, targets, options)
+    if loss.of.draws_in_python:
+        run.drawing.append("the loss")
     pulls = _Pulls(batch, groups, loss.gradient)
     first = batch if groups is None else None
     apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, batch=first, microbatch=options.microbatch)
@@ -204,15 +212,17 @@ def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: 
     if tf.is_tensor(targets):
         batches.check_lengths(flat.shape[0], tuple(targets.shape))
     made = [tf.cast(part, wide([part])) for part in split(flat, outputs)]
-    function, terms, violations, notes = losses.prepare(
-        options.loss, rebuild(returned, made), targets, options.loss_terms
-    )
+    with undisturbed(options.loss):
+        function, terms, violations, notes = losses.prepare(
+            options.loss, rebuild(returned, made), targets, options.loss_terms
+        )
 
-    def of(outputs: list[tf.Tensor]) -> tf.Tensor:
+    def scalar(outputs: list[tf.Tensor]) -> tf.Tensor:
         value = tf.convert_to_tensor(function(rebuild(returned, outputs), targets))
         batches.check_loss(tuple(value.shape))
         return tf.cast(tf.reshape(value, ()), flat.dtype)
 
+    of = criterion(scalar, options.loss, made)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(made)
         value = of(made)
@@ -224,9 +234,17 @@ def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: 
         )
     filled = [tf.zeros_like(part) if grad is None else grad for part, grad in zip(made, grads, strict=True)]
     wanted = options.split and options.population is not False
-    known = separable(options.loss) or (wanted and found_separable(function, rebuild(returned, made), targets))
+    known = separable(options.loss) or (wanted and _tried(of, function, rebuild(returned, made), targets))
     gradient = flatten([tf.convert_to_tensor(grad) for grad in filled])
-    return _Loss(value, gradient, of, terms, known, violations, notes)
+    return _Loss(value, gradient, of, terms, known, violations, (*notes, *([CHANGING] if of.changes else [])))
+
+
+def _tried(of: Criterion, function: Callable, outputs: Any, targets: Any) -> bool:
+    """Whether the loss is a mean over samples, where it can be called again and again to find out."""
+    if of.changes:
+        return False
+    with undisturbed(of.loss):
+        return found_separable(function, outputs, targets)
 
 
 def _groups(groups: Groups, options: Options) -> Groups | None:
@@ -261,7 +279,7 @@ def _loss_along(
             for (name, source), d in zip(run.sources.items(), u, strict=True)
         }
         outputs = moved(run, inputs, sources, drawn)
-        return loss.of([tf.cast(part, wide([part])) for part in outputs])
+        return loss.of.again([tf.cast(part, wide([part])) for part in outputs])
 
     return tf.function(of, autograph=False)() if tf.executing_eagerly() else of()
 

@@ -28,7 +28,7 @@ def found_separable(function: Callable, outputs: Any, targets: Any) -> bool:
         with tf.init_scope():
             draws = range(standins.DRAWS)
             return all_agree([_agrees(function, *_stand_ins(outputs, targets, draw)) for draw in draws])
-    except (RuntimeError, ValueError, TypeError, IndexError, tf.errors.OpError):  # what it says to a part of its batch
+    except Exception:  # whatever the user's loss raises for a part of its batch
         return False
 
 

@@ -1,58 +1,56 @@
-"""A training step and its measurement by one forward and one backward pass."""
+"""A training step's loss and gradients as the user's own code computes them, and the decomposition of its batch."""
 
 from __future__ import annotations
 
-import contextvars
 from typing import Any
 
 import tensorflow as tf
 
 import lnp
+from lnp.batches import unpack
 from lnp.structure import map_leaves
-from lnp_tensorflow.models import Structure, accepts, is_module, named, separate
-
-WANTED: contextvars.ContextVar[list | None] = contextvars.ContextVar("gradients", default=None)
-"""Where `evaluate` leaves the gradient of what it measures, if somebody wants it."""
-
-
-def leave(structure: Structure, arrays: dict, gradients: dict[str, tf.Tensor]) -> None:
-    """Hand the gradients to who wants them, in the parameters' shapes."""
-    wanted = WANTED.get()
-    assert wanted is not None, "evaluate() looks for it"
-    sources = structure.sources(arrays)
-    wanted.append({name: tf.reshape(g, sources[name].shape) for name, g in gradients.items()})
+from lnp_tensorflow import losses
+from lnp_tensorflow.forward import in_xla
+from lnp_tensorflow.models import accepts, called, is_module, named, separate
+from lnp_tensorflow.outputs import parts, rebuild, wide
 
 
 def value_and_grad(
     model: Any, batch: Any, loss: Any = None, **options: Any
 ) -> tuple[tuple[Any, lnp.Decomposition], Any]:
-    """((loss, decomposition), gradients): what a training step needs, measured on the way.
+    """((loss, decomposition), gradients): a training step's loss and gradients, and what was measured before it.
 
-    The forward pass and the gradient are the step's own, so that the measurement adds its probes alone.
+    Loss and gradients are bit for bit those of the plain step,
 
-        gradients = J^T g = dL / d theta
+        with tf.GradientTape() as tape:
+            value = loss(model(inputs), targets)
+        gradients = tape.gradient(value, model.trainable_variables)
+
+    and what that writes to, such as the statistics of a batch normalisation or the state of a generator, it writes
+    once. The measurement is made first, at the parameters before the update, and leaves nothing behind.
 
     Parameters
     ----------
     model, batch, loss, options:
-        As for `lnp_tensorflow.decompose`.
+        As for `lnp_tensorflow.decompose`. Whatever the options say of the measurement (`microbatch=`), the step is one
+        pass over the whole batch.
 
     Returns
     -------
     loss:
-        L. Terms that do not come from the outputs, such as regularisation, are in neither loss nor gradients.
+        What the loss returned: a tensor.
     decomposition:
         A `lnp.Decomposition`.
     gradients:
-        For a module a list in the order of `model.trainable_variables`, for `optimizer.apply_gradients`; with
-        `parameters=`, of those that were picked. For (function, parameters) a structure like the parameters', with
-        None at integers. Nothing is written to the model: statistics and seeds stay as they are. Batch normalisation by
-        `batch_statistics="coupled"` differentiates through the statistics, as `tf.GradientTape` does.
+        What `tape.gradient` returns, with None for what the loss does not depend on. For a module a list in the order
+        of `model.trainable_variables`, for `optimizer.apply_gradients`; with `parameters=`, of those that were picked.
+        For (function, parameters) a structure like the parameters', with None at integers.
 
     Raises
     ------
     TypeError, ValueError
-        As `lnp.decompose`.
+        As `lnp.decompose`, before the step has begun. ValueError inside a function that XLA compiles, which would fuse
+        the step's operations with those of the measurement.
 
     Examples
     --------
@@ -64,7 +62,7 @@ def value_and_grad(
     ...         return x @ self.w
     >>> model = Line()
     >>> (loss, d), gradients = value_and_grad(model, (tf.eye(2), tf.ones((2, 1))))
-    >>> loss, d.chi_pos, gradients[0].numpy().ravel().tolist()
+    >>> float(loss), d.chi_pos, gradients[0].numpy().ravel().tolist()
     (1.0, 0.5, [-1.0, -1.0])
     """
     if not accepts(model):
@@ -72,23 +70,56 @@ def value_and_grad(
             f"The model is a {type(model).__name__}. Expected a tf.Module or (function, parameters). For a Keras model "
             "call lnp_keras.value_and_grad."
         )
+    if in_xla():
+        raise ValueError(
+            "value_and_grad was called inside a function that XLA compiles, where the step would be fused with the "
+            "measurement, and its rounding would be another one. Expected a tf.function without jit_compile, or eager "
+            "code. Call it there, and the compiled function for what follows."
+        )
     from lnp_tensorflow.backend import decompose
 
-    found: list = []
-    token = WANTED.set(found)
-    try:
-        d = decompose(model, batch, loss, **options)
-    finally:
-        WANTED.reset(token)
-    return (d.loss, d), _arranged(model, found[0], options)
+    d = decompose(model, batch, loss, **options)
+    inputs, targets = unpack(batch)
+    sources, run, arrange = _step(model, options)
+    with tf.GradientTape() as tape:
+        tape.watch(sources)
+        value = _value(loss, run(inputs), targets)
+    return (value, d), arrange(tape.gradient(value, sources))
 
 
-def _arranged(model: Any, gradients: dict[str, tf.Tensor], options: dict) -> Any:
-    """In the order of the module's trained variables, or in the structure of the parameters."""
-    if not is_module(model):
-        names = iter(named(model[1]))
-        return map_leaves(lambda _: gradients.get(next(names)), model[1])
-    structure, _, arrays = separate(model, options.get("forward"), options.get("parameters"))
-    by_variable = {v.ref(): gradients[name] for name, v in structure.sources(arrays).items()}
-    first = [v.ref() for v in model.trainable_variables if v.ref() in by_variable]
-    return [by_variable[ref] for ref in (*first, *(ref for ref in by_variable if ref not in set(first)))]
+def _step(model: Any, options: dict[str, Any]) -> tuple[list, Any, Any]:
+    """(what the step differentiates by, inputs -> outputs, gradients -> the structure that the user gets)."""
+    forward, picked = options.get("forward"), options.get("parameters")
+    structure, _, arrays = separate(model, forward, picked)
+    if is_module(model):
+        sources = list(model.trainable_variables) if picked is None else _picked(model, structure.sources(arrays))
+        return sources, lambda inputs: (forward or called)(model, inputs), lambda gradients: gradients
+    function, tree = model
+    given = named(tree)
+    names = list(structure.sources(arrays))
+
+    def run(inputs: Any) -> Any:
+        return function(inputs) if structure.kind == "variables" else function(tree, inputs)
+
+    def arrange(gradients: list) -> Any:
+        found, each = dict(zip(names, gradients, strict=True)), iter(given)
+        return map_leaves(lambda _: found.get(next(each)), tree)
+
+    return [given[name] for name in names], run, arrange
+
+
+def _picked(model: Any, sources: dict[str, tf.Variable]) -> list[tf.Variable]:
+    """First those that the module trains, in its order."""
+    chosen = {v.ref(): v for v in sources.values()}
+    first = [v for v in model.trainable_variables if v.ref() in chosen]
+    known = {v.ref() for v in first}
+    return [*first, *(v for ref, v in chosen.items() if ref not in known)]
+
+
+def _value(loss: Any, outputs: Any, targets: Any) -> Any:
+    """The user's loss as it is; one of lnp's own in float32 or better."""
+    if callable(loss):
+        return loss(outputs, targets)
+    targets = map_leaves(tf.convert_to_tensor, targets)
+    made = rebuild(outputs, [tf.cast(part, wide([part])) for part in parts(outputs)])
+    return losses.prepare(loss, made, targets, None)[0](made, targets)

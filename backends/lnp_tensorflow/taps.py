@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from lnp import norms
 from lnp.structure import leaves, map_leaves
+from lnp_tensorflow import effects
 from lnp_tensorflow import namespace as xp
 from lnp_tensorflow.forward import Forward, operations
 from lnp_tensorflow.frames import along
@@ -171,7 +172,7 @@ def _plain(returned: Any, sources: dict[str, Any], tape: tf.GradientTape) -> Tap
 
 def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, str], data: list[str]) -> Tapped:
     seen = walk(made, parameters, data, plain.samples)
-    reaching = _reaching(made, plain.outputs)
+    names = effects.reaching(made, plain.outputs)
     taps: list[tf.Tensor] = []
     sites: list[Site] = []
     general: dict[str, str] = {}
@@ -181,7 +182,7 @@ def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, st
             general |= dict.fromkeys(seen.origins.get(out.name, ()), "an output without data")
     for frontier in seen.frontiers:
         op = frontier.op
-        if op.name not in reaching:
+        if op.name not in names:
             continue
         for place in frontier.places:
             paths, lost = origins(op.inputs[place], seen)
@@ -194,15 +195,6 @@ def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, st
                 general |= dict.fromkeys((name for name, _ in paths), op.type)
         taps.append(op.outputs[0])
     return replace(plain, taps=tuple(taps), sites=tuple(sites), general=general, expanded=tuple(sorted(expanded)))
-
-
-def _reaching(made: list[tf.Operation], outputs: list[tf.Tensor]) -> set[str]:
-    """Names of the operations that the outputs depend on."""
-    reaching = {out.op.name for out in outputs}
-    for op in reversed(made):
-        if op.name in reaching:
-            reaching |= {tensor.op.name for tensor in op.inputs}
-    return reaching
 
 
 def _comparable(factor: Any) -> Any:
