@@ -4,68 +4,34 @@ from __future__ import annotations
 
 import importlib
 import types
-import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import transformers
 from torch.nn import functional as F
 
 import lnp
 import lnp_torch
 from integrations.torch_runs import (
+    REASON,
     STEPS,
     Module,
-    hugging_face,
-    language_model,
     lightning,
     loader,
     network,
+    once,
+    one_thread,
+    out_of_memory,
     randomness,
+    refusing,
     same,
     seed_everything,
+    warned_of,
 )
 from lnp_torch.lightning import LNPCallback
-from lnp_torch.transformers import attach, detach
 
-REASON = "The parameters are sharded. Measure a checkpoint."
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def told():
-    """What lnp warns of; the hosts have advice of their own."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield lambda: [str(w.message) for w in caught if str(w.message).startswith("lnp")]
-
-
-@pytest.fixture
-def refused(monkeypatch):
-    monkeypatch.setattr(lnp_torch, "refusal", lambda model: REASON, raising=False)
-    monkeypatch.setattr(lnp_torch, "evaluate", lambda *a, **k: pytest.fail("it was measured"))
-
-
-def out_of_memory(outputs, targets):
-    """A loss that does not fit, in the midst of a measurement."""
-    torch.rand(3)
-    raise torch.OutOfMemoryError(f"Tried to allocate {torch.randint(9, ()).item()} GiB")
-
-
-def once(texts, reason, times):
-    """Told once, and at the end how often it came again."""
-    first, second = texts
-    assert reason in first
-    assert f"{times} times more" in second
+told, refused = pytest.fixture(warned_of), pytest.fixture(refusing)
+_one_thread = pytest.fixture(one_thread, autouse=True)
 
 
 # --- plain loops -----------------------------------------------------------------------------------------------------
@@ -188,7 +154,7 @@ def test_an_error_in_the_users_own_backward_pass_passes_through(told):
         def backward(ctx, d):
             raise FloatingPointError("diverged")
 
-    model = network()
+    model = torch.nn.Linear(6, 3)
     for on_error in ("warn", "raise"):
         tracker = lnp.Tracker(schedule=1, on_error=on_error)
         with tracker.shared(0, model) as shared:
@@ -279,103 +245,3 @@ def test_lightning_goes_on_from_a_checkpoint_of_another_version(tmp_path, told):
     lightning(tmp_path, callback)
     assert len(lnp.History.read(tmp_path / "run.jsonl")) == STEPS
     assert "version 99" in told()[0]
-
-
-# --- Hugging Face ----------------------------------------------------------------------------------------------------
-
-
-def trainer_of(folder, kind=transformers.Trainer):
-    args = transformers.TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
-    return kind(language_model(), args)
-
-
-def test_hugging_face(tmp_path, told):
-    watch = lambda trainer: attach(trainer, tmp_path / "run.jsonl", schedule=1, loss=out_of_memory)
-    *watched, _, tracker = hugging_face(tmp_path / "a", watch)
-    assert same(watched, list(hugging_face(tmp_path / "b")[:4]))
-    tracker.close()
-    assert len(tracker.history) == 0
-    once(told(), "OutOfMemoryError: Tried to allocate", 3)
-    with pytest.raises(torch.OutOfMemoryError):
-        hugging_face(tmp_path, lambda trainer: attach(trainer, schedule=1, loss=out_of_memory, on_error="raise"))
-
-
-def test_what_hugging_face_reports_to(tmp_path, told):
-    class Service(transformers.TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "lnp/chi_pos" in logs:
-                raise ConnectionError("no network")
-
-    def watch(trainer):
-        trainer.add_callback(Service())
-        return attach(trainer, schedule=1, max_probes=2)
-
-    *watched, _, tracker = hugging_face(tmp_path / "a", watch)
-    assert same(watched, list(hugging_face(tmp_path / "b")[:4]))
-    tracker.close()
-    assert tracker.history["step"].tolist() == [0, 1, 2, 3]
-    once(told(), "ConnectionError: no network", 3)
-
-
-def test_a_refused_model_in_hugging_face(refused, tmp_path, told):
-    *watched, _, tracker = hugging_face(tmp_path / "a", lambda trainer: attach(trainer, schedule=1))
-    assert same(watched, list(hugging_face(tmp_path / "b")[:4]))
-    tracker.close()
-    once(told(), REASON, 4)
-    for rank in (0, 1):  # at the first step, although nothing is due
-        with pytest.raises(ValueError, match=REASON):
-            hugging_face(tmp_path, lambda trainer: attach(trainer, schedule=[3], rank=rank, on_error="raise"))
-
-
-def sharded(trainer, by):
-    if by == "FSDP":
-        trainer.is_fsdp_enabled = True
-    else:
-        trainer.is_deepspeed_enabled = True
-        trainer.accelerator = types.SimpleNamespace(
-            state=types.SimpleNamespace(deepspeed_plugin=types.SimpleNamespace(zero_stage=int(by)))
-        )
-    return trainer
-
-
-@pytest.mark.parametrize("by", ["FSDP", "3"])
-@pytest.mark.parametrize("first", [True, False])
-def test_trainers_that_shard_are_left_alone(by, first, tmp_path, told):
-    trainer = sharded(trainer_of(tmp_path), by)
-    trainer.is_world_process_zero = lambda: first
-    before = dict(vars(trainer))
-    tracker = attach(trainer, schedule=1)
-    assert vars(trainer) == before
-    assert len(tracker.history) == 0
-    assert ["shards the parameters" in text for text in told()] == [True] * first
-    with pytest.raises(ValueError, match="shards the parameters"):
-        attach(trainer, schedule=1, on_error="raise")
-    assert vars(trainer) == before
-
-
-def test_zero_2_shards_no_parameters(tmp_path, told):
-    trainer = sharded(trainer_of(tmp_path), "2")
-    attach(trainer, schedule=1)
-    assert "training_step" in vars(trainer)
-    assert told() == []
-
-
-def test_detach_leaves_the_trainer_as_it_was(tmp_path):
-    trainer = trainer_of(tmp_path)
-    before, step = dict(vars(trainer)), trainer.training_step
-    attach(trainer, schedule=1)
-    detach(trainer)
-    assert vars(trainer) == before
-    assert trainer.training_step == step
-    detach(trainer)
-
-    own = lambda model, inputs, *rest: torch.zeros(())
-    trainer.training_step = own
-    attach(trainer, schedule=[])
-    assert trainer.training_step(None, {}) == 0
-    with pytest.raises(ValueError, match=r"detach\(trainer\) first"):
-        attach(trainer)
-    detach(trainer)
-    assert trainer.training_step is own
-    with pytest.raises(ValueError, match="has not put there"):
-        detach(trainer)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import lightning.pytorch as pl
 import numpy as np
+import pytest
 import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+import lnp_torch
 
 STEPS = 8
 GENERATOR = np.random.default_rng(0)
@@ -115,3 +119,42 @@ def hugging_face(folder, tracked=None, steps=4, resume=None, **options):
     trainer.train(resume_from_checkpoint=resume)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return losses, trainer.model.state_dict(), trainer.optimizer.state_dict(), randomness(), trainer, tracker
+
+
+# --- failures ------------------------------------------------------------------------------------------------------
+
+REASON = "The parameters are sharded. Measure a checkpoint."
+
+
+def one_thread():
+    """Small tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def warned_of():
+    """What lnp warns of; the hosts have advice of their own."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(w.message) for w in caught if str(w.message).startswith("lnp")]
+
+
+def refusing(monkeypatch):
+    """Has the backend refuse every model."""
+    monkeypatch.setattr(lnp_torch, "refusal", lambda model: REASON, raising=False)
+    monkeypatch.setattr(lnp_torch, "evaluate", lambda *a, **k: pytest.fail("it was measured"))
+
+
+def out_of_memory(outputs, targets):
+    """A loss that does not fit, in the midst of a measurement."""
+    torch.rand(3)
+    raise torch.OutOfMemoryError(f"Tried to allocate {torch.randint(9, ()).item()} GiB")
+
+
+def once(texts, reason, times):
+    """Told once, and at the end how often it came again."""
+    first, second = texts
+    assert reason in first
+    assert f"{times} times more" in second

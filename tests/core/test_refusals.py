@@ -1,0 +1,150 @@
+"""Updates and models that cannot be measured: told of, or refused in every process alike, before anything happens."""
+
+from __future__ import annotations
+
+import pytest
+
+import lnp
+import lnp_numpy
+from core.failing import BATCH, MODEL, Torn, failing_disk, full_disk, recorded, told, watch
+
+quiet = pytest.fixture(recorded)
+full = pytest.fixture(full_disk)
+broken = pytest.fixture(failing_disk)
+
+
+# --- updates ------------------------------------------------------------------------------------------------------
+
+
+def test_before_an_update(monkeypatch, quiet):
+    def broken(model):
+        raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(lnp_numpy, "snapshot", broken)
+    ran, tracker = [], lnp.Tracker(schedule=1)
+    with tracker.step(0, MODEL, BATCH) as watched:
+        ran.append(watched.decomposition)
+    assert ran == [None]
+    assert len(tracker.history) == 0
+    assert "no room for a copy" in told(quiet)[0]
+    with pytest.raises(MemoryError), lnp.Tracker(schedule=1, on_error="raise").step(0, MODEL, BATCH):
+        ran.append("not reached")
+    assert ran == [None]
+
+
+def test_after_an_update(monkeypatch, quiet):
+    def broken(before, after):
+        raise MemoryError("no room for a difference")
+
+    monkeypatch.setattr(lnp_numpy, "difference", broken)
+    tracker = lnp.Tracker(schedule=1)
+    with tracker.step(0, MODEL, BATCH) as watched:
+        assert watched.decomposition is not None
+    assert tracker.history["step"].tolist() == [0]
+    assert "update/measured" not in tracker.history
+    assert "without update/predicted and update/measured" in told(quiet)[0]
+    tracker = lnp.Tracker(schedule=1, on_error="raise")
+    with pytest.raises(MemoryError), tracker.step(0, MODEL, BATCH):
+        pass
+    assert tracker.history["step"].tolist() == [0]
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_the_users_own_error_passes_through_also_when_the_row_cannot_be_written(full, on_error, tmp_path, quiet):
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error=on_error)
+    error = RuntimeError("diverged")
+    with pytest.raises(RuntimeError) as raised, tracker.step(0, MODEL, BATCH):
+        raise error
+    assert raised.value is error
+    assert error.__cause__ is None
+    assert "No space left" in told(quiet)[0]
+    full.append("room")
+    assert watch(tracker, [1]) == [1]
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_the_users_own_error_passes_through_a_tracker_that_cannot_be_closed(broken, on_error, tmp_path, quiet):
+    tracker, error = lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error=on_error), RuntimeError("diverged")
+    watch(tracker, [0])
+    with pytest.raises(RuntimeError) as raised, tracker:
+        raise error
+    assert raised.value is error
+    assert "Input/output error" in told(quiet)[0]
+
+
+# --- models that are known not to be measurable ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    asked = []
+
+    def refusal(model):
+        asked.append(model)
+        return "The parameters are sharded. Measure a checkpoint."
+
+    monkeypatch.setattr(lnp_numpy, "refusal", refusal, raising=False)
+    return asked
+
+
+def test_a_refused_model_is_told_of_and_not_measured(refused, monkeypatch, quiet):
+    monkeypatch.setattr(lnp_numpy, "evaluate", lambda *a, **k: pytest.fail("it was measured"))
+    tracker = lnp.Tracker(schedule=1, batch=Torn())
+    assert tracker.check(MODEL) is False
+    assert [tracker.observe(step, MODEL) for step in range(3)] == [None] * 3
+    with tracker.step(3, MODEL) as watched:
+        assert watched.decomposition is None
+    assert tracker.measure(4, MODEL) is None
+    assert tracker.state_dict()["batches"] == 0
+    (text,) = told(quiet)
+    assert "The parameters are sharded. Measure a checkpoint." in text
+
+
+def test_idle_ranks_say_nothing_of_a_refused_model(refused, quiet):
+    tracker = lnp.Tracker(schedule=1, rank=1)
+    assert tracker.check(MODEL) is True
+    assert watch(tracker, range(3)) == []
+    assert refused == []
+    assert not quiet
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("verb", ["observe", "measure", "step", "shared", "check"])
+def test_every_rank_raises_alike_at_the_first_due_step(refused, monkeypatch, rank, verb):
+    monkeypatch.setattr(lnp_numpy, "shared", lambda *a: pytest.fail("it was watched"), raising=False)
+    tracker = lnp.Tracker(schedule=[2], rank=rank, on_error="raise")
+
+    def call(step):
+        if verb == "check":
+            tracker.check(MODEL)
+        elif verb == "step":
+            with tracker.step(step, MODEL, BATCH):
+                pass
+        elif verb == "shared":
+            tracker.shared(step, MODEL)
+        else:
+            getattr(tracker, verb)(step, MODEL, BATCH)
+
+    if verb not in ("measure", "check"):
+        call(0)
+        call(1)
+    with pytest.raises(ValueError, match="The parameters are sharded"):
+        call(2)
+
+
+def test_ranks_ask_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lnp_numpy, "refusal", lambda model: asked.append(model), raising=False)
+    tracker = lnp.Tracker(schedule=1, rank=1, on_error="raise")
+    watch(tracker, range(4))
+    assert len(asked) == 1
+    assert tracker.check(MODEL) is True
+    assert lnp.Tracker(rank=0).check(MODEL, reason=None) is True
+
+
+def test_a_model_without_backend_and_a_reason_of_the_callers(quiet):
+    tracker = lnp.Tracker()
+    assert tracker.check(object()) is False
+    assert tracker.check(MODEL, "Its host shards it.") is False
+    assert "no backend accepts" in told(quiet)[0]
+    assert "Its host shards it." in told(quiet)[1]
