@@ -166,8 +166,8 @@ def refuse(model: Any, reason: str | None = None) -> None:
     TypeError
         For a model that no backend accepts.
     """
-    backend = backends.find(model)
-    if reason is None and hasattr(backend, "refusal"):
-        reason = backend.refusal(model)
+    if reason is None:
+        backend = backends.find(model)
+        reason = backend.refusal(model) if hasattr(backend, "refusal") else None
     if reason is not None:
         raise ValueError(reason)
