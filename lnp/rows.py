@@ -119,8 +119,6 @@ def moved(seed: Any, step: int) -> Any:
 
 def check_options(options: Mapping[str, Any]) -> None:
     """A TypeError for options that `lnp.decompose` does not have, a ValueError for values that they cannot take."""
-    if not options:
-        return
     defaults = _defaults()
     wrong = sorted(set(options) - set(defaults))
     if wrong:

@@ -121,14 +121,16 @@ class Tracker:
         Decomposition or None
             Of the training batch, or of the tracker's own without one. None where nothing was measured.
         """
-        check_options(options or {})
+        if options:
+            check_options(options)
         return self._measure(step, model, batch, options, values) if self._turns.take(step, model) else None
 
     def measure(
         self, step: int, model: Any, batch: Any = None, *, options: Mapping[str, Any] | None = None, **values: Any
     ) -> Decomposition | None:
         """Measure at this step, whatever the schedule says, unless it has been measured. As `observe`."""
-        check_options(options or {})
+        if options:
+            check_options(options)
         return self._measure(step, model, batch, options, values) if self._turns.take(step, model, False) else None
 
     def shared(self, step: int, model: Any, **values: Any) -> Shared:

@@ -52,9 +52,7 @@ class Turns:
         Where failures raise, a model that is known to be refused raises at the first due step of every process: if the
         one that measures raised alone, the others would wait for it in their next collective.
         """
-        if not self._reaches(step) or (self._idle and not self._unchecked):
-            return False
-        if scheduled and not self._scheduled(step):
+        if not self._reaches(step) or (self._idle and not self._unchecked) or (scheduled and not self._scheduled(step)):
             return False
         if self._idle:
             self._unchecked = False

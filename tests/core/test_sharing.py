@@ -45,6 +45,8 @@ class Step:
 
     def backward(self, loss, targets, criterion, **options):
         self._at("before")
+        if self.stepped:
+            raise RuntimeError("the model was not called since")
         self.stepped = True
         loss.backward()
         self.seconds = 1e-3
