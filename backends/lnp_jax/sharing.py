@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 import lnp
@@ -97,18 +98,28 @@ def _step(apply: Callable, loss: str | Callable | None, parameters: Any, batch: 
 def _kept_apart(measure: Callable[[], Any]) -> Callable[[], Any]:
     """The measurement as a program that shares no operation with what else the caller computes.
 
-    XLA joins equal operations, and fuses an operation with its successor if it has no other. Behind the barrier nothing
-    that the caller computes is equal to what is measured or gets another successor, so that it is rounded as ever.
-    Everything that the measurement takes from outside goes through it, what functions have closed over too.
+    XLA joins equal operations, and fuses an operation with its successor if it has no other, which changes how it is
+    rounded. It does neither across the border of a branch. A barrier would not do: XLA removes it on a CPU before it joins
+    equal operations for the last time. Everything that the measurement takes from outside goes in through the
+    branch, what functions have closed over too.
     """
     closed, shapes = jax.make_jaxpr(measure, return_shape=True)()
 
     def measured() -> Any:
         consts = jax.lax.optimization_barrier(closed.consts)
-        made = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
+        program = lambda *consts: core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
+        nothing = lambda *_: [jnp.zeros(out.shape, out.dtype) for out in closed.out_avals]
+        made = jax.lax.cond(_true(closed.consts), program, nothing, *consts)
         return jax.tree.unflatten(jax.tree.structure(shapes), made)
 
     return measured
+
+
+def _true(arrays: Any) -> jax.Array:
+    """True, which XLA cannot know: it depends on what is traced, for form's sake."""
+    some = next(array for array in arrays if isinstance(array, jax.core.Tracer))
+    some = jax.random.key_data(some) if jnp.issubdtype(some.dtype, jax.dtypes.prng_key) else some
+    return (some.ravel()[0].astype(jnp.int32) | 1) != 0
 
 
 def _check_trained(apply: Callable, parameters: Any) -> None:
