@@ -7,7 +7,8 @@ except ImportError as error:
 
 from lnp_torch.backend import accepts, evaluate, linearize
 from lnp_torch.randomness import untouched
+from lnp_torch.refusals import refusal
 from lnp_torch.shared import shared
 from lnp_torch.steps import difference, replayed, snapshot
 
-__all__ = ["accepts", "difference", "evaluate", "linearize", "replayed", "shared", "snapshot", "untouched"]
+__all__ = ["accepts", "difference", "evaluate", "linearize", "refusal", "replayed", "shared", "snapshot", "untouched"]

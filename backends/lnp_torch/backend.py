@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from lnp.backends import Options
-from lnp.linearization import Linearization
+from lnp.linearization import Linearization, Subset
 from lnp.structure import leaves, map_leaves
 from lnp_torch.complex import real
 from lnp_torch.isolation import undisturbed
-from lnp_torch.models import Program, accepts, program
+from lnp_torch.models import Program, accepts
+from lnp_torch.on_a_copy import on_a_copy
 from lnp_torch.pulls import Vector
 from lnp_torch.record import record
 
@@ -21,25 +23,52 @@ __all__ = ["accepts", "evaluate", "linearize"]
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation on the linearised batches; tensors of shape () become floats, in one transfer."""
-    prepared = program(model, options.forward, options.parameters)
-    with undisturbed(prepared.modules, [prepared.device]):
+
+    def measured(prepared: Program) -> Any:
         if operands.get("update") is not None:
             operands["update"] = _as_vector(prepared, operands["update"])
         records = [record(prepared, batch, options) for batch in batches]
         result = computation(*records, **operands)
         flags = [violation for record in records for violation in record.violations]
-        result, violated = to_host(result, [flag for flag, _ in flags])
-    for flag, (_, message) in zip(violated, flags, strict=True):
+        return *to_host(result, [flag for flag, _ in flags]), [message for _, message in flags]
+
+    (result, violated, messages), prepared = on_a_copy(model, options, measured)
+    prepared.replica.clear()
+    for flag, message in zip(violated, messages, strict=True):
         if flag:
             raise ValueError(message)
     return result
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
-    """The record for one batch. It keeps the graph of the forward pass alive."""
-    prepared = program(model, options.forward, options.parameters)
-    with undisturbed(prepared.modules, [prepared.device]):
-        return record(prepared, batch, options)
+    """The record for one batch. It keeps the graph of the forward pass alive, and the copy of the model."""
+    made, prepared = on_a_copy(model, options, lambda prepared: record(prepared, batch, options))
+    names = [field.name for field in fields(made) if field.name in OPERATORS and getattr(made, field.name) is not None]
+    return replace(made, **{name: _quiet(prepared, getattr(made, name)) for name in names})
+
+
+OPERATORS = ("vjp", "jvp", "sample_square_norms", "group_square_norms", "subset", "loss_along", "gradient_square_norms")
+"""What runs the model's code again."""
+
+
+def _quiet(prepared: Program, operator: Callable) -> Callable:
+    """The operator, leaving no trace each time."""
+
+    def run(*args: Any) -> Any:
+        with undisturbed([prepared.device]):
+            try:
+                found = operator(*args)
+            finally:
+                prepared.replica.restore()
+        if not isinstance(found, Subset):
+            return found
+        return replace(
+            found,
+            sample_square_norms=_quiet(prepared, found.sample_square_norms),
+            jvp=None if found.jvp is None else _quiet(prepared, found.jvp),
+        )
+
+    return run
 
 
 def _as_vector(prepared: Program, update: Any) -> Vector:

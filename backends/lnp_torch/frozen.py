@@ -1,13 +1,12 @@
 """One forward pass fixes what is random or depends on the batch; later passes, on part of the batch, repeat it.
 
-Dropout keeps its masks. Batch normalisation in training mode keeps this batch's statistics (mean and biased
-variance), and updates none.
+Dropout keeps its masks, and whatever else PyTorch's functions draw is repeated. Batch normalisation in training mode
+keeps this batch's statistics (mean and biased variance), and updates none.
 """
 
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +14,20 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lnp_torch.isolation import generator_state, set_generator_state
-from lnp_torch.models import captured, replaced
-
-DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
-ATTENTION = F.multi_head_attention_forward
+from lnp_torch.draws import (
+    ATTENTION,
+    DROPOUTS,
+    FILLED,
+    MADE,
+    Expected,
+    Record,
+    device_of,
+    dropout_arguments,
+    open_attention,
+)
+from lnp_torch.isolation import set_generator_state
+from lnp_torch.models import Program, captured, replaced
+from lnp_torch.writes import HANDED_OUT
 
 
 class Frozen(TorchFunctionMode):
@@ -29,6 +37,8 @@ class Frozen(TorchFunctionMode):
     ----------
     statistics:
         Whether batch normalisation is frozen too.
+    program:
+        Whose passes these are: what it shares with the user must not be written to.
     record:
         The values of an earlier pass to replay, or None to record.
     attention:
@@ -36,25 +46,38 @@ class Frozen(TorchFunctionMode):
         rounds differently.
     """
 
-    def __init__(self, statistics: bool, record: list | None = None, attention: bool = True) -> None:
+    def __init__(
+        self, statistics: bool, program: Program, record: Record | None = None, attention: bool = True
+    ) -> None:
         super().__init__()
-        self._statistics, self._fused = statistics, attention
+        self._statistics, self._fused, self._program = statistics, attention, program
         self._replay = None if record is None else iter(record)
-        self.record: list[tuple[str, Any]] = []
+        self._expected = Expected(program.device) if record is None else None
+        self.record: Record = []
+
+    @property
+    def explained(self) -> bool:
+        """Whether all that PyTorch's generators drew in a pass that records is recorded."""
+        return self._expected is None or self._expected.all_explained()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if captured(args, kwargs):
             args, kwargs = replaced(args, kwargs)
+        if func in HANDED_OUT:
+            self._program.replica.clones.touched = True
+        self._program.guard.check(func, args, kwargs)
         if func in DROPOUTS:
             return self._dropout(func, *args, **kwargs)
+        if func in MADE or func in FILLED:
+            return self._draw(func, args, kwargs)
         if func is F.batch_norm and self._statistics:
             return self._batch_norm(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self._fused and _dropout_p(args, kwargs) > 0:
             return self._attention(*args, **kwargs)
         if func is ATTENTION:
             with self:  # so that its parts are seen
-                return _open_attention(*args, **kwargs)
+                return open_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _fixed(self, kind: str, draw: Callable[[], Any]) -> Any:
@@ -69,19 +92,33 @@ class Frozen(TorchFunctionMode):
             raise RuntimeError(f"the network took another path: {kind} where the first pass had {recorded}")
         return value
 
-    def _mask(self, like: torch.Tensor, draw: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """A mask, and the random state after it: what else a network draws is then the same in every pass."""
-        mask = self._fixed("mask", lambda: draw(torch.ones_like(like)))
-        after = self._fixed("state", lambda: generator_state(like.device))
+    def _drawn(self, kind: str, device: torch.device, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A recorded draw, and the random state after it: what else a network draws is then the same in every pass."""
+        if self._expected is not None:
+            self._expected.before(device)
+        value = self._fixed(kind, draw)
+        after = self._fixed("state", lambda: self._expected.after(device))  # type: ignore[union-attr]
         if self._replay is not None:
-            set_generator_state(like.device, after)
-        return mask
+            set_generator_state(device, after)
+        return value
 
-    def _dropout(self, func, input, p=0.5, training=True, inplace=False, **kwargs):
-        if not kwargs.get("train", training) or p == 0:
+    def _mask(self, like: torch.Tensor, draw: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return self._drawn("mask", like.device, lambda: draw(torch.ones_like(like)))
+
+    def _dropout(self, func, *args, inplace=False, **kwargs):
+        input, p, training = dropout_arguments(*args[:3], **kwargs)
+        inplace = inplace or args[3:] == (True,)
+        if not training or p == 0:
             return input
         mask = self._mask(input, lambda ones: func(ones, p, True))
         return input.mul_(mask) if inplace else input * mask
+
+    def _draw(self, func: Callable, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Random numbers of a function of PyTorch's, in a tensor of their own or in one that is given."""
+        value = self._drawn("draw", device_of(args, kwargs), lambda: func(*args, **kwargs).detach().clone())
+        if func in FILLED:
+            return args[0] if self._replay is None else args[0].copy_(value)
+        return value.clone()  # the network may write to it
 
     def _batch_norm(
         self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
@@ -110,30 +147,9 @@ class Frozen(TorchFunctionMode):
         return (weights * mask) @ value
 
 
-def rows(record: list[tuple[str, Any]], samples: int, part: slice | torch.Tensor) -> list[tuple[str, Any]]:
-    """The recorded values for some of the samples. Masks may have several rows per sample, as attention heads do."""
-    return [(kind, _mask_rows(value, samples, part) if kind == "mask" else value) for kind, value in record]
-
-
-def _mask_rows(mask: torch.Tensor, samples: int, part: slice | torch.Tensor) -> torch.Tensor:
-    if mask.ndim == 0 or mask.shape[0] % samples:
-        return mask
-    return mask.unflatten(0, (samples, -1))[part].flatten(0, 1)
-
-
 def _dropout_p(args: tuple, kwargs: dict) -> float:
     return kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
 
 
 def _wide(input: torch.Tensor) -> torch.Tensor:
     return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-
-
-_open_attention = types.FunctionType(
-    ATTENTION.__code__,
-    {**ATTENTION.__globals__, "has_torch_function": lambda tensors: False},
-    ATTENTION.__name__,
-    ATTENTION.__defaults__,
-    ATTENTION.__closure__,
-)
-"""Multi-head attention whose parts the mode sees: the original hands itself over as a whole, with its dropout."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,16 @@ from torch import nn
 from lnp.batches import select
 from lnp.structure import children, map_leaves
 from lnp_torch.complex import continuous, like, real
-from lnp_torch.isolation import draws
+from lnp_torch.refusals import refuse
+from lnp_torch.replica import Replica, unwrapped
+from lnp_torch.writes import Guard
 
 Parameters = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Program:
-    """A model on aliases of its parameters.
+    """A copy of a model, on aliases of its parameters.
 
     Attributes
     ----------
@@ -29,8 +31,14 @@ class Program:
         gradients. Of a complex one the real and imaginary parts, along a last axis.
     call:
         (parameters, inputs) -> outputs of any structure. Takes a dictionary that replaces the selected parameters.
+    replica:
+        The copy.
+    loss:
+        The copy of the user's loss, or None.
+    guard:
+        What the copy shares with the user.
     modules:
-        The modules that are called.
+        The user's own modules, to be looked at.
     owner:
         The user's module or function.
     trained:
@@ -39,14 +47,16 @@ class Program:
 
     parameters: Parameters
     call: Callable[[Parameters, Any], Any]
+    replica: Replica
+    loss: Any
+    guard: Guard
     modules: tuple[nn.Module, ...] = ()
     owner: Any = None
     trained: frozenset[int] = frozenset()
 
-    @property
-    def generators(self) -> list[Any]:
-        """Generators of random numbers that the modules hold as attributes."""
-        return [value for module in self.modules for value in vars(module).values() if draws(value)]
+    def rewind(self) -> None:
+        """The copy as it was in the beginning, at the parameters as they are."""
+        self.replica.rewind({})
 
     @property
     def device(self) -> torch.device:
@@ -82,19 +92,31 @@ def accepts(model: Any) -> bool:
     return bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
 
 
-def program(model: Any, forward: Callable | None, parameters: Any) -> Program:
-    """The model as a program, with its trainable or selected parameters."""
+def program(
+    model: Any, forward: Callable | None, parameters: Any, loss: Any = None, written: frozenset[int] = frozenset()
+) -> Program:
+    """The model as a program, with its trainable or selected parameters, and a copy of the loss that belongs to it.
+
+    `written` are the ids of tensors that it is known to write to.
+
+    Raises
+    ------
+    ValueError
+        For models that cannot be measured without touching them, see `lnp_torch.refusals`.
+    """
     if isinstance(model, Snapshot):
-        return replace(program(model.model, forward, parameters), parameters=model.parameters)
+        made = program(model.model, forward, parameters, loss, written)
+        return replace(made, parameters=model.parameters)
     if isinstance(model, nn.Module):
-        return _on_a_device(_module(unwrapped(model), forward, parameters))
+        refuse(model)
+        return _on_a_device(_module(unwrapped(model), forward, parameters, loss, written))
     if forward is not None:
         raise ValueError(
             "forward= was given for a model that is a pair (function, parameters). Expected it for modules only: put "
             "what it does into function(parameters, inputs)."
         )
     function, tree = model
-    return _on_a_device(_function(function, tree, parameters))
+    return _on_a_device(_function(function, tree, parameters, loss, written))
 
 
 def _on_a_device(made: Program) -> Program:
@@ -105,17 +127,6 @@ def _on_a_device(made: Program) -> Program:
             "weights."
         )
     return made
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside data-parallel and compiled wrappers, which would hook into the backward pass."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def named(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -161,92 +172,64 @@ def _holds_parameter(value: Any) -> bool:
     return kind is nn.Parameter or ((kind is list or kind is tuple) and any(map(_holds_parameter, value)))
 
 
-class _Whole(nn.Module):
-    """The user's module with the way it is called, so that the whole call can run on other parameters."""
-
-    def __init__(self, model: nn.Module, forward: Callable) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, inputs: Any) -> Any:
-        return self._forward(self.model, inputs)
-
-
-@dataclass
-class _Buffers:
-    """Copies of the buffers: a forward pass may write to them. Those it did write to start anew at each pass."""
-
-    original: Parameters
-    copies: Parameters = field(default_factory=dict)
-
-    def fresh(self) -> Parameters:
-        for name, buffer in self.original.items():
-            if name not in self.copies or self.copies[name]._version:
-                self.copies[name] = buffer.detach().clone()
-        return self.copies
-
-
-def _module(model: nn.Module, forward: Callable | None, parameters: Any) -> Program:
-    every = dict(model.named_parameters())
-    uninitialized = [name for name, p in every.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: Any, written: frozenset[int]) -> Program:
+    own = dict(model.named_parameters())
+    uninitialized = [name for name, p in own.items() if isinstance(p, nn.parameter.UninitializedParameter)]
     if uninitialized:
         raise ValueError(
             f"The parameters {uninitialized} are not initialised. Expected a model that has seen its first batch. "
             "Run model(inputs) once."
         )
-    candidates = [name for name, p in every.items() if continuous(p) and (p.requires_grad or parameters is not None)]
+    candidates = [name for name, p in own.items() if continuous(p) and (p.requires_grad or parameters is not None)]
     chosen = select(candidates, parameters)
-    first = {id(p): name for name, p in reversed(every.items())}
-    names = {id(p): name for name, p in every.items()}
-    tied = {f"model.{name}": first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    written = _written_parameters(model)
-    every = {name: p.detach().clone() if id(p) in written else p for name, p in every.items()}
+    every = {name: p.detach().clone() if id(p) in written else p for name, p in own.items()}
     aliases = {name: _alias(every[name]) for name in chosen}
-    fixed = {name: p.detach() for name, p in every.items() if name not in aliases}
-    buffers = _Buffers({f"model.{name}": buffer for name, buffer in model.named_buffers() if buffer is not None})
-    whole = _Whole(model, forward or called)
-    whole.training = model.training
+    replica = Replica((model, forward or called, loss), written)
+    copy, run, of_outputs = replica.roots
 
     def call(parameters: Parameters, inputs: Any) -> Any:
-        values = fixed | {name: like(every[name], alias) for name, alias in parameters.items()}
-        state = {name: values[source] for name, source in tied.items()} | buffers.fresh()
-        token = _STANDING.set({number: values[name] for number, name in names.items()})
+        standing = {
+            id(p): like(every[name], parameters[name])
+            if name in parameters
+            else every[name].detach().clone()
+            if id(p) in written
+            else every[name].detach()
+            for name, p in own.items()
+        }
+        replica.rewind(standing)
+        token = _STANDING.set(standing)
         try:
-            return torch.func.functional_call(whole, state, (inputs,), tie_weights=False)
+            return run(copy, inputs)
         finally:
             _STANDING.reset(token)
 
-    trained = frozenset(number for number, name in names.items() if name in aliases)
-    return Program(aliases, call, tuple(model.modules()), model, trained)
+    guard = Guard([*(p for p in own.values() if id(p) not in written), *replica.clones.shared()])
+    trained = frozenset(id(p) for name, p in own.items() if name in aliases)
+    return Program(aliases, call, replica, of_outputs, guard, tuple(model.modules()), model, trained)
 
 
-def _function(function: Callable, tree: Any, parameters: Any) -> Program:
+def _function(function: Callable, tree: Any, parameters: Any, loss: Any, written: frozenset[int]) -> Program:
     leaves = named(tree)
     chosen = select([name for name, leaf in leaves.items() if continuous(leaf)], parameters)
-    aliases = {name: _alias(leaves[name]) for name in chosen}
+    own = {name: leaf.detach().clone() if id(leaf) in written else leaf for name, leaf in leaves.items()}
+    aliases = {name: _alias(own[name]) for name in chosen}
+    replica = Replica((function, loss), written)
+    run, of_outputs = replica.roots
 
     def call(parameters: Parameters, inputs: Any) -> Any:
+        replica.rewind({})
         values = iter(
-            [like(leaf, parameters[name]) if name in parameters else leaf.detach() for name, leaf in leaves.items()]
+            [like(leaf, parameters[name]) if name in parameters else leaf.detach() for name, leaf in own.items()]
         )
-        return function(map_leaves(lambda _: next(values), tree), inputs)
+        return run(map_leaves(lambda _: next(values), tree), inputs)
 
-    return Program(aliases, call, owner=function)
+    guard = Guard([*(leaf for leaf in leaves.values() if id(leaf) not in written), *replica.clones.shared()])
+    return Program(aliases, call, replica, of_outputs, guard, owner=function)
 
 
 def _alias(parameter: torch.Tensor) -> torch.Tensor:
     """A real leaf, on the parameter's storage unless that is complex."""
     return real(parameter.detach()).requires_grad_()
-
-
-def _written_parameters(model: nn.Module) -> set[int]:
-    """Ids of parameters that a forward pass writes to: embeddings with `max_norm` shrink their rows in place."""
-    return {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-    }
 
 
 def called(model: nn.Module, inputs: Any) -> Any:

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 
 from lnp.structure import leaves, map_leaves
-from lnp_torch.frozen import Frozen, rows
+from lnp_torch.draws import Record, rows
+from lnp_torch.frozen import Frozen
 from lnp_torch.isolation import RandomState, same_randomness
 from lnp_torch.models import Parameters, Program
 from lnp_torch.outputs import Outputs, read
@@ -32,13 +33,15 @@ class Passes:
     samples:
         N.
     record:
-        Dropout masks and batch statistics of the first pass.
-    state:
-        Random state that the first pass began with.
+        Dropout masks, batch statistics and other random numbers of the first pass.
+    state, after:
+        Random states that the first pass began and ended with.
     statistics:
         Whether batch normalisation keeps the first pass's statistics.
     attention:
         Whether the masks of fused attention were recorded too.
+    explained:
+        Whether all that PyTorch's generators drew is recorded.
     over:
         Whether each input runs over the samples along its first axis, found out on the whole batch.
     """
@@ -46,10 +49,12 @@ class Passes:
     program: Program
     inputs: Any
     samples: int
-    record: list[tuple[str, Any]]
+    record: Record
     state: RandomState
+    after: RandomState
     statistics: bool
     attention: bool = True
+    explained: bool = True
     over: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
@@ -57,9 +62,9 @@ class Passes:
             runs = lambda leaf: isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
             object.__setattr__(self, "over", tuple(map(runs, leaves(self.inputs))))
 
-    def replayed(self, record: list[tuple[str, Any]]) -> Frozen:
+    def replayed(self, record: Record) -> Frozen:
         """The mode in which the network repeats what was recorded."""
-        return Frozen(self.statistics, record, self.attention)
+        return Frozen(self.statistics, self.program, record, self.attention)
 
     def whole(self, parameters: Parameters) -> Outputs:
         """The whole batch at other parameters."""
@@ -67,8 +72,24 @@ class Passes:
             return read(self.program.call(parameters, copied(self.inputs)))
 
     def part(self, parameters: Parameters, part: Part) -> Outputs:
-        """Some of the samples."""
-        return self.some(part).whole(parameters)
+        """Some of the samples.
+
+        Raises
+        ------
+        RuntimeError
+            If the network drew other numbers for them than for the whole batch.
+        """
+        some = self.some(part)
+        with same_randomness(self.state):
+            with self.replayed(some.record):
+                outputs = read(self.program.call(parameters, copied(some.inputs)))
+            self.check_draws()
+        return outputs
+
+    def check_draws(self) -> None:
+        """See to it that a pass over some of the samples drew as many numbers as the batch, by whatever drew them."""
+        if not RandomState(self.after.devices).same(self.after):
+            raise RuntimeError("it draws other random numbers for some of the samples than for all of them")
 
     def some(self, part: Part) -> Passes:
         """The same with some of the samples."""
@@ -101,8 +122,11 @@ def first_pass(
     program: Program, inputs: Any, statistics: bool, keep_graph: bool, watch: AbstractContextManager
 ) -> tuple[Outputs, Callable[[int], Passes]]:
     """The outputs of the whole batch, and the passes that repeat it once the number of samples is known."""
-    state = RandomState([program.device], program.generators)
-    mode = Frozen(statistics)
+    state = RandomState([program.device])
+    mode = Frozen(statistics, program)
     with watch, mode, torch.set_grad_enabled(keep_graph):
         outputs = read(program.call(program.parameters, copied(inputs)))
-    return outputs, lambda samples: Passes(program, inputs, samples, mode.record, state, statistics)
+    after, explained = RandomState([program.device]), mode.explained
+    return outputs, lambda samples: Passes(
+        program, inputs, samples, mode.record, state, after, statistics, explained=explained
+    )

@@ -116,7 +116,7 @@ def subset(pulls: Pulls, microbatch: int | None, size: int) -> Subset:
 def jvp(passes: Passes, u: Vector) -> torch.Tensor:
     """J u, (N, K)."""
     program = passes.program
-    with undisturbed(program.modules, [program.device]):
+    with undisturbed([program.device]):
         run = lambda p: passes.whole(p).parts
         forward = lambda vector: [flatten(directional.jvp(run, program.parameters, vector)).detach()]
         return at_scale_one(forward, u, program.parameters.values())[0]

@@ -19,11 +19,11 @@ from lnp.structure import map_leaves
 from lnp_torch import losses, samples
 from lnp_torch.apart import Apart, Tapped, Verdict, tapped_groups
 from lnp_torch.huggingface import own_loss_terms, split_batch
-from lnp_torch.isolation import undisturbed
+from lnp_torch.isolation import RandomState, same_randomness, undisturbed
 from lnp_torch.judge import general_note, judge
 from lnp_torch.models import Program
 from lnp_torch.outputs import Outputs, dot, flatten, wide, widened
-from lnp_torch.passes import Passes, first_pass
+from lnp_torch.passes import Passes, copied, first_pass
 from lnp_torch.pulls import Pulls, Vector, jvp, subset
 from lnp_torch.separable import found_separable
 from lnp_torch.taps import Taps
@@ -127,8 +127,10 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
     detached = [part.detach().to(wide([part])).requires_grad_() for part in parts]
     tree = outputs.with_parts(detached)
     loss = losses.prepare(options.loss, tree, targets, options.loss_terms)
+    meant = loss.function if loss.function is not options.loss else prepared.loss
+    run = repeated(meant, RandomState([prepared.device]))
     with torch.enable_grad():
-        value = loss.function(tree, targets)
+        value = run(tree, targets)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"The loss returned {type(value).__name__}. Expected a tensor of shape ().")
         batches.check_loss(value.shape)
@@ -140,12 +142,26 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
         grads = torch.autograd.grad(value.sum(), detached, allow_unused=True, materialize_grads=True)
 
     def of(other: Outputs) -> torch.Tensor:
-        return loss.function(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
+        return run(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
+
+    def anew(outputs: Any, targets: Any) -> torch.Tensor:
+        prepared.rewind()
+        return run(outputs, targets)
 
     wanted = options.split and options.population is not False
-    separable = loss.separable or (wanted and found_separable(loss.function, outputs, targets))
+    separable = loss.separable or (wanted and found_separable(loss.function, anew, outputs, targets))
     notes = (*loss.notes, losses.OTHERS) if losses.other_terms(value, detached) else loss.notes
     return Loss(value.detach().sum(), flatten(list(grads)), loss.terms, of, separable, loss.violations, notes)
+
+
+def repeated(loss: Callable, state: RandomState) -> Callable[[Any, Any], torch.Tensor]:
+    """The loss, drawing the same numbers at each call, on targets that it may write to."""
+
+    def run(outputs: Any, targets: Any) -> torch.Tensor:
+        with same_randomness(state):
+            return loss(outputs, copied(targets))
+
+    return run
 
 
 def _own_gradient(loss: torch.Tensor, parts: Vector, terms: Any) -> torch.Tensor:
@@ -169,22 +185,29 @@ def taken_apart(apart: Apart, dtypes: list, options: Options) -> tuple[Verdict |
         return None, (
             f"no input runs over the {passes.samples} samples along its first axis: they are not taken apart",
         )
+    if not passes.explained:
+        return _joint(options, "the network draws random numbers in a way that cannot be repeated for single samples")
     tolerance = coupling_tolerance(xp, _narrowest(passes.program, dtypes))
     # micro-batches of one sample cannot differ from single samples: pairs can
     found = judge(apart, (options.forward, options.microbatch), tolerance, pairs=options.microbatch == 1)
     if not found.reason:
         return found, general_note(found)
+    return _joint(options, f"the samples interact in this network ({found.reason})")
+
+
+def _joint(options: Options, reason: str) -> tuple[None, tuple[str, ...]]:
+    """Samples that are not taken apart."""
     if options.microbatch is not None:
         raise ValueError(
-            f"microbatch={options.microbatch} was asked for, but the samples interact in this network: "
-            f"{found.reason}. Expected independent samples. Leave microbatch unset, or remove what couples them."
+            f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
+            "microbatch unset, or remove what couples them."
         )
-    return None, (f"the samples interact in this network ({found.reason}): they are not taken apart",)
+    return None, (f"{reason}: they are not taken apart",)
 
 
 def _loss_along(passes: Passes, loss: Loss, u: Vector, step: Any) -> torch.Tensor:
     program = passes.program
-    with undisturbed(program.modules, [program.device]), torch.no_grad():
+    with undisturbed([program.device]), torch.no_grad():
         moved = {
             n: (widened(p.detach()) + step * widened(d)).to(p.dtype)
             for (n, p), d in zip(program.parameters.items(), u, strict=True)
@@ -212,6 +235,8 @@ def _frozen_notes(passes: Passes) -> tuple[str, ...]:
         notes.append("batch normalisation in training mode keeps this batch's statistics")
     if "mask" in kinds:
         notes.append("dropout keeps one mask for the whole measurement")
+    if "draw" in kinds:
+        notes.append("random numbers that the network draws are the same ones in the whole measurement")
     return tuple(notes)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from lnp.structure import leaves, map_leaves
+from lnp_torch.draws import by_sample
+from lnp_torch.isolation import same_randomness
 from lnp_torch.models import Parameters
 from lnp_torch.outputs import flatten, read, split, widened
 from lnp_torch.passes import Passes, copied
@@ -44,12 +46,14 @@ def vectorized(passes: Passes) -> Pull:
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = max(1, min(passes.samples, BUDGET // max(size, 1)))
     flat, mapped = leaves(passes.inputs), passes.over
-    masks = [value.unflatten(0, (passes.samples, -1)) for kind, value in passes.record if kind == "mask"]
+    apart = [by_sample(kind, value, passes.samples) for kind, value in passes.record]
+    masks = [value for value in apart if value is not None]
 
     def single(rows: list, masks: list, v: torch.Tensor) -> Chunk:
         values = iter([leaf[None] if over else leaf for leaf, over in zip(rows, mapped, strict=True)])
         inputs, drawn = map_leaves(lambda _: next(values), passes.inputs), iter(masks)
-        record = [(kind, next(drawn) if kind == "mask" else value) for kind, value in passes.record]
+        pairs = zip(passes.record, apart, strict=True)
+        record = [(kind, value if own is None else next(drawn)) for (kind, value), own in pairs]
 
         def outputs(parameters: Parameters) -> list[torch.Tensor]:
             with passes.replayed(record):
@@ -66,9 +70,10 @@ def vectorized(passes: Passes) -> Pull:
         for start in range(0, passes.samples, chunk):
             part = slice(start, start + chunk)
             rows = copied([leaf[part] if over else leaf for leaf, over in zip(flat, mapped, strict=True)])
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), same_randomness(passes.state):
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap falls back to a loop
                 pulled = batched(rows, [mask[part] for mask in masks], v[part])
+                passes.check_draws()
             yield pulled
 
     return pull

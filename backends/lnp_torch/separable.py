@@ -15,8 +15,10 @@ from lnp.structure import leaves, map_leaves
 from lnp_torch.outputs import Outputs, flatten, wide
 
 
-def found_separable(function: Callable, outputs: Outputs, targets: Any) -> bool:
+def found_separable(function: Callable, run: Callable, outputs: Outputs, targets: Any) -> bool:
     """Whether the loss gradient of M samples alone is that among N, times N / M; remembered for each shape.
+
+    `function` is the user's loss, by which it is remembered; `run` computes it without a trace.
 
     At the outputs of a few samples as they are, and at others, where nothing is small by chance. A loss that cannot be
     called with some of the samples is none.
@@ -24,7 +26,7 @@ def found_separable(function: Callable, outputs: Outputs, targets: Any) -> bool:
     described = tuple((tuple(leaf.shape), leaf.dtype) for leaf in outputs.parts)
     known = _known(function)
     if described not in known:
-        known[described] = _found(function, outputs, targets)
+        known[described] = _found(run, outputs, targets)
     return known[described]
 
 

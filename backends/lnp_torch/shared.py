@@ -14,19 +14,24 @@ from torch import nn
 import lnp
 from lnp.backends import Options
 from lnp.decomposition import ByLayer, decompose, explained
+from lnp.structure import leaves, map_leaves
 from lnp_torch import losses, samples
 from lnp_torch.apart import Apart, Pullback, Tapped
 from lnp_torch.backend import to_host
-from lnp_torch.frozen import Frozen
+from lnp_torch.complex import continuous
+from lnp_torch.draws import Watched
 from lnp_torch.huggingface import own_loss_terms
-from lnp_torch.isolation import RandomState, no_gradients, noticed, undisturbed
+from lnp_torch.isolation import RandomState, no_gradients, undisturbed
+from lnp_torch.loss_gradient import loss_gradient
 from lnp_torch.losses import OTHERS, other_terms
-from lnp_torch.models import program, unwrapped
-from lnp_torch.outputs import Outputs, flatten, read, widened
-from lnp_torch.passes import Passes
+from lnp_torch.models import Program, program
+from lnp_torch.outputs import Outputs, flatten, read
+from lnp_torch.passes import Passes, copied
 from lnp_torch.pulls import Pulls
 from lnp_torch.reading import Reading
-from lnp_torch.record import Loss, assembled, taken_apart
+from lnp_torch.record import Loss, assembled, repeated, taken_apart
+from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
+from lnp_torch.replica import Replica, unwrapped
 from lnp_torch.separable import found_separable
 from lnp_torch.taps import Taps
 
@@ -52,9 +57,11 @@ def shared(model: nn.Module, parameters: Any = None) -> SharedStep:
 
     Raises
     ------
+    ValueError
+        For sharded and compiled models: what a compiler has made of them can be run backward once.
     RuntimeError
-        By `backward`, before it does anything: if the model was not called exactly once inside the context, and for
-        reentrant checkpoints.
+        By `backward`, before it does anything: if the model was not called exactly once inside the context, for
+        reentrant checkpoints, and where the forward pass called something compiled.
 
     Examples
     --------
@@ -80,24 +87,31 @@ class SharedStep(contextlib.AbstractContextManager):
     seconds:
         What the last backward pass of the step itself took, until it returned: the rest of `backward` is the
         measurement.
+    stepped:
+        Whether the step's own backward pass has been run: as long as it has not, nothing has happened, and
+        `loss.backward()` gives the parameters the same gradients.
     """
 
     seconds = 0.0
 
     def __init__(self, model: nn.Module, parameters: Any = None) -> None:
-        self._module = unwrapped(model)
-        self._prepared = program(self._module, _call, parameters)
+        self._module, self._selected = unwrapped(model), parameters
+        refuse_compiled(model)
+        prepared = program(self._module, _call, parameters)
+        prepared.replica.clear()
         own = dict(self._module.named_parameters())
-        self._own = {name: own[name] for name in self._prepared.parameters}
+        self._own, self._device = {name: own[name] for name in prepared.parameters}, prepared.device
         self._stack = contextlib.ExitStack()
         self._forget()
 
     def _forget(self) -> None:
-        self._taps, self._masks = Taps(self._own), Frozen(statistics=False, attention=False)
+        self._taps, self._draws = Taps(self._own), Watched(self._device)
         self._taps.watching = False
         self._given: Any = None
         self._returned: Any = None
-        self._calls, self._reentrant = 0, False
+        self._prepared: Program | None = None
+        self._failure: Exception | None = None
+        self._calls, self.stepped = 0, False
 
     def __enter__(self) -> SharedStep:
         self._forget()
@@ -105,9 +119,8 @@ class SharedStep(contextlib.AbstractContextManager):
         after = self._module.register_forward_hook(self._answered)
         self._stack.callback(before.remove)
         self._stack.callback(after.remove)
-        self._stack.enter_context(noticed(lambda: setattr(self, "_reentrant", True)))
         self._stack.enter_context(self._taps)
-        self._stack.enter_context(self._masks)
+        self._stack.enter_context(self._draws)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -115,18 +128,23 @@ class SharedStep(contextlib.AbstractContextManager):
 
     def _called(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._calls, self._taps.watching = self._calls + 1, True
-        self._given = args, kwargs
-        self._state = RandomState([self._prepared.device], self._prepared.generators)
-        device = self._prepared.device.type
+        self._before = RandomState([self._device])
+        device = self._device.type
         on = torch.is_autocast_enabled(device)
         self._autocast = torch.autocast(device, torch.get_autocast_dtype(device), enabled=on)
+        try:  # of the model as it is before the step's own pass; a failure is told by `backward`: the pass goes on
+            self._given = copied((args, kwargs))
+            self._prepared = program(self._module, _call, self._selected)
+        except Exception as error:
+            self._failure = error
 
     def _answered(self, module: nn.Module, args: tuple, returned: Any) -> Any:
         self._taps.watching = False  # what the loss does with the parameters is not the model's
-        outputs = read(returned)
-        if len(outputs.parts) > 1:
-            # one output may be computed from another: the loss's derivative in each is at the others as they are
-            returned = outputs.with_parts([_Output.apply(p) if p.requires_grad else p for p in outputs.parts])
+        self._after, self._explained = RandomState([self._device]), self._draws.explained
+        try:
+            returned = _apart(returned)
+        except Exception as error:
+            self._failure = error
         self._returned = returned
         return returned
 
@@ -165,11 +183,10 @@ class SharedStep(contextlib.AbstractContextManager):
                 f"The model was called {self._calls} times inside lnp_torch.shared(model) since the last backward(). "
                 "Expected one call. Compute the loss of one batch inside `with lnp_torch.shared(model) as step:`."
             )
-        if self._reentrant:
-            raise RuntimeError(
-                "The model uses torch.utils.checkpoint with use_reentrant=True, whose inside is not part of the step's "
-                "graph. Expected use_reentrant=False. Set it, or call lnp.decompose, which makes a pass of its own."
-            )
+        if self._failure is not None:
+            raise self._failure
+        refuse_hooks(self._module, self._draws.hooked)
+        refuse_graph(loss)
         options = Options(
             loss=criterion,
             seed=seed,
@@ -177,31 +194,52 @@ class SharedStep(contextlib.AbstractContextManager):
             split=estimator in ("auto", "exact", "per_sample"),
             population=population,
         )
-        with undisturbed((), [self._prepared.device]), self._autocast:
-            record = self._record(loss, targets, scale, options)
-            with no_gradients(self._module.modules()):
-                found = decompose(
-                    record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer,
-                    population=population,
-                )  # fmt: skip
-            result, _ = to_host(found, [])
-        self._forget()  # a loop keeps this object until its next step: the activations must not stay with it
+        try:
+            with undisturbed([self._device]), self._autocast:
+                record = self._record(loss, targets, scale, options)
+                with self._no_gradients():
+                    found = decompose(
+                        record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer,
+                        population=population,
+                    )  # fmt: skip
+                result, _ = to_host(found, [])
+        finally:
+            if self.stepped:
+                self._let_go()
         return explained(result)
 
+    def _let_go(self) -> None:
+        """A loop keeps this object until its next step: the activations must not stay with it."""
+        if self._prepared is not None:
+            self._prepared.replica.restore()
+            self._prepared.replica.clear()
+        stepped = self.stepped
+        self._forget()
+        self.stepped = stepped
+
+    def _no_gradients(self) -> contextlib.AbstractContextManager:
+        return no_gradients(dict(self._module.named_parameters()))
+
     def _record(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> lnp.Linearization:
-        outputs = read(self._returned)
-        parts, leaves = outputs.parts, list(self._own.values())
-        flat, g = flatten([part.detach() for part in parts]), _loss_gradient(loss, parts, scale)
-        passes = Passes(self._prepared, self._given, len(flat), self._masks.record, self._state, False, attention=False)
+        outputs, own = read(self._returned), list(self._own.values())
+        parts = outputs.parts
+        criterion = None if targets is None else lambda tree: self._criterion(outputs, targets, options)(tree, targets)
+        flat = flatten([part.detach() for part in parts])
+        g = loss_gradient(loss, outputs, scale, criterion)
+        assert self._prepared is not None, "the forward pass has made it"
+        passes = Passes(
+            self._prepared, self._given, len(flat), self._draws.record, self._before, self._after, False,
+            attention=False, explained=self._explained,
+        )  # fmt: skip
         apart = Apart(passes, lambda: [Tapped(slice(0, flat.shape[0]), parts, self._taps)], flat)
-        with no_gradients(self._module.modules()):
+        with self._no_gradients():
             verdict, why = taken_apart(apart, [part.dtype for part in parts], options)
         cheap = verdict is not None and not verdict.general
         terms, separable, notes = self._terms(outputs, targets, options)
         others = other_terms(loss, parts)
         said = [note for note, true in ((OTHERS, others), (CONSTANT, not all(p.requires_grad for p in parts))) if true]
 
-        gradients = lambda v: samples.gradients(parts, leaves, v)
+        gradients = lambda v: samples.gradients(parts, own, v)
         both = cheap and (separable if options.population is None else options.population)
         pulls = Pulls(apart, verdict, gradients, g, both, cheap, options.seed)
         trained = self._backward(loss, pulls.reading(), len(flat), scale)
@@ -217,6 +255,7 @@ class SharedStep(contextlib.AbstractContextManager):
         """The step's own backward pass, with what it says of the gradient and of single samples."""
         with self._taps.read(reading, samples) as pulled:
             started = time.perf_counter()
+            self.stepped = True
             loss.backward(retain_graph=True)
             self.seconds = time.perf_counter() - started
         said = pulled(loss.device)
@@ -229,7 +268,7 @@ class SharedStep(contextlib.AbstractContextManager):
             tree = outputs.with_parts([part.detach() for part in outputs.parts])
             meant = losses.prepare(options.loss, tree, targets, options.loss_terms)
             wanted = options.split and options.population is not False
-            separable = meant.separable or (wanted and found_separable(meant.function, outputs, targets))
+            separable = meant.separable or (wanted and self._separable(meant.function, outputs, targets))
             return meant.terms, separable, meant.notes
         if options.loss_terms is not None:
             return options.loss_terms, False, ()
@@ -239,7 +278,43 @@ class SharedStep(contextlib.AbstractContextManager):
                 "backward() received neither targets nor loss_terms, and the model no labels. Expected what the loss "
                 "was computed with, to know how many terms its mean averages. Call backward(loss, targets, criterion)."
             )
-        return own_loss_terms(self._prepared.modules, kwargs, outputs)
+        return own_loss_terms(self._module.modules(), kwargs, outputs)
+
+    def _criterion(self, outputs: Outputs, targets: Any, options: Options) -> Callable[[Any, Any], torch.Tensor]:
+        detached = outputs.with_parts([part.detach() for part in outputs.parts])
+        return self._repeated(losses.prepare(options.loss, detached, targets, options.loss_terms).function)
+
+    def _separable(self, function: Callable, outputs: Outputs, targets: Any) -> bool:
+        """Whether the loss is a mean over samples."""
+        return found_separable(function, self._repeated(function), outputs, targets)
+
+    def _repeated(self, function: Callable) -> Callable[[Any, Any], torch.Tensor]:
+        """The user's loss as it was after the forward pass, on a copy of it at each call."""
+
+        def run(outputs: Any, targets: Any) -> torch.Tensor:
+            replica = Replica((function,))
+            replica.rewind({})
+            try:
+                return repeated(replica.roots[0], self._after)(outputs, targets)
+            finally:
+                replica.restore()
+                replica.clear()
+
+        return run
+
+
+def _apart(returned: Any) -> Any:
+    """What the model returned, with outputs that the loss can be differentiated in one by one.
+
+    One output may be computed from another: the loss's derivative in each is at the others as they are. A tensor that
+    is returned twice stays one: two would add up their gradients in another order.
+    """
+    tree = read(returned).tree
+    found = {id(leaf): leaf for leaf in leaves(tree) if continuous(leaf)}
+    if len(found) < 2:
+        return returned
+    made = {key: _Output.apply(leaf) if leaf.requires_grad else leaf for key, leaf in found.items()}
+    return map_leaves(lambda leaf: made.get(id(leaf), leaf), tree)
 
 
 class _Output(torch.autograd.Function):
@@ -252,27 +327,6 @@ class _Output(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         return d
-
-
-def _loss_gradient(loss: torch.Tensor, parts: list[torch.Tensor], scale: Any) -> torch.Tensor:
-    """dL/df, (N, K), in float32 or better."""
-    used = [part for part in parts if part.requires_grad]
-    if not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.requires_grad and used):
-        raise ValueError(
-            "backward() received a loss that cannot be differentiated in the outputs. Expected a tensor of shape () "
-            "that was computed from what the model returned inside `with lnp_torch.shared(model) as step:`."
-        )
-    found = torch.autograd.grad(loss, used, retain_graph=True, allow_unused=True)
-    if all(grad is None for grad in found):
-        raise ValueError(
-            "backward() received a loss that does not depend on the outputs that the model returned inside the "
-            "context. Expected the loss of this very forward pass."
-        )
-    grads = iter(found)
-    filled = [
-        grad if part.requires_grad and (grad := next(grads)) is not None else torch.zeros_like(part) for part in parts
-    ]
-    return flatten([widened(grad) / scale for grad in filled])
 
 
 def _call(model: nn.Module, given: tuple) -> Any:

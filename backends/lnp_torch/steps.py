@@ -9,25 +9,30 @@ from typing import Any
 import torch
 
 from lnp_torch.isolation import RandomState, same_randomness
-from lnp_torch.models import Snapshot, program
+from lnp_torch.models import Parameters, Snapshot, program
 
 
 def snapshot(model: Any) -> Snapshot:
     """The model as it is now, with the random state from which the step will draw its dropout masks."""
-    now = program(model, None, None)
-    copies = {name: p.detach().clone().requires_grad_() for name, p in now.parameters.items()}
-    return Snapshot(model, copies, RandomState([now.device]))
+    copies = {name: p.detach().clone().requires_grad_() for name, p in _trained(model).items()}
+    return Snapshot(model, copies, RandomState([next(iter(copies.values())).device]))
 
 
 def difference(before: Snapshot, after: Any) -> dict[str, torch.Tensor]:
     """What the update added to each parameter."""
-    now = program(after, None, None).parameters
+    now = _trained(after)
     if now.keys() != before.parameters.keys():
         raise ValueError(
             f"The model has other trained parameters than before: {sorted(now.keys() ^ before.parameters.keys())}. "
             "Expected the same model, before and after one update."
         )
     return {name: now[name].detach() - p.detach() for name, p in before.parameters.items()}
+
+
+def _trained(model: Any) -> Parameters:
+    made = program(model, None, None)
+    made.replica.clear()
+    return made.parameters
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class Taps(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not self.watching:
+        if not self.watching or torch.compiler.is_compiling():  # what the user's compiler follows stays as it is
             return out
         name = getattr(func, "__name__", "") or str(func)
         if name != "__get__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ import lnp
 from integrations.torch_reference import dense
 from lnp_torch import directional
 from lnp_torch.frozen import Frozen
+from lnp_torch.models import program
 
 
 @pytest.fixture(autouse=True)
@@ -63,22 +67,44 @@ def test_attention_dropout_is_frozen(need_weights):
     )
 
 
-def test_unknown_randomness_goes_joint():
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
+class Noisy(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.layer = draw, nn.Linear(4, 3)
 
-        def forward(self, x):
-            return self.layer(x) * torch.rand(x.shape[0], 1, dtype=x.dtype)
+    def forward(self, x):
+        return self.layer(x) * self.draw(x)
 
-    model = Noisy().double()
+
+RECORDED = {
+    "rand": lambda x: torch.rand(x.shape[0], 1, dtype=x.dtype),
+    "rand_like": lambda x: torch.rand_like(x[:, :1]),
+    "randn": lambda x: torch.randn(x.shape[0], 1, dtype=x.dtype),
+    "normal": lambda x: torch.normal(torch.ones_like(x[:, :1]), 0.3),
+    "bernoulli": lambda x: torch.bernoulli(torch.full_like(x[:, :1], 0.5)) + 0.5,
+    "bernoulli_": lambda x: torch.empty_like(x[:, :1]).bernoulli_(0.5) + 0.5,
+    "uniform_": lambda x: torch.empty_like(x[:, :1]).uniform_(),
+    "a distribution": lambda x: torch.distributions.Normal(x[:, :1].detach(), 1.0).rsample(),
+    "one for all": lambda x: torch.rand((), dtype=x.dtype),
+    "Python's, one for all": lambda x: random.random(),
+}
+UNKNOWN = {
+    "NumPy": lambda x: torch.as_tensor(np.random.rand(x.shape[0], 1), dtype=x.dtype),  # noqa: NPY002
+    "Python": lambda x: torch.tensor([[random.random()] for _ in x], dtype=x.dtype),
+    "alpha dropout": lambda x: F.alpha_dropout(torch.ones_like(x[:, :1]), 0.4, True),
+    "gumbel": lambda x: F.gumbel_softmax(torch.zeros_like(x), hard=False)[:, :1],
+}
+
+
+@pytest.mark.parametrize("name", [*RECORDED, *UNKNOWN])
+def test_randomness_is_repeated_or_goes_joint(name):
+    model = Noisy({**RECORDED, **UNKNOWN}[name]).double()
     x, y = batch()
     d = lnp.decompose(model, (x, y), estimator="exact")
     out = same_draws(model, x)
     assert_dense(d, model, out, F.cross_entropy(out, y), 6)
-    assert d.probes == 18
-    assert any("interact" in note for note in d.notes)
+    assert d.probes == (3 if name in RECORDED else 18)
+    assert any("random" in note for note in d.notes) == (name != "Python's, one for all")
 
 
 class Gated(nn.Module):
@@ -156,7 +182,7 @@ def test_attention_with_a_recorded_mask_is_the_fused_one(options):
     heads = 1 if "enable_gqa" in options else 2
     q = torch.randn(2, 2, 3, 4, dtype=torch.float64)
     k, v = torch.randn(2, 2, heads, 3, 4, dtype=torch.float64)
-    with Frozen(statistics=True) as mode:
+    with Frozen(True, program(nn.Linear(1, 1), None, None)) as mode:
         found = F.scaled_dot_product_attention(q, k, v, dropout_p=1e-12, **options)
     assert [kind for kind, _ in mode.record] == ["mask", "state"]
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **options))

@@ -167,13 +167,13 @@ def test_the_same_operations_with_another_setting(kind):
 
 
 def test_an_order_that_is_drawn_anew():
-    """Of two samples, half of the draws move none."""
+    """Of two samples, half of the draws move none: whether they can be taken apart is not left to chance."""
     model = Runs(lambda m, x: m.a(x) + m.b(x)[torch.randperm(len(x))], a=linear(), b=linear())
     x, y, seen = drawn(2), drawn(2), set()
     for seed in range(8):
         torch.manual_seed(seed)
         seen.add(exact(model, x, y).probes)
-    assert seen == {4, 8}
+    assert seen == {8}
 
 
 def dispatched(m, x):
@@ -344,7 +344,7 @@ def test_gradients_that_a_function_writes_by_itself(shared):
         measure = lambda: step.backward(loss, y, nn.MSELoss())
     else:
         measure = lambda: lnp.decompose(model, (x, y))
-    with pytest.raises(RuntimeError, match=r"wrote to the gradients of Linear\.weight, Linear\.bias"):
+    with pytest.raises(RuntimeError, match=r"wrote to the gradients of b\.weight, b\.bias"):
         measure()
     assert all(p.grad is grad for p, grad in zip(model.parameters(), before, strict=True))
     assert all(map(torch.equal, before, values))

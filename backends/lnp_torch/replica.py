@@ -1,0 +1,268 @@
+"""A copy of all that a model's code can write to, on the memory of the user's own parameters.
+
+A measurement runs the copy, which is made anew for it. The user's modules, containers, buffers and hooks are never
+touched, so that there is nothing to put back: not after an exception, not after Ctrl-C, not beside another thread.
+Before each pass the copy is rewound, so that all passes of one measurement are the same function.
+
+Copied are modules, containers, functions with closures, and objects of the user's, of whatever class. Shared are
+parameters (their memory), and what is no part of the model: loaders, optimizers, hosts of training loops, locks, files.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lnp.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, blank, named, own_code, places
+from lnp.state import PLAIN, Saved, enters
+from lnp_torch.clones import Clones
+
+HOSTS = frozenset(
+    {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "deepspeed", "datasets"}
+)
+"""Packages whose objects are no part of a model, unless they are modules."""
+OF_TORCH = ("torch.nn.", "torch.utils.hooks", "torch.utils.weak")
+"""Modules of PyTorch whose objects may be part of a model."""
+FIXED = (type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size, enum.Enum)
+GENERATOR = Part(
+    lambda x: [x.get_state()], lambda x, values: x.set_state(values[0]), lambda a, b: a[0].equal(b[0]), refers=False
+)
+
+
+class Replica:
+    """Copies of the roots, made from one walk: what two of them share, their copies share.
+
+    Parameters
+    ----------
+    roots:
+        A model, a function that calls it, a loss.
+    written:
+        Ids of tensors that are known to be written to, see `Clones`.
+
+    Attributes
+    ----------
+    roots:
+        The copies.
+    clones:
+        Copies of tensors that are no parameters.
+
+    Raises
+    ------
+    ValueError
+        If something is found that a pass may advance and nobody can copy: a Python generator.
+    """
+
+    def __init__(self, roots: Iterable[Any], written: frozenset[int] = frozenset()) -> None:
+        self._memo: dict[int, tuple[Any, Any]] = {}
+        self._held: list[tuple[Part, Any, list]] = []
+        self._globals: dict[int, dict] = {}
+        self._classes: set[type] = set()
+        self.clones = Clones(written)
+        self.roots = tuple(self.of(root) for root in roots)
+        self._held += [(PARTS[dict], made, PARTS[dict].take(made)) for made in self._globals.values()]
+        tensors = lambda content: any(isinstance(value, torch.Tensor) for value in content)
+        self._with_tensors = [held for held in self._held if held[0].refers and tensors(held[2])]
+        found = {id(content) for _, _, content in self._with_tensors}
+        self._without = [held for held in self._held if id(held[2]) not in found]
+        self._shared = Saved(self._classes)
+
+    def rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
+        """Let everything hold what it held when the copy was made, with {id of a parameter: what stands for it}."""
+        self.restore()
+        for part, made, content in self._without:
+            if not part.same(part.take(made), content):
+                part.put(made, content)
+        now = {**self.clones.fresh(), **standing}
+        for part, made, content in self._with_tensors:
+            wanted = [now.get(id(value), value) if isinstance(value, torch.Tensor) else value for value in content]
+            if not part.same(part.take(made), wanted):
+                part.put(made, wanted)
+
+    def restore(self) -> None:
+        """Put back what classes, and globals that methods name, hold: these cannot be copied."""
+        self._shared.restore()
+
+    def clear(self) -> None:
+        """Let go of everything, without waiting for the garbage collector to find the circles."""
+        for part, made, _ in self._held:
+            if part.refers:
+                part.put(made, [])
+        self._memo.clear()
+        self._held, self._with_tensors, self._without = [], [], []
+
+    def of(self, x: Any) -> Any:
+        """The copy of an object; the object itself where it is shared."""
+        if type(x) in PLAIN or isinstance(x, FIXED):
+            return x
+        known = self._memo.get(id(x))
+        if known is not None:
+            return known[1]
+        if isinstance(x, torch.Tensor):
+            self._keep(x, x)  # what stands for it is known at each pass
+            if not isinstance(x, nn.Parameter):
+                self.clones.add(x)
+            return x
+        make = next((make for kind, make in MAKERS.items() if isinstance(x, kind)), None)
+        if make is not None:
+            return make(self, x)
+        if hasattr(type(x), "__next__") and type(x).__module__ in ("builtins", "itertools"):
+            return self._keep(x, _copied_iterator(x))
+        return self._object(x) if _part_of_a_model(x) else x
+
+    def _keep(self, x: Any, made: Any) -> Any:
+        self._memo[id(x)] = x, made
+        return made
+
+    def _object(self, x: Any) -> Any:
+        """An object with places of its own, a container among others."""
+        if not isinstance(x, tuple(PARTS)) and not any(part.take(x) for part in places(x)):
+            return x  # it has no state, and may be there to be recognised
+        try:
+            made = self._keep(x, blank(x))
+        except TypeError:  # made in C, in a way that is its own
+            return x
+        if own_code(type(x).__module__):
+            self._classes.add(type(x))
+        self._fill(x, made, places(x))
+        return made
+
+    def _fill(self, x: Any, made: Any, parts: tuple[Part, ...]) -> None:
+        for part in parts:
+            content = [self.of(value) for value in part.take(x)] if part.refers else part.take(x)
+            part.put(made, content)
+            self._held.append((part, made, content))
+
+    def _module(self, x: nn.Module) -> Any:
+        inner = unwrapped(x)
+        if inner is not x:
+            return self._keep(x, self.of(inner))
+        self.clones.buffers.update(id(buffer) for buffer in x._buffers.values())
+        made = self._object(x)
+        vars(made).pop("_compiled_call_impl", None)  # would call the user's own module
+        return made
+
+    def _tuple(self, x: Any) -> Any:
+        items = [self.clones.constant(i) if isinstance(i, torch.Tensor) else self.of(i) for i in x]
+        if all(new is old for new, old in zip(items, x, strict=True)):
+            return x
+        return self._keep(x, frozenset(items) if isinstance(x, frozenset) else tuple.__new__(type(x), items))
+
+    def _method(self, x: types.MethodType) -> Any:
+        owner = self.of(x.__self__)
+        of_class = getattr(type(x.__self__), x.__func__.__name__, None) is x.__func__
+        function = x.__func__ if of_class else self.of(x.__func__)
+        same = owner is x.__self__ and function is x.__func__
+        return x if same else types.MethodType(function, owner)
+
+    def _partial(self, x: functools.partial) -> Any:
+        made = type(x)(self.of(x.func), *self._tuple(x.args), **{n: self.of(v) for n, v in x.keywords.items()})
+        return self._keep(x, made)
+
+    def _function(self, x: types.FunctionType) -> Any:
+        written = getattr(x, "_torchdynamo_orig_callable", None)
+        if written is not None:  # compiled: it runs as it was written
+            return self._keep(x, self.of(written))
+        cells, own = x.__closure__ or (), own_code(x.__module__)
+        if not own and not any(map(_may_differ, [content for cell in cells for content in CELL.take(cell)])):
+            return x
+        known = self._globals.setdefault(id(x.__globals__), dict(x.__globals__)) if own else x.__globals__
+        fresh = [cell for cell in cells if id(cell) not in self._memo]
+        for cell in fresh:
+            self._keep(cell, types.CellType())
+        made = types.FunctionType(x.__code__, known, x.__name__, None, tuple(self.of(cell) for cell in cells))
+        self._keep(x, made)
+        for cell in fresh:
+            self._fill(cell, self.of(cell), (CELL,))
+        made.__defaults__, made.__kwdefaults__ = self.of(x.__defaults__), self.of(x.__kwdefaults__)
+        made.__qualname__, made.__module__, made.__doc__ = x.__qualname__, x.__module__, x.__doc__
+        differs = own and self._other_globals(x, known)
+        if not (cells or differs or x.__dict__ or made.__defaults__ is not x.__defaults__ or x.__kwdefaults__):
+            return self._keep(x, x)
+        self._fill(x, made, (ATTRIBUTES,))
+        return made
+
+    def _other_globals(self, x: types.FunctionType, known: dict) -> bool:
+        """Whether copies stand for any of the globals that a function names; they are put into `known`."""
+        found = {name: x.__globals__[name] for name in named(x) if name in x.__globals__}
+        for name, value in found.items():
+            known[name] = self.of(value)
+        return any(known[name] is not value for name, value in found.items())
+
+    def _reference(self, x: weakref.ref) -> Any:
+        target = x()
+        made = target if target is None or isinstance(target, torch.Tensor) else self.of(target)
+        return x if made is target else self._keep(x, weakref.ref(made))
+
+    def _array(self, x: np.ndarray) -> Any:
+        if x.nbytes > LARGEST or not x.flags.writeable:
+            return x
+        return self._state(x)
+
+    def _state(self, x: Any) -> Any:
+        made = self._keep(x, copy.deepcopy(x))
+        self._held += [(part, made, part.take(made)) for part in places(made)]
+        return made
+
+    def _generator(self, x: torch.Generator) -> Any:
+        made = self._keep(x, torch.Generator(x.device))
+        made.set_state(x.get_state())
+        self._held.append((GENERATOR, made, GENERATOR.take(made)))
+        return made
+
+
+CELL = PARTS[types.CellType]
+MAKERS: dict[Any, Callable[[Replica, Any], Any]] = {
+    nn.Module: Replica._module,
+    (tuple, frozenset): Replica._tuple,
+    types.MethodType: Replica._method,
+    functools.partial: Replica._partial,
+    types.FunctionType: Replica._function,
+    weakref.ref: Replica._reference,
+    np.ndarray: Replica._array,
+    torch.Generator: Replica._generator,
+    tuple(STATES): Replica._state,
+}
+"""How objects are copied that are no plain holders of other objects."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside data-parallel and compiled wrappers, which would hook into the backward pass."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _part_of_a_model(x: Any) -> bool:
+    return enters(x, HOSTS) or type(x).__module__.startswith(OF_TORCH)
+
+
+def _may_differ(content: Any) -> bool:
+    """Whether what a closure of a library holds may have a copy."""
+    links = (nn.Module, torch.Tensor, types.MethodType, functools.partial)
+    return isinstance(content, links) or (
+        isinstance(content, types.FunctionType) and (content.__module__ or "").partition(".")[0] != "torch"
+    )
+
+
+def _copied_iterator(x: Any) -> Any:
+    try:
+        return copy.copy(x)
+    except TypeError as error:
+        raise ValueError(
+            f"The model or its loss holds a {type(x).__name__}, {x!r}, which a forward pass may advance and nobody can "
+            "turn back. Expected state that can be copied: a list with a position, or an object with a __next__ of its "
+            "own. Keep it outside of the model, or take it away while lnp measures."
+        ) from error

@@ -1,0 +1,89 @@
+"""Writes to memory that a measurement shares with the user are seen before they happen.
+
+A copy of a model has its parameters' own memory: there may be gigabytes of them. Nearly no forward pass writes to
+parameters; those that do (embeddings with `max_norm`, the momentum of a teacher) do it by operations that a function
+mode sees. The measurement then starts again, with memory of its own for what is written to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+HARMLESS = frozenset({"requires_grad_", "detach_", "retain_grad", "rename_", "share_memory_"})
+MAX_NORM = {F.embedding: 3, F.embedding_bag: 4}
+"""{function that shrinks rows of its second argument in place: position of `max_norm`}."""
+HANDED_OUT = frozenset({Tensor.data.__get__, Tensor.numpy, Tensor.__array__})  # type: ignore[attr-defined]
+"""Memory that can be written to unseen."""
+
+
+class WrittenTo(BaseException):
+    """The user's memory would be written to now; not an Exception, for models catch those.
+
+    Attributes
+    ----------
+    tensor:
+        What is in that memory.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__("a forward pass writes to memory that is shared with the user")
+        self.tensor = tensor
+
+
+class Guard:
+    """Tensors whose memory must not be written to."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._memory = {key: tensor for tensor in tensors for key in _memory(tensor)}
+
+    def check(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        """Raise `WrittenTo` if the call is about to write to one of them."""
+        for target in _targets(func, args, kwargs):
+            for key in _memory(target):
+                if key in self._memory:
+                    raise WrittenTo(self._memory[key])
+
+
+def _targets(func: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """The tensors that a call writes to."""
+    if writes(func) and args:
+        yield from _tensors(args[0])
+    if "out" in kwargs:
+        yield from _tensors(kwargs["out"])
+    position = MAX_NORM.get(func)
+    if position is not None and kwargs.get("max_norm", args[position] if len(args) > position else None) is not None:
+        yield from _tensors(args[1] if len(args) > 1 else kwargs["weight"])
+
+
+@functools.lru_cache(maxsize=4096)
+def writes(func: Callable) -> bool:
+    """Whether a function of PyTorch's writes to its first argument, by its name: they all end with an underscore."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__") or (name[2] == "i" and name[3:-2] in _OPERATORS)
+    return name.endswith("_") and name not in HARMLESS
+
+
+_OPERATORS = frozenset(
+    {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift", "div"}
+)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _memory(tensor: Tensor) -> tuple[int, ...]:
+    try:
+        return (tensor.untyped_storage().data_ptr(),) if tensor.numel() else ()
+    except (RuntimeError, NotImplementedError):  # inside of a transformation, or of a layout without storage
+        return ()
