@@ -16,7 +16,7 @@ from lnp.backends import Options
 from lnp.batches import unpack
 from lnp.linearization import Linearization
 from lnp.structure import leaves, map_leaves
-from lnp_tensorflow.compiled import CONVERTED, Plan, measure, remember, run, separately
+from lnp_tensorflow.compiled import CONVERTED, Plan, remember, run, run_inside
 from lnp_tensorflow.forward import forward
 from lnp_tensorflow.isolation import undisturbed
 from lnp_tensorflow.models import Arrays, Snapshot, Structure, accepts, is_module, plain_state, separate
@@ -58,7 +58,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     plan = Plan(computation, structure, fixed, _JIT.get(), loss_state=plain_state(options.loss))
     if tf.inside_function():
         with undisturbed(*structure.roots, options.loss):
-            return separately(lambda: measure(plan, tree, arrays, pairs, options.seed, operands)[0].result)
+            return run_inside(plan, tree, arrays, pairs, options.seed, operands)
     answer = _traced(plan, tree, arrays, pairs, options.seed, operands)
     for violated, message in zip(answer.violated, answer.messages, strict=True):
         if violated:

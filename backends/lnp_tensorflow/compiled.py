@@ -36,6 +36,15 @@ class Plan:
     verdicts: tuple[Verdict, ...] = ()
     loss_state: tuple = ()
 
+    def whole(self, error: Exception) -> Plan:
+        """The same with no samples taken apart, since that has raised an error."""
+        note = alone_note(error.args[0] if isinstance(error, InParts) else error)
+        return replace(self, options=replace(self.options, split=False), notes=(note,), verdicts=())
+
+
+class InParts(Exception):
+    """The user's code has raised an error after it ran on the whole batch: on a part of it, as far as can be known."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -87,7 +96,12 @@ def measure(
         record(run, *pair, seed, plan.options, plan.notes, verdict)
         for run, pair, verdict in zip(runs, given, verdicts, strict=True)
     ]
-    result = plan.computation(*records, **operands)
+    try:
+        result = plan.computation(*records, **operands)
+    except tf.errors.OperatorNotAllowedInGraphError:  # the network needs AutoGraph
+        raise
+    except Exception as error:
+        raise (InParts(error) if plan.options.split and plan.options.microbatch is None else error) from error
     checks = [check for lin in records for check in lin.violations]
     coupled = tuple(lin.coupled for lin in records if lin.coupled is not None)
     return Answer(result, tuple(flag for flag, _ in checks), coupled, tuple(message for _, message in checks)), runs
@@ -110,13 +124,20 @@ def run(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands
     given = tree, arrays, pairs, seed, operands
     try:
         return _run((plan, *key[1:]), measure, plan, *given)
-    except tf.errors.OperatorNotAllowedInGraphError:  # the network needs AutoGraph
-        raise
-    except Exception as error:  # the user's code may raise whatever it likes for a part of its batch
+    except (InParts, tf.errors.OpError) as error:
         if not plan.options.split or plan.options.microbatch is not None:
             raise
-        plan = replace(plan, options=replace(plan.options, split=False), notes=(alone_note(error),), verdicts=())
-        return _run((plan, *key[1:]), measure, plan, *given)  # where it was not that, this raises again
+        plan = plan.whole(error)
+        return _run((plan, *key[1:]), measure, plan, *given)  # where the batch itself fails, this raises again
+
+
+def run_inside(plan: Plan, *given: Any) -> Any:
+    """The result in the graph around it, as tensors."""
+    try:
+        return separately(lambda: measure(plan, *given)[0].result)
+    except InParts as error:
+        whole = plan.whole(error)
+        return separately(lambda: measure(whole, *given)[0].result)
 
 
 def _verdicts(key: Any, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple) -> tuple[Verdict, ...]:
