@@ -88,7 +88,8 @@ def refused(monkeypatch):
 
 
 def test_a_refused_model_is_told_of_and_not_measured(refused, monkeypatch, quiet):
-    monkeypatch.setattr(lnp_numpy, "evaluate", lambda *a, **k: pytest.fail("it was measured"))
+    for verb in ("evaluate", "snapshot"):
+        monkeypatch.setattr(lnp_numpy, verb, lambda *a, **k: pytest.fail("it was measured"))
     tracker = lnp.Tracker(schedule=1, batch=Torn())
     assert tracker.check(MODEL) is False
     assert [tracker.observe(step, MODEL) for step in range(3)] == [None] * 3

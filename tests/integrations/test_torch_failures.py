@@ -226,6 +226,7 @@ def test_lightnings_loggers(tmp_path, told, monkeypatch):
     assert same(lightning(tmp_path / "a", callback)[:4], lightning(tmp_path / "b")[:4])
     assert len(lnp.History.read(tmp_path / "run.jsonl")) == STEPS
     once(told(), "ConnectionError: no network", STEPS - 1)
+    assert "without the values of step 0 in CSVLogger" in told()[0]
 
 
 def test_lightning_and_a_refused_module(refused, tmp_path, told):

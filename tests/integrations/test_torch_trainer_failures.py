@@ -56,6 +56,18 @@ def test_what_hugging_face_reports_to(tmp_path, told):
     tracker.close()
     assert tracker.history["step"].tolist() == [0, 1, 2, 3]
     once(told(), "ConnectionError: no network", 3)
+    assert "without the values of step 0 in the trainer's log" in told()[0]
+
+
+def test_batches_that_cannot_be_prepared(tmp_path, told, monkeypatch):
+    def unreadable(*given):
+        raise KeyError("labels")
+
+    monkeypatch.setattr("lnp_torch.transformers._batch", unreadable)
+    *watched, _, tracker = hugging_face(tmp_path / "a", lambda trainer: attach(trainer, schedule=1))
+    assert same(watched, list(hugging_face(tmp_path / "b")[:4]))
+    tracker.close()
+    once(told(), "KeyError: 'labels'", 3)
 
 
 def test_a_refused_model_in_hugging_face(refused, tmp_path, told):
@@ -63,9 +75,14 @@ def test_a_refused_model_in_hugging_face(refused, tmp_path, told):
     assert same(watched, list(hugging_face(tmp_path / "b")[:4]))
     tracker.close()
     once(told(), REASON, 4)
-    for rank in (0, 1):  # at the first step, although nothing is due
+
+    def one_of_many(trainer):
+        trainer.is_world_process_zero = lambda: first
+        return attach(trainer, schedule=[3], on_error="raise")
+
+    for first in (True, False):  # at the first step, although nothing is due
         with pytest.raises(ValueError, match=REASON):
-            hugging_face(tmp_path, lambda trainer: attach(trainer, schedule=[3], rank=rank, on_error="raise"))
+            hugging_face(tmp_path, one_of_many)
 
 
 def sharded(trainer, by):
