@@ -126,7 +126,7 @@ def python_noise() -> Run:
     own = np.random.default_rng(5)
 
     def apply(p, x):
-        return dense(p, x) * random.random() + own.standard_normal()  # noqa: S311
+        return dense(p, x) * random.random() + own.standard_normal()
 
     return Run(apply, weights(), state=lambda: own.bit_generator.state)
 
@@ -198,7 +198,7 @@ def recurrent() -> Run:
 
 
 def experts() -> Run:
-    """Experts with a capacity, of which one is over-full from the second step on: what it drops depends on the others."""
+    """Experts with a capacity. From the second step on one is over-full, and what it drops depends on the others."""
 
     def apply(p, x):
         chosen = jnp.argmax(x[:, :2], 1)

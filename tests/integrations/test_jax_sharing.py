@@ -72,6 +72,38 @@ def test_samples_that_interact_train_as_without():
         assert np.isfinite(d.chi_net) == known
 
 
+def routed(p, x):
+    """Two experts that take at most 40 of the 64 samples; which of the rest is dropped depends on the others."""
+    hot = jax.nn.one_hot(jnp.argmax(x @ p["router"] + p["bias"], 1), 2)
+    place = jnp.sum((jnp.cumsum(hot, 0) - 1) * hot, 1)
+    expert = jnp.einsum("ni,eio,ne->no", x, p["experts"], hot)
+    return jnp.tanh(jnp.where((place < 40)[:, None], expert, 0)) @ p["head"]
+
+
+def experts(bias):
+    draw = np.random.default_rng(2).standard_normal
+    shapes = {"router": (20, 2), "experts": (2, 20, 8), "head": (8, 12)}
+    return {name: jnp.asarray(draw(shape), jnp.float32) for name, shape in shapes.items()} | {
+        "bias": jnp.asarray([bias, 0.0])
+    }
+
+
+def test_samples_that_interact_later_than_they_were_compared():
+    """Loss and gradient are the plain step's, bit by bit. The trace is nan inside of jit; outside it is made jointly."""
+    measured, plain = lnp_jax.value_and_grad(routed, cross_entropy, loss_terms=64), jax.jit(reference(routed))
+    rows = lambda p: jax.jacrev(lambda p: routed(p, X))(p).values()
+    for bias, apart in ((0.0, True), (50.0, False)):
+        p = experts(bias)
+        inside = jax.jit(lambda *given: measured(*given))(p, (X, Y), KEY) if not apart else None
+        (value, d), gradients = measured(p, (X, Y), KEY)
+        for found in [(value, gradients)] if inside is None else [(value, gradients), (inside[0][0], inside[1])]:
+            assert jax.tree.all(jax.tree.map(np.array_equal, found, plain(p, (X, Y))))
+        assert inside is None or np.isnan(inside[0][1].chi_net)
+        assert any("interact" in note for note in d.notes) != apart
+        trace = sum(float(jnp.sum(part**2)) for part in rows(p)) / 64
+        assert abs(d.chi_net - trace) < 4 * d.chi_net_stderr + 1e-3 * trace
+
+
 def test_training_with_it():
     step = jax.jit(lnp_jax.value_and_grad(apply))
     p, losses = parameters(), []
