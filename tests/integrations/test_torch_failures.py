@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import types
 
 import lightning.pytorch as pl
@@ -112,36 +111,38 @@ def sharing(tracker, **given):
     return step_of
 
 
-def failing(monkeypatch, where):
-    """Has the shared step raise before it is made or entered, or around its own backward pass."""
-    module = importlib.import_module("lnp_torch.shared")  # the package has a function of this name
+def fail(*args):
+    raise RuntimeError("it cannot be watched")
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("it cannot be watched")
 
+def failing_shared_step(monkeypatch, where, on_error):
+    """A tracker and arguments of `backward` for a shared step that fails there."""
+    options, given = {}, {}
     if where == "made":
         monkeypatch.setattr(lnp_torch, "shared", fail)
     elif where == "entered":
-        monkeypatch.setattr(module.SharedStep, "__enter__", fail)
-    elif where == "before the backward pass":
-        monkeypatch.setattr(module, "_loss_gradient", fail)
+        monkeypatch.setattr(type(lnp_torch.shared(network())), "__enter__", fail)
+    elif where == "before its backward pass":
+        given["loss_terms"] = -1
     else:
-        monkeypatch.setattr(module, "decompose", fail)
+        options["by_layer"] = fail
+    return lnp.Tracker(schedule=1, on_error=on_error, **options), given
 
 
-WHERE = ["made", "entered", "before the backward pass", "after the backward pass"]
+WHERE = ["made", "entered", "before its backward pass", "after its backward pass"]
+REASONS = {"before its backward pass": "loss_terms is -1"}
 
 
 @pytest.mark.parametrize("where", WHERE)
 def test_shared_steps(monkeypatch, where, told):
-    failing(monkeypatch, where)
-    tracker = lnp.Tracker(schedule=1)
-    assert same(plain(sharing(tracker)), plain(unwatched))
+    tracker, given = failing_shared_step(monkeypatch, where, "warn")
+    assert same(plain(sharing(tracker, **given)), plain(unwatched))
     tracker.close()
     assert len(tracker.history) == 0
-    once(told(), "it cannot be watched", STEPS - 1)
-    with pytest.raises(RuntimeError, match="it cannot be watched"):
-        plain(sharing(lnp.Tracker(schedule=1, on_error="raise")))
+    once(told(), REASONS.get(where, "it cannot be watched"), STEPS - 1)
+    tracker, given = failing_shared_step(monkeypatch, where, "raise")
+    with pytest.raises((RuntimeError, ValueError), match=REASONS.get(where, "it cannot be watched")):
+        plain(sharing(tracker, **given))
 
 
 def test_an_error_in_the_users_own_backward_pass_passes_through(told):

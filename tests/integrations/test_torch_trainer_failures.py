@@ -76,11 +76,12 @@ def test_a_refused_model_in_hugging_face(refused, tmp_path, told):
     tracker.close()
     once(told(), REASON, 4)
 
-    def one_of_many(trainer):
-        trainer.is_world_process_zero = lambda: first
-        return attach(trainer, schedule=[3], on_error="raise")
-
     for first in (True, False):  # at the first step, although nothing is due
+
+        def one_of_many(trainer, first=first):
+            trainer.is_world_process_zero = lambda: first
+            return attach(trainer, schedule=[3], on_error="raise")
+
         with pytest.raises(ValueError, match=REASON):
             hugging_face(tmp_path, one_of_many)
 
