@@ -195,7 +195,8 @@ class Tracker:
             with self._failures.caught(row["step"], "update/predicted and update/measured in the row of this step"):
                 row |= self._measuring.change(before, watched.model, batch)
         finally:
-            self._keep(row, d, values, always=not done)
+            with self._failures.caught(row["step"], ROWS, always=not done):
+                self._keep(row, d, values, always=not done)
 
     def check(self, model: Any, reason: str | None = None) -> bool:
         """Whether nothing is known against measuring the model, such as sharded parameters; for before the run begins.

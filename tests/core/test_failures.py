@@ -223,9 +223,12 @@ def test_values_that_are_none_are_told(tmp_path, quiet):
     tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=1)
     tracker.observe(0, MODEL, BATCH, extra=[1, 2])
     tracker.record(1, None)
-    assert watch(tracker, [2]) == [2]
-    assert tracker.history["step"].tolist() == [2]
-    assert [text.split("\n")[0].split(": ")[1] for text in told(quiet)] == ["TypeError", "AttributeError"]
+    with tracker.step(2, MODEL, BATCH, extra=10**400):
+        pass
+    assert watch(tracker, [3]) == [3]
+    assert tracker.history["step"].tolist() == [3]
+    reasons = [text.split("\n")[0].split(": ")[1] for text in told(quiet)]
+    assert reasons == ["TypeError", "AttributeError", "OverflowError"]
 
 
 def test_a_copy_fails_as_the_original(quiet):
