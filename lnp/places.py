@@ -23,6 +23,8 @@ import numpy as np
 
 LARGEST = 2**22
 """Bytes of a NumPy array up to which its values are kept: running statistics are small, and data sets are only read."""
+HEAP = 1 << 9
+"""The flag of classes that are made in Python: what is under them knows how objects are made."""
 NOTHING = object()
 """Stands for a name that has no value."""
 
@@ -98,7 +100,7 @@ def _places(kind: type) -> tuple[Part, ...]:
     if kind in STATES:
         return (STATES[kind],)
     found = [part for base, part in PARTS.items() if issubclass(kind, base)][:1]
-    slots = tuple(name for base in kind.__mro__ if base.__module__ != "builtins" for name in _slots(base))
+    slots = tuple(name for base in kind.__mro__ if base.__flags__ & HEAP for name in _slots(base))
     if slots and not issubclass(kind, tuple):
         found.append(_members(slots))
     return (*found, ATTRIBUTES) if kind.__dictoffset__ else tuple(found)
@@ -121,7 +123,7 @@ def blank(x: Any) -> Any:
         made = collections.deque.__new__(kind)
         collections.deque.__init__(made, (), x.maxlen)
         return made
-    made = next((base for base in (*PARTS, object) if isinstance(x, base)), object).__new__(kind)
+    made = next(base for base in kind.__mro__ if not base.__flags__ & HEAP).__new__(kind)
     if isinstance(x, collections.defaultdict):
         made.default_factory = x.default_factory
     return made

@@ -7,7 +7,7 @@ kernel, by NumPy, by Python) is noticed by the state of its generator.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lnp_torch.isolation import generator_state, set_generator_state
+from lnp_torch.writes import Guard
 
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
 MADE = frozenset(
@@ -101,10 +102,13 @@ class Watched(TorchFunctionMode):
         As of `Frozen`.
     hooked:
         Whether hooks were put on activations.
+    wrote:
+        Whether one of the parameters was written to.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._guard, self.wrote = Guard(parameters), False
         self._expected = Expected(device)
         self._record: Record = []
         self.hooked = False
@@ -124,6 +128,7 @@ class Watched(TorchFunctionMode):
         if torch.compiler.is_compiling():  # the user's compiler follows this code: it must find nothing in it
             return func(*args, **kwargs)
         self.hooked |= func in HOOKS
+        self.wrote |= self._guard.written(func, args, kwargs) is not None
         if func in DROPOUTS:
             return self._dropout(func, args, kwargs)
         if func is ATTENTION:

@@ -186,7 +186,9 @@ def taken_apart(apart: Apart, dtypes: list, options: Options) -> tuple[Verdict |
             f"no input runs over the {passes.samples} samples along its first axis: they are not taken apart",
         )
     if not passes.explained:
-        return _joint(options, "the network draws random numbers in a way that cannot be repeated for single samples")
+        return _joint(
+            options, "the network draws random numbers, or writes to parameters, in a way that cannot be repeated"
+        )
     tolerance = coupling_tolerance(xp, _narrowest(passes.program, dtypes))
     # micro-batches of one sample cannot differ from single samples: pairs can
     found = judge(apart, (options.forward, options.microbatch), tolerance, pairs=options.microbatch == 1)

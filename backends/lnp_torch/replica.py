@@ -65,7 +65,7 @@ class Replica:
         self._memo: dict[int, tuple[Any, Any]] = {}
         self._held: list[tuple[Part, Any, list]] = []
         self._globals: dict[int, dict] = {}
-        self._classes: set[type] = set()
+        self._restored: list[Any] = []
         self.clones = Clones(written)
         self.roots = tuple(self.of(root) for root in roots)
         self._held += [(PARTS[dict], made, PARTS[dict].take(made)) for made in self._globals.values()]
@@ -73,7 +73,7 @@ class Replica:
         self._with_tensors = [held for held in self._held if held[0].refers and tensors(held[2])]
         found = {id(content) for _, _, content in self._with_tensors}
         self._without = [held for held in self._held if id(held[2]) not in found]
-        self._shared = Saved(self._classes)
+        self._shared = Saved(self._restored, HOSTS)
 
     def rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
         """Let everything hold what it held when the copy was made, with {id of a parameter: what stands for it}."""
@@ -88,8 +88,12 @@ class Replica:
                 part.put(made, wanted)
 
     def restore(self) -> None:
-        """Put back what classes, and globals that methods name, hold: these cannot be copied."""
+        """Put back what cannot be copied: what classes hold, and the globals that their methods name."""
         self._shared.restore()
+
+    def as_now(self) -> Saved:
+        """What cannot be copied, as it is now."""
+        return Saved(self._restored, HOSTS)
 
     def clear(self) -> None:
         """Let go of everything, without waiting for the garbage collector to find the circles."""
@@ -129,9 +133,10 @@ class Replica:
         try:
             made = self._keep(x, blank(x))
         except TypeError:  # made in C, in a way that is its own
+            self._restored.append(x)
             return x
         if own_code(type(x).__module__):
-            self._classes.add(type(x))
+            self._restored.append(type(x))
         self._fill(x, made, places(x))
         return made
 

@@ -105,7 +105,7 @@ class SharedStep(contextlib.AbstractContextManager):
         self._forget()
 
     def _forget(self) -> None:
-        self._taps, self._draws = Taps(self._own), Watched(self._device)
+        self._taps, self._draws = Taps(self._own), Watched(self._device, self._module.parameters())
         self._taps.watching = False
         self._given: Any = None
         self._returned: Any = None
@@ -140,7 +140,7 @@ class SharedStep(contextlib.AbstractContextManager):
 
     def _answered(self, module: nn.Module, args: tuple, returned: Any) -> Any:
         self._taps.watching = False  # what the loss does with the parameters is not the model's
-        self._after, self._explained = RandomState([self._device]), self._draws.explained
+        self._after, self._explained = RandomState([self._device]), self._draws.explained and not self._draws.wrote
         try:
             returned = _apart(returned)
         except Exception as error:
@@ -194,6 +194,8 @@ class SharedStep(contextlib.AbstractContextManager):
             split=estimator in ("auto", "exact", "per_sample"),
             population=population,
         )
+        assert self._prepared is not None, "the forward pass has made it"
+        left = self._prepared.replica.as_now()  # by the step's own forward pass and loss
         try:
             with undisturbed([self._device]), self._autocast:
                 record = self._record(loss, targets, scale, options)
@@ -204,6 +206,7 @@ class SharedStep(contextlib.AbstractContextManager):
                     )  # fmt: skip
                 result, _ = to_host(found, [])
         finally:
+            left.restore()
             if self.stepped:
                 self._let_go()
         return explained(result)
@@ -211,7 +214,6 @@ class SharedStep(contextlib.AbstractContextManager):
     def _let_go(self) -> None:
         """A loop keeps this object until its next step: the activations must not stay with it."""
         if self._prepared is not None:
-            self._prepared.replica.restore()
             self._prepared.replica.clear()
         stepped = self.stepped
         self._forget()

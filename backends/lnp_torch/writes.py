@@ -43,10 +43,14 @@ class Guard:
 
     def check(self, func: Callable, args: tuple, kwargs: dict) -> None:
         """Raise `WrittenTo` if the call is about to write to one of them."""
-        for target in _targets(func, args, kwargs):
-            for key in _memory(target):
-                if key in self._memory:
-                    raise WrittenTo(self._memory[key])
+        found = self.written(func, args, kwargs)
+        if found is not None:
+            raise WrittenTo(found)
+
+    def written(self, func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
+        """The one that the call is about to write to."""
+        keys = (key for target in _targets(func, args, kwargs) for key in _memory(target))
+        return next((self._memory[key] for key in keys if key in self._memory), None)
 
 
 def _targets(func: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
