@@ -24,7 +24,6 @@ import report
 
 import lnp
 import lnp_jax
-from lnp_jax.compiled import OBSERVER, Observer
 from lnp_jax.judge import judged
 from lnp_jax.models import separate
 
@@ -173,16 +172,8 @@ def step(problem: Problem) -> Callable:
 def decomposed(problem: Problem, **options: Any) -> Callable:
     """`lnp.decompose` as it runs from the second call on: what was compared at the first is known."""
     structure, arrays = separate((problem.apply, problem.parameters), None, None)
-    verdict = judged(structure, arrays, problem.batch, lnp.Options())
-
-    def function(p: Any, batch: Any, key: Any) -> Any:
-        token = OBSERVER.set(Observer(verdict))
-        try:
-            return lnp.decompose((problem.apply, p), batch, seed=key, **options)
-        finally:
-            OBSERVER.reset(token)
-
-    return function
+    judged(structure, arrays, problem.batch, lnp.Options())
+    return lambda p, batch, key: lnp.decompose((problem.apply, p), batch, seed=key, **options)
 
 
 def shared(problem: Problem, **options: Any) -> Callable:

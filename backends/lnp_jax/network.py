@@ -67,6 +67,14 @@ def _types(jaxpr: Any) -> set:
     return {dtype for dtype in made if jnp.issubdtype(dtype, jnp.floating)}.union(*map(_types, inside))
 
 
+def has_rules(jaxpr: Any) -> bool:
+    """Whether a program holds derivatives of the user's own for the backward pass, through which JAX has no
+    Jacobian-vector products.
+    """
+    inside = [part for eqn in jaxpr.eqns for part in core.jaxprs_in_params(eqn.params)]
+    return any(eqn.primitive.name.startswith("custom_vjp") for eqn in jaxpr.eqns) or any(map(has_rules, inside))
+
+
 def prepared(structure: Structure, arrays: Arrays, inputs: Any, options: Options) -> Network:
     """The model with its trained parameters apart, and batch statistics held if they are to be."""
     notes: tuple[str, ...] = ()

@@ -64,7 +64,7 @@ class SamplePasses:
     of_g:
         Squared norms of its samples.
     along:
-        <J_m^T g_m, sum_n J_n^T g_n> of some samples, shape (M,), or None.
+        <J_m^T g_m, sum_n J_n^T g_n> of some samples, shape (M,), where taps are to tell them; or None.
     pull:
         Squared norms for other cotangents.
     again:

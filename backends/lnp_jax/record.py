@@ -17,7 +17,7 @@ from lnp.population import jackknife_size
 from lnp_jax import losses, parts
 from lnp_jax.apart import Verdict, apart, impossible, pair
 from lnp_jax.models import Arrays, Structure
-from lnp_jax.network import Network, prepared
+from lnp_jax.network import Network, has_rules, prepared
 from lnp_jax.outputs import flatten, rebuild
 from lnp_jax.outputs import parts as parts_of
 from lnp_jax.passes import SamplePasses, of_batch, of_samples, while_loop
@@ -61,7 +61,9 @@ def record(
     g = loss.gradient
     gradient = batch_passes.pull(g)
     chosen = lambda size: _drawn(seed, net.split.samples, size)
-    samples = None if taps is None else of_samples(net, taps, micro, g, chosen(jackknife_size(net.split.samples)))
+    by_taps = taps is not None and has_rules(taps.program.jaxpr)  # without forward mode
+    index = chosen(jackknife_size(net.split.samples)) if by_taps else None
+    samples = None if taps is None else of_samples(net, taps, micro, g, index)
     parameters = net.parameters
     return Linearization(
         xp=jnp,

@@ -1,4 +1,4 @@
-"""A training step's loss and gradient, with the decomposition for the price of its probes."""
+"""A training step's loss and gradient as they are without lnp, and the decomposition beside them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ OPTIONS = ("by_layer", "population", "estimator", "rtol", "max_probes", "loss_te
 
 def value_and_grad(apply: Callable, loss: str | Callable | None = None, **options: Any) -> Callable:
     """(parameters, batch, key) -> ((loss, decomposition), gradients): `jax.value_and_grad` of the batch's loss, and
-    `lnp.decompose` with the same forward and backward pass.
+    `lnp.decompose` beside it.
 
-    Pure, for use inside `jax.jit`. The gradients have the structure of `parameters` and are those of
-    `jax.value_and_grad`, to rounding. Called outside of `jax.jit`, the batch is looked at once for each shape, as in
-    `lnp.decompose`, and what was found holds in whatever is traced from then on. Where nothing was looked at, two
-    samples are compared inside each time, which costs about three samples' passes: where a sample's output depends on
-    others, loss and gradients come from a pass of the batch, and the decomposition's numbers are nan.
+    Pure, for use inside `jax.jit`. Loss and gradients come from the program of
+    `jax.value_and_grad(lambda p: loss(apply(p, inputs), targets))`, which is kept apart from the measurement: they are
+    the same bit by bit, whatever is measured. Outside of `jax.jit` they are those of that program compiled by itself.
+
+    The measurement is that of `lnp.decompose`. Inside of `jax.jit` nothing can be repeated: where a sample's output
+    turns out to depend on others, the decomposition's numbers are nan. Outside they are then measured jointly, with a
+    note. A call outside looks at the batch once for each shape, and what it finds holds in whatever is traced from then
+    on; without one, two samples are compared inside each time.
 
     Parameters
     ----------
@@ -45,7 +48,7 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
     TypeError
         For other options.
     ValueError
-        If leaves of `parameters` cannot be trained.
+        If leaves of `parameters` cannot be trained, and as `lnp.decompose`, before the step has run.
 
     Examples
     --------
@@ -99,25 +102,25 @@ def _kept_apart(measure: Callable[[], Any]) -> Callable[[], Any]:
     """The measurement as a program that shares no operation with what else the caller computes.
 
     XLA joins equal operations, and fuses an operation with its successor if it has no other, which changes how it is
-    rounded. It does neither across the border of a branch. A barrier would not do: XLA removes it on a CPU before it joins
-    equal operations for the last time. Everything that the measurement takes from outside goes in through the
-    branch, what functions have closed over too.
+    rounded. So everything that the measurement takes from outside, what functions have closed over too, is taken
+    through a selection whose condition is true, which XLA cannot know: nothing is equal then. A barrier would not do,
+    for on a CPU XLA removes it before it joins operations for the last time; nor a branch, in which convolutions take
+    many times as long.
     """
     closed, shapes = jax.make_jaxpr(measure, return_shape=True)()
 
     def measured() -> Any:
-        consts = jax.lax.optimization_barrier(closed.consts)
-        program = lambda *consts: core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
-        nothing = lambda *_: [jnp.zeros(out.shape, out.dtype) for out in closed.out_avals]
-        made = jax.lax.cond(_true(closed.consts), program, nothing, *consts)
+        true = _true(closed.consts)
+        consts = [jax.lax.select_n(true, jnp.zeros_like(array), array) for array in closed.consts]
+        made = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
         return jax.tree.unflatten(jax.tree.structure(shapes), made)
 
     return measured
 
 
 def _true(arrays: Any) -> jax.Array:
-    """True, which XLA cannot know: it depends on what is traced, for form's sake."""
-    some = next(array for array in arrays if isinstance(array, jax.core.Tracer))
+    """True, made of what is traced; where nothing is, all are constants."""
+    some = next((array for array in arrays if isinstance(array, jax.core.Tracer) and array.size), jnp.zeros(1))
     some = jax.random.key_data(some) if jnp.issubdtype(some.dtype, jax.dtypes.prng_key) else some
     return (some.ravel()[0].astype(jnp.int32) | 1) != 0
 

@@ -23,8 +23,8 @@ _traces_for: Callable = getattr(jax, "make_user_context", lambda _: lambda _: co
 def undisturbed(*roots: Any) -> Iterator[None]:
     """For a whole measurement: what can be reached from models and functions holds afterwards what it held before.
 
-    JAX remembers what it has traced. The next call of the user would find what was traced here, and its Python code would
-    not run: what was traced meanwhile is remembered apart.
+    JAX remembers what it has traced. The next call of the user would find what was traced here, and its Python code
+    would not run: what was traced meanwhile is remembered apart.
     """
     jax.effects_barrier()  # callbacks of the user's own steps, which may still be on their way
     with _kept(roots), _traces_for("lnp"):

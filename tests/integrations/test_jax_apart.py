@@ -14,7 +14,7 @@ import lnp_jax
 from integrations.jax_reference import agrees, cross_entropy, dense
 from lnp import population
 from lnp.backends import Options
-from lnp_jax import judge, parts, sites, tapped
+from lnp_jax import judge, parts, record, sites, tapped
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +221,7 @@ def test_uses_of_parameters(name, rows, monkeypatch):
     monkeypatch.setattr(tapped, "ROW", rows)
     monkeypatch.setattr(tapped, "COPIED", 0)
     monkeypatch.setattr(population, "LEAST", 3)
+    monkeypatch.setattr(record, "has_rules", lambda program: True)  # inner products from taps, as without forward mode
     parameters = made(shapes)
     found, (g, index, inner) = lnp_jax.evaluate(partial(both), (apply, parameters), ((x, x),), Options(loss))
     v, norms, vector = found

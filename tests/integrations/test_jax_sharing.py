@@ -89,7 +89,7 @@ def experts(bias):
 
 
 def test_samples_that_interact_later_than_they_were_compared():
-    """Loss and gradient are the plain step's, bit by bit. The trace is nan inside of jit; outside it is made jointly."""
+    """Loss and gradient are the plain step's, bit by bit. The trace is nan inside of jit, and made jointly outside."""
     measured, plain = lnp_jax.value_and_grad(routed, cross_entropy, loss_terms=64), jax.jit(reference(routed))
     rows = lambda p: jax.jacrev(lambda p: routed(p, X))(p).values()
     for bias, apart in ((0.0, True), (50.0, False)):

@@ -231,10 +231,10 @@ def test_the_compiled_step_is_the_one_without_a_measurement():
         return value, jax.tree.map(lambda p, g: p - 0.1 * (g + 0.01 * p), p, gradients)
 
     expected, found = entry(unmeasured, p, x, y), entry(measured, p, x, y, KEY)
-    products = lambda lines: [line for line in lines if " dot(" in line or "kind=kCustom" in line]
     assert expected
-    assert not [operation for operation in expected if found.count(operation) < expected.count(operation)]
-    assert products(found) == products(expected)
+    for operation in expected:
+        twice = " dot(" in operation or "kind=kCustom" in operation  # products, which the measurement makes for itself
+        assert found.count(operation) >= expected.count(operation) * (1 + twice), operation
 
 
 def test_all_passes_of_a_measurement_are_one_function():
