@@ -218,7 +218,7 @@ class Global(Layer):
 
 
 class OfClass(Layer):
-    calls, log = 0, []  # noqa: RUF012
+    calls, log = 0, []
 
     def keep(self, h):
         OfClass.calls += 1
