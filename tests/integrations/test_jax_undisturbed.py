@@ -169,6 +169,19 @@ def test_logs_that_compiled_code_writes(way):
     assert trained(callbacks, measured, **JOINT) == trained(callbacks, unmeasured)
 
 
+def test_callbacks_that_are_still_on_their_way(monkeypatch):
+    """What the user's own step still has to write, its arrays being there already, is no trace of lnp's."""
+    log, pending = [], [1.0]
+
+    def barrier():
+        log.extend(pending)
+        pending.clear()
+
+    monkeypatch.setattr(jax, "effects_barrier", barrier)
+    lnp.decompose((lambda p, x: dense(p, x) + len(log), weights()), plain().batch(0), **CHEAP, **JOINT)
+    assert log == [1.0]
+
+
 STATES = ("counter", "list", "numpy", "python", "attribute", "inner jit", "checkpoint", "bfloat16")
 
 
