@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent
 # Pinned, because a new release of either finds new things in unchanged code.
 RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
 TENSORFLOW = "tensorflow-cpu"
+FORMATS = "pandas,polars,pyarrow,orjson"
+OF_TORCH = (f".[torch,transformers,lightning,tensorboard,{FORMATS},demo,test]", "pytest-xdist")
+NEWEST = "torch>=2.14"
 OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """Compiles small programs in half of the time."""
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
@@ -53,13 +56,24 @@ def core(session: nox.Session) -> None:
 @nox.session
 def torch(session: nox.Session) -> None:
     """PyTorch and Hugging Face models, hosts of training loops, tables and figures, and the demo on PyTorch."""
-    formats = "pandas,polars,pyarrow,orjson"
-    install(session, f".[torch,transformers,lightning,tensorboard,{formats},demo,test]", "pytest-xdist")
+    install(session, *OF_TORCH)
+    whole_of_torch(session)
+    if not session.posargs:
+        show(session)
+
+
+@nox.session(default=False)
+def torch_newest(session: nox.Session) -> None:
+    """The same tests with the newest release, which may be a build for GPUs, of gigabytes: asked for by name."""
+    install(session, *OF_TORCH, NEWEST, constrained=False)
+    whole_of_torch(session)
+
+
+def whole_of_torch(session: nox.Session) -> None:
+    """All tests of the PyTorch backend."""
     refuse(session, "jax", "tensorflow", "keras")
     session.env["OMP_NUM_THREADS"] = "1"  # small products wait for each other on more threads than there are cores
     pytest(session, "torch", *PARALLEL, "--pyargs", "lnp_torch", *suite("torch"))
-    if not session.posargs:
-        show(session)
 
 
 @nox.session
@@ -140,9 +154,10 @@ def compile_fast(session: nox.Session, *more: str) -> None:
     session.env["XLA_FLAGS"] = " ".join(flags)
 
 
-def install(session: nox.Session, *requirements: str) -> None:
+def install(session: nox.Session, *requirements: str, constrained: bool = True) -> None:
     """Install under the constraints, and keep the current folder off the path: it must not stand in for the package."""
-    session.install("--constraint", str(ROOT / "constraints.txt"), *requirements)
+    constraints = ("--constraint", str(ROOT / "constraints.txt")) if constrained else ()
+    session.install(*constraints, *requirements)
     session.env["PYTHONSAFEPATH"] = "1"
     check = "import lnp, sysconfig; assert lnp.__file__.startswith(sysconfig.get_path('purelib')), lnp.__file__"
     session.run("python", "-c", check, silent=True)
