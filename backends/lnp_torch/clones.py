@@ -37,8 +37,8 @@ class Clones:
         self._originals[id(x)] = x
 
     def constant(self, x: Tensor) -> Tensor:
-        """What stands for a tensor for the whole measurement; a parameter stands for itself."""
-        return x if isinstance(x, torch.nn.Parameter) else _clone(x)
+        """What stands for a tensor during the whole measurement."""
+        return _clone(x)
 
     def shared(self) -> list[Tensor]:
         """The tensors whose memory the measurement shares."""
@@ -76,7 +76,9 @@ class Clones:
         return [(x, _leaf(x, where(x))) for x in same]
 
     def _copied(self, x: Tensor) -> bool:
-        return id(x) in self.buffers or id(x) in self.written or x.numel() * x.element_size() <= LARGE
+        if id(x) in self.buffers or id(x) in self.written:
+            return True
+        return not isinstance(x, torch.nn.Parameter) and x.numel() * x.element_size() <= LARGE
 
 
 def _clone(x: Tensor) -> Tensor:

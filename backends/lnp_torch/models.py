@@ -184,7 +184,7 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
     chosen = select(candidates, parameters)
     every = {name: p.detach().clone() if id(p) in written else p for name, p in own.items()}
     aliases = {name: _alias(every[name]) for name in chosen}
-    replica = Replica((model, forward or called, loss), written)
+    replica = Replica((model, forward or called, loss), map(id, own.values()), written)
     copy, run, of_outputs = replica.roots
 
     def call(parameters: Parameters, inputs: Any) -> Any:
@@ -213,7 +213,7 @@ def _function(function: Callable, tree: Any, parameters: Any, loss: Any, written
     chosen = select([name for name, leaf in leaves.items() if continuous(leaf)], parameters)
     own = {name: leaf.detach().clone() if id(leaf) in written else leaf for name, leaf in leaves.items()}
     aliases = {name: _alias(own[name]) for name in chosen}
-    replica = Replica((function, loss), written)
+    replica = Replica((function, loss), written=written)
     run, of_outputs = replica.roots
 
     def call(parameters: Parameters, inputs: Any) -> Any:

@@ -9,12 +9,14 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lnp.state import PLAIN
 from lnp.structure import leaves, map_leaves
 from lnp_torch.draws import Record, rows
 from lnp_torch.frozen import Frozen
 from lnp_torch.isolation import RandomState, same_randomness
 from lnp_torch.models import Parameters, Program
 from lnp_torch.outputs import Outputs, read
+from lnp_torch.replica import Replica
 
 Part: TypeAlias = slice | torch.Tensor
 """Which samples: a slice, or their indices."""
@@ -110,12 +112,17 @@ class Passes:
 
 def copied(inputs: Any) -> Any:
     """The same inputs in new memory: a network may write to what it is given, and later passes need it as it was."""
-    return map_leaves(
-        lambda leaf: (
-            leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
-        ),
-        inputs,
-    )
+    return map_leaves(_copied, inputs)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    if type(leaf) in PLAIN:
+        return leaf
+    replica = Replica((leaf,))
+    replica.rewind({})
+    return replica.roots[0]
 
 
 def first_pass(

@@ -45,6 +45,8 @@ class Replica:
     ----------
     roots:
         A model, a function that calls it, a loss.
+    standing:
+        Ids of the parameters for which the caller gives something at each pass.
     written:
         Ids of tensors that are known to be written to, see `Clones`.
 
@@ -61,12 +63,14 @@ class Replica:
         If something is found that a pass may advance and nobody can copy: a Python generator.
     """
 
-    def __init__(self, roots: Iterable[Any], written: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, roots: Iterable[Any], standing: Iterable[int] = (), written: frozenset[int] = frozenset()
+    ) -> None:
         self._memo: dict[int, tuple[Any, Any]] = {}
         self._held: list[tuple[Part, Any, list]] = []
         self._globals: dict[int, dict] = {}
         self._restored: list[Any] = []
-        self.clones = Clones(written)
+        self._standing, self.clones = frozenset(standing), Clones(written)
         self.roots = tuple(self.of(root) for root in roots)
         self._held += [(PARTS[dict], made, PARTS[dict].take(made)) for made in self._globals.values()]
         tensors = lambda content: any(isinstance(value, torch.Tensor) for value in content)
@@ -107,12 +111,15 @@ class Replica:
         """The copy of an object; the object itself where it is shared."""
         if type(x) in PLAIN or isinstance(x, FIXED):
             return x
+        if type(x) in weakref.ProxyTypes:
+            target = x.__repr__.__self__  # of the object itself: there is no other way to it
+            return weakref.proxy(made) if (made := self.of(target)) is not target else x
         known = self._memo.get(id(x))
         if known is not None:
             return known[1]
         if isinstance(x, torch.Tensor):
             self._keep(x, x)  # what stands for it is known at each pass
-            if not isinstance(x, nn.Parameter):
+            if id(x) not in self._standing:
                 self.clones.add(x)
             return x
         make = next((make for kind, make in MAKERS.items() if isinstance(x, kind)), None)
@@ -153,13 +160,19 @@ class Replica:
         self.clones.buffers.update(id(buffer) for buffer in x._buffers.values())
         made = self._object(x)
         vars(made).pop("_compiled_call_impl", None)  # would call the user's own module
+        if hasattr(type(x), "__del__"):  # what it does at its end is the user's own module's to do
+            made.__class__ = type(type(x).__name__, (type(x),), {"__del__": lambda self: None})
         return made
 
     def _tuple(self, x: Any) -> Any:
-        items = [self.clones.constant(i) if isinstance(i, torch.Tensor) else self.of(i) for i in x]
+        items = [self._item(i) for i in x]
         if all(new is old for new, old in zip(items, x, strict=True)):
             return x
         return self._keep(x, frozenset(items) if isinstance(x, frozenset) else tuple.__new__(type(x), items))
+
+    def _item(self, x: Any) -> Any:
+        """What stands in a tuple: one and the same at all passes. A parameter there is found by those who use it."""
+        return self.clones.constant(x) if isinstance(x, torch.Tensor) and id(x) not in self._standing else self.of(x)
 
     def _method(self, x: types.MethodType) -> Any:
         owner = self.of(x.__self__)
@@ -251,6 +264,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _part_of_a_model(x: Any) -> bool:
+    if hasattr(type(x), "__del__"):  # something that is opened and closed
+        return False
     return enters(x, HOSTS) or type(x).__module__.startswith(OF_TORCH)
 
 
