@@ -149,3 +149,17 @@ def test_a_model_without_backend_and_a_reason_of_the_callers(quiet):
     assert tracker.check(None, "Its host shards it.") is False
     assert "no backend accepts" in told(quiet)[0]
     assert "Its host shards it." in told(quiet)[1]
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"estimator": "best"}, {"rtol": -1}, {"seed": -1}, {"microbatch": 0}, {"batch_statistics": "running"}]
+)
+def test_values_that_cannot_be_are_refused_at_once(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
+        lnp.Tracker(**wrong)
+    tracker = lnp.Tracker(schedule=[5])
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
+        tracker.observe(0, MODEL, BATCH, options=wrong)

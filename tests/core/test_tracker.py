@@ -275,17 +275,6 @@ def test_wrong_options_are_refused_at_once():
         lnp.Tracker(on_error="ignore")
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"estimator": "best"}, {"rtol": -1}, {"seed": -1}, {"microbatch": 0}, {"batch_statistics": "running"}]
-)
-def test_values_that_cannot_be_are_refused_at_once(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
-        lnp.Tracker(**wrong)
-    tracker = lnp.Tracker(schedule=[5])
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
-        tracker.observe(0, MODEL, BATCH, options=wrong)
-
-
 def test_a_copy_in_another_process_opens_the_file_itself(tmp_path):
     tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=5)
     train(tracker, range(3))
