@@ -122,6 +122,7 @@ class Centred:
         self.centre, self.generator = keras.Variable(np.zeros(2, "float32")), keras.random.SeedGenerator(7)
 
     def __call__(self, outputs, targets):
+        targets = ops.convert_to_tensor(targets)
         value = (outputs - targets) ** 2
         if self.kind == "moving":
             self.centre.assign(0.9 * self.centre + 0.1 * ops.mean(outputs, axis=0))
@@ -139,7 +140,8 @@ def described(value, seen):
     if isinstance(value, keras.Variable):
         return value.path.rpartition("/")[2], keras.ops.convert_to_numpy(value.value).tobytes()
     if ops.is_tensor(value) or isinstance(value, np.ndarray):
-        symbolic = "Tracer" in type(value).__name__ or "Symbolic" in type(value).__name__
+        kind = type(value).__name__
+        symbolic = "Tracer" in kind or "Symbolic" in kind or getattr(value, "is_meta", False)
         return SYMBOLIC if symbolic else ops.convert_to_numpy(value).tobytes()
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)

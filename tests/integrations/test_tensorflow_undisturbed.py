@@ -163,8 +163,8 @@ class Centred:
     def __call__(self, outputs, targets):
         value = (outputs - targets) ** 2
         if self.kind == "moving":
-            self.centre.assign(0.9 * self.centre + 0.1 * tf.reduce_mean(outputs, 0))
             value = (outputs - targets - self.centre) ** 2
+            self.centre.assign(0.9 * self.centre + 0.1 * tf.reduce_mean(outputs, 0))
         elif self.kind == "list":
             self.seen.append(outputs)
             value = value * (1.0 + 0.1 * len(self.seen))
