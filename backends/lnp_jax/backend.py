@@ -15,6 +15,7 @@ from lnp.backends import Options
 from lnp.linearization import Linearization
 from lnp_jax.compiled import Answer, Plan, check_hashable, measure, run
 from lnp_jax.judge import interacting, judged, known, traced
+from lnp_jax.kept_apart import kept_apart
 from lnp_jax.models import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
 from lnp_jax.state_guard import undisturbed
@@ -52,7 +53,7 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
     if traced(dynamic):
-        return measure(_remembering(plan, arrays, batches), *dynamic).result
+        return kept_apart(lambda: measure(_remembering(plan, arrays, batches), *dynamic).result)
     check_hashable(plan)
     if options.split:
         plan = replace(plan, verdicts=tuple(judged(structure, arrays, batch, plan.options) for batch in batches))

@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.extend import core
 
 import lnp
 from lnp import batches
@@ -76,18 +74,14 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
     unknown = [name for name in options if name not in OPTIONS]
     if unknown:
         raise TypeError(f"value_and_grad received the options {unknown}. Expected some of {', '.join(OPTIONS)}.")
-    compiled = jax.jit(partial(_step, apply, loss))
+    step = partial(_step, apply, loss)
+    compiled = jax.jit(step)
 
     def value_and_grad_of(parameters: Any, batch: Any, key: Any) -> tuple[tuple[jax.Array, lnp.Decomposition], Any]:
         _check_trained(apply, parameters)
-        measure = lambda: lnp.decompose((apply, parameters), batch, loss, seed=key, **options)
-        if not traced((parameters, batch, key)):
-            d = measure()
-            value, gradients = compiled(parameters, batch)
-            return (value, d), gradients
-        measured = _kept_apart(measure)
-        value, gradients = _step(apply, loss, parameters, batch)
-        return (value, measured()), gradients
+        d = lnp.decompose((apply, parameters), batch, loss, seed=key, **options)  # first: it may refuse
+        value, gradients = (step if traced((parameters, batch, key)) else compiled)(parameters, batch)
+        return (value, d), gradients
 
     return value_and_grad_of
 
@@ -96,33 +90,6 @@ def _step(apply: Callable, loss: str | Callable | None, parameters: Any, batch: 
     """The step as it is without lnp: the user's function on the whole batch, the user's loss, nothing else."""
     inputs, targets = batches.unpack(batch)
     return jax.value_and_grad(lambda p: loss_of(loss, apply(p, inputs), targets))(parameters)
-
-
-def _kept_apart(measure: Callable[[], Any]) -> Callable[[], Any]:
-    """The measurement as a program that shares no operation with what else the caller computes.
-
-    XLA joins equal operations, and fuses an operation with its successor if it has no other, which changes how it is
-    rounded. So everything that the measurement takes from outside, what functions have closed over too, is taken
-    through a selection whose condition is true, which XLA cannot know: nothing is equal then. A barrier would not do,
-    for on a CPU XLA removes it before it joins operations for the last time; nor a branch, in which convolutions take
-    many times as long.
-    """
-    closed, shapes = jax.make_jaxpr(measure, return_shape=True)()
-
-    def measured() -> Any:
-        true = _true(closed.consts)
-        consts = [jax.lax.select_n(true, jnp.zeros_like(array), array) for array in closed.consts]
-        made = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
-        return jax.tree.unflatten(jax.tree.structure(shapes), made)
-
-    return measured
-
-
-def _true(arrays: Any) -> jax.Array:
-    """True, made of what is traced; where nothing is, all are constants."""
-    some = next((array for array in arrays if isinstance(array, jax.core.Tracer) and array.size), jnp.zeros(1))
-    some = jax.random.key_data(some) if jnp.issubdtype(some.dtype, jax.dtypes.prng_key) else some
-    return (some.ravel()[0].astype(jnp.int32) | 1) != 0
 
 
 def _check_trained(apply: Callable, parameters: Any) -> None:

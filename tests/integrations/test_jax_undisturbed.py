@@ -227,21 +227,24 @@ def entry(function: Callable, *arrays: Any) -> list[str]:
     return sorted(line for line in anonymous if " fusion(" in line or " dot(" in line)
 
 
-def test_the_compiled_step_is_the_one_without_a_measurement():
+@pytest.mark.parametrize("shared", [True, False], ids=["value_and_grad", "decompose"])
+def test_the_compiled_step_is_the_one_without_a_measurement(shared):
     """XLA joins equal operations: nothing that is measured may be equal to what the step computes, also what is made
     of arrays that functions have closed over.
     """
     p, (x, y), loss = weights(), plain().batch(0), plain().loss
-    measured = lambda p, x, y, key: step_of(lambda p, x: dense(p, jnp.sin(x) * jnp.tanh(y).sum()), p, x, y, key)
-
-    def step_of(apply, p, x, y, key):
-        (value, d), gradients = lnp_jax.value_and_grad(apply, loss, **CHEAP)(p, (x, y), key)
-        return value, jax.tree.map(lambda p, g: p - 0.1 * (g + 0.01 * p), p, gradients), d.rate
+    closing_over = lambda y: lambda p, x: dense(p, jnp.sin(x) * jnp.tanh(y).sum())
+    updated = lambda p, gradients: jax.tree.map(lambda p, g: p - 0.1 * (g + 0.01 * p), p, gradients)
 
     def unmeasured(p, x, y):
-        apply = lambda p, x: dense(p, jnp.sin(x) * jnp.tanh(y).sum())
-        value, gradients = jax.value_and_grad(lambda p: loss(apply(p, x), y))(p)
-        return value, jax.tree.map(lambda p, g: p - 0.1 * (g + 0.01 * p), p, gradients)
+        value, gradients = jax.value_and_grad(lambda p: loss(closing_over(y)(p, x), y))(p)
+        return value, updated(p, gradients)
+
+    def measured(p, x, y, key):
+        if not shared:
+            return *unmeasured(p, x, y), lnp_jax.decompose(closing_over(y), p, (x, y), key, loss=loss, **CHEAP).rate
+        (value, d), gradients = lnp_jax.value_and_grad(closing_over(y), loss, **CHEAP)(p, (x, y), key)
+        return value, updated(p, gradients), d.rate
 
     expected, found = entry(unmeasured, p, x, y), entry(measured, p, x, y, KEY)
     assert expected
