@@ -9,7 +9,7 @@ from typing import Any
 from lnp import sources, steps
 from lnp.decomposition import Decomposition
 from lnp.rows import measured, moved
-from lnp.turns import Turns, refuse
+from lnp.turns import Turns, alone, refuse
 
 OF_THE_FUNCTION = ("loss", "forward", "loss_terms", "batch_statistics")
 """Options of `lnp.decompose` that `lnp.step_taken` has as well."""
@@ -41,7 +41,8 @@ class Measuring:
         started = time.perf_counter()
         refuse(model)
         own = None if self.source is None else self.source.next(model)
-        d, found = measured(step, model, batch, own, {**self.at(step), **own_options})
+        with alone(model):
+            d, found = measured(step, model, batch, own, {**self.at(step), **own_options})
         return self.row(step, found, time.perf_counter() - started), d
 
     def row(self, step: int, found: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
@@ -58,5 +59,6 @@ class Measuring:
         """What an update did to the loss, for the row of its step."""
         own = batch if batch is not None else self.source.last if self.source is not None else None
         options = {name: self.options[name] for name in OF_THE_FUNCTION if name in self.options}
-        taken = steps.step_taken(before, after, own, **options)
+        with alone(after):
+            taken = steps.step_taken(before, after, own, **options)
         return {"update/predicted": taken.predicted, "update/measured": taken.measured}

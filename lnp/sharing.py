@@ -10,7 +10,7 @@ from typing import Any
 from lnp import backends
 from lnp.decomposition import Decomposition
 from lnp.failures import ROWS, Failures
-from lnp.turns import refuse
+from lnp.turns import alone, refuse
 
 OPTIONS = ("loss", "parameters", "loss_terms", "estimator", "rtol", "max_probes", "by_layer", "population", "seed")
 """Of `lnp.decompose`, those that a shared step can follow: the others ask for passes of their own."""
@@ -70,9 +70,12 @@ class _Watch:
         untouched, and the loss's own pass can stand in. `seconds` is what that pass took, and 0 until it has returned.
     """
 
-    def __init__(self, step: Any, options: Mapping[str, Any], keep: Callable, attempt: Callable, await_: Callable):
+    def __init__(
+        self, step: Any, options: Mapping[str, Any], keep: Callable, attempt: Callable, await_: Callable,
+        alone: Callable,
+    ) -> None:  # fmt: skip
         self.step, self._options = step, options
-        self._keep, self._attempt, self._await = keep, attempt, await_
+        self._keep, self._attempt, self._await, self._alone = keep, attempt, await_, alone
 
     def enter(self) -> bool:
         """Whether the step is watched from now on."""
@@ -102,7 +105,8 @@ class _Watch:
         broken = None
         with self._attempt():
             try:
-                d = self.step.backward(loss, targets, stated if criterion is None else criterion, **options)
+                with self._alone():
+                    d = self.step.backward(loss, targets, stated if criterion is None else criterion, **options)
             except Exception as error:
                 if not (self.step.stepped and not self.step.seconds):
                     raise
@@ -162,7 +166,7 @@ class SharedSteps:
         made = backends.find(model).shared(model, options.get("parameters"))
         # the tracker holds the number alone: a step holds its activations
         await_ = lambda comes: setattr(self, "_awaited", step if comes else None)
-        return Shared(_Watch(made, rest, keep, attempt, await_))
+        return Shared(_Watch(made, rest, keep, attempt, await_, lambda: alone(model)))
 
     def remind(self) -> None:
         """Tell of a step that ran another backward pass than the one that measures."""

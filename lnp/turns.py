@@ -154,6 +154,11 @@ class Turns:
         return self.__dict__ | {"_idle": None, "_tried": None}  # another process finds out which one it is
 
 
+def alone(model: Any) -> contextlib.AbstractContextManager:
+    """Around a measurement that the other processes of a run do not make: what would wait for them raises an error."""
+    return getattr(backends.find(model), "alone", contextlib.nullcontext)()
+
+
 def refuse(model: Any, reason: str | None = None) -> None:
     """Refuse a model of which its backend, or the caller, knows that it cannot be measured; nothing is touched.
 

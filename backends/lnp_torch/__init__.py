@@ -6,9 +6,21 @@ except ImportError as error:
     raise ImportError("lnp_torch needs PyTorch, which is not installed. Run: pip install 'lnp[torch]'") from error
 
 from lnp_torch.backend import accepts, evaluate, linearize
+from lnp_torch.collectives import alone
 from lnp_torch.randomness import untouched
 from lnp_torch.refusals import refusal
 from lnp_torch.shared import shared
 from lnp_torch.steps import difference, replayed, snapshot
 
-__all__ = ["accepts", "difference", "evaluate", "linearize", "refusal", "replayed", "shared", "snapshot", "untouched"]
+__all__ = [
+    "accepts",
+    "alone",
+    "difference",
+    "evaluate",
+    "linearize",
+    "refusal",
+    "replayed",
+    "shared",
+    "snapshot",
+    "untouched",
+]

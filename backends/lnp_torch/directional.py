@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -27,7 +29,17 @@ def jvp(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.T
         return _double_backward(run, parameters, u)
 
 
+@functools.cache
+def _load() -> None:
+    """Have PyTorch load what forward mode needs, without its warnings about how it does that: they may be errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
 def _forward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
+    _load()
     with torch.no_grad(), forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(p.detach(), tangent.to(p.dtype))

@@ -18,6 +18,7 @@ from lnp.structure import leaves, map_leaves
 from lnp_torch import losses, samples
 from lnp_torch.apart import Apart, Pullback, Tapped
 from lnp_torch.backend import to_host
+from lnp_torch.collectives import with_others
 from lnp_torch.complex import continuous
 from lnp_torch.draws import Watched
 from lnp_torch.huggingface import own_loss_terms
@@ -115,12 +116,13 @@ class SharedStep(contextlib.AbstractContextManager):
 
     def __enter__(self) -> SharedStep:
         self._forget()
-        before = self._module.register_forward_pre_hook(self._called, with_kwargs=True)
-        after = self._module.register_forward_hook(self._answered)
-        self._stack.callback(before.remove)
-        self._stack.callback(after.remove)
-        self._stack.enter_context(self._taps)
-        self._stack.enter_context(self._draws)
+        self.seconds = 0.0
+        with contextlib.ExitStack() as stack:  # which takes everything away again if one of these fails
+            stack.callback(self._module.register_forward_pre_hook(self._called, with_kwargs=True).remove)
+            stack.callback(self._module.register_forward_hook(self._answered).remove)
+            stack.enter_context(self._taps)
+            stack.enter_context(self._draws)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -258,7 +260,8 @@ class SharedStep(contextlib.AbstractContextManager):
         with self._taps.read(reading, samples) as pulled:
             started = time.perf_counter()
             self.stepped = True
-            loss.backward(retain_graph=True)
+            with with_others():
+                loss.backward(retain_graph=True)
             self.seconds = time.perf_counter() - started
         said = pulled(loss.device)
         found = Pullback(said.square_norms, said.missing, [], said.gradient_norms, said.along)

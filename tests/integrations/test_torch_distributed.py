@@ -61,6 +61,16 @@ def test_a_measurement_that_fails_in_one_process_does_not_stop_the_other(ranks, 
         assert len(found["told"]) == (rank == 0)
 
 
+@pytest.mark.parametrize("way", ["observe", "step", "shared"])
+def test_a_network_that_talks_to_other_processes_does_not_wait_for_them(ranks, way):
+    for rank, cases in enumerate(ranks):
+        found = cases[f"talking, {way}, warned"]
+        assert found["equal"]
+        assert found["moved"]
+        assert len(found["told"]) == (rank == 0)
+    assert "talks to other processes" in ranks[0][f"talking, {way}, warned"]["told"][0]
+
+
 def test_data_parallel_models_are_measured_in_the_first_process(ranks):
     found = [cases["data parallel, observe, measured"] for cases in ranks]
     assert [case["rows"] for case in found] == [STEPS, 0]

@@ -156,6 +156,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which the test itself uses
 @pytest.mark.parametrize("kind", CHANGES)
 def test_the_same_operations_with_another_setting(kind):
     run, before, after = CHANGES[kind]

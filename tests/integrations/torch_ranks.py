@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
@@ -51,7 +52,19 @@ def copied() -> nn.Module:
     return nn.parallel.DistributedDataParallel(network())
 
 
-MODELS = {"FSDP2": sharded, "tensor parallel": split, "data parallel": copied}
+class Talks(nn.Module):
+    """Subtracts the mean over all processes, as synchronised normalisation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.inner(x)
+        return hidden - all_reduce(hidden.mean(0)) / 2
+
+
+MODELS = {"FSDP2": sharded, "tensor parallel": split, "data parallel": copied, "talking": Talks}
 
 
 def whole(model: nn.Module) -> list[torch.Tensor]:
@@ -130,6 +143,8 @@ def main(rank: int, folder: Path) -> None:
             found[f"{kind}, {way}, raised"] = raised(kind, way, rank)
     for way in ("observe", "step"):
         found[f"data parallel, {way}, warned"] = warned("data parallel", way, rank, loss=out_of_memory)
+    for way in ("observe", "step", "shared"):
+        found[f"talking, {way}, warned"] = warned("talking", way, rank)
     found["data parallel, observe, measured"] = warned("data parallel", "observe", rank)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
