@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -11,19 +12,23 @@ import torch
 
 from lnp_torch.as_written import as_written
 
+_ONE = threading.RLock()
+
 
 @contextlib.contextmanager
 def undisturbed(devices: Iterable[torch.device]) -> Iterator[None]:
     """Gradients on, nothing compiled or checkpointed; random states are as before afterwards.
 
-    Models need no care here: what is called is a copy of them.
+    Models need no care here: what is called is a copy of them. Random states are the whole process's, so that one
+    thread measures at a time.
     """
-    randomness = RandomState(devices)
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), as_written():
-            yield
-    finally:
-        randomness.restore()
+    with _ONE:
+        randomness = RandomState(devices)
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), as_written():
+                yield
+        finally:
+            randomness.restore()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,211 @@
+"""What a measurement's copy of a model takes with it and what it shares; threads, interruptions, objects of all kinds."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils import checkpoint
+
+import lnp
+import lnp_torch
+from integrations.test_torch_undisturbed import built
+from integrations.torch_state import identities, outside, same
+
+
+def batch():
+    torch.manual_seed(0)
+    return torch.randn(6, 4), torch.arange(6) % 3
+
+
+def rate(model, x, y, loss=F.cross_entropy):
+    value = loss(model(x), y)
+    grads = torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad])
+    return sum(float(g.double().square().sum()) for g in grads)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return {"first": y, "again": y}
+
+
+def of_both(outputs, targets):
+    a, b = outputs.values()
+    return F.mse_loss(a, targets) + 0.1 * b.square().mean() + 0.3 * (b.sin() * a).mean()
+
+
+def test_a_tensor_that_is_returned_twice_keeps_its_rounding():
+    for seed in range(30):
+        torch.manual_seed(seed)
+        model, x, y = Twice(), torch.randn(8, 4), torch.randn(8, 3)
+        expected = torch.autograd.grad(of_both(model(x), y), list(model.parameters()))
+        with lnp_torch.shared(model) as step:
+            loss = of_both(model(x), y)
+        step.backward(loss, y, of_both)
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_a_tensor_that_is_returned_twice_needs_the_criterion():
+    model, (x, y) = Twice(), (torch.randn(8, 4), torch.randn(8, 3))
+    for given in ({"loss_terms": 24}, {"targets": y, "criterion": lambda o, t: 2 * of_both(o, t)}):
+        with lnp_torch.shared(model) as step:
+            loss = of_both(model(x), y)
+        with pytest.raises(RuntimeError, match="returns one tensor twice"):
+            step.backward(loss, **given)
+        assert not step.stepped
+        assert all(p.grad is None for p in model.parameters())
+
+
+class Bag:
+    """Inputs of the user's own class, as graphs come."""
+
+    def __init__(self, x):
+        self.x, self.calls = x, 0
+
+
+class OnBags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, bag):
+        bag.calls += 1
+        bag.x = torch.tanh(self.first(bag.x)) * bag.calls
+        return self.head(bag.x)
+
+
+def test_inputs_of_a_class_of_the_users():
+    model, (x, y) = OnBags(), batch()
+    bag = Bag(x)
+    d = lnp.decompose(model, (bag, y))
+    assert bag.x is x
+    assert bag.calls == 0
+    assert d.rate == pytest.approx(rate(model, Bag(x), y), rel=1e-5)
+    predicted = lnp.predicted_loss_change(model, (bag, y), learning_rate=1e-3)
+    assert lnp.measured_loss_change(model, (bag, y), learning_rate=1e-3) == pytest.approx(predicted, rel=2e-2)
+
+
+class Resource:
+    """Something that is opened and closed."""
+
+    def __init__(self):
+        self.number = 1
+
+    def __del__(self):
+        raise AssertionError("a copy was closed")
+
+
+class Holder(nn.Module):
+    """Weak proxies, parameters that nobody registers, a resource, an end of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head, self.calls = nn.Linear(4, 4), nn.Linear(4, 3), 0
+        self.first.up = weakref.proxy(self)
+        self.hidden = [nn.Parameter(torch.ones(4))]
+        self.resource = Resource()
+
+    def __del__(self):
+        raise AssertionError("a copy of a module came to its end")
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        self.first.up.calls += self.resource.number
+        self.hidden[0].data.mul_(1.5)
+        return self.head(x * self.hidden[0])
+
+
+def test_what_cannot_be_copied_is_shared_or_redirected():
+    model, (x, y) = Holder(), batch()
+    try:
+        d = lnp.decompose(model, (x, y))
+        assert model.calls == 0
+        assert torch.equal(model.hidden[0], torch.ones(4))
+        assert model.hidden[0].grad is None
+        assert d.rate == pytest.approx(rate(model, x, y), rel=1e-5)
+        assert model.calls == 1
+    finally:
+        for kind in (Holder, Resource):
+            del kind.__del__
+
+
+def test_parametrized_weights_that_are_cached():
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3)), batch()
+    expected = lnp.decompose(model, (x, y), estimator="exact")
+    with parametrize.cached():
+        model(x)
+        cached = dict(parametrize._cache)
+        assert lnp.decompose(model, (x, y), estimator="exact") == expected
+        assert same(list(cached), list(parametrize._cache))
+        assert all(parametrize._cache[key] is value for key, value in cached.items())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_threads(shared):
+    """On different models and on the same: right numbers, and nothing is left."""
+    runs = [built(["Containers", "Checkpointed", "BatchNorm"], "centred") for _ in range(2)]
+    (model, x_y, loss), (other, o_y, other_loss) = runs[0], runs[0] if shared else runs[1]
+    expected = lnp.decompose(model, x_y, loss, estimator="exact")
+    before, random_before = identities(model), torch.get_rng_state()
+    originals = checkpoint.CheckpointFunction, vars(checkpoint).copy()
+    found, start = [], threading.Barrier(2)
+
+    def work(model, batch, loss):
+        start.wait()
+        found.extend(lnp.decompose(model, batch, loss, estimator="exact") for _ in range(4))
+
+    threads = [threading.Thread(target=work, args=args) for args in ((model, x_y, loss), (other, o_y, other_loss))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(d.chi_net == pytest.approx(expected.chi_net, rel=1e-5) for d in found)
+    assert identities(model) == before
+    assert torch.equal(torch.get_rng_state(), random_before)
+    assert (checkpoint.CheckpointFunction, vars(checkpoint)) == originals
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
+def test_interruptions():
+    """Ctrl-C at any moment."""
+    layers = ["Containers", "BatchNorm", "Checkpointed", "Closure", "OfClass", "Global"]
+    (model, x_y, loss), (untouched, _, its_loss) = built(layers, "centred"), built(layers, "centred")
+    originals, moments, interrupted = vars(checkpoint).copy(), random.Random(0), 0
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(40):
+            left = outside()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-4, 0.2))
+                lnp.decompose(model, x_y, loss, estimator="exact")
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert same(model, untouched)
+            assert same(loss, its_loss)
+            assert same(left, outside())
+            assert vars(checkpoint) == originals
+            assert torch.is_grad_enabled()
+            assert not torch.overrides._get_current_function_mode_stack()
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert interrupted > 5
