@@ -92,7 +92,8 @@ def places(x: Any) -> tuple[Part, ...]:
         return (OF_CLASS,)
     if isinstance(x, types.FunctionType):
         return (ATTRIBUTES, GLOBALS) if own_code(x.__module__) else (ATTRIBUTES,)
-    return _places(type(x))
+    kind: Any = type(x)
+    return _places(kind)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -118,7 +119,7 @@ def blank(x: Any) -> Any:
     TypeError
         If such objects cannot be made without what they hold.
     """
-    kind = type(x)
+    kind: Any = type(x)
     if isinstance(x, collections.deque):
         made = collections.deque.__new__(kind)
         collections.deque.__init__(made, (), x.maxlen)

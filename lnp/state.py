@@ -90,7 +90,8 @@ def enters(x: Any, foreign: frozenset[str] = frozenset()) -> bool:
     """Whether an object is looked into: containers, functions, objects, and the user's own classes."""
     if isinstance(x, type):
         return own_code(x.__module__)
-    return _entered(type(x), foreign)
+    kind: Any = type(x)
+    return _entered(kind, foreign)
 
 
 @functools.lru_cache(maxsize=4096)

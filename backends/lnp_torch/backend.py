@@ -44,7 +44,8 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch. It keeps the graph of the forward pass alive, and the copy of the model."""
     made, prepared = on_a_copy(model, options, lambda prepared: record(prepared, batch, options))
     names = [field.name for field in fields(made) if field.name in OPERATORS and getattr(made, field.name) is not None]
-    return replace(made, **{name: _quiet(prepared, getattr(made, name)) for name in names})
+    quiet: dict[str, Any] = {name: _quiet(prepared, getattr(made, name)) for name in names}
+    return replace(made, **quiet)
 
 
 OPERATORS = ("vjp", "jvp", "sample_square_norms", "group_square_norms", "subset", "loss_along", "gradient_square_norms")

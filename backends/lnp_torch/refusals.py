@@ -21,14 +21,12 @@ def refusal(model: Any) -> str | None:
 
     Every process of a run comes to the same answer, and nothing is computed or sent for it.
     """
-    tensors = _tensors(model)
-    if (kind := next((kind for tensor in tensors if (kind := _sharded(tensor))), None)) is not None:
-        return SHARDED.format(kind)
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = {kind for tensor in _tensors(model) if (kind := _sharded(tensor))}
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     modules = model.modules() if fsdp is not None and isinstance(model, nn.Module) else ()
     if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in modules):
-        return SHARDED.format("FullyShardedDataParallel")
-    return None
+        kinds.add("FullyShardedDataParallel")
+    return SHARDED.format(", ".join(sorted(kinds))) if kinds else None
 
 
 def refuse(model: Any) -> None:
@@ -48,7 +46,7 @@ def _sharded(tensor: Any) -> str:
     """How a tensor is spread over processes, or ""."""
     if hasattr(tensor, "ds_id"):  # DeepSpeed leaves an empty tensor where it has put the parameter elsewhere
         return "ZeRO stage 3"
-    distributed = sys.modules.get("torch.distributed.tensor")
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(tensor, distributed.DTensor):
         return "DTensor, by fully_shard or tensor parallelism"
     return ""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 HARMLESS = frozenset({"requires_grad_", "detach_", "retain_grad", "rename_", "share_memory_"})
 MAX_NORM = {F.embedding: 3, F.embedding_bag: 4}
 """{function that shrinks rows of its second argument in place: position of `max_norm`}."""
-HANDED_OUT = frozenset({Tensor.data.__get__, Tensor.numpy, Tensor.__array__})  # type: ignore[attr-defined]
+HANDED_OUT = frozenset({Tensor.data.__get__, Tensor.numpy, Tensor.__array__})
 """Memory that can be written to unseen."""
 
 

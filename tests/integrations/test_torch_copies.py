@@ -1,4 +1,4 @@
-"""What a measurement's copy of a model takes with it and what it shares; threads, interruptions, objects of all kinds."""
+"""What a copy of a model takes with it and what it shares; threads, interruptions, objects of all kinds."""
 
 from __future__ import annotations
 
