@@ -69,25 +69,27 @@ class Replica:
         self._memo: dict[int, tuple[Any, Any]] = {}
         self._held: list[tuple[Part, Any, list]] = []
         self._globals: dict[int, dict] = {}
+        self._iterators: dict[int, Any] = {}
         self._restored: list[Any] = []
         self._standing, self.clones = frozenset(standing), Clones(written)
         self.roots = tuple(self.of(root) for root in roots)
         self._held += [(PARTS[dict], made, PARTS[dict].take(made)) for made in self._globals.values()]
-        tensors = lambda content: any(isinstance(value, torch.Tensor) for value in content)
-        self._with_tensors = [held for held in self._held if held[0].refers and tensors(held[2])]
-        found = {id(content) for _, _, content in self._with_tensors}
-        self._without = [held for held in self._held if id(held[2]) not in found]
+        changing = lambda part, content: part.refers and any(map(self._changes, content))
+        self._changing = [(part, made, content) for part, made, content in self._held if changing(part, content)]
+        found = {id(content) for _, _, content in self._changing}
+        self._constant = [held for held in self._held if id(held[2]) not in found]
         self._shared = Saved(self._restored, HOSTS)
 
     def rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
         """Let everything hold what it held when the copy was made, with {id of a parameter: what stands for it}."""
         self.restore()
-        for part, made, content in self._without:
+        for part, made, content in self._constant:
             if not part.same(part.take(made), content):
                 part.put(made, content)
-        now = {**self.clones.fresh(), **standing}
-        for part, made, content in self._with_tensors:
-            wanted = [now.get(id(value), value) if isinstance(value, torch.Tensor) else value for value in content]
+        now: dict[int, Any] = {key: copy.copy(x) for key, x in self._iterators.items()}
+        now |= {**self.clones.fresh(), **standing}
+        for part, made, content in self._changing:
+            wanted = [now.get(id(value), value) for value in content]
             if not part.same(part.take(made), wanted):
                 part.put(made, wanted)
 
@@ -105,7 +107,7 @@ class Replica:
             if part.refers:
                 part.put(made, [])
         self._memo.clear()
-        self._held, self._with_tensors, self._without = [], [], []
+        self._held, self._changing, self._constant = [], [], []
 
     def of(self, x: Any) -> Any:
         """The copy of an object; the object itself where it is shared."""
@@ -126,8 +128,14 @@ class Replica:
         if make is not None:
             return make(self, x)
         if hasattr(type(x), "__next__") and type(x).__module__ in ("builtins", "itertools"):
-            return self._keep(x, _copied_iterator(x))
+            made = self._keep(x, _copied_iterator(x))
+            self._iterators[id(made)] = made
+            return made
         return self._object(x) if _part_of_a_model(x) else x
+
+    def _changes(self, x: Any) -> bool:
+        """Whether something else stands for an object in each pass."""
+        return isinstance(x, torch.Tensor) or id(x) in self._iterators
 
     def _keep(self, x: Any, made: Any) -> Any:
         self._memo[id(x)] = x, made

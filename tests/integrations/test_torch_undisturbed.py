@@ -129,6 +129,18 @@ def test_layers_and_losses_drawn(layers, loss, optimizer, way):
     assert_same(trained(way, layers, loss, optimizer), trained(plain, layers, loss, optimizer))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_pass_is_the_same_function(layer, loss):
+    """The loss at unmoved parameters is the loss, bit by bit, however often it is asked for."""
+    model, batch, criterion = built([layer, "Counter"], loss)
+    lin = lnp.load("torch").linearize(model, batch, lnp.Options(criterion))
+    u = lin.vjp(lin.loss_gradient)
+    for _ in range(2):
+        assert lin.loss_along(u, 0.0).item() == lin.loss.item()
+    assert lin.loss_along(u, 1e-2).item() != lin.loss.item()
+
+
 class Raises(nn.Module):
     """Fails in the middle, after it has written to everything."""
 
