@@ -20,6 +20,7 @@ import lnp
 import lnp_jax
 from integrations.jax_runs import CLASSES, RUNS, SAMPLES, STEPS, Run, callbacks, dense, plain, weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:lnp compiled again")  # as each run is made anew
 OPTIMIZER = optax.adamw(1e-2)
 CHEAP = {"population": False, "max_probes": 1, "loss_terms": SAMPLES * CLASSES}
 KEY = jax.random.key(7)
