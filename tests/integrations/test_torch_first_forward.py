@@ -104,7 +104,7 @@ def trained(name, watch, folder, checkpointing):
     """What is there after a Trainer has trained."""
     model, data = made(name)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     settings = TrainingArguments(
         str(folder), max_steps=STEPS, per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True,
         logging_strategy="no", disable_tqdm=True,
