@@ -43,20 +43,20 @@ OVERWRITES = (
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation with the backend of the framework that Keras runs on."""
     backend = lnp.load(keras.backend.backend())
-    with untouched(), unchanged(_plain(model), options.loss, options.forward):  # also passes here draw dropout masks
+    with untouched():  # the passes that look for batch statistics draw dropout masks
         handed = _handed(model, batches, options)
-        if operands.get("update") is not None:
-            operands["update"] = _by_name(handed.options.parameters, operands["update"])
-        result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
+    if operands.get("update") is not None:
+        operands["update"] = _by_name(handed.options.parameters, operands["update"])
+    result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
     notes = (*handed.notes, *_notes(_plain(model), options))
     return replace(result, notes=(*result.notes, *notes)) if hasattr(result, "notes") else result
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch."""
-    with untouched(), unchanged(_plain(model), options.loss, options.forward):
+    with untouched():
         handed = _handed(model, (batch,), options)
-        record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
+    record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
     keep = lambda v: (model, record.vjp(v))[1]  # the function that was handed over refers to the model weakly
     notes = (*record.notes, *handed.notes, *_notes(_plain(model), options))
     return replace(record, vjp=keep, gradient_square_norms=None, notes=notes)
@@ -75,7 +75,8 @@ def _notes(model: Any, options: Options) -> tuple[str, ...]:
     """What a step of `fit` has that the outputs do not tell."""
     seen, notes = observed(model), []
     compiled = options.loss is None and getattr(model, "compiled", False)
-    if compiled and (seen.adds_terms or (model.losses and not overridden(model))):
+    regularised = any(getattr(variable, "regularizer", None) is not None for variable in model.trainable_variables)
+    if compiled and (seen.adds_terms or (regularised and not overridden(model))):
         notes.append(TERMS)
     if compiled and type(model).train_step is not keras.Model.train_step:
         notes.append(OWN_STEP)
@@ -119,7 +120,8 @@ def _handed(model: Any, batches: tuple, options: Options) -> _Handed:
 def _build(function: Stateless, values: dict, batch: tuple) -> None:
     model: Any = function.model()
     if not (overridden(model) or is_ready(model)):
-        build(model, bare(function(values, batch[0])), batch[1]["targets"], batch[1]["sample_weight"])
+        with unchanged(model):
+            build(model, bare(function(values, batch[0])), batch[1]["targets"], batch[1]["sample_weight"])
 
 
 def _frozen(function: Stateless, values: dict, inputs: list) -> tuple[Stateless, list, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from lnp import batches
 from lnp.backends import Options
 from lnp.structure import leaves, map_leaves
 from lnp_tensorflow.apart import BENT, Comparison, Verdict, alone_note, compare
-from lnp_tensorflow.effects import written
+from lnp_tensorflow.effects import calls_python, written
 from lnp_tensorflow.forward import Forward, forward
 from lnp_tensorflow.isolation import undisturbed
 from lnp_tensorflow.models import Arrays, Structure
@@ -71,12 +72,15 @@ class Traced:
     answer:
         The answer with specifications in the places of both.
     written:
-        Variables that the model writes to.
+        Variables that the model or the loss writes to.
+    calls:
+        Whether it calls Python while it runs.
     """
 
     function: Any
     answer: Answer
     written: tuple[tf.Variable, ...]
+    calls: bool
 
 
 _TRACED: OrderedDict[Any, Traced] = OrderedDict()
@@ -193,7 +197,7 @@ def _run(
             _forget_with(plan.structure.static, _TRACED, key)
     before = [(variable, variable.read_value()) for variable in traced.written]
     try:
-        with undisturbed(*plan.structure.roots, plan.options.loss):  # a graph may call Python
+        with undisturbed(*plan.structure.roots, plan.options.loss) if traced.calls else contextlib.nullcontext():
             packed, *made = traced.function(*dynamic)
         values = iter(packed.numpy().tolist())
     finally:
@@ -232,7 +236,7 @@ def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) 
     with undisturbed(*plan.structure.roots, plan.options.loss):
         concrete = function.get_concrete_function(*spec)
     answer, lasting = seen
-    return Traced(concrete, answer, written(concrete.graph)), lasting
+    return Traced(concrete, answer, written(concrete.graph), calls_python(concrete.graph)), lasting
 
 
 def separately(body: Callable[[], Any]) -> Any:

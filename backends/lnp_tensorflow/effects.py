@@ -33,6 +33,11 @@ def written(graph: Any) -> tuple[tf.Variable, ...]:
     return graph.variables if any(WRITES.fullmatch(node.op) for node in _nodes(graph)) else ()
 
 
+def calls_python(graph: Any) -> bool:
+    """Whether a graph calls Python while it runs."""
+    return any(HOST.fullmatch(node.op) for node in _nodes(graph))
+
+
 def changing(graph: Any) -> bool:
     """Whether a second call of what was traced may return something else than the first."""
     return any(pattern.fullmatch(node.op) for node in _nodes(graph) for pattern in (WRITES, DRAWS, HOST))
@@ -100,7 +105,7 @@ def replayed(graph: Any, replaced: Mapping[str, tf.Tensor], drawn: list[tf.Opera
             "second time with the same ones. Expected the same function at every call. Switch dropout off, or call "
             "the inner function directly (.python_function)."
         )
-    if any(HOST.fullmatch(node.op) for node in _nodes(graph)):
+    if calls_python(graph):
         raise ValueError(
             f"{whose} calls Python while it runs (tf.py_function or tf.numpy_function), so that it cannot be known to "
             "be the same function a second time. Expected TensorFlow's operations."

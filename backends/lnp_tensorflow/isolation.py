@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -41,24 +42,30 @@ def opened(roots: Iterable[Any]) -> list[Any]:
     in lnp's own.
     """
     found = [root() if isinstance(root, weakref.ref) else root for root in roots]
-    known: set[int] = set()
-    while True:
-        held = [value for x in reachable(found, FOREIGN) for part in places(x) if part.refers for value in part.take(x)]
-        inner = [value for outer in (*found, *held) for value in _hidden(outer)]
-        new = [value for value in inner if id(value) not in known]
-        if not new:
-            return found
+    new, known = found, {id(root) for root in found}
+    while new:
+        inner = [value for root in new for value in _hidden(root)]
+        for x in reachable(new, FOREIGN):
+            inner += [v for part in places(x) if part.refers for held in part.take(x) for v in _hidden(held)]
+        new = [value for value in {id(value): value for value in inner}.values() if id(value) not in known]
         known |= {id(value) for value in new}
-        found += new
+        found = [*found, *new]
+    return found
 
 
 def _hidden(value: Any) -> list[Any]:
-    root = type(value).__module__.partition(".")[0]
-    if root == "tensorflow" and not tf.is_tensor(value):
-        return [getattr(value, name) for name in ("__wrapped__", "python_function") if hasattr(value, name)]
-    if root.startswith("lnp_") and dataclasses.is_dataclass(value):
-        return [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return []
+    return [getattr(value, name) for name in _hiding(type(value))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _hiding(kind: type) -> tuple[str, ...]:
+    """Attributes by which objects of a type lead to what they hide."""
+    root = kind.__module__.partition(".")[0]
+    if root == "tensorflow":
+        return tuple(name for name in ("__wrapped__", "python_function") if hasattr(kind, name))
+    return (
+        tuple(f.name for f in dataclasses.fields(kind)) if root[:4] == "lnp_" and dataclasses.is_dataclass(kind) else ()
+    )
 
 
 def eager_seeds() -> random.Random | None:

@@ -46,9 +46,10 @@ def test_what_python_draws_is_drawn_anew_for_each_measurement():
     """The numbers that the step will draw: those that are in traced code are of another one."""
     model = Wrapped(lambda p, x: x @ p["w"] * np.random.standard_normal(), {"w": normal(4, 2)})  # noqa: NPY002
     np.random.seed(0)  # noqa: NPY002
+    loss = Centred("")
     for _ in range(2):
-        d = lnp.decompose(model, (X, Y), Centred(""), population=False)
-        value, _ = taped(model, Centred(""), X, Y)
+        d = lnp.decompose(model, (X, Y), loss, population=False)
+        value, _ = taped(model, loss, X, Y)
         assert d.loss == pytest.approx(float(value), rel=1e-12)
 
 
