@@ -77,6 +77,8 @@ def references(x: Any) -> list[Any]:
     """What an object refers to for good: it has no place where another reference could be put."""
     if isinstance(x, types.MethodType):
         return [x.__self__, x.__func__]
+    if isinstance(x, types.BuiltinMethodType):  # that of a list, say
+        return [x.__self__]
     if isinstance(x, functools.partial):
         return [x.func, *x.args, *x.keywords.values()]
     if isinstance(x, types.FunctionType):

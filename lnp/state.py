@@ -19,11 +19,11 @@ import numpy as np
 from lnp.places import PARTS, STATES, ours, own_code, places, references
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), types.EllipsisType, types.CodeType, property})
-PLAIN |= {types.BuiltinFunctionType, types.ModuleType, staticmethod, classmethod, types.MemberDescriptorType}
+PLAIN |= {types.ModuleType, staticmethod, classmethod, types.MemberDescriptorType}
 """Types of what cannot be written to."""
 MERE = frozenset({"types", "argparse", "collections", "dataclasses"})
 """Modules of the standard library whose objects are mere containers: what others hold (locks, files) is theirs."""
-LINKS = (types.MethodType, types.FunctionType, types.CellType, functools.partial)
+LINKS = (types.MethodType, types.BuiltinMethodType, types.FunctionType, types.CellType, functools.partial)
 
 
 @contextlib.contextmanager

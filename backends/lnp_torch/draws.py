@@ -131,7 +131,7 @@ class Watched(TorchFunctionMode):
         self.wrote |= self._guard.written(func, args, kwargs) is not None
         if func in DROPOUTS:
             return self._dropout(func, args, kwargs)
-        if func is ATTENTION:
+        if func is ATTENTION and OPENS:
             with self:  # so that its parts are seen
                 return open_attention(*args, **kwargs)
         if func not in MADE and func not in FILLED:
@@ -177,6 +177,8 @@ open_attention = types.FunctionType(
     ATTENTION.__closure__,
 )
 """Multi-head attention whose parts a mode sees: the original hands itself over as a whole, with its dropout."""
+OPENS = "has_torch_function" in ATTENTION.__code__.co_names
+"""Whether that takes hold in this release. Otherwise dropout inside is unexplained, and samples are not taken apart."""
 
 
 def by_sample(kind: str, value: Any, samples: int) -> Tensor | None:

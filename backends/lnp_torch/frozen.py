@@ -19,6 +19,7 @@ from lnp_torch.draws import (
     DROPOUTS,
     FILLED,
     MADE,
+    OPENS,
     Expected,
     Record,
     device_of,
@@ -75,7 +76,7 @@ class Frozen(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self._fused and _dropout_p(args, kwargs) > 0:
             return self._attention(*args, **kwargs)
-        if func is ATTENTION:
+        if func is ATTENTION and OPENS:
             with self:  # so that its parts are seen
                 return open_attention(*args, **kwargs)
         return func(*args, **kwargs)

@@ -32,7 +32,7 @@ HOSTS = frozenset(
 """Packages whose objects are no part of a model, unless they are modules."""
 OF_TORCH = ("torch.nn.", "torch.utils.hooks", "torch.utils.weak")
 """Modules of PyTorch whose objects may be part of a model."""
-FIXED = (type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size, enum.Enum)
+FIXED = (type, types.ModuleType, torch.dtype, torch.device, torch.Size, enum.Enum)
 GENERATOR = Part(
     lambda x: [x.get_state()], lambda x, values: x.set_state(values[0]), lambda a, b: a[0].equal(b[0]), refers=False
 )
@@ -114,8 +114,7 @@ class Replica:
         if type(x) in PLAIN or isinstance(x, FIXED):
             return x
         if type(x) in weakref.ProxyTypes:
-            target = x.__repr__.__self__  # of the object itself: there is no other way to it
-            return weakref.proxy(made) if (made := self.of(target)) is not target else x
+            return self._proxy(x)
         known = self._memo.get(id(x))
         if known is not None:
             return known[1]
@@ -209,7 +208,8 @@ class Replica:
         for cell in fresh:
             self._fill(cell, self.of(cell), (CELL,))
         made.__defaults__, made.__kwdefaults__ = self.of(x.__defaults__), self.of(x.__kwdefaults__)
-        made.__qualname__, made.__module__, made.__doc__ = x.__qualname__, x.__module__, x.__doc__
+        for name in ("__qualname__", "__module__", "__doc__", "__annotations__"):
+            setattr(made, name, getattr(x, name))
         differs = own and self._other_globals(x, known)
         if not (cells or differs or x.__dict__ or made.__defaults__ is not x.__defaults__ or x.__kwdefaults__):
             return self._keep(x, x)
@@ -222,6 +222,21 @@ class Replica:
         for name, value in found.items():
             known[name] = self.of(value)
         return any(known[name] is not value for name, value in found.items())
+
+    def _bound(self, x: types.BuiltinMethodType) -> Any:
+        """A method made in C, of a list for example."""
+        owner = x.__self__
+        if owner is None or isinstance(owner, FIXED) or (made := self.of(owner)) is owner:
+            return x
+        return self._keep(x, getattr(made, x.__name__))
+
+    def _proxy(self, x: Any) -> Any:
+        try:
+            target = x.__repr__.__self__  # of the object itself: there is no other way to it
+        except ReferenceError:  # there is none any more
+            return x
+        made = self.of(target)
+        return x if made is target else weakref.proxy(made)
 
     def _reference(self, x: weakref.ref) -> Any:
         target = x()
@@ -250,6 +265,7 @@ MAKERS: dict[Any, Callable[[Replica, Any], Any]] = {
     nn.Module: Replica._module,
     (tuple, frozenset): Replica._tuple,
     types.MethodType: Replica._method,
+    types.BuiltinMethodType: Replica._bound,
     functools.partial: Replica._partial,
     types.FunctionType: Replica._function,
     weakref.ref: Replica._reference,
