@@ -184,7 +184,7 @@ def test_what_is_compiled(how, way):
         torch._dynamo.reset()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            found = trained(way, ["Twice", "Counter"], prepare=COMPILED[how], **options)
+            found = trained(way, ["Counter", "Twice"], prepare=COMPILED[how], **options)
         return found, [str(one.message) for one in told]
 
     watched, told = run(way, rows=way is observed)
@@ -194,6 +194,8 @@ def test_what_is_compiled(how, way):
         assert torch.equal(a, b)
         assert torch.equal(a.grad, b.grad)
     assert watched[0] == expected[0]
+    calls = lambda model: [module.calls for module in model.modules() if isinstance(module, states.Counter)]
+    assert calls(watched[1]) == calls(expected[1]) == [STEPS]
 
 
 class Function(nn.Module):
