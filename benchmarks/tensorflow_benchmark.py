@@ -154,7 +154,7 @@ def mapped_of(model: keras.Model, batch: tuple) -> Callable[[], Any]:
 
 
 def cases_of(model: keras.Model, batch: tuple) -> dict[str, Callable[[], Any]]:
-    """The step, lnp by itself, and steps that share their passes with lnp."""
+    """The step, lnp by itself, and eager steps that are measured on the way."""
     cases = {
         "step": step_of(model, batch),
         "lnp, 1%": lambda: lnp.decompose(model, batch, population=False),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +18,8 @@ from lnp.state import PLAIN, reachable
 def fingerprint(
     roots: Iterable[Any], foreign: frozenset[str] = frozenset(), held: Callable[[Any], Any] = lambda value: None
 ) -> tuple:
-    """Equal where what can be reached from the roots is the same: plain values, arrays of NumPy, states of generators.
+    """Equal where what can be reached from the roots is the same: plain values, arrays of NumPy, states of generators,
+    and functions, which are told apart by identity.
 
     Parameters
     ----------
@@ -30,9 +33,9 @@ def fingerprint(
     Examples
     --------
     >>> scale = [1.0]
-    >>> before = fingerprint([lambda x: scale[0] * x])
+    >>> before = fingerprint([scale])
     >>> scale[0] = 2.0
-    >>> before == fingerprint([lambda x: scale[0] * x])
+    >>> before == fingerprint([scale])
     False
     """
     found = reachable(roots, foreign)
@@ -46,7 +49,10 @@ def fingerprint(
         return place[id(value)] if id(value) in place else held(value)
 
     return tuple(
-        (type(x), repr(part.take(x)) if type(x) in STATES else tuple(map(key, part.take(x))))
+        (
+            weakref.ref(x) if isinstance(x, types.FunctionType) else type(x),
+            repr(part.take(x)) if type(x) in STATES else tuple(map(key, part.take(x))),
+        )
         for x in found
         for part in places(x)
     )

@@ -64,6 +64,13 @@ def test_what_python_objects_hold_is_part_of_the_model():
     assert len(set(found)) == 4
 
 
+def test_another_function_is_another_model():
+    model = Wrapped(lambda p, x: x @ p["w"], {"w": normal(4, 2)})
+    linear = lnp.decompose(model, (X, Y), "mse").loss
+    model.function = lambda p, x: tf.tanh(x @ p["w"])
+    assert lnp.decompose(model, (X, Y), "mse").loss != linear
+
+
 def rarely(p, x):
     """Drops a path so rarely that no comparison of a few samples will see it."""
     kept = tf.cast(tf.random.uniform((x.shape[0], 1)) > 1e-6, x.dtype)
