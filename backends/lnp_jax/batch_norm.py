@@ -30,9 +30,13 @@ def frozen(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[Structure
     watched = [m for _, m in nnx.iter_graph(seen) if isinstance(m, nnx.BatchNorm) and not m.use_running_average]
     for layer in watched:
         layer.momentum = 0.0
-    replayed(structure.forward or called, seen)(seen, inputs)
-    for layer, other in zip(layers, watched, strict=True):
-        layer.mean, layer.var = nnx.BatchStat(other.mean[...]), nnx.BatchStat(other.var[...])
+
+    def statistics() -> list[tuple[Any, Any]]:
+        (structure.forward or called)(seen, inputs)
+        return [(layer.mean[...], layer.var[...]) for layer in watched]
+
+    for layer, (mean, var) in zip(layers, replayed(statistics, structure.forward)(), strict=True):
+        layer.mean, layer.var = nnx.BatchStat(mean), nnx.BatchStat(var)
         layer.use_running_average = True
     definition, parameters, rest = nnx.split(model, nnx.Param, ...)
     leaves = jax.tree.leaves((parameters, rest))
