@@ -166,7 +166,6 @@ class Replica:
             return self._keep(x, self.of(inner))
         self.clones.buffers.update(id(buffer) for buffer in x._buffers.values())
         made = self._object(x)
-        vars(made).pop("_compiled_call_impl", None)  # would call the user's own module
         if hasattr(type(x), "__del__"):  # what it does at its end is the user's own module's to do
             made.__class__ = type(type(x).__name__, (type(x),), {"__del__": lambda self: None})
         return made
