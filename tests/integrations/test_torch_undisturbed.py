@@ -133,10 +133,13 @@ def test_layers_and_losses_drawn(layers, loss, optimizer, way):
     ("layer", "loss"), [*((layer, "centred") for layer in LAYERS), *(("Counter", loss) for loss in LOSSES)]
 )
 def test_every_pass_is_the_same_function(layer, loss):
-    """The loss at unmoved parameters is the loss, bit by bit, however often it is asked for."""
+    """The loss at unmoved parameters is the loss, bit by bit, however often it is asked for; and it is the model's."""
+    model, (x, y), criterion = built([layer, "Counter"], loss)
+    expected = criterion(model(x), y).item()
     model, batch, criterion = built([layer, "Counter"], loss)
     lin = lnp.load("torch").linearize(model, batch, lnp.Options(criterion))
     u = lin.vjp(lin.loss_gradient)
+    assert lin.loss.item() == pytest.approx(expected, rel=1e-5)
     for _ in range(2):
         assert lin.loss_along(u, 0.0).item() == lin.loss.item()
     assert lin.loss_along(u, 1e-2).item() != lin.loss.item()

@@ -90,9 +90,8 @@ class View(Layer):
         self.first = self.mean[0]
 
     def keep(self, h):
-        centred = h - self.first.clone()
         self.mean.add_(0.1 * h.detach().mean(0))
-        return centred
+        return h - self.first.clone()
 
 
 class Float(Layer):
