@@ -12,7 +12,8 @@ from keras.src.backend.common import global_state
 
 import lnp
 import lnp_keras
-from integrations.test_keras_undisturbed import BACKEND, data, fresh, plain
+from integrations.keras_stateful import BACKEND, data, fresh
+from integrations.test_keras_undisturbed import plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras, on PyTorch
 

@@ -9,8 +9,9 @@ from tensorflow.python.eager import context
 
 import lnp
 from contract.namespaces import tensorflow
+from integrations.tensorflow_stateful import LOSSES, Centred, Net, described
 from integrations.test_tensorflow_models import Wrapped, normal
-from integrations.test_tensorflow_undisturbed import LOSSES, Centred, Net, applied, described, taped
+from integrations.test_tensorflow_undisturbed import applied, taped
 from lnp_tensorflow import compiled
 
 tensorflow()
