@@ -103,14 +103,16 @@ def _places(kind: type) -> tuple[Part, ...]:
     if kind in STATES:
         return (STATES[kind],)
     found = [part for base, part in PARTS.items() if issubclass(kind, base)][:1]
-    slots = tuple(name for base in kind.__mro__ if base.__flags__ & HEAP for name in _slots(base))
+    slots = tuple(name for base in kind.__mro__ for name in _slots(base))
     if slots and not issubclass(kind, tuple):
         found.append(_members(slots))
     return (*found, ATTRIBUTES) if kind.__dictoffset__ else tuple(found)
 
 
 def _slots(kind: type) -> list[str]:
-    return [name for name, value in vars(kind).items() if isinstance(value, types.MemberDescriptorType)]
+    """The slots of a class that Python code has made; those of others need not be writable."""
+    members = vars(kind).items() if "__slots__" in vars(kind) else ()
+    return [name for name, value in members if isinstance(value, types.MemberDescriptorType)]
 
 
 def blank(x: Any) -> Any:
