@@ -91,11 +91,12 @@ def enters(x: Any, foreign: frozenset[str] = frozenset()) -> bool:
     if isinstance(x, type):
         return own_code(x.__module__)
     kind: Any = type(x)
-    return _entered(kind, foreign)
+    return entered(kind, foreign)
 
 
 @functools.lru_cache(maxsize=4096)
-def _entered(kind: type, foreign: frozenset[str]) -> bool:
+def entered(kind: type, foreign: frozenset[str]) -> bool:
+    """Whether objects of a type are looked into."""
     if kind in PLAIN:
         return False
     if kind in STATES or kind in LINKS or issubclass(kind, (*PARTS, tuple, frozenset)):

@@ -10,6 +10,7 @@ parameters (their memory), and what is no part of the model: loaders, optimizers
 
 from __future__ import annotations
 
+import collections
 import copy
 import enum
 import functools
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from lnp.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, blank, named, own_code, places
-from lnp.state import PLAIN, Saved, enters
+from lnp.state import PLAIN, Saved, entered
 from lnp_torch.clones import Clones
 
 HOSTS = frozenset(
@@ -70,6 +71,7 @@ class Replica:
         self._held: list[tuple[Part, Any, list]] = []
         self._globals: dict[int, dict] = {}
         self._iterators: dict[int, Any] = {}
+        self._empties: list[Any] = []
         self._restored: list[Any] = []
         self._standing, self.clones = frozenset(standing), Clones(written)
         self.roots = tuple(self.of(root) for root in roots)
@@ -83,6 +85,9 @@ class Replica:
     def rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
         """Let everything hold what it held when the copy was made, with {id of a parameter: what stands for it}."""
         self.restore()
+        for made in self._empties:
+            if made:
+                made.clear()
         for part, made, content in self._constant:
             if not part.same(part.take(made), content):
                 part.put(made, content)
@@ -111,26 +116,32 @@ class Replica:
 
     def of(self, x: Any) -> Any:
         """The copy of an object; the object itself where it is shared."""
-        if type(x) in PLAIN or isinstance(x, FIXED):
+        kind = type(x)
+        if kind in PLAIN:
             return x
-        if type(x) in weakref.ProxyTypes:
-            return self._proxy(x)
         known = self._memo.get(id(x))
         if known is not None:
             return known[1]
-        if isinstance(x, torch.Tensor):
-            self._keep(x, x)  # what stands for it is known at each pass
-            if id(x) not in self._standing:
-                self.clones.add(x)
-            return x
-        make = next((make for kind, make in MAKERS.items() if isinstance(x, kind)), None)
-        if make is not None:
-            return make(self, x)
-        if hasattr(type(x), "__next__") and type(x).__module__ in ("builtins", "itertools"):
-            made = self._keep(x, _copied_iterator(x))
-            self._iterators[id(made)] = made
-            return made
-        return self._object(x) if _part_of_a_model(x) else x
+        make = _maker(kind)
+        return x if make is None else make(self, x)
+
+    def _tensor(self, x: torch.Tensor) -> Any:
+        if id(x) not in self._standing:
+            self.clones.add(x)
+        return self._keep(x, x)  # what stands for it is known at each pass
+
+    def _iterator(self, x: Any) -> Any:
+        made = self._keep(x, _copied_iterator(x))
+        self._iterators[id(made)] = made
+        return made
+
+    def _empty(self, x: Any) -> Any:
+        """A container, of which most hold nothing."""
+        if x:
+            return self._object(x)
+        made = self._keep(x, type(x)())
+        self._empties.append(made)
+        return made
 
     def _changes(self, x: Any) -> bool:
         """Whether something else stands for an object in each pass."""
@@ -261,6 +272,7 @@ class Replica:
 
 CELL = PARTS[types.CellType]
 MAKERS: dict[Any, Callable[[Replica, Any], Any]] = {
+    torch.Tensor: Replica._tensor,
     nn.Module: Replica._module,
     (tuple, frozenset): Replica._tuple,
     types.MethodType: Replica._method,
@@ -273,6 +285,22 @@ MAKERS: dict[Any, Callable[[Replica, Any], Any]] = {
     tuple(STATES): Replica._state,
 }
 """How objects are copied that are no plain holders of other objects."""
+EMPTIED = (dict, collections.OrderedDict, list, set)
+
+
+@functools.lru_cache(maxsize=4096)
+def _maker(kind: type) -> Callable[[Replica, Any], Any] | None:
+    """How objects of a type are copied; None for those that are shared."""
+    if issubclass(kind, FIXED):
+        return None
+    if kind in EMPTIED:
+        return Replica._empty
+    if kind in weakref.ProxyTypes:
+        return Replica._proxy
+    make = next((make for base, make in MAKERS.items() if issubclass(kind, base)), None)
+    if make is None and hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
+        return Replica._iterator
+    return make or (Replica._object if _part_of_a_model(kind) else None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -286,10 +314,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _part_of_a_model(x: Any) -> bool:
-    if hasattr(type(x), "__del__"):  # something that is opened and closed
+def _part_of_a_model(kind: type) -> bool:
+    if hasattr(kind, "__del__"):  # something that is opened and closed
         return False
-    return enters(x, HOSTS) or type(x).__module__.startswith(OF_TORCH)
+    return entered(kind, HOSTS) or kind.__module__.startswith(OF_TORCH)
 
 
 def _may_differ(content: Any) -> bool:
