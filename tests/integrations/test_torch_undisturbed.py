@@ -130,7 +130,7 @@ def test_layers_and_losses_drawn(layers, loss, optimizer, way):
 
 
 @pytest.mark.parametrize(
-    ("layer", "loss"), [*((layer, "centred") for layer in LAYERS), *(("Counter", loss) for loss in LOSSES)]
+    ("layer", "loss"), [*((layer, "centred") for layer in LAYERS), *(("GlobalRandomness", loss) for loss in LOSSES)]
 )
 def test_every_pass_is_the_same_function(layer, loss):
     """The loss at unmoved parameters is the loss, bit by bit, however often it is asked for; and it is the model's."""
