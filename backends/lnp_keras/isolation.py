@@ -32,9 +32,9 @@ def unchanged(*roots: Any) -> Iterator[None]:
 
 def _opened(roots: Iterable[Any]) -> list[Any]:
     """The roots, with what lnp's own wrappers and those of TensorFlow hide."""
-    found = []
-    for root in roots:
-        root = root() if isinstance(root, weakref.ref) else root
+    found: list[Any] = []
+    for given in roots:
+        root: Any = given() if isinstance(given, weakref.ref) else given
         own = type(root).__module__.startswith("lnp_") and dataclasses.is_dataclass(root)
         found += _opened(getattr(root, field.name) for field in dataclasses.fields(root)) if own else [root]
     if keras.backend.backend() != "tensorflow":

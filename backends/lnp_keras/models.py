@@ -48,7 +48,7 @@ class Stateless:
     state: tuple = ()
 
     def __call__(self, values: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        model = self.model()
+        model: Any = self.model()
         known = named_variables(model)
         mapping = [(known[name], value) for name, value in values.items()]
         layers = [flat_layers(model)[position] for position in self.frozen]

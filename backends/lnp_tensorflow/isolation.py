@@ -33,7 +33,7 @@ def undisturbed(*roots: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            if seeds is not None:
+            if seeds is not None and state is not None:
                 seeds.setstate(state)
 
 
@@ -54,7 +54,8 @@ def opened(roots: Iterable[Any]) -> list[Any]:
 
 
 def _hidden(value: Any) -> list[Any]:
-    return [getattr(value, name) for name in _hiding(type(value))]
+    kind: Any = type(value)
+    return [getattr(value, name) for name in _hiding(kind)]
 
 
 @functools.lru_cache(maxsize=4096)
