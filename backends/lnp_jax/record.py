@@ -76,9 +76,11 @@ def record(
         signs=_signs(seed, batch_passes.outputs),
         jvp=lambda u: jax.jvp(batch_passes.run, (dict(parameters),), (_as(u, parameters),))[1],
         sample_square_norms=None if samples is None else samples.square_norms,
-        subset=None if samples is None else lambda size: _subset(net, taps, micro, chosen(size), gradient, samples),
+        subset=None
+        if not (taps and samples)
+        else lambda size: _subset(net, taps, micro, chosen(size), gradient, samples),
         cheap=taps is not None and not taps.plan.general,
-        coupled=None if samples is None else _coupled(net, taps, samples, batch_passes.outputs, check),
+        coupled=None if taps is None or samples is None else _coupled(net, taps, samples, batch_passes.outputs, check),
         group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
         groups=1 if micro is None else micro.groups,
         loss_along=lambda u, step: loss.of(

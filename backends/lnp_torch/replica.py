@@ -116,7 +116,7 @@ class Replica:
 
     def of(self, x: Any) -> Any:
         """The copy of an object; the object itself where it is shared."""
-        kind = type(x)
+        kind: Any = type(x)
         if kind in PLAIN:
             return x
         known = self._memo.get(id(x))
