@@ -97,6 +97,26 @@ def test_inputs_of_a_class_of_the_users():
     assert lnp.measured_loss_change(model, (bag, y), learning_rate=1e-3) == pytest.approx(predicted, rel=2e-2)
 
 
+def test_targets_that_the_loss_writes_to():
+    model, (x, y) = nn.Linear(4, 3), batch()
+    before = y.clone()
+
+    def loss(outputs, targets):
+        targets[targets == 0] = 1
+        return F.cross_entropy(outputs, targets)
+
+    lnp.decompose(model, (x, y), loss)
+    assert torch.equal(y, before)
+
+
+def test_rows_that_shrink_when_they_are_looked_up():
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.1), nn.Flatten(), nn.Linear(8, 3))
+    before = model[0].weight.detach().clone()
+    lnp.decompose(model, (torch.randint(0, 7, (6, 2)), torch.arange(6) % 3))
+    assert torch.equal(model[0].weight, before)
+    assert (before.norm(dim=1) > 0.1).all()
+
+
 class Resource:
     """Something that is opened and closed."""
 

@@ -105,6 +105,7 @@ def test_randomness_is_repeated_or_goes_joint(name):
     assert_dense(d, model, out, F.cross_entropy(out, y), 6)
     assert d.probes == (3 if name in RECORDED else 18)
     assert any("random" in note for note in d.notes) == (name != "Python's, one for all")
+    assert any("cannot be repeated" in note for note in d.notes) == (name in ("alpha dropout", "gumbel"))
 
 
 class Gated(nn.Module):
