@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -28,7 +28,20 @@ def undisturbed(devices: Iterable[torch.device]) -> Iterator[None]:
             with torch.inference_mode(False), torch.enable_grad(), as_written():
                 yield
         finally:
-            randomness.restore()
+            finished(randomness.restore)
+
+
+def finished(restore: Callable[[], None]) -> None:
+    """Put something back to the end, also where Ctrl-C comes meanwhile, which then is raised afterwards."""
+    late = None
+    while True:
+        try:
+            restore()
+            break
+        except KeyboardInterrupt as interrupt:
+            late = interrupt
+    if late is not None:
+        raise late
 
 
 @contextlib.contextmanager
@@ -81,7 +94,7 @@ def same_randomness(state: RandomState) -> Iterator[None]:
     try:
         yield
     finally:
-        current.restore()
+        finished(current.restore)
 
 
 class RandomState:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lnp.backends import Options
-from lnp_torch.isolation import no_gradients, undisturbed
+from lnp_torch.isolation import finished, no_gradients, undisturbed
 from lnp_torch.models import Program, Snapshot, program
 from lnp_torch.writes import WrittenTo
 
@@ -31,7 +31,7 @@ def on_a_copy(model: Any, options: Options, run: Callable[[Program], Result]) ->
             written |= {id(found.tensor)}
             _remember(model, written)
         finally:
-            prepared.replica.restore()
+            finished(prepared.replica.restore)
 
 
 def _owner(model: Any) -> Any:
