@@ -9,7 +9,7 @@ import torch
 
 from lnp.structure import leaves, map_leaves
 from lnp_torch.complex import continuous, real
-from lnp_torch.outputs import Outputs, flatten, widened
+from lnp_torch.outputs import Outputs, flatten, read, widened
 
 TWICE = (
     "The model returns one tensor twice, and in the step's own graph the loss has one derivative in both. Expected "
@@ -18,6 +18,32 @@ TWICE = (
 )
 AGREE = 1e-3
 """Relative difference up to which a criterion is what the step's loss was computed by."""
+
+
+def separate_outputs(returned: Any) -> Any:
+    """What the model returned, with outputs that the loss can be differentiated in one by one.
+
+    One output may be computed from another: the loss's derivative in each is at the others as they are. A tensor that
+    is returned twice stays one: two would add up their gradients in another order.
+    """
+    tree = read(returned).tree
+    found = {id(leaf): leaf for leaf in leaves(tree) if continuous(leaf)}
+    if len(found) < 2:
+        return returned
+    made = {key: _Output.apply(leaf) if leaf.requires_grad else leaf for key, leaf in found.items()}
+    return map_leaves(lambda leaf: made.get(id(leaf), leaf), tree)
+
+
+class _Output(torch.autograd.Function):
+    """The identity, in the same memory but no view."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.data
+
+    @staticmethod
+    def backward(ctx, d):
+        return d
 
 
 def loss_gradient(

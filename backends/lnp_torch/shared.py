@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,28 +14,27 @@ from torch import nn
 import lnp
 from lnp.backends import Options
 from lnp.decomposition import ByLayer, decompose, explained
-from lnp.structure import leaves, map_leaves
+from lnp.state import Saved
 from lnp_torch import losses, samples
 from lnp_torch.apart import Apart, Pullback, Tapped
 from lnp_torch.backend import to_host
 from lnp_torch.collectives import with_others
-from lnp_torch.complex import continuous
 from lnp_torch.draws import Watched
 from lnp_torch.huggingface import own_loss_terms
-from lnp_torch.isolation import RandomState, no_gradients, undisturbed
-from lnp_torch.loss_gradient import loss_gradient
+from lnp_torch.isolation import RandomState, finished, no_gradients, undisturbed
+from lnp_torch.loss_gradient import loss_gradient, separate_outputs
 from lnp_torch.losses import OTHERS, other_terms
 from lnp_torch.models import Program, program
 from lnp_torch.outputs import Outputs, flatten, read
 from lnp_torch.passes import Passes, copied
 from lnp_torch.pulls import Pulls
-from lnp_torch.reading import Reading
 from lnp_torch.record import Loss, assembled, repeated, taken_apart
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
-from lnp_torch.replica import Replica, unwrapped
+from lnp_torch.replica import HOSTS, Replica, unwrapped
 from lnp_torch.separable import found_separable
 from lnp_torch.taps import Taps
 
+OTHERS_THAN_TORCH = HOSTS - {"torch"}
 CONSTANT = "what the loss asks of outputs that need no gradient is not seen: chi_loss leaves it out"
 
 
@@ -144,7 +143,7 @@ class SharedStep(contextlib.AbstractContextManager):
         self._taps.watching = False  # what the loss does with the parameters is not the model's
         self._after, self._explained = RandomState([self._device]), self._draws.explained and not self._draws.wrote
         try:
-            returned = _apart(returned)
+            returned = separate_outputs(returned)
         except Exception as error:
             self._failure = error
         self._returned = returned
@@ -196,22 +195,39 @@ class SharedStep(contextlib.AbstractContextManager):
             split=estimator in ("auto", "exact", "per_sample"),
             population=population,
         )
-        assert self._prepared is not None, "the forward pass has made it"
-        left = self._prepared.replica.as_now()  # by the step's own forward pass and loss
         try:
-            with undisturbed([self._device]), self._autocast:
-                record = self._record(loss, targets, scale, options)
-                with self._no_gradients():
-                    found = decompose(
-                        record, estimator=estimator, rtol=rtol, max_probes=max_probes, by_layer=by_layer,
-                        population=population,
-                    )  # fmt: skip
+            with self._measuring(criterion):
+                seen = self._looked_at(loss, targets, scale, options)
+            trained = self._backward(loss, seen, scale)
+            with self._measuring(criterion), self._no_gradients():
+                found = decompose(
+                    self._assembled(seen, trained, options), estimator=estimator, rtol=rtol, max_probes=max_probes,
+                    by_layer=by_layer, population=population,
+                )  # fmt: skip
                 result, _ = to_host(found, [])
         finally:
-            left.restore()
             if self.stepped:
                 self._let_go()
         return explained(result)
+
+    @contextlib.contextmanager
+    def _measuring(self, criterion: Any) -> Iterator[None]:
+        """Around what is the measurement's alone. The step's own backward pass runs as the user runs it, in between.
+
+        A backward pass may run code of the user's: a function with a backward of its own, a checkpoint that computes
+        its activations again. Each probe would write to the model what the step's own pass writes once.
+        """
+        assert self._prepared is not None, "the forward pass has made it"
+        left = self._prepared.replica.as_now(), Saved((self._module, criterion), OTHERS_THAN_TORCH)
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self._module.buffers()]
+        try:
+            with undisturbed([self._device]), self._autocast:
+                yield
+        finally:
+            for saved in left:
+                finished(saved.restore)
+            for buffer, value in buffers:  # all of them: no version tells of what batch normalisation writes
+                buffer.data.copy_(value)
 
     def _let_go(self) -> None:
         """A loop keeps this object until its next step: the activations must not stay with it."""
@@ -224,7 +240,8 @@ class SharedStep(contextlib.AbstractContextManager):
     def _no_gradients(self) -> contextlib.AbstractContextManager:
         return no_gradients(dict(self._module.named_parameters()))
 
-    def _record(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> lnp.Linearization:
+    def _looked_at(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> _Seen:
+        """What is known of a step before its own backward pass."""
         outputs, own = read(self._returned), list(self._own.values())
         parts = outputs.parts
         criterion = None if targets is None else lambda tree: self._criterion(outputs, targets, options)(tree, targets)
@@ -242,22 +259,14 @@ class SharedStep(contextlib.AbstractContextManager):
         terms, separable, notes = self._terms(outputs, targets, options)
         others = other_terms(loss, parts)
         said = [note for note, true in ((OTHERS, others), (CONSTANT, not all(p.requires_grad for p in parts))) if true]
-
-        gradients = lambda v: samples.gradients(parts, own, v)
         both = cheap and (separable if options.population is None else options.population)
-        pulls = Pulls(apart, verdict, gradients, g, both, cheap, options.seed)
-        trained = self._backward(loss, pulls.reading(), len(flat), scale)
-        if not others:
-            pulls.found = trained
+        pulls = Pulls(apart, verdict, lambda v: samples.gradients(parts, own, v), g, both, cheap, options.seed)
         meant = Loss(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
-        made = replace(assembled(pulls, meant, options, self._taps), loss_along=None)
-        if others:  # the step's gradient is not J^T g, and another pass would pull into the user's `.grad`
-            made = replace(made, gradient_square_norms=None)
-        return replace(made, notes=(*made.notes, *why, *said))
+        return _Seen(pulls, meant, others, (*why, *said))
 
-    def _backward(self, loss: torch.Tensor, reading: Reading, samples: int, scale: Any) -> Pullback:
+    def _backward(self, loss: torch.Tensor, seen: _Seen, scale: Any) -> Pullback:
         """The step's own backward pass, with what it says of the gradient and of single samples."""
-        with self._taps.read(reading, samples) as pulled:
+        with self._taps.read(seen.pulls.reading(), len(seen.pulls.loss_gradient)) as pulled:
             started = time.perf_counter()
             self.stepped = True
             with with_others():
@@ -266,6 +275,14 @@ class SharedStep(contextlib.AbstractContextManager):
         said = pulled(loss.device)
         found = Pullback(said.square_norms, said.missing, [], said.gradient_norms, said.along)
         return found if isinstance(scale, float | int) and scale == 1 else found.scaled(scale)
+
+    def _assembled(self, seen: _Seen, trained: Pullback, options: Options) -> lnp.Linearization:
+        if not seen.others:
+            seen.pulls.found = trained
+        made = replace(assembled(seen.pulls, seen.loss, options, self._taps), loss_along=None)
+        if seen.others:  # the step's gradient is not J^T g, and another pass would pull into the user's `.grad`
+            made = replace(made, gradient_square_norms=None)
+        return replace(made, notes=(*made.notes, *seen.notes))
 
     def _terms(self, outputs: Outputs, targets: Any, options: Options) -> tuple[Any, bool, tuple[str, ...]]:
         """(loss_terms, whether the loss is a mean over samples, notes)."""
@@ -308,30 +325,24 @@ class SharedStep(contextlib.AbstractContextManager):
         return run
 
 
-def _apart(returned: Any) -> Any:
-    """What the model returned, with outputs that the loss can be differentiated in one by one.
+@dataclass(frozen=True)
+class _Seen:
+    """A step before its own backward pass.
 
-    One output may be computed from another: the loss's derivative in each is at the others as they are. A tensor that
-    is returned twice stays one: two would add up their gradients in another order.
+    Attributes
+    ----------
+    pulls, loss:
+        As of a measurement with passes of its own.
+    others:
+        Whether the loss has terms that do not come from the outputs.
+    notes:
+        On the samples and the loss.
     """
-    tree = read(returned).tree
-    found = {id(leaf): leaf for leaf in leaves(tree) if continuous(leaf)}
-    if len(found) < 2:
-        return returned
-    made = {key: _Output.apply(leaf) if leaf.requires_grad else leaf for key, leaf in found.items()}
-    return map_leaves(lambda leaf: made.get(id(leaf), leaf), tree)
 
-
-class _Output(torch.autograd.Function):
-    """The identity, in the same memory but no view."""
-
-    @staticmethod
-    def forward(ctx, y):
-        return y.data
-
-    @staticmethod
-    def backward(ctx, d):
-        return d
+    pulls: Pulls
+    loss: Loss
+    others: bool
+    notes: tuple[str, ...]
 
 
 def _call(model: nn.Module, given: tuple) -> Any:

@@ -263,6 +263,30 @@ def test_bfloat16_dropout_in_a_shared_step():
     assert_same(*ends)
 
 
+def test_autocast_around_the_forward_pass_alone():
+    """The step's own backward pass runs as its user runs it: what a function multiplies there is not cast."""
+
+    def forward(model, batch, loss):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(batch[0])
+        return loss(outputs.float(), batch[1])
+
+    def narrow(tracker, step, model, batch, loss, optimizer):
+        with tracker.shared(step, model) as watched:
+            value = forward(model, batch, loss)
+        watched.backward(value, batch[1], loss)
+        optimizer.step()
+        return value
+
+    def alone(tracker, step, model, batch, loss, optimizer):
+        value = forward(model, batch, loss)
+        value.backward()
+        optimizer.step()
+        return value
+
+    assert_same(trained(narrow, ["OwnBackward", "Twice"]), trained(alone, ["OwnBackward", "Twice"], rows=False))
+
+
 class Narrow(nn.Module):
     def __init__(self, model):
         super().__init__()

@@ -327,6 +327,42 @@ class Checkpointed(Layer):
         return checkpoint(lambda h: F.dropout(self.linear(h), 0.3), h, use_reentrant=False)
 
 
+class CheckpointedState(Layer):
+    """What is computed again in the backward pass counts again, as it does without lnp."""
+
+    def setup(self):
+        self.norm, self.calls = nn.BatchNorm1d(WIDTH), []
+
+    def keep(self, h):
+        return checkpoint(self.again, h, use_reentrant=False)
+
+    def again(self, h):
+        self.calls.append(len(self.calls))
+        return self.norm(self.linear(h))
+
+
+class Backward(torch.autograd.Function):
+    """Draws and counts in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        ctx.layer.calls.append(float(torch.rand(())))
+        return d + torch.mm(torch.mm(d, d.T), d), None
+
+
+class OwnBackward(Layer):
+    def setup(self):
+        self.calls = []
+
+    def keep(self, h):
+        return Backward.apply(h, self)
+
+
 class Capacity(Layer):
     """Experts that drop what is too much: samples meet there."""
 
@@ -365,7 +401,19 @@ LAYERS = {
     for kind in (
         *(Counter, RunningTensor, InPlaceTensor, BehindData, View, Float, Containers, Activations, LazyBuffer),
         *(LazyMember, LazyHooks, OneShotHook, Closure, Default, Global, OfClass, Iterated, Replaced, Weak, Generators),
-        *(GlobalRandomness, Teacher, Shrunk, TwoNames, Recurrent, Checkpointed, Capacity, Spectral, Twice),
+        *(
+            GlobalRandomness,
+            Teacher,
+            Shrunk,
+            TwoNames,
+            Recurrent,
+            Checkpointed,
+            CheckpointedState,
+            OwnBackward,
+            Capacity,
+            Spectral,
+            Twice,
+        ),
     )
 } | {
     "BatchNorm": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)),
