@@ -255,7 +255,7 @@ def test_hooks_on_the_backward_pass(kind, way):
 
 
 def test_bfloat16_dropout_in_a_shared_step():
-    """Masks are looked at, not multiplied with: in narrow formats that would round differently."""
+    """Masks are looked at, not multiplied with."""
     ends = []
     for way in (shared, plain):
         found = trained(way, ["Dropout", "Twice"], prepare=lambda model: Narrow(model.bfloat16()))
