@@ -22,8 +22,10 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
     `lnp.decompose` beside it.
 
     Pure, for use inside `jax.jit`. Loss and gradients come from the program of
-    `jax.value_and_grad(lambda p: loss(apply(p, inputs), targets))`, which is kept apart from the measurement: they are
-    the same bit by bit, whatever is measured. Outside of `jax.jit` they are those of that program compiled by itself.
+    `jax.value_and_grad(lambda p: loss(apply(p, inputs), targets))`, which shares no operation with the measurement.
+    Outside of `jax.jit` that program is compiled by itself, and they are the same bit by bit. Inside they are as far as
+    XLA compiles a program the same beside another one: it did in every run that was tried with its default settings on
+    a CPU (`docs/design.md`), and promises nothing.
 
     The measurement is that of `lnp.decompose`. Inside of `jax.jit` nothing can be repeated: where a sample's output
     turns out to depend on others, the decomposition's numbers are nan. Outside they are then measured jointly, with a
