@@ -22,6 +22,7 @@ from lnp_torch.models import Parameters
 from lnp_torch.reading import Lookup, Pulled, Reader, Reading, Site
 from lnp_torch.settings import about
 from lnp_torch.sites import Use, recognised
+from lnp_torch.writes import tensors
 
 MOVING = frozenset(
     {"randperm", "randint", "multinomial", "nonzero", "argwhere", "masked_select", "argsort", "bincount", "unique"}
@@ -71,7 +72,7 @@ class Taps(TorchFunctionMode):
             self.program = hash((self.program, name, *_said(args), *_said(kwargs.values())))
         if name in MOVING or (name == "__getitem__" and _masked(args)):
             self.program = hash((self.program, time.perf_counter_ns()))  # other rows next time: never the same program
-        used = [tensor for tensor in _tensors((args, kwargs)) if self._name(tensor) is not None]
+        used = [tensor for tensor in tensors((args, kwargs)) if self._name(tensor) is not None]
         if not used or not _differentiable(out) or self._only_views(out):
             return out
         return self._tapped(func, name, args, kwargs, out, used)
@@ -124,7 +125,7 @@ class Taps(TorchFunctionMode):
         return None if base is None else self._names.get(id(base))
 
     def _only_views(self, out: Any) -> bool:
-        outs = list(_tensors(out))
+        outs = list(tensors(out))
         return bool(outs) and all(self._name(tensor) is not None for tensor in outs)
 
     def _site(self, use: Use) -> Site | None:
@@ -222,7 +223,7 @@ class _Tap(torch.autograd.Function):
 
 
 def _masked(args: tuple) -> bool:
-    return any(tensor.dtype == torch.bool for tensor in _tensors(args[1:]))
+    return any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
 
 
 def _said(values: Iterable[Any]) -> Iterator[Any]:
@@ -232,17 +233,6 @@ def _said(values: Iterable[Any]) -> Iterator[Any]:
             yield from _said(value)
         elif not isinstance(value, Tensor):
             yield about(value)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -256,4 +246,4 @@ def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def _differentiable(out: Any) -> bool:
-    return any(tensor.requires_grad for tensor in _tensors(out))
+    return any(tensor.requires_grad for tensor in tensors(out))

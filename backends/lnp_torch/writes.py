@@ -56,12 +56,12 @@ class Guard:
 def _targets(func: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
     """The tensors that a call writes to."""
     if writes(func) and args:
-        yield from _tensors(args[0])
+        yield from tensors(args[0])
     if "out" in kwargs:
-        yield from _tensors(kwargs["out"])
+        yield from tensors(kwargs["out"])
     position = MAX_NORM.get(func)
     if position is not None and kwargs.get("max_norm", args[position] if len(args) > position else None) is not None:
-        yield from _tensors(args[1] if len(args) > 1 else kwargs["weight"])
+        yield from tensors(args[1] if len(args) > 1 else kwargs["weight"])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,12 +78,16 @@ _OPERATORS = frozenset(
 )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
 
 
 def _memory(tensor: Tensor) -> tuple[int, ...]:
