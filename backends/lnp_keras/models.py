@@ -57,8 +57,10 @@ class Stateless:
         scope = Scope(mapping, model.trainable_variables)
         with unchanged(self.model, self.forward), inference_mode(layers), scope:
             outputs = (self.forward or called)(model, batch["inputs"])
+            masks = [
+                get_keras_mask(leaf) for leaf in leaves(outputs)
+            ]  # here: on JAX they are part of Keras's own state
         _OBSERVED[model] = Observed(bool(scope.losses), scope.overwritten)
-        masks = [get_keras_mask(leaf) for leaf in leaves(outputs)]
         return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
 
 

@@ -170,6 +170,8 @@ def fitted(way, names, kind):
 
 @pytest.mark.parametrize("name", IN_FIT)
 def test_fit(name):
+    if name == "metric" and keras.backend.backend() == "jax":
+        pytest.skip("Keras itself cannot update a metric inside of a layer there")
     agree("callback", (name,), "", fitted)
 
 
