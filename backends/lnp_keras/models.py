@@ -57,9 +57,8 @@ class Stateless:
         scope = Scope(mapping, model.trainable_variables)
         with unchanged(self.model, self.forward), inference_mode(layers), scope:
             outputs = (self.forward or called)(model, batch["inputs"])
-            masks = [
-                get_keras_mask(leaf) for leaf in leaves(outputs)
-            ]  # here: on JAX they are part of Keras's own state
+            # On JAX they are part of Keras's own state, which is put back after this.
+            masks = [get_keras_mask(leaf) for leaf in leaves(outputs)]
         _OBSERVED[model] = Observed(bool(scope.losses), scope.overwritten)
         return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
 
