@@ -209,13 +209,14 @@ class Function(nn.Module):
         self.inner, self.head = inner, nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):
-        return self.head(states.COMPILED_GELU(self.inner(x)))
+        return self.head(states.COMPILED(self.inner(x), self.inner[-1].weight))
 
 
 @pytest.mark.parametrize("way", [observed, shared])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_function(backend, way, monkeypatch):
-    monkeypatch.setattr(states, "COMPILED_GELU", torch.compile(F.gelu, backend=backend), raising=False)
+    tied = lambda x, weight: F.dropout(F.linear(F.gelu(x), weight), 0.2, True)
+    monkeypatch.setattr(states, "COMPILED", torch.compile(tied, backend=backend), raising=False)
 
     def run(way, **options):
         torch._dynamo.reset()
