@@ -107,8 +107,8 @@ def program(
     if isinstance(model, Snapshot):
         made = program(model.model, forward, parameters, loss, written)
         return replace(made, parameters=model.parameters)
+    refuse(model)
     if isinstance(model, nn.Module):
-        refuse(model)
         return _on_a_device(_module(unwrapped(model), forward, parameters, loss, written))
     if forward is not None:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lnp.structure import children
+from lnp.structure import leaves
 
 SHARDED = (
     "The model's parameters are sharded over processes ({}), and lnp measures whole ones: nothing has been touched. "
@@ -39,7 +39,7 @@ def refuse(model: Any) -> None:
 def _tensors(model: Any) -> list[Any]:
     if isinstance(model, nn.Module):
         return [*model.parameters(), *model.buffers()]
-    return list((children(model[1]) or {}).values()) if isinstance(model, tuple) and len(model) == 2 else []
+    return leaves(model[1]) if isinstance(model, tuple) and len(model) == 2 else []
 
 
 def _sharded(tensor: Any) -> str:

@@ -118,6 +118,16 @@ def test_rows_that_shrink_when_they_are_looked_up():
     assert (before.norm(dim=1) > 0.1).all()
 
 
+def test_parameters_of_a_function_that_are_sharded_are_refused():
+    """However deep they lie: DeepSpeed leaves empty tensors with a number in their places."""
+    weight, (x, y) = torch.randn(4, 3), batch()
+    weight.ds_id = 0
+    model = (lambda p, x: x @ p["layers"][0]["weight"], {"layers": [{"weight": weight}]})
+    with pytest.raises(ValueError, match="sharded over processes"):
+        lnp.decompose(model, (x, y))
+    assert "ZeRO stage 3" in lnp_torch.refusal(model)
+
+
 class Resource:
     """Something that is opened and closed."""
 
