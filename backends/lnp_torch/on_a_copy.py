@@ -28,6 +28,8 @@ def on_a_copy(model: Any, options: Options, run: Callable[[Program], Result]) ->
             with undisturbed([prepared.device]), no_gradients(prepared.parameters):
                 return run(prepared), prepared
         except WrittenTo as found:
+            if id(found.tensor) in written:  # has memory of its own already: beginning again would never end
+                raise RuntimeError("The forward pass writes to memory that cannot be copied for it.") from found
             written |= {id(found.tensor)}
             _remember(model, written)
         finally:
