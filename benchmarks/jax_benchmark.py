@@ -24,8 +24,8 @@ import report
 
 import lnp
 import lnp_jax
-from lnp_jax.judge import judged
-from lnp_jax.models import separate
+from lnp_jax.model import separate
+from lnp_jax.self_check import judged
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 import lnp.plot
-from lnp import storage
-from lnp.compare import compare, to_text
-from lnp.history import History
+from lnp.runs.table import compare, to_text
+from lnp.tracking import storage
+from lnp.tracking.history import History
 
 WHOLE = ("rate", "chi_net_stderr", "chi_pos_stderr", "seconds")
 POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "noise_scale_stderr")

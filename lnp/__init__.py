@@ -5,23 +5,23 @@ position, for PyTorch, JAX, TensorFlow, Keras and NumPy models.
 """
 
 from lnp import schedule
-from lnp.backends import Options, load
-from lnp.cross import CrossResponse
-from lnp.decomposition import Decomposition, Layer
-from lnp.deflation import hutch_plus_plus, xtrace
-from lnp.density import Density
-from lnp.history import History
-from lnp.kernel import Kernel, kernel
-from lnp.linearization import Linearization
-from lnp.measure import cross_response, decompose, measured_loss_change, predicted_loss_change
-from lnp.operators import linear_operator
-from lnp.population import Population
-from lnp.reach import Reach, reach, reach_of_runs
-from lnp.scaling import PowerLaw, power_law
-from lnp.similarity import KernelVelocity, alignment, kernel_velocity, target_alignment
-from lnp.spectrum import Spectrum, spectrum
-from lnp.steps import StepTaken, snapshot, step_taken
-from lnp.tracker import Tracker
+from lnp.api import cross_response, decompose, measured_loss_change, predicted_loss_change
+from lnp.contract.linearization import Linearization
+from lnp.contract.registry import Options, load
+from lnp.estimators.population import Population
+from lnp.results.cross_response import CrossResponse
+from lnp.results.decomposition import Decomposition, Layer
+from lnp.results.step_taken import StepTaken, snapshot, step_taken
+from lnp.runs.power_law import PowerLaw, power_law
+from lnp.runs.spectral_reach import Reach, reach, reach_of_runs
+from lnp.spectral.deflation import hutch_plus_plus, xtrace
+from lnp.spectral.density import Density
+from lnp.spectral.kernel import Kernel, kernel
+from lnp.spectral.operators import linear_operator
+from lnp.spectral.similarity import KernelVelocity, alignment, kernel_velocity, target_alignment
+from lnp.spectral.spectrum import Spectrum, spectrum
+from lnp.tracking.history import History
+from lnp.tracking.tracker import Tracker
 
 __version__ = "0.1.0"
 

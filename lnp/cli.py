@@ -61,7 +61,7 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from lnp.compare import compare, to_text
+    from lnp.runs.table import compare, to_text
 
     runs = _read(options.runs)
     print(to_text(compare(runs)))
@@ -72,9 +72,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _read(paths: Sequence[Path]) -> dict[str, Any]:
     """The runs that have rows, read with a progress bar; a ValueError if there is none."""
-    from lnp.curves import paths_of
-    from lnp.history import History
     from lnp.progress import bar
+    from lnp.runs.curves import paths_of
+    from lnp.tracking.history import History
 
     named = paths_of(paths)
     with bar("reading", sum(path.stat().st_size for path in named.values())) as advance:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lnp.export import needed
+from lnp.tracking.data_frames import needed
 
 Logger = Callable[[Mapping[str, float], int], Any]
 

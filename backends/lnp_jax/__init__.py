@@ -5,11 +5,11 @@ try:
 except ImportError as error:
     raise ImportError("lnp_jax needs JAX, which is not installed. Run: pip install 'lnp[jax]'") from error
 
-from lnp_jax import results
+from lnp_jax import pytrees
 from lnp_jax.backend import accepts, decompose, evaluate, linearize
-from lnp_jax.sharing import value_and_grad
-from lnp_jax.steps import difference, snapshot
+from lnp_jax.training_step import value_and_grad
+from lnp_jax.updates import difference, snapshot
 
 __all__ = ["accepts", "decompose", "difference", "evaluate", "linearize", "snapshot", "value_and_grad"]
 
-results.register()
+pytrees.register()

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lnp_jax import parts
-from lnp_jax.network import Network
+from lnp_jax import fallback
+from lnp_jax.bound_model import Network
 from lnp_jax.outputs import flatten
-from lnp_jax.tapped import Tapped, tapped
+from lnp_jax.taps.backward_pass import Tapped, tapped
 
 INTERACT = "the samples interact in this network ({}): they are not taken apart"
 CHECKED = 8
@@ -89,7 +89,7 @@ def impossible(net: Network) -> str:
     samples = net.split.samples
     if not net.split.possible:
         return f"no input runs over the {samples} samples along its first axis: they are not taken apart"
-    of_one = parts.single(net.function, net.split)
+    of_one = fallback.single(net.function, net.split)
     of_few = lambda p, rows: flatten(net.function(p, net.split.inputs(rows)))
     numbers = jax.eval_shape(flatten, net.tree).shape
     try:
@@ -143,7 +143,7 @@ def pair(net: Network, network: Tapped, outputs: jax.Array) -> jax.Array:
     _, pull = network.forward([row[:1] for row in rows])
     pulled = pull(v[:1])
     by_taps, norms = pulled.gradient, pulled.norms or {}
-    own = {name: jnp.sum(parts.wide(u) ** 2)[None] for name, u in by_taps.items()}
+    own = {name: jnp.sum(fallback.wide(u) ** 2)[None] for name, u in by_taps.items()}
     found = jnp.maximum(apart(outputs[index], both), _largest(_relative(by_taps, gradient)))
     return (found > tolerance) | (_largest(_norm_differences(norms, own, np.asarray([0]))) > 2 * tolerance)
 
@@ -158,13 +158,13 @@ class _Alone:
 
 def _alone(network: Tapped, rows: list, v: jax.Array) -> _Alone:
     """Single samples one after the other, with one gradient in memory at a time."""
-    of_one = parts.single(network.function, network.split)
+    of_one = fallback.single(network.function, network.split)
 
     def step(total: Mapping, now: tuple) -> tuple:
         rows, v = now
         outputs, pullback = jax.vjp(lambda p: of_one(p, rows), dict(network.parameters))
         (gradient,) = pullback(v)
-        squares = {name: jnp.sum(parts.wide(u) ** 2) for name, u in gradient.items()}
+        squares = {name: jnp.sum(fallback.wide(u) ** 2) for name, u in gradient.items()}
         return jax.tree.map(jnp.add, total, gradient), (outputs, squares)
 
     zeros = {name: jnp.zeros_like(p) for name, p in network.parameters.items()}
@@ -189,11 +189,12 @@ def apart(one: jax.Array, other: jax.Array) -> jax.Array:
 
 def _relative(one: Mapping, other: Mapping) -> dict[str, jax.Array]:
     """{name: ||a - b|| / ||b||}, where all of b counts a little."""
-    size = lambda array: jnp.linalg.norm(parts.wide(array).ravel())
+    size = lambda array: jnp.linalg.norm(fallback.wide(array).ravel())
     norms = {name: size(array) for name, array in other.items()}
     floor = SHARE * jnp.linalg.norm(jnp.stack(list(norms.values())))
     return {
-        name: size(parts.wide(one[name]) - parts.wide(other[name])) / _positive(norms[name] + floor) for name in norms
+        name: size(fallback.wide(one[name]) - fallback.wide(other[name])) / _positive(norms[name] + floor)
+        for name in norms
     }
 
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import lnp
-from lnp.backends import Options
-from lnp.linearization import Linearization
-from lnp_jax.compiled import Answer, Plan, check_hashable, measure, run
-from lnp_jax.judge import interacting, judged, known, traced
+from lnp.contract.linearization import Linearization
+from lnp.contract.registry import Options
+from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.kept_apart import kept_apart
-from lnp_jax.models import Arrays, Structure, accepts, separate
+from lnp_jax.model import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
+from lnp_jax.self_check import interacting, judged, known, traced
 from lnp_jax.state_guard import undisturbed
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]

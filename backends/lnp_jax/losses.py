@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lnp import losses
+from lnp.losses import kinds
 from lnp_jax.outputs import measured, parts
 
 
@@ -20,26 +20,26 @@ def prepare(
     single = hasattr(outputs, "shape") and hasattr(targets, "shape")
     shape = tuple(outputs.shape) if single else ()
     integer = single and jnp.issubdtype(targets.dtype, jnp.integer)
-    meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer)
+    meant = kinds.resolve(loss, shape, tuple(targets.shape) if single else None, integer)
     if isinstance(meant, str) and not single:
-        losses.resolve(None, (), None, False)  # a named loss needs single arrays just as much
-    if meant in losses.ELEMENTWISE:
-        losses.check_same_shape(shape, targets.shape)
+        kinds.resolve(None, (), None, False)  # a named loss needs single arrays just as much
+    if meant in kinds.ELEMENTWISE:
+        kinds.check_same_shape(shape, targets.shape)
         return ELEMENTWISE[meant], math.prod(shape) if given is None else given, (), ()
     if meant == "cross_entropy":
-        losses.class_axis(shape, targets.shape, integer)
+        kinds.class_axis(shape, targets.shape, integer)
         if not integer:
             return _soft_cross_entropy, math.prod(shape[:-1]) if given is None else given, (), ()
-        terms = losses.label_terms(jnp, targets) if given is None else given
-        return _cross_entropy, terms, (losses.labels_out_of_range(jnp, targets, shape[-1]),), ()
+        terms = kinds.label_terms(jnp, targets) if given is None else given
+        return _cross_entropy, terms, (kinds.labels_out_of_range(jnp, targets, shape[-1]),), ()
     assert callable(meant)
     if given is not None:
         return meant, given, (), ()
-    stated = losses.stated_terms(meant, outputs, targets)
+    stated = kinds.stated_terms(meant, outputs, targets)
     if stated is not None:
         return meant, stated[0], (), stated[1]
     leaf = outputs if hasattr(outputs, "shape") else parts(outputs)[0]
-    terms, note = losses.assumed_terms(jnp, tuple(leaf.shape), targets if single else None, integer)
+    terms, note = kinds.assumed_terms(jnp, tuple(leaf.shape), targets if single else None, integer)
     return meant, terms, (), (note,)
 
 
@@ -77,7 +77,7 @@ def _soft_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """The mean over labels that are not ignored; labels out of range are taken in, and reported as violations."""
-    kept = targets != losses.IGNORE_INDEX
+    kept = targets != kinds.IGNORE_INDEX
     labels = jnp.clip(targets, 0, outputs.shape[-1] - 1)[..., None]
     picked = jnp.take_along_axis(jax.nn.log_softmax(outputs), labels, axis=-1)[..., 0]
     return -jnp.sum(jnp.where(kept, picked, 0)) / jnp.sum(kept)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lnp.batches import check_outputs
+from lnp.contract.validation import check_outputs
 
 
 def parts(tree: Any) -> list[jax.Array]:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from lnp_jax import parts
-from lnp_jax.network import Network
-from lnp_jax.tapped import Norms, Tapped
+from lnp_jax import fallback
+from lnp_jax.bound_model import Network
+from lnp_jax.taps.backward_pass import Norms, Tapped
 
 SquareNorms = Callable[[jax.Array], Norms]
 """v (N, K) -> {name: (N,) array of ||J_n^T v_n||^2}."""
@@ -42,7 +42,7 @@ class BatchPasses:
     pull: Callable[[jax.Array], Mapping[str, jax.Array]]
 
 
-def of_batch(net: Network, micro: parts.Micro | None) -> BatchPasses:
+def of_batch(net: Network, micro: fallback.Micro | None) -> BatchPasses:
     """The passes of the whole batch, or of one micro-batch after the other."""
     if micro is not None:
         return BatchPasses(micro.outputs(net.parameters), micro.outputs, lambda v: micro.pulled(net.parameters, v))
@@ -102,7 +102,7 @@ class SamplePasses:
 
 
 def of_samples(
-    net: Network, taps: Tapped, micro: parts.Micro | None, g: jax.Array, index: jax.Array | None
+    net: Network, taps: Tapped, micro: fallback.Micro | None, g: jax.Array, index: jax.Array | None
 ) -> SamplePasses:
     """The passes of all samples, with inner products for those of the index."""
     rows = net.split.rows

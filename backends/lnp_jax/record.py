@@ -9,22 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lnp import batches
-from lnp.backends import Options
-from lnp.linearization import Linearization, Subset
-from lnp.losses import separable
-from lnp.population import jackknife_size
-from lnp_jax import losses, parts
+from lnp.contract import validation
+from lnp.contract.linearization import Linearization, Subset
+from lnp.contract.registry import Options
+from lnp.estimators.population import jackknife_size
+from lnp.losses.kinds import separable
+from lnp_jax import fallback, losses
 from lnp_jax.apart import Verdict, apart, impossible, pair
-from lnp_jax.models import Arrays, Structure
-from lnp_jax.network import Network, has_rules, prepared
+from lnp_jax.bound_model import Network, has_rules, prepared
+from lnp_jax.model import Arrays, Structure
 from lnp_jax.outputs import flatten, rebuild
 from lnp_jax.outputs import parts as parts_of
 from lnp_jax.passes import SamplePasses, of_batch, of_samples, while_loop
 from lnp_jax.separable import found_separable
 from lnp_jax.state_guard import replayed
-from lnp_jax.tapped import Tapped, general_note, tapped
-from lnp_jax.taps import inner
+from lnp_jax.taps.backward_pass import Tapped, general_note, tapped
+from lnp_jax.taps.primitives import inner
 
 DRAWN = 2**31 - 1
 """Folded into the key for the samples of a subset; probes count from 0."""
@@ -45,7 +45,7 @@ def record(
     structure: Structure, arrays: Arrays, batch: Any, seed: Any, options: Options, verdict: Verdict | None
 ) -> Linearization:
     """Linearise the model on a batch. Without a verdict two samples are compared; numbers are nan if they differ."""
-    inputs, targets = batches.unpack(batch)
+    inputs, targets = validation.unpack(batch)
     net = prepared(structure, arrays, inputs, options)
     check = verdict is None and options.split
     reason = "" if not options.split else impossible(net) if verdict is None else verdict.reason
@@ -55,7 +55,7 @@ def record(
             "microbatch unset, or remove what couples them."
         )
     taps = _taps(net, options, verdict or Verdict()) if options.split and not reason else None
-    micro = None if options.microbatch is None else parts.Micro(net.function, net.split, options.microbatch)
+    micro = None if options.microbatch is None else fallback.Micro(net.function, net.split, options.microbatch)
     batch_passes = of_batch(net, micro)
     loss = _loss(batch_passes.outputs, _tree(net), targets, options)
     g = loss.gradient
@@ -72,7 +72,9 @@ def record(
         loss_gradient=g,
         loss_terms=loss.terms,
         vjp=lambda v: gradient if v is g else batch_passes.pull(v),
-        inner_products=lambda u, w: {name: jnp.sum(parts.wide(u[name]) * parts.wide(w[name])) for name in parameters},
+        inner_products=lambda u, w: {
+            name: jnp.sum(fallback.wide(u[name]) * fallback.wide(w[name])) for name in parameters
+        },
         signs=_signs(seed, batch_passes.outputs),
         jvp=lambda u: jax.jvp(batch_passes.run, (dict(parameters),), (_as(u, parameters),))[1],
         sample_square_norms=None if samples is None else samples.square_norms,
@@ -112,7 +114,7 @@ def _drawn(seed: Any, samples: int, size: int) -> jax.Array:
 
 
 def _subset(
-    net: Network, taps: Tapped, micro: parts.Micro | None, index: jax.Array, gradient: Mapping, samples: SamplePasses
+    net: Network, taps: Tapped, micro: fallback.Micro | None, index: jax.Array, gradient: Mapping, samples: SamplePasses
 ) -> Subset:
     """These samples, with a forward pass of their own where one is asked for."""
     some = replace(net, split=net.split.some(index, len(index)))
@@ -143,7 +145,7 @@ def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Los
     """L and dL/df."""
     targets = jax.tree.map(jnp.asarray, targets)
     if hasattr(targets, "shape"):
-        batches.check_lengths(outputs.shape[0], targets.shape)
+        validation.check_lengths(outputs.shape[0], targets.shape)
     made = rebuild(outputs, tree)
     prepare = replayed(losses.prepare, options.loss)
     meant, terms, violations, notes = prepare(options.loss, made, targets, options.loss_terms)
@@ -151,7 +153,7 @@ def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Los
 
     def of(flat: jax.Array) -> jax.Array:
         value = jnp.asarray(function(rebuild(flat, tree), targets))
-        batches.check_loss(value.shape)
+        validation.check_loss(value.shape)
         return jnp.sum(value).astype(flat.dtype)
 
     value, gradient = jax.value_and_grad(of)(outputs)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lnp import standins
-from lnp.losses import TRIED, agrees, all_agree
+from lnp.losses import mean_test
+from lnp.losses.kinds import TRIED, agrees, all_agree
 from lnp_jax.outputs import flatten, parts
 
 
@@ -26,7 +26,7 @@ def found_separable(function: Callable, outputs: Any, targets: Any) -> bool:
         return False
     try:
         with jax.ensure_compile_time_eval():
-            draws = range(standins.DRAWS)
+            draws = range(mean_test.DRAWS)
             return all_agree([_agrees(function, *_stand_ins(outputs, targets, draw)) for draw in draws])
     except (RuntimeError, ValueError, TypeError, IndexError):  # whatever a loss says to a part of its batch
         return False
@@ -34,15 +34,15 @@ def found_separable(function: Callable, outputs: Any, targets: Any) -> bool:
 
 def _stand_ins(outputs: Any, targets: Any, draw: int) -> tuple[Any, Any]:
     """Those for a few samples."""
-    classes = standins.classes([leaf.shape for leaf in parts(outputs)])
+    classes = mean_test.classes([leaf.shape for leaf in parts(outputs)])
 
     def output(leaf: Any) -> Any:
         shape = _few(leaf)
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return standins.outputs(shape, leaf.dtype, draw) if floating else target(leaf)
+        return mean_test.outputs(shape, leaf.dtype, draw) if floating else target(leaf)
 
     def target(leaf: Any) -> Any:
-        return standins.targets(_few(leaf), leaf.dtype, classes, draw)
+        return mean_test.targets(_few(leaf), leaf.dtype, classes, draw)
 
     return jax.tree.map(lambda leaf: jnp.asarray(output(leaf)), outputs), jax.tree.map(
         lambda leaf: jnp.asarray(target(leaf)), targets

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from lnp.places import places, references
-from lnp.state import kept, reachable
+from lnp.state.kept import kept, reachable
+from lnp.state.places import places, references
 
 FOREIGN = frozenset({"jax", "jaxlib"})
 """Packages whose objects are not entered: tracers lead to programs that are being traced."""

@@ -10,12 +10,11 @@ from typing import Any
 import keras
 
 import lnp
-from lnp.backends import Options
-from lnp.linearization import Linearization
-from lnp_keras import batch_norm
-from lnp_keras.isolation import foreign_variables_kept, unchanged
+from lnp.contract.linearization import Linearization
+from lnp.contract.registry import Options
+from lnp_keras import replay
 from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
-from lnp_keras.models import (
+from lnp_keras.model import (
     Snapshot,
     Stateless,
     accepts,
@@ -26,6 +25,7 @@ from lnp_keras.models import (
     stateless,
     unpack,
 )
+from lnp_keras.state_guard import foreign_variables_kept, unchanged
 
 __all__ = ["accepts", "evaluate", "linearize"]
 
@@ -104,7 +104,7 @@ def _handed(model: Any, batches: tuple, options: Options) -> _Handed:
     loss, notes = _loss(model, options.loss, parts)
     inputs = [as_tensors(x) for x, _, _ in parts]
     frozen: list = [[] for _ in parts]
-    if options.batch_statistics == "frozen" and batch_norm.normalisations(function):
+    if options.batch_statistics == "frozen" and replay.normalisations(function):
         function, frozen, more = _frozen(function, values, inputs)
         notes = (*notes, *more)
     given = tuple(
@@ -129,7 +129,7 @@ def _frozen(function: Stateless, values: dict, inputs: list) -> tuple[Stateless,
     seen = [_seen(function, values, x) for x in inputs]
     used = [position for position in seen[0][0] if all(position in positions for positions, _ in seen)]
     statistics = [[stats for p, stats in zip(positions, found, strict=True) if p in used] for positions, found in seen]
-    return replace(function, frozen=tuple(used)), statistics, (batch_norm.NOTE,) if used else ()
+    return replace(function, frozen=tuple(used)), statistics, (replay.NOTE,) if used else ()
 
 
 def _seen(function: Stateless, values: dict, inputs: Any) -> tuple[list[int], list]:
@@ -137,9 +137,9 @@ def _seen(function: Stateless, values: dict, inputs: Any) -> tuple[list[int], li
         import torch
 
         with torch.no_grad():
-            return batch_norm.seen(function, values, inputs)
+            return replay.seen(function, values, inputs)
     with foreign_variables_kept(function.model, function.forward):
-        return batch_norm.seen(function, values, inputs)
+        return replay.seen(function, values, inputs)
 
 
 def _loss(model: Any, loss: Any, parts: list) -> tuple[Any, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from lnp.tracker import Tracker
+from lnp.tracking.tracker import Tracker
 
 
 class LNPCallback(keras.callbacks.Callback):

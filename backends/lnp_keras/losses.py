@@ -12,9 +12,9 @@ from typing import Any
 import keras
 from keras.src.backend import set_keras_mask  # there is no public way to set one
 
-from lnp.losses import IGNORE_INDEX, NAMES, resolve
-from lnp.structure import leaves
-from lnp_keras.isolation import Scope, unchanged
+from lnp.contract.trees import leaves
+from lnp.losses.kinds import IGNORE_INDEX, NAMES, resolve
+from lnp_keras.state_guard import Scope, unchanged
 
 ELEMENTS = (
     *("MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError"),

@@ -1,8 +1,8 @@
 """lnp for NumPy, the oracle of the other backends: explicit Jacobians, SciPy operators, linear and random features."""
 
 from lnp_numpy.backend import accepts, evaluate, linearize
-from lnp_numpy.models import JacobianModel, LinearModel, OperatorModel, RandomFeatureModel
-from lnp_numpy.steps import difference, snapshot
+from lnp_numpy.model import JacobianModel, LinearModel, OperatorModel, RandomFeatureModel
+from lnp_numpy.updates import difference, snapshot
 
 __all__ = [
     "JacobianModel",

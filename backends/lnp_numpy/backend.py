@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from array_api_compat import numpy as xp
 
-from lnp import losses
-from lnp.backends import Options
-from lnp.batches import check_lengths, check_outputs, select, unpack
-from lnp.linearization import Linearization
-from lnp.structure import map_leaves
+from lnp.contract.linearization import Linearization
+from lnp.contract.registry import Options
+from lnp.contract.trees import map_leaves
+from lnp.contract.validation import check_lengths, check_outputs, select, unpack
+from lnp.losses import kinds
 from lnp_numpy.losses import value_and_gradient
-from lnp_numpy.models import JacobianModel, LinearModel, OperatorModel
+from lnp_numpy.model import JacobianModel, LinearModel, OperatorModel
 
 
 def accepts(model: Any) -> bool:
@@ -45,7 +45,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     shape, flat = local.outputs.shape, (samples, -1)
     targets = np.asarray(targets)
     integer = np.issubdtype(targets.dtype, np.integer)
-    loss = losses.resolve(options.loss, shape, targets.shape, integer)
+    loss = kinds.resolve(options.loss, shape, targets.shape, integer)
     check_lengths(samples, targets.shape)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         value, gradient = value_and_gradient(loss, local.outputs, targets)
@@ -79,14 +79,14 @@ def _terms(loss: Any, shape: tuple, targets: np.ndarray, integer: bool, given: i
     """(loss_terms, violations, notes)."""
     violations: tuple = ()
     if loss == "cross_entropy" and integer:
-        violations = (losses.labels_out_of_range(xp, targets, shape[-1]),)
-        terms = losses.label_terms(xp, targets)
+        violations = (kinds.labels_out_of_range(xp, targets, shape[-1]),)
+        terms = kinds.label_terms(xp, targets)
     elif loss == "cross_entropy":
         terms = math.prod(shape[:-1])
     elif loss == "mse":
         terms = math.prod(shape)
     elif given is None:
-        terms, note = losses.assumed_terms(xp, shape, targets, integer)
+        terms, note = kinds.assumed_terms(xp, shape, targets, integer)
         return terms, (), (note,)
     return (terms if given is None else given), violations, ()
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from lnp import losses
-from lnp.batches import check_loss
+from lnp.contract.validation import check_loss
+from lnp.losses import kinds
 
 
 def value_and_gradient(loss, outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(L, dL/df) for one of lnp's losses by name, or a callable that returns both."""
-    if loss in losses.ELEMENTWISE:
-        losses.check_same_shape(outputs.shape, targets.shape)
+    if loss in kinds.ELEMENTWISE:
+        kinds.check_same_shape(outputs.shape, targets.shape)
         value, gradient = ELEMENTWISE[loss](outputs, targets.astype(outputs.dtype))
         return np.mean(value), gradient / gradient.size
     if loss == "cross_entropy":
@@ -51,11 +51,11 @@ ELEMENTWISE = {"mse": _mse, "huber": _huber, "binary_cross_entropy": _binary_cro
 
 def _cross_entropy(outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     integer = np.issubdtype(targets.dtype, np.integer)
-    losses.class_axis(outputs.shape, targets.shape, integer)
+    kinds.class_axis(outputs.shape, targets.shape, integer)
     shifted = outputs - outputs.max(axis=-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     if integer:
-        kept = targets != losses.IGNORE_INDEX
+        kept = targets != kinds.IGNORE_INDEX
         terms = kept.sum()
         weights = (np.arange(outputs.shape[-1]) == targets[..., None]) & kept[..., None]
     else:

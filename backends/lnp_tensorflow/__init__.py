@@ -5,11 +5,11 @@ try:
 except ImportError as error:
     raise ImportError("lnp_tensorflow needs TensorFlow. Run: pip install 'lnp[tensorflow]'") from error
 
-from lnp_tensorflow import results
+from lnp_tensorflow import nest
 from lnp_tensorflow.backend import accepts, decompose, evaluate, linearize
-from lnp_tensorflow.sharing import value_and_grad
-from lnp_tensorflow.steps import difference, snapshot
+from lnp_tensorflow.training_step import value_and_grad
+from lnp_tensorflow.updates import difference, snapshot
 
 __all__ = ["accepts", "decompose", "difference", "evaluate", "linearize", "snapshot", "value_and_grad"]
 
-results.register()
+nest.register()

@@ -12,16 +12,16 @@ import numpy as np
 import tensorflow as tf
 
 import lnp
-from lnp.backends import Options
-from lnp.batches import unpack
-from lnp.linearization import Linearization
-from lnp.structure import leaves, map_leaves
-from lnp_tensorflow.compiled import CONVERTED, Plan, remember, run, run_inside
-from lnp_tensorflow.forward import forward
-from lnp_tensorflow.isolation import undisturbed
-from lnp_tensorflow.models import Arrays, Snapshot, Structure, accepts, is_module, plain_state, separate
+from lnp.contract.linearization import Linearization
+from lnp.contract.registry import Options
+from lnp.contract.trees import leaves, map_leaves
+from lnp.contract.validation import unpack
+from lnp_tensorflow.compile_cache import CONVERTED, Plan, remember, run, run_inside
+from lnp_tensorflow.model import Arrays, Snapshot, Structure, accepts, is_module, plain_state, separate
 from lnp_tensorflow.record import record
-from lnp_tensorflow.steps import as_before
+from lnp_tensorflow.replay import forward
+from lnp_tensorflow.state_guard import undisturbed
+from lnp_tensorflow.updates import as_before
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from lnp.fingerprint import random_states
+from lnp.state.fingerprint import random_states
 from lnp_tensorflow.effects import changing, replayed, written
-from lnp_tensorflow.forward import draws_since, operations
-from lnp_tensorflow.isolation import FOREIGN, opened, refusing_variables, undisturbed
+from lnp_tensorflow.replay import draws_since, operations
+from lnp_tensorflow.state_guard import FOREIGN, opened, refusing_variables, undisturbed
 
 
 @dataclass

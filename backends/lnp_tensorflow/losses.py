@@ -8,8 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from lnp import losses
-from lnp_tensorflow import namespace as xp
+from lnp.losses import kinds
+from lnp_tensorflow import array_namespace as xp
 from lnp_tensorflow.outputs import parts
 
 
@@ -20,26 +20,26 @@ def prepare(
     single = tf.is_tensor(outputs) and tf.is_tensor(targets)
     shape = tuple(outputs.shape) if single else ()
     integer = single and targets.dtype.is_integer
-    meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer)
+    meant = kinds.resolve(loss, shape, tuple(targets.shape) if single else None, integer)
     if isinstance(meant, str) and not single:
-        losses.resolve(None, (), None, False)  # a named loss needs single tensors just as much
-    if meant in losses.ELEMENTWISE:
-        losses.check_same_shape(shape, tuple(targets.shape))
+        kinds.resolve(None, (), None, False)  # a named loss needs single tensors just as much
+    if meant in kinds.ELEMENTWISE:
+        kinds.check_same_shape(shape, tuple(targets.shape))
         return ELEMENTWISE[meant], math.prod(shape) if given is None else given, (), ()
     if meant == "cross_entropy":
-        losses.class_axis(shape, tuple(targets.shape), integer)
+        kinds.class_axis(shape, tuple(targets.shape), integer)
         if not integer:
             return _soft_cross_entropy, math.prod(shape[:-1]) if given is None else given, (), ()
-        terms = losses.label_terms(xp, targets) if given is None else given
-        return _cross_entropy, terms, (losses.labels_out_of_range(xp, targets, shape[-1]),), ()
+        terms = kinds.label_terms(xp, targets) if given is None else given
+        return _cross_entropy, terms, (kinds.labels_out_of_range(xp, targets, shape[-1]),), ()
     assert callable(meant)
     if given is not None:
         return meant, given, (), ()
-    stated = losses.stated_terms(meant, outputs, targets)
+    stated = kinds.stated_terms(meant, outputs, targets)
     if stated is not None:
         return meant, stated[0], (), stated[1]
     leaf = outputs if tf.is_tensor(outputs) else parts(outputs)[0]
-    terms, note = losses.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer)
+    terms, note = kinds.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer)
     return meant, terms, (), (note,)
 
 
@@ -66,7 +66,7 @@ def _soft_cross_entropy(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 def _cross_entropy(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """The mean over labels that are not ignored; labels out of range are taken in, and reported as violations."""
-    kept = tf.cast(targets != losses.IGNORE_INDEX, outputs.dtype)
+    kept = tf.cast(targets != kinds.IGNORE_INDEX, outputs.dtype)
     labels = tf.clip_by_value(tf.cast(targets, tf.int32), 0, outputs.shape[-1] - 1)
     picked = tf.gather(tf.nn.log_softmax(outputs), labels, axis=-1, batch_dims=len(labels.shape))
     return -tf.reduce_sum(kept * picked) / tf.reduce_sum(kept)

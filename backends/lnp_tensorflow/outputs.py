@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from lnp.batches import check_outputs
-from lnp.structure import leaves, map_leaves
+from lnp.contract.trees import leaves, map_leaves
+from lnp.contract.validation import check_outputs
 
 
 def parts(tree: Any) -> list[tf.Tensor]:

@@ -10,19 +10,19 @@ from typing import Any
 
 import tensorflow as tf
 
-from lnp import batches
-from lnp.backends import Options
-from lnp.linearization import Linearization, Subset, while_loop
-from lnp.losses import separable
-from lnp_tensorflow import losses, namespace
-from lnp_tensorflow.apart import Apart, Verdict, compare, cut, general_note
+from lnp.contract import validation
+from lnp.contract.linearization import Linearization, Subset, while_loop
+from lnp.contract.registry import Options
+from lnp.losses.kinds import separable
+from lnp_tensorflow import array_namespace, losses
 from lnp_tensorflow.criterion import Criterion, criterion
-from lnp_tensorflow.forward import Forward, draws_since, in_xla, made_since, moved, operations
-from lnp_tensorflow.isolation import undisturbed
+from lnp_tensorflow.fallback import Groups, dot
 from lnp_tensorflow.outputs import flatten, rebuild, split, wide
-from lnp_tensorflow.samples import Groups, dot
+from lnp_tensorflow.replay import Forward, draws_since, in_xla, made_since, moved, operations
+from lnp_tensorflow.self_check import Apart, Verdict, compare, cut, general_note
 from lnp_tensorflow.separable import found_separable
-from lnp_tensorflow.taps import Norms, Tapped, Uses, recorded
+from lnp_tensorflow.state_guard import undisturbed
+from lnp_tensorflow.taps.backward_pass import Norms, Tapped, Uses, recorded
 
 UNROLLED = 16
 """Turns of a loop that are written out where the network pools maxima: in a loop TensorFlow looks for them again,
@@ -76,7 +76,7 @@ def record(
     apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, batch=first, microbatch=options.microbatch)
     taken = _taken_apart(apart, pulls, options, verdict)
     return Linearization(
-        xp=namespace,
+        xp=array_namespace,
         outputs=flat,
         loss=loss.value,
         loss_gradient=loss.gradient,
@@ -210,7 +210,7 @@ def _subsets(taken: _Taken, pulls: _Pulls, seed: Any) -> Callable[[int], Subset]
 def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: Options) -> _Loss:
     """L and dL/df, in float32 or better."""
     if tf.is_tensor(targets):
-        batches.check_lengths(flat.shape[0], tuple(targets.shape))
+        validation.check_lengths(flat.shape[0], tuple(targets.shape))
     made = [tf.cast(part, wide([part])) for part in split(flat, outputs)]
     with undisturbed(options.loss):
         function, terms, violations, notes = losses.prepare(
@@ -219,7 +219,7 @@ def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: 
 
     def scalar(outputs: list[tf.Tensor]) -> tf.Tensor:
         value = tf.convert_to_tensor(function(rebuild(returned, outputs), targets))
-        batches.check_loss(tuple(value.shape))
+        validation.check_loss(tuple(value.shape))
         return tf.cast(tf.reshape(value, ()), flat.dtype)
 
     of = criterion(scalar, options.loss, made)

@@ -7,10 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from lnp import standins
-from lnp.losses import TRIED, agrees, all_agree
-from lnp.structure import leaves, map_leaves
-from lnp_tensorflow import namespace as xp
+from lnp.contract.trees import leaves, map_leaves
+from lnp.losses import mean_test
+from lnp.losses.kinds import TRIED, agrees, all_agree
+from lnp_tensorflow import array_namespace as xp
 from lnp_tensorflow.outputs import flatten, measured, parts, rebuild
 
 
@@ -26,7 +26,7 @@ def found_separable(function: Callable, outputs: Any, targets: Any) -> bool:
         return False
     try:
         with tf.init_scope():
-            draws = range(standins.DRAWS)
+            draws = range(mean_test.DRAWS)
             return all_agree([_agrees(function, *_stand_ins(outputs, targets, draw)) for draw in draws])
     except Exception:  # whatever the user's loss raises for a part of its batch
         return False
@@ -34,9 +34,9 @@ def found_separable(function: Callable, outputs: Any, targets: Any) -> bool:
 
 def _stand_ins(outputs: Any, targets: Any, draw: int) -> tuple[Any, Any]:
     """Those for a few samples."""
-    classes = standins.classes([tuple(leaf.shape) for leaf in parts(outputs)])
-    output = lambda leaf: tf.constant(standins.outputs(_few(leaf), leaf.dtype.as_numpy_dtype, draw))
-    target = lambda leaf: tf.constant(standins.targets(_few(leaf), leaf.dtype.as_numpy_dtype, classes, draw))
+    classes = mean_test.classes([tuple(leaf.shape) for leaf in parts(outputs)])
+    output = lambda leaf: tf.constant(mean_test.outputs(_few(leaf), leaf.dtype.as_numpy_dtype, draw))
+    target = lambda leaf: tf.constant(mean_test.targets(_few(leaf), leaf.dtype.as_numpy_dtype, classes, draw))
     made = map_leaves(lambda leaf: output(leaf) if measured(leaf) else target(leaf), outputs)
     return made, map_leaves(target, targets)
 

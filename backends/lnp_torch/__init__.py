@@ -9,8 +9,8 @@ from lnp_torch.backend import accepts, evaluate, linearize
 from lnp_torch.collectives import alone
 from lnp_torch.randomness import untouched
 from lnp_torch.refusals import refusal
-from lnp_torch.shared import shared
-from lnp_torch.steps import difference, replayed, snapshot
+from lnp_torch.training_step import shared
+from lnp_torch.updates import difference, replayed, snapshot
 
 __all__ = [
     "accepts",

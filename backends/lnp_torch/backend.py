@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from lnp.backends import Options
-from lnp.linearization import Linearization, Subset
-from lnp.structure import leaves, map_leaves
+from lnp.contract.linearization import Linearization, Subset
+from lnp.contract.registry import Options
+from lnp.contract.trees import leaves, map_leaves
 from lnp_torch.complex import real
-from lnp_torch.isolation import undisturbed
-from lnp_torch.models import Program, accepts
+from lnp_torch.model import Program, accepts
 from lnp_torch.on_a_copy import on_a_copy
 from lnp_torch.pulls import Vector
 from lnp_torch.record import record
+from lnp_torch.state_guard import undisturbed
 
 __all__ = ["accepts", "evaluate", "linearize"]
 

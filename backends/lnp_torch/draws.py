@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lnp_torch.isolation import generator_state, set_generator_state
+from lnp_torch.state_guard import generator_state, set_generator_state
 from lnp_torch.writes import Guard
 
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)

@@ -9,8 +9,8 @@ import torch
 from array_api_compat import torch as xp
 from torch import nn
 
-from lnp import losses
-from lnp.batches import unpack
+from lnp.contract.validation import unpack
+from lnp.losses import kinds
 from lnp_torch.losses import integer
 from lnp_torch.outputs import Outputs
 
@@ -42,19 +42,19 @@ def own_loss_terms(modules: Iterable[nn.Module], inputs: Any, outputs: Outputs) 
     may be anything: contrasts between samples, say.
     """
     modules = tuple(modules)
-    kinds = {str(getattr(module, "loss_type", None)) for module in modules} | {type(m).__name__ for m in modules}
+    names = {str(getattr(module, "loss_type", None)) for module in modules} | {type(m).__name__ for m in modules}
     labels = inputs["labels"] if isinstance(inputs, Mapping) else None
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"labels are {type(labels).__name__}. Expected a tensor.")
-    causal = any(kind.endswith(CAUSAL) for kind in kinds)
-    known = causal or any(kind.startswith("For") for kind in kinds)
+    causal = any(kind.endswith(CAUSAL) for kind in names)
+    known = causal or any(kind.startswith("For") for kind in names)
     notes = [] if outputs.auxiliary_loss is None else [AUXILIARY]
     if not integer(labels):
         terms, counted = labels.numel(), "the elements of the labels"
     else:
         # the label of a position is the next token: the first label has no prediction
-        terms = losses.label_terms(xp, labels[..., 1:] if causal else labels)
-        counted = f"the labels that are not {losses.IGNORE_INDEX}"
+        terms = kinds.label_terms(xp, labels[..., 1:] if causal else labels)
+        counted = f"the labels that are not {kinds.IGNORE_INDEX}"
     if not known:
         notes.append(f"loss_terms counts {counted}, which is assumed; pass loss_terms=")
     return terms, known, tuple(notes)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from lnp.losses import IGNORE_INDEX
+from lnp.losses.kinds import IGNORE_INDEX
 
 ELEMENTS = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),

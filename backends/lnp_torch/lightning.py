@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lnp.tracker import Tracker
+from lnp.tracking.tracker import Tracker
 
 
 def _library() -> Any:

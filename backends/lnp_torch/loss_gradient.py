@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lnp.structure import leaves, map_leaves
+from lnp.contract.trees import leaves, map_leaves
 from lnp_torch.complex import continuous, real
 from lnp_torch.outputs import Outputs, flatten, read, widened
 

@@ -11,8 +11,8 @@ import torch
 from array_api_compat import torch as xp
 from torch.nn import functional as F
 
-from lnp import losses
-from lnp.structure import leaves
+from lnp.contract.trees import leaves
+from lnp.losses import kinds
 from lnp_torch.complex import continuous
 from lnp_torch.known import Known, known
 
@@ -78,21 +78,21 @@ def prepare(loss: str | Callable | None, outputs: Any, targets: Any, given: int 
 def _prepared(loss: str | Callable | None, outputs: Any, targets: Any) -> Prepared:
     single = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
     shape = tuple(outputs.shape) if single else ()
-    meant = losses.resolve(loss, shape, tuple(targets.shape) if single else None, integer(targets))
+    meant = kinds.resolve(loss, shape, tuple(targets.shape) if single else None, integer(targets))
     if isinstance(meant, str) and not single:
-        losses.resolve(None, (), None, False)  # a named loss needs single tensors just as much
-    if isinstance(meant, str) and meant in losses.ELEMENTWISE:
-        losses.check_same_shape(shape, targets.shape)
+        kinds.resolve(None, (), None, False)  # a named loss needs single tensors just as much
+    if isinstance(meant, str) and meant in kinds.ELEMENTWISE:
+        kinds.check_same_shape(shape, targets.shape)
         return Prepared(ELEMENTWISE[meant], math.prod(shape), separable=True)
     if meant == "cross_entropy":
-        axis = losses.class_axis(shape, targets.shape, integer(targets), second_axis=True)
-        terms, violations = _class_terms(shape, axis, targets, losses.IGNORE_INDEX)
+        axis = kinds.class_axis(shape, targets.shape, integer(targets), second_axis=True)
+        terms, violations = _class_terms(shape, axis, targets, kinds.IGNORE_INDEX)
         value = lambda outputs, targets: _cross_entropy(outputs, targets, axis)
         return Prepared(value, terms, True, violations)
     assert callable(meant)
-    stated = losses.stated_terms(meant, outputs, targets)
+    stated = kinds.stated_terms(meant, outputs, targets)
     if stated is not None:
-        return Prepared(meant, stated[0], losses.separable(meant), notes=stated[1])
+        return Prepared(meant, stated[0], kinds.separable(meant), notes=stated[1])
     own = known(meant) if single else None
     if own is not None and (own.over != "elements" or shape == tuple(targets.shape)):
         terms, notes = _known_terms(own, shape, targets)
@@ -101,8 +101,8 @@ def _prepared(loss: str | Callable | None, outputs: Any, targets: Any) -> Prepar
         return Prepared(meant, terms, own.reduction in ("mean", "batchmean"), notes=notes)
     # Also where PyTorch broadcasts one to the other: (N, 1) with (N,) pairs every sample with every other one.
     leaf = outputs if isinstance(outputs, torch.Tensor) else _first(outputs)
-    terms, note = losses.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer(targets))
-    return Prepared(meant, terms, losses.separable(meant), notes=(note,))
+    terms, note = kinds.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer(targets))
+    return Prepared(meant, terms, kinds.separable(meant), notes=(note,))
 
 
 ELEMENTWISE = {
@@ -121,14 +121,14 @@ def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor, axis: int) -> t
         return F.cross_entropy(rows, targets.movedim(axis, -1).flatten(0, -2).to(rows.dtype))
     labels = targets.flatten().long()
     inside = (labels >= 0) & (labels < rows.shape[-1])
-    return F.cross_entropy(rows, labels.where(inside, losses.IGNORE_INDEX))
+    return F.cross_entropy(rows, labels.where(inside, kinds.IGNORE_INDEX))
 
 
 def _class_terms(shape: tuple, axis: int, targets: torch.Tensor, ignore_index: int) -> tuple[Any, Violations]:
     if not integer(targets):
         return math.prod(shape) // shape[axis], ()
-    violation = losses.labels_out_of_range(xp, targets, shape[axis], ignore_index)
-    return losses.label_terms(xp, targets, ignore_index), (violation,)
+    violation = kinds.labels_out_of_range(xp, targets, shape[axis], ignore_index)
+    return kinds.label_terms(xp, targets, ignore_index), (violation,)
 
 
 def _known_terms(own: Known, shape: tuple, targets: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
@@ -147,7 +147,7 @@ def _known_terms(own: Known, shape: tuple, targets: torch.Tensor) -> tuple[Any, 
 
 def _label_terms(own: Known, shape: tuple, targets: torch.Tensor) -> Any:
     if len(shape) < 2:
-        losses.class_axis(shape, targets.shape, integer(targets))  # says what is wrong
+        kinds.class_axis(shape, targets.shape, integer(targets))  # says what is wrong
     terms, violations = _class_terms(shape, 1, targets, own.ignore_index)
     for violated, message in violations:
         if bool(violated):  # before the loss is called: on a GPU it would abort the process

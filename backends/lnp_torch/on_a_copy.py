@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lnp.backends import Options
-from lnp_torch.isolation import finished, no_gradients, undisturbed
-from lnp_torch.models import Program, Snapshot, program
+from lnp.contract.registry import Options
+from lnp_torch.model import Program, Snapshot, program
+from lnp_torch.state_guard import finished, no_gradients, undisturbed
 from lnp_torch.writes import WrittenTo
 
 Result = TypeVar("Result")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lnp.batches import check_outputs
-from lnp.structure import leaves, map_leaves
+from lnp.contract.trees import leaves, map_leaves
+from lnp.contract.validation import check_outputs
 from lnp_torch.complex import continuous, like, real
 
 

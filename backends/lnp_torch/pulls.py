@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lnp.linearization import Subset
-from lnp.population import jackknife_size
-from lnp_torch import directional
-from lnp_torch.apart import Apart, Pullback, Verdict, tapped_groups
-from lnp_torch.isolation import undisturbed
+from lnp.contract.linearization import Subset
+from lnp.estimators.population import jackknife_size
+from lnp_torch import forward_mode
+from lnp_torch.float16 import at_scale_one
 from lnp_torch.outputs import flatten
-from lnp_torch.passes import Passes
-from lnp_torch.reading import Reading
-from lnp_torch.scaling import at_scale_one
+from lnp_torch.replay import Passes
+from lnp_torch.state_guard import undisturbed
+from lnp_torch.taps.backward_pass import Apart, Pullback, Verdict, tapped_groups
+from lnp_torch.taps.reader import Reading
 
 Vector = list[torch.Tensor]
 
@@ -118,5 +118,5 @@ def jvp(passes: Passes, u: Vector) -> torch.Tensor:
     program = passes.program
     with undisturbed([program.device]):
         run = lambda p: passes.whole(p).parts
-        forward = lambda vector: [flatten(directional.jvp(run, program.parameters, vector)).detach()]
+        forward = lambda vector: [flatten(forward_mode.jvp(run, program.parameters, vector)).detach()]
         return at_scale_one(forward, u, program.parameters.values())[0]

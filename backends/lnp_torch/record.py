@@ -12,21 +12,21 @@ import torch
 from array_api_compat import torch as xp
 from torch.nn import functional as F
 
-from lnp import batches
-from lnp.backends import Options
-from lnp.linearization import Linearization, coupling_tolerance
-from lnp.structure import map_leaves
-from lnp_torch import losses, samples
-from lnp_torch.apart import Apart, Tapped, Verdict, tapped_groups
+from lnp.contract import validation
+from lnp.contract.linearization import Linearization, coupling_tolerance
+from lnp.contract.registry import Options
+from lnp.contract.trees import map_leaves
+from lnp_torch import fallback, losses
 from lnp_torch.huggingface import own_loss_terms, split_batch
-from lnp_torch.isolation import RandomState, same_randomness, undisturbed
-from lnp_torch.judge import general_note, judge
-from lnp_torch.models import Program
+from lnp_torch.model import Program
 from lnp_torch.outputs import Outputs, dot, flatten, wide, widened
-from lnp_torch.passes import Passes, copied, first_pass
 from lnp_torch.pulls import Pulls, Vector, jvp, subset
+from lnp_torch.replay import Passes, copied, first_pass
+from lnp_torch.self_check import general_note, judge
 from lnp_torch.separable import found_separable
-from lnp_torch.taps import Taps
+from lnp_torch.state_guard import RandomState, same_randomness, undisturbed
+from lnp_torch.taps.backward_pass import Apart, Tapped, Verdict, tapped_groups
+from lnp_torch.taps.function_mode import Taps
 
 WORTH = {"cpu": 2**27}
 """Multiplications of a forward pass from which on one over some of the samples pays: below, Python takes as long."""
@@ -59,25 +59,25 @@ def record(prepared: Program, batch: Any, options: Options) -> Linearization:
     parts = outputs.parts
     flat = flatten([part.detach() for part in parts])
     if isinstance(targets, torch.Tensor):
-        batches.check_lengths(flat.shape[0], targets.shape)
+        validation.check_lengths(flat.shape[0], targets.shape)
     loss = _loss(prepared, inputs, outputs, targets, options)
     passes = repeat(flat.shape[0])
     parameters = list(prepared.parameters.values())
     if whole:
         one = [] if taps is None else [Tapped(slice(0, flat.shape[0]), parts, taps)]
         apart = Apart(passes, lambda: one, flat)
-        gradients = lambda v: samples.gradients(parts, parameters, v)
+        gradients = lambda v: fallback.gradients(parts, parameters, v)
     else:
-        pull_groups = samples.looped(passes, options.microbatch or flat.shape[0])
+        pull_groups = fallback.looped(passes, options.microbatch or flat.shape[0])
         apart = Apart(passes, lambda: tapped_groups(passes, options.microbatch or flat.shape[0]), flat)
-        gradients = lambda v: samples.total(pull_groups, v)
+        gradients = lambda v: fallback.total(pull_groups, v)
     found, notes = taken_apart(apart, [part.dtype for part in parts], options)
     cheap = found is not None and not found.general
     both = options.population if options.population is not None else cheap and loss.separable
     pulls = Pulls(apart, found, gradients, loss.gradient, both, cheap, options.seed)
     made = assembled(pulls, loss, options, taps)
     if not whole:
-        norms = lambda v: samples.square_norms(pull_groups, v)
+        norms = lambda v: fallback.square_norms(pull_groups, v)
         made = replace(made, group_square_norms=norms, groups=-(-flat.shape[0] // options.microbatch))
     return replace(made, notes=(*made.notes, *notes))
 
@@ -133,7 +133,7 @@ def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, option
         value = run(tree, targets)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"The loss returned {type(value).__name__}. Expected a tensor of shape ().")
-        batches.check_loss(value.shape)
+        validation.check_loss(value.shape)
         if not value.requires_grad:
             raise ValueError(
                 "The loss does not depend on the outputs. Expected loss(outputs, targets) to be differentiable: do "

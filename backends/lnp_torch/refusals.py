@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lnp.structure import leaves
+from lnp.contract.trees import leaves
 
 SHARDED = (
     "The model's parameters are sharded over processes ({}), and lnp measures whole ones: nothing has been touched. "

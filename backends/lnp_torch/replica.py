@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lnp.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, blank, named, own_code, places
-from lnp.state import PLAIN, Saved, entered
+from lnp.state.kept import PLAIN, Saved, entered
+from lnp.state.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, blank, named, own_code, places
 from lnp_torch.clones import Clones
 
 HOSTS = frozenset(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from array_api_compat import torch as xp
 
-from lnp.losses import TRIED, agrees, all_agree
-from lnp.structure import leaves, map_leaves
+from lnp.contract.trees import leaves, map_leaves
+from lnp.losses.kinds import TRIED, agrees, all_agree
 from lnp_torch.outputs import Outputs, flatten, wide
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lnp import losses
-from lnp.tracker import Tracker
+from lnp.losses import kinds
+from lnp.tracking.tracker import Tracker
 
 try:
     import transformers
@@ -212,7 +212,7 @@ class _Custom:
         return self._counted(labels), ()
 
     def _counted(self, labels: torch.Tensor) -> torch.Tensor:
-        return (labels[..., 1:] if self.shifted else labels).ne(losses.IGNORE_INDEX).sum()
+        return (labels[..., 1:] if self.shifted else labels).ne(kinds.IGNORE_INDEX).sum()
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lnp import plot
-from lnp.curves import POSITION, size
 from lnp.demo.run import Ladder
 from lnp.demo.summary import averaged, is_frozen, reach
 from lnp.plot import style
+from lnp.runs.curves import POSITION, size
 
 PANELS = ("loss", "chi_net", POSITION)
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 import lnp
-from lnp import export
 from lnp.demo import data
-from lnp.history import History
+from lnp.tracking import data_frames
+from lnp.tracking.history import History
 
 FRAMEWORKS = ("jax", "torch")
 TAGS = ("network", "width", "frozen", "seed")
@@ -150,4 +150,4 @@ def write_csv(ladder: Ladder, path: Path) -> None:
     runs = [run for own in ladder.values() for run in own]
     # notes stand in a run's first row only, and not in all runs
     columns = dict.fromkeys((*TAGS, *(column for run in runs for column in run.columns if column != "notes")))
-    export.to_csv({column: np.concatenate([run.get(column) for run in runs]) for column in columns}, path)
+    data_frames.to_csv({column: np.concatenate([run.get(column) for run in runs]) for column in columns}, path)

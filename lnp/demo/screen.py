@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lnp.curves import POSITION, size
 from lnp.demo import summary
 from lnp.demo.figure import draw
 from lnp.demo.run import Ladder, Settings, chosen, run, write_csv
-from lnp.export import needed
 from lnp.progress import bar
+from lnp.runs.curves import POSITION, size
+from lnp.tracking.data_frames import needed
 
 COLUMNS = (
     ("loss", "loss", 1.0),

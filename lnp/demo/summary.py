@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from lnp import curves
 from lnp.demo.run import Ladder
-from lnp.history import History
+from lnp.runs import curves
+from lnp.tracking.history import History
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from lnp.compare import measured, number, whole
-from lnp.curves import Runs, runs_of, size, summary
 from lnp.plot import style
 from lnp.plot.layers import layers
 from lnp.plot.lines import chi_loss, chi_net, chi_pos, curve, loss, noise_scale
 from lnp.plot.runs import position_against_loss, reach_against_size
+from lnp.runs.curves import Runs, runs_of, size, summary
+from lnp.runs.table import measured, number, whole
 
 PAGE = (11.7, 8.3)
 """A4, landscape, in inches."""

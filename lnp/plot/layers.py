@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lnp.curves import curve, runs_of
-from lnp.export import needed
-from lnp.history import LAYER
 from lnp.plot import style
+from lnp.runs.curves import curve, runs_of
+from lnp.tracking.data_frames import needed
+from lnp.tracking.history import LAYER
 
 VALUES = {
     "chi_pos": r"$\chi_\mathrm{pos}$ of the layer",

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from lnp.curves import MOST_POINTS, NOISE_SCALE, POSITION, Curve, runs_of
-from lnp.curves import curve as curve_of
-from lnp.history import History
 from lnp.plot import style
+from lnp.runs.curves import MOST_POINTS, NOISE_SCALE, POSITION, Curve, runs_of
+from lnp.runs.curves import curve as curve_of
+from lnp.tracking.history import History
 
 LABELS = {
     "loss": "loss",

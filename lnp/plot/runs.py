@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from lnp.curves import POSITION, reach, runs_of, size, smoothed
-from lnp.curves import curve as curve_of
 from lnp.plot import style
 from lnp.plot.lines import LABELS
+from lnp.runs.curves import POSITION, reach, runs_of, size, smoothed
+from lnp.runs.curves import curve as curve_of
 
 
 def position_against_loss(runs: Any, ax: Any = None, *, legend: bool = True) -> Any:

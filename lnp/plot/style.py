@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lnp.curves import Runs, size
-from lnp.export import needed
+from lnp.runs.curves import Runs, size
+from lnp.tracking.data_frames import needed
 
 SINGLE = "#1f5a99"
 BATCH = "#8a8a8a"

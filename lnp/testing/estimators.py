@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lnp import trace
+from lnp.estimators import trace
 from lnp.testing import scenarios
 from lnp.testing.kit import Case, Kit
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import lnp
-from lnp.linearization import Linearization
+from lnp.contract.linearization import Linearization
 from lnp.testing.oracle import Loss, Truth
 from lnp.testing.scenarios import Scenario
 

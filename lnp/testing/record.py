@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lnp.linearization import Linearization
+from lnp.contract.linearization import Linearization
 from lnp.testing import scenarios
 from lnp.testing.kit import Kit
 

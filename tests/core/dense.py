@@ -3,7 +3,7 @@
 import numpy as np
 
 from lnp import Linearization
-from lnp.linearization import Subset
+from lnp.contract.linearization import Subset
 
 
 def network(samples=4, outputs=3, sizes=(5, 2), seed=0):

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 
 import lnp_numpy
-from lnp.storage import Appender
+from lnp.tracking.storage import Appender
 
 GENERATOR = np.random.default_rng(0)
 MODEL = lnp_numpy.LinearModel(weight=GENERATOR.standard_normal((3, 2)))

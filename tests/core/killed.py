@@ -13,8 +13,8 @@ import signal
 import sys
 import time
 
-from lnp.history import History
-from lnp.storage import Appender
+from lnp.tracking.history import History
+from lnp.tracking.storage import Appender
 
 
 def write(path: str, acknowledge: int) -> None:

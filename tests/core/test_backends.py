@@ -8,7 +8,7 @@ import pytest
 
 import lnp
 import lnp_numpy
-from lnp import backends
+from lnp.contract import registry
 
 MODEL = lnp_numpy.LinearModel(weight=np.zeros((2, 1)))
 
@@ -18,7 +18,7 @@ def model_of(module):
 
 
 def test_numpy_models_are_found():
-    assert backends.find(MODEL) is lnp_numpy
+    assert registry.find(MODEL) is lnp_numpy
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
@@ -56,7 +56,7 @@ def test_only_loaded_frameworks_are_asked(monkeypatch):
 
     found = {"numpy": backend("numpy", True), "torch": backend("torch", False), "absent": backend("absent", True)}
     entries = [SimpleNamespace(name=name, load=lambda name=name: found[name]) for name in found]
-    monkeypatch.setattr(backends, "_entries", lambda: entries)
+    monkeypatch.setattr(registry, "_entries", lambda: entries)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
-    assert backends.find(object()) is found["numpy"]
+    assert registry.find(object()) is found["numpy"]
     assert asked == ["torch", "numpy"]

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from lnp import batches
+from lnp.contract import validation
 
 NAMES = ["head.weight", "head.bias", "body.weight"]
 
 
 @pytest.mark.parametrize("batch", [(1, 2), [1, 2], ({"a": 1}, None)])
 def test_unpack(batch):
-    assert batches.unpack(batch) == tuple(batch)
+    assert validation.unpack(batch) == tuple(batch)
 
 
 @pytest.mark.parametrize(
@@ -18,12 +18,12 @@ def test_unpack(batch):
 )
 def test_unpack_errors(batch, words):
     with pytest.raises(TypeError, match=f"{words}. Expected a pair.*Put the parts together"):
-        batches.unpack(batch)
+        validation.unpack(batch)
 
 
 def test_outputs():
-    assert batches.check_outputs([(4, 3)]) == 4
-    assert batches.check_outputs([(4,), (4, 2, 2)]) == 4
+    assert validation.check_outputs([(4, 3)]) == 4
+    assert validation.check_outputs([(4,), (4, 2, 2)]) == 4
 
 
 @pytest.mark.parametrize(
@@ -38,22 +38,22 @@ def test_outputs():
 )
 def test_outputs_errors(shapes, words):
     with pytest.raises(ValueError, match=words):
-        batches.check_outputs(shapes)
+        validation.check_outputs(shapes)
 
 
 def test_lengths():
-    batches.check_lengths(4, (4, 2))
-    batches.check_lengths(4, None)
+    validation.check_lengths(4, (4, 2))
+    validation.check_lengths(4, None)
     for targets in ((3,), ()):
         with pytest.raises(ValueError, match=r"outputs hold 4 samples.*Check that"):
-            batches.check_lengths(4, targets)
+            validation.check_lengths(4, targets)
 
 
 def test_loss():
-    batches.check_loss(())
-    batches.check_loss((1,))
+    validation.check_loss(())
+    validation.check_loss((1,))
     with pytest.raises(ValueError, match=r"shape \(4,\). Expected a scalar. Average it"):
-        batches.check_loss((4,))
+        validation.check_loss((4,))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_loss():
     ],
 )
 def test_select(parameters, chosen):
-    assert batches.select(iter(NAMES), parameters) == chosen
+    assert validation.select(iter(NAMES), parameters) == chosen
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_select(parameters, chosen):
 )
 def test_select_errors(names, parameters, words):
     with pytest.raises(ValueError, match=words):
-        batches.select(names, parameters)
+        validation.select(names, parameters)
 
 
 def test_long_lists_of_names_are_cut():
     with pytest.raises(ValueError, match=r"layer7, \.\.\.") as error:
-        batches.select([f"layer{i}" for i in range(30)], "none")
+        validation.select([f"layer{i}" for i in range(30)], "none")
     assert "layer8" not in str(error.value)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lnp.cli import main
-from lnp.compare import compare, measured, number, to_text
-from lnp.curves import MOST_POINTS, curve, reach, runs_of, stalled, summary
-from lnp.history import History
+from lnp.runs.curves import MOST_POINTS, curve, reach, runs_of, stalled, summary
+from lnp.runs.table import compare, measured, number, to_text
+from lnp.tracking.history import History
 
 
 def row(step, **more):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from core.dense import kernel, network, record
-from lnp.cross import cross_response_of
-from lnp.decomposition import Decomposition, decompose, layer_names
-from lnp.linearization import accumulation_dtype, coupling_tolerance, ratio, square_norm
+from lnp.contract.linearization import accumulation_dtype, coupling_tolerance, ratio, square_norm
+from lnp.results.cross_response import cross_response_of
+from lnp.results.decomposition import Decomposition, decompose, layer_names
 
 JACOBIAN, GRADIENT = network()
 

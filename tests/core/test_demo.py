@@ -12,10 +12,10 @@ import pytest
 
 import lnp
 import lnp_numpy
-from lnp import curves
 from lnp.cli import main
 from lnp.demo import Settings, data, summary
 from lnp.demo.run import name, watched, write_csv
+from lnp.runs import curves
 
 
 def ladder(positions: dict[tuple[int, bool], list[float]], spread: float = 0.01, seeds: int = 3) -> dict:

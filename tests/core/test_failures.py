@@ -11,8 +11,8 @@ import pytest
 
 import lnp
 from core.failing import BAD, BATCH, MODEL, Torn, failing_disk, full_disk, recorded, told, watch
-from lnp.failures import Failures
 from lnp.schedule import budget
+from lnp.tracking.failures import Failures
 
 quiet = pytest.fixture(recorded)
 full = pytest.fixture(full_disk)

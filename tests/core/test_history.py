@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lnp.history import History
-from lnp.storage import Appender
+from lnp.tracking.history import History
+from lnp.tracking.storage import Appender
 
 ROWS = [
     {"step": 0, "loss": 2.0, "layer/a/chi_net": 1.0, "layer/b.c/chi_net": 3.0, "estimator": "exact"},

@@ -7,10 +7,11 @@ import pytest
 
 import lnp
 import lnp_numpy
-from lnp import eager
-from lnp.backends import Options
-from lnp.kernel import shown
-from lnp.similarity import effective_rank, entropy, participation_ratio
+from lnp.contract import registry
+from lnp.contract.registry import Options
+from lnp.spectral import eager
+from lnp.spectral.kernel import shown
+from lnp.spectral.similarity import effective_rank, entropy, participation_ratio
 
 SAMPLES, OUTPUTS, PARAMETERS = 5, 3, 40
 RNG = np.random.default_rng(0)
@@ -99,7 +100,7 @@ def test_asymmetry_is_reported():
     wrong = np.concatenate([rows for _, rows in eager.rows(skew, 7)]).reshape(THETA.shape)
     backend = type("B", (), {"linearize": staticmethod(lambda *_: skew)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lnp.backends, "find", lambda model: backend)
+        patch.setattr(registry, "find", lambda model: backend)
         k = lnp.kernel(MODEL, BATCH)
     assert k.asymmetry == pytest.approx(np.abs(wrong - wrong.T).max() / np.abs(wrong).max(), rel=1e-12)
     assert k.matrix == pytest.approx((wrong + wrong.T) / 2)
@@ -119,7 +120,7 @@ def test_bad_options():
         changed = type(lin)(**{**vars(lin), **changes})
         backend = type("B", (), {"linearize": staticmethod(lambda *_: changed)})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lnp.backends, "find", lambda model: backend)
+            patch.setattr(registry, "find", lambda model: backend)
             with pytest.raises(error, match=words):
                 lnp.kernel(MODEL, BATCH)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lnp import losses
+from lnp.losses import kinds
 from lnp_numpy.losses import value_and_gradient
 
 
@@ -24,7 +24,7 @@ def some_loss(outputs, targets):
     ],
 )
 def test_resolve(loss, outputs, targets, integer, meant):
-    assert losses.resolve(loss, outputs, targets, integer) == meant
+    assert kinds.resolve(loss, outputs, targets, integer) == meant
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_resolve(loss, outputs, targets, integer, meant):
 )
 def test_resolve_errors(loss, outputs, targets, error, words):
     with pytest.raises(error, match=words):
-        losses.resolve(loss, outputs, targets, False)
+        kinds.resolve(loss, outputs, targets, False)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_resolve_errors(loss, outputs, targets, error, words):
     ],
 )
 def test_class_axis(outputs, targets, integer, second, axis):
-    assert losses.class_axis(outputs, targets, integer, second_axis=second) == axis
+    assert kinds.class_axis(outputs, targets, integer, second_axis=second) == axis
 
 
 @pytest.mark.parametrize(
@@ -68,24 +68,24 @@ def test_class_axis(outputs, targets, integer, second, axis):
 )
 def test_class_axis_errors(outputs, targets, integer, words):
     with pytest.raises(ValueError, match=words):
-        losses.class_axis(outputs, targets, integer, second_axis=True)
+        kinds.class_axis(outputs, targets, integer, second_axis=True)
 
 
 def test_same_shape():
-    losses.check_same_shape((4, 1), (4, 1))
+    kinds.check_same_shape((4, 1), (4, 1))
     with pytest.raises(ValueError, match=r"\(4,\) do not match outputs of shape \(4, 1\).*Reshape"):
-        losses.check_same_shape((4, 1), (4,))
+        kinds.check_same_shape((4, 1), (4,))
 
 
 def test_label_terms():
     labels = np.array([[0, -100, 2], [-100, -100, -1]])
-    assert losses.label_terms(np, labels) == 3
-    assert losses.label_terms(np, labels, ignore_index=2) == 5
+    assert kinds.label_terms(np, labels) == 3
+    assert kinds.label_terms(np, labels, ignore_index=2) == 5
 
 
 @pytest.mark.parametrize(("labels", "wrong"), [([0, 2, -100], False), ([3], True), ([-1], True), ([-100], False)])
 def test_labels_out_of_range(labels, wrong):
-    flag, message = losses.labels_out_of_range(np, np.array(labels), 3)
+    flag, message = kinds.labels_out_of_range(np, np.array(labels), 3)
     assert bool(flag) is wrong
     assert "[0, 3)" in message
     assert "Check the labels" in message
@@ -102,7 +102,7 @@ def test_labels_out_of_range(labels, wrong):
     ],
 )
 def test_assumed_terms(outputs, targets, integer, terms, words):
-    value, note = losses.assumed_terms(np, outputs, targets, integer)
+    value, note = kinds.assumed_terms(np, outputs, targets, integer)
     assert value == terms
     assert words in note
     assert "pass loss_terms=" in note
@@ -121,7 +121,7 @@ LOGITS = np.array([[0.3, -2.5, 1.7], [4.0, 0.1, -0.6]])
     [np.array([[0.2, 0.7, 0.0], [1.0, 0.5, 0.9]]), np.eye(2, 3, dtype=int), np.eye(2, 3) > 0],
     ids=["float", "integer", "boolean"],
 )
-@pytest.mark.parametrize("name", losses.ELEMENTWISE)
+@pytest.mark.parametrize("name", kinds.ELEMENTWISE)
 def test_values_and_gradients_in_numpy(name, targets):
     value, gradient = value_and_gradient(name, LOGITS, targets)
     terms = [FORMULAS[name](f, float(y)) for f, y in zip(LOGITS.flat, targets.flat, strict=True)]
@@ -138,7 +138,7 @@ def test_extreme_logits_do_not_overflow():
     assert (value, gradient.tolist()) == (5000, [[0.5, 0.0]])
 
 
-@pytest.mark.parametrize("name", losses.ELEMENTWISE)
+@pytest.mark.parametrize("name", kinds.ELEMENTWISE)
 def test_elementwise_losses_do_not_broadcast(name):
     with pytest.raises(ValueError, match="do not match outputs"):
         value_and_gradient(name, LOGITS, np.zeros((2, 1)))

@@ -83,7 +83,7 @@ def test_samples_are_taken_apart_only_where_it_helps(estimator, split, monkeypat
 
 def test_computations_compare_by_their_settings():
     """Compiling backends look compiled code up by them."""
-    from lnp.measure import _CrossResponse, _Decompose
+    from lnp.api import _CrossResponse, _Decompose
 
     assert _Decompose("auto", 0.01, 64, True) == _Decompose("auto", 0.01, 64, True)
     assert len({_Decompose("auto", 0.01, 64), _Decompose("auto", 0.01, 64), _CrossResponse("auto", 0.01, 64)}) == 2

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from lnp import norms
-from lnp.norms import Window
+from lnp.per_sample import norms
+from lnp.per_sample.norms import Window
 
 BUDGETS = [1, 300, norms.BUDGET]
 """One sample at a time, some, and all."""

@@ -9,8 +9,8 @@ from scipy.sparse.linalg import eigsh, svds
 
 import lnp
 import lnp_numpy
-from lnp import deflation
-from lnp.eager import to_numpy
+from lnp.spectral import deflation
+from lnp.spectral.eager import to_numpy
 
 X = np.random.default_rng(0).normal(size=(5, 4))
 WEIGHT, BIAS = np.random.default_rng(1).normal(size=(4, 3)), np.zeros(3)

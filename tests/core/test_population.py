@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from core.dense import drawn, kernel, network, record
-from lnp.decomposition import decompose
+from lnp.results.decomposition import decompose
 
 SAMPLES, OUTPUTS = 5, 3
 JACOBIAN, GRADIENT = network(SAMPLES, OUTPUTS)

@@ -11,8 +11,8 @@ import pytest
 import lnp
 import lnp_numpy
 from core.dense import network, record
-from lnp.decomposition import decompose
-from lnp.preconditioner import preconditioned
+from lnp.results.decomposition import decompose
+from lnp.results.preconditioner import preconditioned
 
 JACOBIAN, GRADIENT = network()
 GENERATOR = np.random.default_rng(1)

@@ -6,8 +6,8 @@ from scipy import stats
 
 from core.dense import drawn, kernel, network, offdiagonal, record
 from core.test_trace import compiled_loop
-from lnp import trace
-from lnp.linearization import while_loop
+from lnp.contract.linearization import while_loop
+from lnp.estimators import trace
 
 SEEDS = 400
 ROWS = [("layer0.weight", "layer1.weight"), ("layer1.weight",)]

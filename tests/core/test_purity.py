@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lnp
-from lnp.linearization import Linearization
+from lnp.contract.linearization import Linearization
 
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "equinox", "tensorflow", "keras", "lnp_torch", "lnp_jax", "lnp_numpy"}
 FILES = sorted(Path(lnp.__file__).parent.rglob("*.py"))

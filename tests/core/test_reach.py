@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lnp
-from lnp.scaling import bootstrap
+from lnp.runs.power_law import bootstrap
 
 STEPS = [1, 10, 100, 1000, 10000]
 

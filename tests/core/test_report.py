@@ -8,7 +8,7 @@ import pytest
 
 import lnp
 from core.dense import network, record
-from lnp.decomposition import Layer, decompose
+from lnp.results.decomposition import Layer, decompose
 
 D = lnp.Decomposition(
     loss=0.5, rate=6.0, chi_loss=2.0, chi_net=30.0, chi_pos=0.1, chi_net_stderr=1.25, chi_pos_stderr=0.02, loss_terms=4,

@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import arrays
 import lnp
 import lnp_numpy
 from core.dense import kernel, network, record
-from lnp.lanczos import quadrature, tridiagonalize
-from lnp.spectrum import _Measure, _spectrum
+from lnp.spectral.lanczos import quadrature, tridiagonalize
+from lnp.spectral.spectrum import _Measure, _spectrum
 
 SAMPLES, OUTPUTS, PARAMETERS = 8, 3, 40
 SIZE = SAMPLES * OUTPUTS

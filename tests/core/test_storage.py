@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lnp import storage
-from lnp.history import History
-from lnp.storage import Appender
+from lnp.tracking import storage
+from lnp.tracking.history import History
+from lnp.tracking.storage import Appender
 
 KILLED = Path(__file__).with_name("killed.py")
 VALUES = st.floats() | st.integers(-(2**60), 2**60) | st.booleans() | st.none() | st.text().filter(
@@ -102,7 +102,10 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
     first = Appender(path)
     with pytest.raises(BlockingIOError, match="another tracker"):
         Appender(path)
-    code = f"from lnp.storage import Appender\ntry: Appender({str(path)!r})\nexcept BlockingIOError: print('refused')"
+    code = (
+        "from lnp.tracking.storage import Appender\n"
+        f"try: Appender({str(path)!r})\nexcept BlockingIOError: print('refused')"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "refused\n"
     first.close()
     Appender(path).close()

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from core.dense import kernel, network, record
-from lnp.cross import cross_response_of
-from lnp.decomposition import decompose
+from lnp.results.cross_response import cross_response_of
+from lnp.results.decomposition import decompose
 
 JACOBIAN, GRADIENT = network()
 NUMBERS = ("rate", "chi_loss", "chi_net", "chi_pos", "chi_net_stderr", "chi_pos_stderr")

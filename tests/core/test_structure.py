@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lnp.structure import children, leaves, map_leaves
+from lnp.contract.trees import children, leaves, map_leaves
 
 Pair = namedtuple("Pair", "first second")
 

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from core.dense import kernel, network, offdiagonal, record
-from lnp import probing, trace
-from lnp.linearization import while_loop
+from lnp.contract.linearization import while_loop
+from lnp.estimators import probing, trace
 
 SEEDS = 400
 JACOBIAN, GRADIENT = network(samples=12, outputs=4, sizes=(20, 10))

@@ -75,7 +75,7 @@ def operators_are(model, batch, loss, j, tolerance, options):
 
 def framework_of(model):
     """The import name of the model's framework, from the backend that takes it."""
-    from lnp.backends import find
+    from lnp.contract.registry import find
 
     return {"lnp_keras": "keras", "lnp_torch": "torch", "lnp_jax": "jax", "lnp_tensorflow": "tensorflow"}[
         find(model).__name__

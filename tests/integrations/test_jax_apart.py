@@ -12,15 +12,16 @@ import pytest
 import lnp
 import lnp_jax
 from integrations.jax_reference import agrees, cross_entropy, dense
-from lnp import population
-from lnp.backends import Options
-from lnp_jax import judge, parts, record, sites, tapped
+from lnp.contract.registry import Options
+from lnp.estimators import population
+from lnp_jax import fallback, record, self_check
+from lnp_jax.taps import backward_pass, rules
 
 
 @pytest.fixture(autouse=True)
 def float64():
     with jax.enable_x64(True):
-        judge._VERDICTS.clear()
+        self_check._VERDICTS.clear()
         yield
 
 
@@ -198,13 +199,13 @@ OTHER = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_which_parameters_taps_see(name, monkeypatch):
-    monkeypatch.setattr(tapped, "COPIED", 0)
+    monkeypatch.setattr(backward_pass, "COPIED", 0)
     apply, shapes, x = CASES[name]
     plans = []
     for rows in (2**12, 0):
-        monkeypatch.setattr(tapped, "ROW", rows)
-        split = parts.Split(jnp.asarray(x), len(x))
-        plans.append(tapped.tapped(apply, split, made(shapes), len(x)).plan)
+        monkeypatch.setattr(backward_pass, "ROW", rows)
+        split = fallback.Split(jnp.asarray(x), len(x))
+        plans.append(backward_pass.tapped(apply, split, made(shapes), len(x)).plan)
     copied, own = plans
     assert {group[0] for group in copied.copies} == set(own.general) == OTHER.get(name, set())
     assert not copied.general
@@ -218,8 +219,8 @@ def test_which_parameters_taps_see(name, monkeypatch):
 def test_uses_of_parameters(name, rows, monkeypatch):
     apply, shapes, x = CASES[name]
     x = jnp.asarray(x)
-    monkeypatch.setattr(tapped, "ROW", rows)
-    monkeypatch.setattr(tapped, "COPIED", 0)
+    monkeypatch.setattr(backward_pass, "ROW", rows)
+    monkeypatch.setattr(backward_pass, "COPIED", 0)
     monkeypatch.setattr(population, "LEAST", 3)
     monkeypatch.setattr(record, "has_rules", lambda program: True)  # inner products from taps, as without forward mode
     parameters = made(shapes)
@@ -234,7 +235,7 @@ def test_uses_of_parameters(name, rows, monkeypatch):
     for name in parameters:
         np.testing.assert_allclose(norms[name], expected[name], 1e-10, err_msg=name)
         np.testing.assert_allclose(vector[name], total[name], 1e-10, 1e-12, err_msg=name)
-    assert all(not verdict.reason and not verdict.excluded for verdict in judge._VERDICTS.values())
+    assert all(not verdict.reason and not verdict.excluded for verdict in self_check._VERDICTS.values())
 
 
 def test_micro_batches_give_the_same_squared_norms():
@@ -289,7 +290,7 @@ def test_samples_that_interact(name):
     agrees(d, dense(lambda p: apply(p, x), parameters, squared, y.size))
     assert any("interact" in note for note in d.notes), d.notes
     assert d.probes == y.size
-    judge._VERDICTS.clear()
+    self_check._VERDICTS.clear()
     inside = jax.jit(lambda p: lnp.decompose((apply, p), (x, y), estimator="exact"))(parameters)
     joint = any("interact" in note for note in inside.notes)  # known where one sample alone cannot even be run
     assert joint == (name == "flattened rows")
@@ -307,7 +308,7 @@ def test_parameters_of_the_batchs_length():
     squared = lambda outputs: jnp.mean((outputs - y) ** 2)
     agrees(d, dense(lambda p: per_sample_table(p, x), parameters, squared, y.size))
     assert any("interact" in note for note in d.notes)
-    judge._VERDICTS.clear()
+    self_check._VERDICTS.clear()
     inside = jax.jit(lambda p: lnp.decompose((per_sample_table, p), (x, y), estimator="exact"))(parameters)
     agrees(jax.device_get(inside), dense(lambda p: per_sample_table(p, x), parameters, squared, y.size))
 
@@ -345,8 +346,8 @@ X, Y = normal(20, 4), np.arange(20) % 3
 
 def test_samples_are_compared_once(monkeypatch):
     calls = []
-    compared = judge.compared
-    monkeypatch.setattr(judge, "compared", lambda *args: calls.append(1) or compared(*args))
+    compared = self_check.compared
+    monkeypatch.setattr(self_check, "compared", lambda *args: calls.append(1) or compared(*args))
     apply = lambda p, x: plain(p, x)
     for seed in range(3):
         lnp.decompose((apply, made(PLAIN)), (X + seed, Y), "cross_entropy", seed=seed)
@@ -358,44 +359,44 @@ def test_samples_are_compared_once(monkeypatch):
 def test_what_is_not_finite_shows_nothing():
     broken = made(PLAIN) | {"b": jnp.full(5, jnp.nan)}
     assert np.isnan(lnp.decompose((plain, broken), (X, Y)).rate)
-    assert not judge._VERDICTS
+    assert not self_check._VERDICTS
     assert np.isfinite(lnp.decompose((plain, made(PLAIN)), (X, Y)).rate)
-    assert len(judge._VERDICTS) == 1
+    assert len(self_check._VERDICTS) == 1
 
 
 def wrong(eqn, position, view):
     """Squared norms of products, twice as large as they are."""
     use = right(eqn, position, view)
-    return sites.replace(use, norms=lambda x, d: 2 * use.norms(x, d)) if view.name == "w" else use
+    return rules.replace(use, norms=lambda x, d: 2 * use.norms(x, d)) if view.name == "w" else use
 
 
-right = sites.recognised
+right = rules.recognised
 
 
 def test_wrong_taps_are_noticed(monkeypatch):
     expected = lnp.decompose((plain, made(PLAIN)), (X, Y), estimator="exact")
-    monkeypatch.setattr("lnp_jax.interpret.recognised", wrong)
-    judge._VERDICTS.clear()
-    judge._differences.clear_cache()
+    monkeypatch.setattr("lnp_jax.taps.interpreter.recognised", wrong)
+    self_check._VERDICTS.clear()
+    self_check._differences.clear_cache()
     apply = lambda p, x: plain(p, x)
     d = lnp.decompose((apply, made(PLAIN)), (X, Y), estimator="exact")
     assert d.chi_net == pytest.approx(expected.chi_net, rel=1e-10)
     assert ["w (its taps differ" in note for note in d.notes] == [True, False]
     assert d.population is None  # as single samples are not cheap
-    judge._VERDICTS.clear()
+    self_check._VERDICTS.clear()
     assert np.isnan(jax.jit(lambda p: lnp.decompose((apply, p), (X, Y)))(made(PLAIN)).chi_net)
-    judge._VERDICTS.clear()
-    judge._differences.clear_cache()
+    self_check._VERDICTS.clear()
+    self_check._differences.clear_cache()
 
 
 def test_large_parameters_on_their_own_are_named(monkeypatch):
     apply, shapes, x = CASES["merged"]
-    monkeypatch.setattr(tapped, "ROW", 8)
-    monkeypatch.setattr(tapped, "COPIED", 0)
+    monkeypatch.setattr(backward_pass, "ROW", 8)
+    monkeypatch.setattr(backward_pass, "COPIED", 0)
     d = lnp.decompose((apply, made(shapes)), (x, jnp.arange(5) % 3))
     assert any("run on their own" in note and "w (add)" in note for note in d.notes), d.notes
     assert any("population" in note for note in d.notes)
-    monkeypatch.setattr(tapped, "ROW", 99)
+    monkeypatch.setattr(backward_pass, "ROW", 99)
     small = lnp.decompose((lambda p, x: apply(p, x), made(shapes)), (x, jnp.arange(5) % 3))
     assert small.population is not None
     assert small.notes == ()

@@ -163,8 +163,8 @@ def test_per_sample_gradients_come_in_chunks_of_bounded_memory(monkeypatch):
     expected = lnp.decompose((apply, W), (X, Y), estimator="exact")
     for name in ("tapped.ROW", "tapped.COPIED"):
         monkeypatch.setattr(f"lnp_jax.{name}", 0)  # the bias runs on its own
-    monkeypatch.setattr("lnp_jax.parts.BUDGET", 4 * 3 * 4)  # four samples of 3 float32 parameters
-    monkeypatch.setattr("lnp_jax.taps.BUDGET", 4 * 7)  # four samples of a product's 4 + 3 numbers
+    monkeypatch.setattr("lnp_jax.fallback.BUDGET", 4 * 3 * 4)  # four samples of 3 float32 parameters
+    monkeypatch.setattr("lnp_jax.taps.primitives.BUDGET", 4 * 7)  # four samples of a product's 4 + 3 numbers
     chunked = lnp.decompose((lambda p, x: apply(p, x), W), (X, Y), estimator="exact")
     assert chunked.chi_net == pytest.approx(expected.chi_net, rel=1e-6)
     assert any("run on their own" in note for note in chunked.notes)

@@ -12,7 +12,7 @@ from flax import linen, nnx
 
 import lnp
 from integrations.jax_reference import TOLERANCE, agrees, cast, cross_entropy, dense
-from lnp_jax import judge
+from lnp_jax import self_check
 
 
 @pytest.fixture(params=[jnp.float32, jnp.float64], ids=["float32", "float64"], autouse=True)
@@ -243,7 +243,7 @@ def test_coupling_behind_a_closed_gate(estimator, dtype):
     expected = dense(lambda p: gated(p, x), parameters, cross_entropy(y), 6)
     assert d.chi_net == pytest.approx(expected["chi_net"], rel=TOLERANCE[dtype], abs=5 * d.chi_net_stderr)
     if estimator == "auto":
-        judge._VERDICTS.clear()
+        self_check._VERDICTS.clear()
         inside = jax.jit(lambda p: lnp.decompose((gated, p), (x, y), estimator=estimator).chi_net)(parameters)
         assert np.isnan(inside)  # nothing can be repeated there, and a wrong number must not come out
 

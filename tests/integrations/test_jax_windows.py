@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lnp_jax import sites, windows
-from lnp_jax.pooling import pooled
+from lnp_jax.taps import convolution, rules
+from lnp_jax.taps.pooling import pooled
 
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 CONVOLUTIONS = {
@@ -44,15 +44,15 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize("advantage", [1e9, 0], ids=["direct", "gram"])
 def test_convolutions(name, advantage, budget, monkeypatch):
     """Squared norms, the sum, and the input's cotangent, against JAX's own gradients of single samples."""
-    monkeypatch.setattr(windows, "GRAM_ADVANTAGE", advantage)
-    monkeypatch.setattr(windows, "CACHE", budget)
+    monkeypatch.setattr(convolution, "GRAM_ADVANTAGE", advantage)
+    monkeypatch.setattr(convolution, "CACHE", budget)
     shape, kernel, axes, how = CONVOLUTIONS[name]
     how = {"window_strides": (1,) * (len(shape) - 2), **how}
     with jax.enable_x64(True):
         x, w = normal(SAMPLES, *shape), normal(*kernel, seed=1)
         convolve = lambda w, x: lax.conv_general_dilated(x, w, dimension_numbers=axes, **how)
         (eqn,) = jax.make_jaxpr(convolve)(w, x[0]).eqns
-        use = sites.recognised(eqn, 1, sites.View("w", axes=tuple(range(w.ndim))))
+        use = rules.recognised(eqn, 1, rules.View("w", axes=tuple(range(w.ndim))))
         d = normal(SAMPLES, *eqn.outvars[0].aval.shape, seed=2)
         assert (use.gradient is None) == (advantage == 0)
         assert (use.back is None) == ("feature_group_count" in how)
@@ -74,7 +74,7 @@ def test_convolutions(name, advantage, budget, monkeypatch):
 
 
 def test_the_form_with_fewer_products():
-    of = lambda size, c, o: windows.Window(
+    of = lambda size, c, o: convolution.Window(
         (1, 3, 3), (1,) * 3, (1,) * 3, (1, size + 2, size + 2), (1, size, size), c, o
     )
     assert [of(*each).gram for each in ((32, 3, 32), (16, 32, 64), (8, 64, 128))] == [False, False, True]

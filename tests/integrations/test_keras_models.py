@@ -12,7 +12,7 @@ from keras import layers, ops
 import lnp
 import lnp_keras
 from integrations.keras_reference import BACKEND, factors, jacobian, numpy, of_jacobian
-from lnp.decomposition import decompose
+from lnp.results.decomposition import decompose
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside Keras
@@ -190,7 +190,7 @@ def same(found, model, rows, dtype):
     pulled = np.einsum("nk,nkp->np", v, rows.reshape(*v.shape, -1))
     sizes = np.cumsum([int(np.prod(p.shape)) for p in model.trainable_variables])[:-1]
     expected = np.stack([np.sum(part**2, 1) for part in np.split(pulled, sizes, axis=1)], 1)
-    names = {id(p): key for key, p in lnp_keras.models.named_variables(model).items()}
+    names = {id(p): key for key, p in lnp_keras.model.named_variables(model).items()}
     norms = np.stack([numpy(found["norms"][names[id(p)]]) for p in model.trainable_variables], 1)
     floor = 1e-3 * expected.sum(1, keepdims=True)  # a parameter's own norm may be rounding noise beside the whole
     assert np.all(np.abs(norms - expected) <= TOLERANCE[dtype] / 2 * (expected + floor))

@@ -11,7 +11,8 @@ from contract.namespaces import tensorflow
 from integrations.tensorflow_reference import dense
 from integrations.test_tensorflow_models import Wrapped, agrees, normal, squared
 from integrations.test_tensorflow_samples import measured, same, wrapped
-from lnp_tensorflow import compiled, rules
+from lnp_tensorflow import compile_cache
+from lnp_tensorflow.taps import rules
 
 tensorflow()
 
@@ -162,11 +163,11 @@ def compared(monkeypatch):
     calls = []
 
     def run(key, body, *given):
-        calls.extend([0] if body is compiled._judge else [])
+        calls.extend([0] if body is compile_cache._judge else [])
         return original(key, body, *given)
 
-    original = compiled._run
-    monkeypatch.setattr(compiled, "_run", run)
+    original = compile_cache._run
+    monkeypatch.setattr(compile_cache, "_run", run)
     return calls
 
 

@@ -13,7 +13,7 @@ import lnp
 import lnp_tensorflow
 from contract.namespaces import tensorflow
 from integrations.tensorflow_reference import dense
-from lnp_tensorflow import compiled
+from lnp_tensorflow import compile_cache
 
 tensorflow()
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -245,8 +245,8 @@ def test_parameters_of_other_shapes_are_traced_anew():
 
 
 def test_traced_once(monkeypatch):
-    calls, trace = [], compiled._trace
-    monkeypatch.setattr(compiled, "_trace", lambda *given: calls.append(0) or trace(*given))
+    calls, trace = [], compile_cache._trace
+    monkeypatch.setattr(compile_cache, "_trace", lambda *given: calls.append(0) or trace(*given))
     function = lambda w, x: tf.tanh(x @ w)
     x, y = tf.constant(normal(5, 4)), tf.constant(normal(5, 2))
     traced = []
@@ -259,11 +259,11 @@ def test_traced_once(monkeypatch):
 def test_models_and_their_graphs_are_not_kept_alive():
     model, x, y = Stateful(), tf.constant(normal(6, 4)), tf.constant(normal(6, 3, seed=1))
     lnp.decompose(model, (x, y))
-    gone, kept = weakref.ref(model), len(compiled._TRACED)
+    gone, kept = weakref.ref(model), len(compile_cache._TRACED)
     del model
     gc.collect()
     assert gone() is None
-    assert len(compiled._TRACED) < kept
+    assert len(compile_cache._TRACED) < kept
 
 
 def test_python_control_flow_is_converted():

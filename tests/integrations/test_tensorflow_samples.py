@@ -15,9 +15,10 @@ import lnp_tensorflow
 from contract.namespaces import tensorflow
 from integrations.tensorflow_reference import dense
 from integrations.test_tensorflow_models import MODELS, NARROW, TOLERANCE, WIDE, Wrapped, agrees, normal, squared
-from lnp import norms
-from lnp.decomposition import decompose
-from lnp_tensorflow import backend, compiled, windows
+from lnp.per_sample import norms
+from lnp.results.decomposition import decompose
+from lnp_tensorflow import backend, compile_cache
+from lnp_tensorflow.taps import convolution
 
 tensorflow()
 GENERAL = {
@@ -201,21 +202,21 @@ def test_convolutions_with_channels_last(name):
         first = o // (outputs // groups) * (channels // groups)
         piece = x[:, i * p :: s, j * q :: t, first : first + channels // groups][:, : d.shape[1], : d.shape[2]]
         gradient[:, i, j, :, o] = np.einsum("nhwc,nhw->nc", piece, d[..., o])
-    found = windows.convolution(tf.constant(x), tf.constant(d), window)
+    found = convolution.convolution(tf.constant(x), tf.constant(d), window)
     assert np.allclose(found, np.sum(gradient**2, (1, 2, 3, 4)), rtol=1e-12)
     u = normal(*gradient.shape[1:], seed=2)
     given = np.moveaxis(u, -1, -2).reshape(k, m, groups, -1) if name == "depthwise" else u  # as TensorFlow has it
-    along = windows.along_convolution(tf.constant(x), tf.constant(d), window, tf.constant(given))
+    along = convolution.along_convolution(tf.constant(x), tf.constant(d), window, tf.constant(given))
     assert np.allclose(along, np.sum(gradient * u, (1, 2, 3, 4)), rtol=1e-10)
 
 
 def test_many_channels_on_few_positions_take_the_gram_form(monkeypatch):
     """The other one would be taken at any advantage that is large enough."""
     called = []
-    monkeypatch.setattr(windows, "_gram", lambda x, d, window: called.append(x.shape[0]) or tf.zeros(x.shape[0]))
+    monkeypatch.setattr(convolution, "_gram", lambda x, d, window: called.append(x.shape[0]) or tf.zeros(x.shape[0]))
     window, channels, outputs = CONVOLUTIONS["many channels"]
-    windows.convolution(tf.zeros((3, 6, 7, channels)), tf.zeros((3, 4, 5, outputs)), window)
-    windows.convolution(tf.zeros((3, 6, 7, 2)), tf.zeros((3, 4, 5, 3)), window)
+    convolution.convolution(tf.zeros((3, 6, 7, channels)), tf.zeros((3, 4, 5, outputs)), window)
+    convolution.convolution(tf.zeros((3, 6, 7, 2)), tf.zeros((3, 4, 5, 3)), window)
     assert called == [3]
 
 
@@ -236,10 +237,10 @@ def test_nothing_is_as_large_as_samples_times_parameters(name):
         function, shapes = MODELS["causal attention"][0], dict.fromkeys("qkv", (32, 2, 16)) | {"o": (2, 16, 32)}
         x, largest = normal(16, 4, 32), 32 * 32
     model, x = Wrapped(function, {k: normal(*shape) for k, shape in shapes.items()}), tf.constant(x)
-    compiled._TRACED.clear()
+    compile_cache._TRACED.clear()
     d = lnp.decompose(model, (x, tf.zeros_like(model(x))), max_probes=2, rtol=0)
     assert d.population is not None
-    graphs = [traced.function.graph for (plan, *_), traced in compiled._TRACED.items() if plan.verdicts]
+    graphs = [traced.function.graph for (plan, *_), traced in compile_cache._TRACED.items() if plan.verdicts]
     assert graphs
     assert max(size for graph in graphs for size in sizes(graph)) < 16 * largest
 
@@ -247,10 +248,10 @@ def test_nothing_is_as_large_as_samples_times_parameters(name):
 def test_maxima_are_pooled_outside_of_loops():
     """A loop would look for them anew at each turn."""
     model, x = wrapped("max pooling", "float32")
-    compiled._TRACED.clear()
+    compile_cache._TRACED.clear()
     d = lnp.decompose(model, (x, tf.zeros_like(model(x))), estimator="exact", population=False)
     assert d.probes > 1
-    (graph,) = [traced.function.graph for (plan, *_), traced in compiled._TRACED.items() if plan.verdicts]
+    (graph,) = [traced.function.graph for (plan, *_), traced in compile_cache._TRACED.items() if plan.verdicts]
     definition = graph.as_graph_def()
     looped = [node.op for function in definition.library.function for node in function.node_def]
     assert [node.op for node in definition.node].count("MaxPoolGrad") > d.probes

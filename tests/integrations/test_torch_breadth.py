@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 
 import lnp
 from integrations.torch_reference import TOLERANCE, VALUES, assert_agrees, dense, with_batch_statistics
-from lnp.population import jackknife_size
-from lnp.structure import leaves
+from lnp.contract.trees import leaves
+from lnp.estimators.population import jackknife_size
 
 
 class Then(nn.Module):

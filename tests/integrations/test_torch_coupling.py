@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import lnp
 from integrations.torch_reference import dense
-from lnp_torch import directional
-from lnp_torch.frozen import Frozen
-from lnp_torch.models import program
+from lnp_torch import forward_mode
+from lnp_torch.model import program
+from lnp_torch.replay_modes import Frozen
 
 
 @pytest.fixture(autouse=True)
@@ -209,8 +209,8 @@ def test_jacobian_vector_products_where_forward_mode_fails(kind, monkeypatch):
     model, x = layers[kind]().double(), torch.randn(3, 4, 8, dtype=torch.float64)
     ways = []
     for way in ("_forward", "_double_backward"):
-        run = getattr(directional, way)
-        monkeypatch.setattr(directional, way, lambda *args, way=way, run=run: (ways.append(way), run(*args))[1])
+        run = getattr(forward_mode, way)
+        monkeypatch.setattr(forward_mode, way, lambda *args, way=way, run=run: (ways.append(way), run(*args))[1])
     lin = lnp.load("torch").linearize(model, (x, torch.randn_like(x)), lnp.Options())
     u, v = lin.vjp(lin.signs(0)), lin.signs(1)
     expected = sum(lin.inner_products(u, lin.vjp(v)).values())

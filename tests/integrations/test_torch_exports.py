@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import lnp.loggers
-from lnp import storage
-from lnp.history import History
+from lnp.tracking import storage
+from lnp.tracking.history import History
 
 ROWS = [
     {"step": 0, "loss": 2.0, "layer/a/rate": 1.0, "layer/b/rate": 3.0, "estimator": "exact"},

@@ -10,7 +10,7 @@ from matplotlib import pyplot
 
 import lnp.plot
 from lnp.cli import main
-from lnp.history import History
+from lnp.tracking.history import History
 
 WIDTH = 3
 

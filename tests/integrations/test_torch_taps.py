@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lnp
-from lnp_torch import judge, sites
-from lnp_torch.samples import Comparison
+from lnp_torch import self_check
+from lnp_torch.fallback import Comparison
+from lnp_torch.taps import rules
 
 NOTE = "run on their own"
 
@@ -136,7 +137,7 @@ def test_samples_that_interact_are_never_taken_apart(name):
 @pytest.mark.parametrize("broken", ["outer", "explicit"])
 def test_a_wrong_rule_is_caught(broken, monkeypatch):
     """The general way takes over, and the numbers stay right."""
-    right = sites.RULES[F.linear]
+    right = rules.RULES[F.linear]
 
     def wrong(*args, **kwargs):
         def off(use):
@@ -146,7 +147,7 @@ def test_a_wrong_rule_is_caught(broken, monkeypatch):
 
         return [off(use) for use in right(*args, **kwargs)]
 
-    monkeypatch.setitem(sites.RULES, F.linear, wrong)
+    monkeypatch.setitem(rules.RULES, F.linear, wrong)
     model = nn.Sequential(linear(), nn.Tanh(), linear())
     record = assert_single_samples(model, torch.randn(6, 4))
     assert any("differ from single samples" in note for note in record.notes)
@@ -157,13 +158,13 @@ def test_what_arrives_at_samples_that_were_given_nothing_is_seen():
     seen = Comparison(0.0, {"a": ones, "b": ones})
     right = torch.tensor([0.0, 1.0, 0.0, 1.0])
     leaks = torch.tensor([1e-3, 1.0, 0.0, 1.0])
-    assert set(judge._differing({"a": right, "b": leaks}, seen, index, 1e-4)) == {"b"}
+    assert set(self_check._differing({"a": right, "b": leaks}, seen, index, 1e-4)) == {"b"}
 
 
 def test_compared_once_for_each_program_and_shape(monkeypatch):
     compared = []
-    original = judge._compared
-    monkeypatch.setattr(judge, "_compared", lambda *args: (compared.append(1), original(*args))[1])
+    original = self_check._compared
+    monkeypatch.setattr(self_check, "_compared", lambda *args: (compared.append(1), original(*args))[1])
     model = Runs(lambda m, x: m.b(torch.tanh(m.a(x)) if m.deep else m.a(x)), a=linear(), b=linear())
     model.deep = True
     measure = lambda samples: lnp.decompose(model, (torch.randn(samples, 4), torch.randn(samples, 4)))

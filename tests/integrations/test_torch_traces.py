@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lnp
-from lnp_torch.scaling import at_scale_one
+from lnp_torch.float16 import at_scale_one
 
 
 class Everything(nn.Module):

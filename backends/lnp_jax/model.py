@@ -1,0 +1,179 @@
+"""What a model is here: a hashable structure, and the arrays that fill it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lnp.contract.validation import select
+from lnp_jax.state_guard import replayed
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All of a model that is not an array. Models of equal structure share compiled code.
+
+    Attributes
+    ----------
+    kind:
+        "function", "equinox", "nnx" or "linen".
+    static:
+        The function, graph definition or module.
+    treedef, fixed:
+        Of the arrays: how they are nested, and the leaves that are no arrays (position, value).
+    names:
+        Of the array leaves.
+    trained:
+        The names that are differentiated.
+    forward:
+        The user's (model, inputs) -> outputs, or None.
+    """
+
+    kind: str
+    static: Any
+    treedef: Any
+    fixed: tuple[tuple[int, Any], ...]
+    names: tuple[str, ...]
+    trained: tuple[str, ...]
+    forward: Callable | None
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """{trained name: as the user knows it}."""
+        return {name: shown(name, self.kind) for name in self.trained}
+
+    def call(self, arrays: Mapping[str, Any], inputs: Any) -> Any:
+        """The outputs of the model that these arrays make; what it changes in itself is dropped."""
+        values = [arrays[name] for name in self.names]
+        for position, value in self.fixed:
+            values.insert(position, value)
+        tree = jax.tree.unflatten(self.treedef, values)
+        if self.kind == "function":
+            return replayed(self.static)(tree, inputs)
+        if self.kind == "nnx":
+            model = sys.modules["flax.nnx"].merge(self.static, *tree, copy=True)
+        elif self.kind == "linen":
+            model = self.static.bind(tree, mutable=[name for name in tree if name != "params"])
+        else:
+            model = tree
+        return replayed(self.forward or called, model)(model, inputs)
+
+
+def accepts(model: Any) -> bool:
+    """Whether the model is a Flax or Equinox module, or a function with parameters that are arrays."""
+    if is_nnx(model) or is_linen(model) or _is_equinox(model):
+        return True
+    if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
+        return False
+    leaves = jax.tree.leaves(model[1])
+    return bool(leaves) and all(_is_array(leaf) for leaf in leaves)
+
+
+def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Structure, Arrays]:
+    """A model's structure and its arrays by name.
+
+    Raises
+    ------
+    ValueError
+        For a model without trainable or selected parameters, and for a Linen module that is not bound.
+    """
+    kind, static, tree, eligible = _opened(model, forward)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    arrays = {_name(path): leaf for path, leaf in pairs if _is_array(leaf)}
+    fixed = tuple((index, leaf) for index, (_, leaf) in enumerate(pairs) if not _is_array(leaf))
+    trainable = [_name(path) for path, leaf in pairs if _is_array(leaf) and _floating(leaf) and eligible(path)]
+    known = {shown(name, kind): name for name in trainable}
+    trained = tuple(known[name] for name in select(known, parameters))
+    return Structure(kind, static, treedef, fixed, tuple(arrays), trained, forward), arrays
+
+
+def called(model: Callable, inputs: Any) -> Any:
+    """model(x), model(*tuple) or model(**dict)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, list | tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _opened(model: Any, forward: Callable | None) -> tuple[str, Any, Any, Callable[[tuple], bool]]:
+    """(kind, static part, tree of arrays, whether a path in it may be trained)."""
+    if isinstance(model, tuple):
+        if forward is not None:
+            raise ValueError(
+                "forward= was given for a model that is a pair (apply, parameters). Expected it for modules only: "
+                "put what it does into apply(parameters, inputs)."
+            )
+        collections = (
+            is_linen(getattr(model[0], "__self__", None)) and isinstance(model[1], Mapping) and "params" in model[1]
+        )
+        return "function", model[0], model[1], (_in_params if collections else _anywhere)
+    if is_nnx(model):
+        nnx = sys.modules["flax.nnx"]
+        definition, parameters, rest = nnx.split(model, nnx.Param, ...)
+        return "nnx", definition, (parameters, rest), lambda path: path[0].idx == 0
+    if is_linen(model):
+        if model.scope is None:
+            raise ValueError(
+                f"The Linen module {type(model).__name__} is not bound to variables. Expected "
+                "module.bind(variables), or the pair (module.apply, variables). Bind it first."
+            )
+        module, variables = model.unbind()
+        return "linen", module, dict(variables), _in_params
+    return "equinox", None, model, _anywhere
+
+
+def _in_params(path: tuple) -> bool:
+    return getattr(path[0], "key", None) == "params"
+
+
+def _anywhere(path: tuple) -> bool:
+    return True
+
+
+def is_nnx(model: Any) -> bool:
+    """Whether it is a Flax NNX module."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(model, nnx.Module)
+
+
+def is_linen(model: Any) -> bool:
+    """Whether it is a Flax Linen module."""
+    linen = sys.modules.get("flax.linen")
+    return linen is not None and isinstance(model, linen.Module)
+
+
+def _is_equinox(model: Any) -> bool:
+    equinox = sys.modules.get("equinox")
+    return equinox is not None and isinstance(model, equinox.Module)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _floating(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "parameters"
+
+
+def shown(name: str, kind: str) -> str:
+    """Without what only the container adds: NNX's two states and `.value`, Linen's `params`.
+
+    >>> shown("0.layer.kernel.value", "nnx"), shown("params.Dense_0.bias", "linen")
+    ('layer.kernel', 'Dense_0.bias')
+    """
+    name = name.removesuffix(".value")
+    first, _, rest = name.partition(".")
+    return rest if rest and (kind == "nnx" or first == "params") else name

@@ -1,0 +1,21 @@
+"""Results as pytrees, so that compiled functions can return them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import jax
+
+import lnp
+from lnp.spectral.spectrum import Measured
+
+STATIC = ("samples", "outputs", "estimator", "notes")
+"""Fields that are known when a function is traced."""
+
+
+def register() -> None:
+    """Make lnp's results known to JAX."""
+    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse, Measured):
+        names = [field.name for field in fields(result)]
+        static = [name for name in names if name in STATIC and result in (lnp.Decomposition, Measured)]
+        jax.tree_util.register_dataclass(result, [name for name in names if name not in static], static)

@@ -1,0 +1,1 @@
+"""Squared norms of single samples' gradients from the operations that use the parameters."""

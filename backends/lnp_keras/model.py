@@ -1,0 +1,209 @@
+"""A Keras model as a pure function of its variables, which every framework's backend takes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.backend import get_keras_mask  # there is no public way to read a mask
+
+from lnp.contract.trees import leaves, map_leaves
+from lnp.contract.validation import select
+from lnp.state.fingerprint import fingerprint
+from lnp_keras.state_guard import FOREIGN, Scope, unchanged
+
+PLAIN = (bool, int, float, str, type(None))
+WRAPPERS = ("TorchModuleWrapper", "TFSMLayer")
+"""Layers that hold another framework's module."""
+
+
+@dataclass(frozen=True)
+class Stateless:
+    """(values of all variables by name, {"inputs", "statistics"}) -> outputs. Nothing is written to the model.
+
+    Equal functions share compiled code. The model is held by a weak reference, so that compiled code does not keep it
+    alive.
+
+    Attributes
+    ----------
+    model:
+        Weak reference to the model or layer.
+    forward:
+        The user's (model, inputs) -> outputs, or None for what `fit` calls.
+    frozen:
+        Positions among the model's layers of the normalisations that use the statistics that come with the inputs.
+    state:
+        What the public attributes of the layers hold: constants in compiled code.
+    """
+
+    model: weakref.ref
+    forward: Callable | None = None
+    frozen: tuple[int, ...] = ()
+    state: tuple = ()
+
+    def __call__(self, values: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        model: Any = self.model()
+        known = named_variables(model)
+        mapping = [(known[name], value) for name, value in values.items()]
+        layers = [flat_layers(model)[position] for position in self.frozen]
+        for layer, (mean, variance) in zip(layers, batch["statistics"], strict=True):
+            mapping += [(layer.moving_mean, mean[0]), (layer.moving_variance, variance[0])]
+        scope = Scope(mapping, model.trainable_variables)
+        with unchanged(self.model, self.forward), inference_mode(layers), scope:
+            outputs = (self.forward or called)(model, batch["inputs"])
+            # On JAX they are part of Keras's own state, which is put back after this.
+            masks = [get_keras_mask(leaf) for leaf in leaves(outputs)]
+        _OBSERVED[model] = Observed(bool(scope.losses), scope.overwritten)
+        return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a pass of a model did beside computing: add terms to the loss, write to variables that are trained."""
+
+    adds_terms: bool = False
+    overwrites: bool = False
+
+
+_OBSERVED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def observed(model: keras.Layer) -> Observed:
+    """In its last pass; code that is compiled already was observed when it was traced."""
+    return _OBSERVED.get(model, Observed())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model with other values of all its variables: those from before an update, with moving statistics and seeds."""
+
+    model: keras.Layer
+    values: dict[str, Any]
+
+
+def accepts(model: Any) -> bool:
+    """Whether the model is a Keras 3 model or layer, or was one before an update."""
+    return isinstance(model, keras.Layer | Snapshot)
+
+
+def stateless(model: keras.Layer, forward: Callable | None) -> Stateless:
+    """The model as a function.
+
+    Raises
+    ------
+    ValueError
+        For a model without variables yet, on a Keras backend that cannot differentiate, or with layers whose variables
+        Keras does not replace.
+    """
+    if keras.backend.backend() not in ("tensorflow", "jax", "torch"):
+        raise ValueError(
+            f"Keras runs on {keras.backend.backend()!r}, which cannot differentiate. Expected TensorFlow, JAX or "
+            "PyTorch. Set the environment variable KERAS_BACKEND to one of them before Keras is imported."
+        )
+    if not model.built:
+        raise ValueError(
+            f"The model {model.name!r} is not built: it has no variables yet. Expected a model that knows the shape of "
+            "its inputs. Call it once on a batch, or model.build(shape)."
+        )
+    foreign = [layer.name for layer in flat_layers(model) if type(layer).__name__ in WRAPPERS]
+    if foreign:
+        raise ValueError(
+            f"The layers {foreign} hold another framework's module, whose variables Keras cannot replace. Expected "
+            "Keras layers. Pass the framework's own module to lnp instead."
+        )
+    return Stateless(weakref.ref(model), forward, state=plain_state(model))
+
+
+def called(model: keras.Layer, inputs: Any) -> Any:
+    """What `fit` calls: in training mode, if the model has one."""
+    if "training" in inspect.signature(model.call).parameters:
+        return model(inputs, training=True)
+    return model(inputs)
+
+
+def named_variables(model: keras.Layer) -> dict[str, Any]:
+    """{dotted path: variable} of all variables, without the model's own name in front."""
+    found: dict[str, Any] = {}
+    for variable in model.variables:
+        path = variable.path.replace("/", ".").removeprefix(f"{model.name}.")
+        while path in found:
+            path += "_"
+        found[path] = variable
+    return found
+
+
+def selected(model: keras.Layer, parameters: Any) -> list[str]:
+    """The names of the trainable variables, or of those that the user picks."""
+    trainable = {id(variable) for variable in model.trainable_variables}
+    names = [
+        name
+        for name, variable in named_variables(model).items()
+        if keras.backend.is_float_dtype(variable.dtype) and (id(variable) in trainable or parameters is not None)
+    ]
+    return select(names, parameters)
+
+
+def flat_layers(model: keras.Layer) -> list[keras.Layer]:
+    """The model and all layers in it, in a fixed order."""
+    return list(model._flatten_layers())
+
+
+@contextlib.contextmanager
+def inference_mode(layers: list[keras.Layer]) -> Iterator[None]:
+    """These layers use their moving statistics although the model is called in training mode."""
+    before = [layer._trainable for layer in layers]
+    try:
+        for layer in layers:
+            layer._trainable = False  # not the property, which would change the variables too
+        yield
+    finally:
+        for layer, trainable in zip(layers, before, strict=True):
+            layer._trainable = trainable
+
+
+def plain_state(model: keras.Layer) -> tuple:
+    """What the public attributes of the layers hold that are no tensors: plain values, containers of them, arrays."""
+    return tuple((layer.trainable, *_public(layer)) for layer in flat_layers(model))
+
+
+def _public(layer: keras.Layer) -> Iterator[tuple]:
+    for name, value in vars(layer).items():
+        if name[0] == "_":
+            continue
+        if isinstance(value, PLAIN):
+            yield name, value
+        elif isinstance(value, dict | list | set | tuple | np.ndarray | np.random.Generator):
+            yield name, fingerprint([_unwrapped(value)], FOREIGN | {"keras"}, lambda inner: type(inner).__qualname__)
+
+
+def _unwrapped(value: Any) -> Any:
+    return getattr(value, "_storage", getattr(value, "__wrapped__", value))  # TensorFlow's wrappers of containers
+
+
+def as_tensors(tree: Any) -> Any:
+    """Arrays as tensors of the framework."""
+
+    def tensor(leaf: Any) -> Any:
+        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            return leaf
+        # a NumPy scalar would be rounded to Keras's default type
+        return keras.ops.convert_to_tensor(np.asarray(leaf) if isinstance(leaf, np.generic) else leaf)
+
+    return map_leaves(tensor, tree)
+
+
+def unpack(batch: Any) -> tuple[Any, Any, Any]:
+    """(inputs, targets, sample weights or None)."""
+    if isinstance(batch, list | tuple) and len(batch) in (2, 3):
+        return (*batch, None) if len(batch) == 2 else tuple(batch)
+    what = f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+    raise TypeError(
+        f"The batch is a {what}. Expected (inputs, targets) or (inputs, targets, sample_weight), as `fit` takes them. "
+        "Put the parts together in a tuple."
+    )

@@ -1,0 +1,228 @@
+"""What a model is here: a hashable structure, and the tensors or variables that it is differentiated by."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from lnp.contract.trees import children, leaves, map_leaves
+from lnp.contract.validation import select
+from lnp.state.fingerprint import fingerprint
+from lnp_tensorflow.state_guard import FOREIGN, opened
+
+Arrays = dict[str, tf.Tensor]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All of a model that is not a tensor. Models of equal structure share traced code.
+
+    Attributes
+    ----------
+    kind:
+        "function": function(parameters, inputs), differentiated by tensors. "variables": differentiated by the
+        variables that the model reads by itself.
+    static:
+        The function; a module by a weak reference, so that traced code does not keep it alive.
+    template:
+        Of the parameters' tree, as text: equal trees share traced code.
+    names:
+        Of the tree's leaves.
+    trained:
+        The names that are differentiated.
+    variables:
+        The trained variables, as hashable references in the order of `trained`.
+    state:
+        What the model's Python objects hold: constants in traced code.
+    forward:
+        The user's (model, inputs) -> outputs, or None.
+    autograph:
+        Whether Python control flow over tensors has to be converted.
+    """
+
+    kind: str
+    static: Any
+    template: str
+    names: tuple[str, ...]
+    trained: tuple[str, ...]
+    variables: tuple[Any, ...] = ()
+    state: tuple = ()
+    forward: Callable | None = None
+    autograph: bool = False
+
+    @property
+    def roots(self) -> tuple[Any, ...]:
+        """The user's objects that a call may write to."""
+        return self.static, self.forward
+
+    def sources(self, arrays: Arrays) -> dict[str, Any]:
+        """{name: what is differentiated by}."""
+        if self.kind == "function":
+            return {name: arrays[name] for name in self.trained}
+        return {name: reference.deref() for name, reference in zip(self.trained, self.variables, strict=True)}
+
+    def call(self, tree: Any, arrays: Arrays, inputs: Any) -> Any:
+        """The outputs. `tree` is any tree of the parameters' structure."""
+        if self.kind == "function":
+            values = iter([arrays[name] for name in self.names])
+            return self._run(self.static, map_leaves(lambda _: next(values), tree), inputs)
+        model = self.static() if isinstance(self.static, weakref.ref) else self.static
+        return self._run(self.forward or called, model, inputs)
+
+    def _run(self, function: Callable, *args: Any) -> Any:
+        if not self.autograph:
+            return function(*args)
+        return tf.function(lambda: function(*args))()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model that reads its variables by itself, with other values of them: those from before an update.
+
+    Attributes
+    ----------
+    model:
+        The user's module, or (function, variables).
+    values:
+        Of the trained variables, by name.
+    states:
+        (variable, value) of the random generators among a module's attributes.
+    """
+
+    model: Any
+    values: Arrays
+    states: tuple[tuple[tf.Variable, tf.Tensor], ...] = ()
+
+
+def accepts(model: Any) -> bool:
+    """Whether the model is a module, or a function with variables or with parameters that are tensors."""
+    if is_module(model) or isinstance(model, Snapshot):
+        return True
+    if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
+        return False
+    values = leaves(model[1])
+    return bool(values) and all(_is_tensor(value) for value in values)
+
+
+def is_module(model: Any) -> bool:
+    """A `tf.Module`, or a callable with trainable variables as a loaded SavedModel is."""
+    if isinstance(model, tf.Module):
+        return True
+    variables = getattr(model, "trainable_variables", None) if callable(model) else None
+    return isinstance(variables, list | tuple) and all(isinstance(v, tf.Variable) for v in variables)
+
+
+def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Structure, Any, Arrays]:
+    """A model's structure, the tree of its parameters, and their tensors by name.
+
+    Raises
+    ------
+    ValueError
+        For a model without trainable or selected parameters.
+    """
+    if is_module(model):
+        variables = {name: v for name, v in named_variables(model).items() if v.dtype.is_floating}
+        variables = {name: v for name, v in variables.items() if v.trainable or parameters is not None}
+        return _of_variables(weakref.ref(model), variables, parameters, forward, plain_state(model, forward)), None, {}
+    if forward is not None:
+        raise ValueError(
+            "forward= was given for a model that is a pair (function, parameters). Expected it for modules only: put "
+            "what it does into the function."
+        )
+    function, tree = model
+    named_leaves = named(tree)
+    if _closes_over_variables(function):
+        variables = {name: v for name, v in named_leaves.items() if v.dtype.is_floating}
+        return _of_variables(function, variables, parameters, called, plain_state(function)), None, {}
+    trained = select([name for name, leaf in named_leaves.items() if leaf.dtype.is_floating], parameters)
+    template = str(map_leaves(lambda leaf: "*", tree))
+    arrays = {name: tf.convert_to_tensor(leaf) for name, leaf in named_leaves.items()}
+    state = plain_state(function)
+    return Structure("function", function, template, tuple(arrays), tuple(trained), state=state), tree, arrays
+
+
+def called(model: Callable, inputs: Any) -> Any:
+    """model(x), model(*tuple) or model(**dict)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, list | tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def named(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a structure by their dotted path."""
+    inner = children(tree)
+    if inner is None:
+        return {prefix or "parameters": tree}
+    return {
+        name: leaf
+        for key, child in inner.items()
+        for name, leaf in named(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def named_variables(module: Any) -> dict[str, tf.Variable]:
+    """{dotted path of attributes: variable}, each variable once.
+
+    What is not found among the attributes, as in a loaded SavedModel, is known by its own name.
+    """
+    found: dict[str, tf.Variable] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, tf.Variable):
+            if id(value) not in seen:
+                seen.add(id(value))
+                found[path] = value
+            return
+        if value is module or isinstance(value, tf.Module):
+            inner = {} if id(value) in seen else vars(value)
+            seen.add(id(value))
+        else:
+            inner = (children(value) or {}) if isinstance(value, Mapping | list | tuple) else {}
+        for key, child in inner.items():
+            if str(key).startswith("_self_"):  # what TensorFlow keeps on a module for its own use
+                continue
+            visit(child, f"{path}.{key}" if path else str(key))
+
+    visit(module, "")
+    own = {id(v): v for v in (getattr(module, "variables", None) or getattr(module, "trainable_variables", None) or ())}
+    reached = {path: v for path, v in found.items() if id(v) in own}
+    for key, v in own.items():
+        if key not in seen:
+            name = v.name.partition(":")[0].replace("/", ".")
+            reached[name if name not in reached else f"{name}.{len(reached)}"] = v
+    return reached
+
+
+def plain_state(*roots: Any) -> tuple:
+    """What can be reached from a model, a function or a loss and is no variable: traced code holds it as constants."""
+    held = lambda value: value.ref() if isinstance(value, tf.Tensor | tf.Variable) else type(value).__qualname__
+    return fingerprint(opened(roots), FOREIGN, held)
+
+
+def _of_variables(static: Any, variables: dict, parameters: Any, forward: Callable | None, state: tuple) -> Structure:
+    trained = select(variables, parameters)
+    references = tuple(variables[name].ref() for name in trained)
+    return Structure("variables", static, "", (), tuple(trained), references, state, forward)
+
+
+def _closes_over_variables(function: Callable) -> bool:
+    """Whether function(inputs) reads its variables by itself, where others are function(parameters, inputs)."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return not several and sum(p.default is p.empty for p in positional) == 1 and len(positional) == 1
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, tf.Variable) or tf.is_tensor(value)

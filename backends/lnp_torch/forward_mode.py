@@ -1,0 +1,60 @@
+"""Jacobian-vector products by forward mode, and by two backward passes where an operation has no forward mode."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lnp_torch.model import Parameters
+
+Run = Callable[[Parameters], list[torch.Tensor]]
+
+
+def jvp(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
+    """J u, where `run` maps parameters to outputs.
+
+    Fused attention and recurrent kernels have no forward mode. Then u -> J u is the derivative of the linear map
+    w -> <J^T w, u>, which takes two backward passes.
+    """
+    try:
+        return _forward(run, parameters, u)
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError):
+        return _double_backward(run, parameters, u)
+
+
+@functools.cache
+def _load() -> None:
+    """Have PyTorch load what forward mode needs, without its warnings about how it does that: they may be errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+def _forward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
+    _load()
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {
+            name: forward_ad.make_dual(p.detach(), tangent.to(p.dtype))
+            for (name, p), tangent in zip(parameters.items(), u, strict=True)
+        }
+        pairs = [forward_ad.unpack_dual(part) for part in run(duals)]
+        return [torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent for pair in pairs]
+
+
+def _double_backward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+        leaves = [p.detach().requires_grad_() for p in parameters.values()]
+        parts = run(dict(zip(parameters, leaves, strict=True)))
+        w = [torch.zeros_like(part, requires_grad=True) for part in parts]
+        pulled = torch.autograd.grad(parts, leaves, w, create_graph=True, allow_unused=True, materialize_grads=True)
+        used = [(grad, tangent.to(grad.dtype)) for grad, tangent in zip(pulled, u, strict=True) if grad.requires_grad]
+        outputs, tangents = zip(*used, strict=True)
+        return list(torch.autograd.grad(outputs, w, tangents, allow_unused=True, materialize_grads=True))

@@ -1,0 +1,241 @@
+"""What a model is here: a function of parameters and inputs that can run again without touching the user's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lnp.contract.trees import children, map_leaves
+from lnp.contract.validation import select
+from lnp_torch.complex import continuous, like, real
+from lnp_torch.refusals import refuse
+from lnp_torch.replica import Replica, unwrapped
+from lnp_torch.writes import Guard
+
+Parameters = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A copy of a model, on aliases of its parameters.
+
+    Attributes
+    ----------
+    parameters:
+        The selected parameters by name: leaves that share their storage with the user's, and require
+        gradients. Of a complex one the real and imaginary parts, along a last axis.
+    call:
+        (parameters, inputs) -> outputs of any structure. Takes a dictionary that replaces the selected parameters.
+    replica:
+        The copy.
+    loss:
+        The copy of the user's loss, or None.
+    guard:
+        What the copy shares with the user.
+    modules:
+        The user's own modules, to be looked at.
+    owner:
+        The user's module or function.
+    trained:
+        Ids of a module's own parameters that are selected.
+    """
+
+    parameters: Parameters
+    call: Callable[[Parameters, Any], Any]
+    replica: Replica
+    loss: Any
+    guard: Guard
+    modules: tuple[nn.Module, ...] = ()
+    owner: Any = None
+    trained: frozenset[int] = frozenset()
+
+    def rewind(self) -> None:
+        """The copy as it was in the beginning, at the parameters as they are."""
+        self.replica.rewind({})
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return next(iter(self.parameters.values())).device
+
+    def restricted(self, names: Iterable[str]) -> Program:
+        """The same with some of the parameters, the others as they are."""
+        chosen = {name: self.parameters[name] for name in names}
+        fixed = {name: p.detach() for name, p in self.parameters.items() if name not in chosen}
+        return replace(self, parameters=chosen, call=lambda values, inputs: self.call({**fixed, **values}, inputs))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model with other values of its trained parameters: those from before an update (see `lnp_torch.updates`).
+
+    Parameters that are not trained, buffers and modes are the model's own.
+    """
+
+    model: Any
+    parameters: Parameters
+    randomness: Any = None
+
+
+def accepts(model: Any) -> bool:
+    """Whether the model is a module, or a function with parameters that are tensors."""
+    if isinstance(model, nn.Module | Snapshot):
+        return True
+    if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
+        return False
+    tensors = list(named(model[1]).values())
+    return bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+
+
+def program(
+    model: Any, forward: Callable | None, parameters: Any, loss: Any = None, written: frozenset[int] = frozenset()
+) -> Program:
+    """The model as a program, with its trainable or selected parameters, and a copy of the loss that belongs to it.
+
+    `written` are the ids of tensors that it is known to write to.
+
+    Raises
+    ------
+    ValueError
+        For models that cannot be measured without touching them, see `lnp_torch.refusals`.
+    """
+    if isinstance(model, Snapshot):
+        made = program(model.model, forward, parameters, loss, written)
+        return replace(made, parameters=model.parameters)
+    refuse(model)
+    if isinstance(model, nn.Module):
+        return _on_a_device(_module(unwrapped(model), forward, parameters, loss, written))
+    if forward is not None:
+        raise ValueError(
+            "forward= was given for a model that is a pair (function, parameters). Expected it for modules only: put "
+            "what it does into function(parameters, inputs)."
+        )
+    function, tree = model
+    return _on_a_device(_function(function, tree, parameters, loss, written))
+
+
+def _on_a_device(made: Program) -> Program:
+    if made.device.type == "meta":
+        raise ValueError(
+            f"The parameter {next(iter(made.parameters))} is on the meta device, where numbers have shapes but no "
+            "values. Expected parameters with values: move the model to a device by to_empty(device=...) and load its "
+            "weights."
+        )
+    return made
+
+
+def named(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a structure by their dotted path.
+
+    >>> named({"layer": [1, 2], "scale": 3})
+    {'layer.0': 1, 'layer.1': 2, 'scale': 3}
+    """
+    inner = children(tree)
+    if inner is None:
+        return {prefix or "parameters": tree}
+    return {
+        name: leaf
+        for key, child in inner.items()
+        for name, leaf in named(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+_STANDING: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("standing", default=None)
+"""{id of the user's own parameter: what stands in its place} while a module is called."""
+
+
+def captured(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation has been given one of the user's own parameters.
+
+    Modules are called with other tensors in the place of their parameters. One that a closure, a `functools.partial`
+    or a list holds by itself stays what it was, and what flows through it would be lost.
+    """
+    if _STANDING.get() is None:
+        return False
+    return any(map(_holds_parameter, args)) or (bool(kwargs) and any(map(_holds_parameter, kwargs.values())))
+
+
+def replaced(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with what stands in the place of the user's own parameters."""
+    standing = _STANDING.get() or {}
+    own = lambda leaf: standing.get(id(leaf), leaf)
+    return tuple(map_leaves(own, value) for value in args), {n: map_leaves(own, v) for n, v in kwargs.items()}
+
+
+def _holds_parameter(value: Any) -> bool:
+    kind = type(value)
+    return kind is nn.Parameter or ((kind is list or kind is tuple) and any(map(_holds_parameter, value)))
+
+
+def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: Any, written: frozenset[int]) -> Program:
+    own = dict(model.named_parameters())
+    uninitialized = [name for name, p in own.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if uninitialized:
+        raise ValueError(
+            f"The parameters {uninitialized} are not initialised. Expected a model that has seen its first batch. "
+            "Run model(inputs) once."
+        )
+    candidates = [name for name, p in own.items() if continuous(p) and (p.requires_grad or parameters is not None)]
+    chosen = select(candidates, parameters)
+    every = {name: p.detach().clone() if id(p) in written else p for name, p in own.items()}
+    aliases = {name: _alias(every[name]) for name in chosen}
+    replica = Replica((model, forward or called, loss), map(id, own.values()), written)
+    copy, run, of_outputs = replica.roots
+
+    def call(parameters: Parameters, inputs: Any) -> Any:
+        standing = {
+            id(p): like(every[name], parameters[name])
+            if name in parameters
+            else every[name].detach().clone()
+            if id(p) in written
+            else every[name].detach()
+            for name, p in own.items()
+        }
+        replica.rewind(standing)
+        token = _STANDING.set(standing)
+        try:
+            return run(copy, inputs)
+        finally:
+            _STANDING.reset(token)
+
+    guard = Guard([*(p for p in own.values() if id(p) not in written), *replica.clones.shared()])
+    trained = frozenset(id(p) for name, p in own.items() if name in aliases)
+    return Program(aliases, call, replica, of_outputs, guard, tuple(model.modules()), model, trained)
+
+
+def _function(function: Callable, tree: Any, parameters: Any, loss: Any, written: frozenset[int]) -> Program:
+    leaves = named(tree)
+    chosen = select([name for name, leaf in leaves.items() if continuous(leaf)], parameters)
+    own = {name: leaf.detach().clone() if id(leaf) in written else leaf for name, leaf in leaves.items()}
+    aliases = {name: _alias(own[name]) for name in chosen}
+    replica = Replica((function, loss), written=written)
+    run, of_outputs = replica.roots
+
+    def call(parameters: Parameters, inputs: Any) -> Any:
+        replica.rewind({})
+        values = iter(
+            [like(leaf, parameters[name]) if name in parameters else leaf.detach() for name, leaf in own.items()]
+        )
+        return run(map_leaves(lambda _: next(values), tree), inputs)
+
+    guard = Guard([*(leaf for leaf in leaves.values() if id(leaf) not in written), *replica.clones.shared()])
+    return Program(aliases, call, replica, of_outputs, guard, owner=function)
+
+
+def _alias(parameter: torch.Tensor) -> torch.Tensor:
+    """A real leaf, on the parameter's storage unless that is complex."""
+    return real(parameter.detach()).requires_grad_()
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """model(x), model(*tuple) or model(**dict)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, list | tuple):
+        return model(*inputs)
+    return model(inputs)

@@ -1,0 +1,139 @@
+"""Forward passes of one measurement: the first fixes the randomness, all others repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+
+from lnp.contract.trees import leaves, map_leaves
+from lnp.state.kept import PLAIN
+from lnp_torch.draws import Record, rows
+from lnp_torch.model import Parameters, Program
+from lnp_torch.outputs import Outputs, read
+from lnp_torch.replay_modes import Frozen
+from lnp_torch.replica import Replica
+from lnp_torch.state_guard import RandomState, same_randomness
+
+Part: TypeAlias = slice | torch.Tensor
+"""Which samples: a slice, or their indices."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A program on one batch, as the same function at every call.
+
+    Attributes
+    ----------
+    program:
+        The model.
+    inputs:
+        The batch's inputs.
+    samples:
+        N.
+    record:
+        Dropout masks, batch statistics and other random numbers of the first pass.
+    state, after:
+        Random states that the first pass began and ended with.
+    statistics:
+        Whether batch normalisation keeps the first pass's statistics.
+    attention:
+        Whether the masks of fused attention were recorded too.
+    explained:
+        Whether all that PyTorch's generators drew is recorded.
+    over:
+        Whether each input runs over the samples along its first axis, found out on the whole batch.
+    """
+
+    program: Program
+    inputs: Any
+    samples: int
+    record: Record
+    state: RandomState
+    after: RandomState
+    statistics: bool
+    attention: bool = True
+    explained: bool = True
+    over: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.over:
+            runs = lambda leaf: isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
+            object.__setattr__(self, "over", tuple(map(runs, leaves(self.inputs))))
+
+    def replayed(self, record: Record) -> Frozen:
+        """The mode in which the network repeats what was recorded."""
+        return Frozen(self.statistics, self.program, record, self.attention)
+
+    def whole(self, parameters: Parameters) -> Outputs:
+        """The whole batch at other parameters."""
+        with same_randomness(self.state), self.replayed(self.record):
+            return read(self.program.call(parameters, copied(self.inputs)))
+
+    def part(self, parameters: Parameters, part: Part) -> Outputs:
+        """Some of the samples.
+
+        Raises
+        ------
+        RuntimeError
+            If the network drew other numbers for them than for the whole batch.
+        """
+        some = self.some(part)
+        with same_randomness(self.state):
+            with self.replayed(some.record):
+                outputs = read(self.program.call(parameters, copied(some.inputs)))
+            self.check_draws()
+        return outputs
+
+    def check_draws(self) -> None:
+        """See to it that a pass over some of the samples drew as many numbers as the batch, by whatever drew them."""
+        if not RandomState(self.after.devices).same(self.after):
+            raise RuntimeError("it draws other random numbers for some of the samples than for all of them")
+
+    def some(self, part: Part) -> Passes:
+        """The same with some of the samples."""
+        over = iter(self.over)
+        inputs = map_leaves(lambda leaf: leaf[part] if next(over) else leaf, self.inputs)
+        count = len(range(*part.indices(self.samples))) if isinstance(part, slice) else len(part)
+        return replace(self, inputs=inputs, samples=count, record=rows(self.record, self.samples, part))
+
+    def restricted(self, names: Iterable[str]) -> Passes:
+        """The same with some of the parameters to differentiate."""
+        return replace(self, program=self.program.restricted(names))
+
+    @property
+    def divisible(self) -> bool:
+        """Whether any input does, so that samples can be taken apart."""
+        return any(self.over)
+
+
+def copied(inputs: Any) -> Any:
+    """The same inputs in new memory: a network may write to what it is given, and later passes need it as it was."""
+    return map_leaves(_copied, inputs)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    if type(leaf) in PLAIN:
+        return leaf
+    replica = Replica((leaf,))
+    replica.rewind({})
+    return replica.roots[0]
+
+
+def first_pass(
+    program: Program, inputs: Any, statistics: bool, keep_graph: bool, watch: AbstractContextManager
+) -> tuple[Outputs, Callable[[int], Passes]]:
+    """The outputs of the whole batch, and the passes that repeat it once the number of samples is known."""
+    state = RandomState([program.device])
+    mode = Frozen(statistics, program)
+    with watch, mode, torch.set_grad_enabled(keep_graph):
+        outputs = read(program.call(program.parameters, copied(inputs)))
+    after, explained = RandomState([program.device]), mode.explained
+    return outputs, lambda samples: Passes(
+        program, inputs, samples, mode.record, state, after, statistics, explained=explained
+    )

@@ -1,0 +1,314 @@
+"""Operations whose per-sample gradients follow from their input and the cotangent of their output.
+
+Operations are recognised, not layers: `F.linear` in whatever module it is called, a product with a parameter, a
+normalisation's scale. A site says, for each parameter it uses, how to form
+
+    outer      sum_s left[n, s] right[n, s]^T      weights of linear maps
+    rows       sum_s e_index[n, s] values[n, s]^T  embeddings
+    explicit   the gradient itself (N, ...)        biases and scales, which are small
+    window     a convolution's weight
+
+from the cotangent d of the output. What is not here is left to the general way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lnp.per_sample.norms import Window
+
+
+@dataclass(frozen=True)
+class Use:
+    """One parameter in one operation.
+
+    Attributes
+    ----------
+    tensor:
+        The parameter, or the view of it, that the operation received.
+    kind:
+        "outer", "rows", "explicit" or "window".
+    factors:
+        (cotangent of the output, layout) -> what `lnp.per_sample.norms` takes for that kind.
+    transposed:
+        Of an "outer" use: whether left runs over the tensor's columns.
+    index:
+        Of a "rows" use: which rows are looked up, where they may be the same for all samples.
+    """
+
+    tensor: Tensor
+    kind: str
+    factors: Callable[[Tensor, Layout], tuple]
+    transposed: bool = False
+    index: Tensor | None = None
+
+    def products(self, out: Tensor) -> int:
+        """Multiplications that made the output, if there are many."""
+        if self.kind not in ("outer", "window"):
+            return 0
+        return out.numel() * self.tensor.numel() // self.tensor.shape[1 if self.transposed else 0]
+
+
+def recognised(func: Callable, args: tuple, kwargs: dict) -> list[Use]:
+    """The uses that a call makes of its tensors, as far as they are known. The tensors may be no parameters."""
+    rule = RULES.get(func)
+    if rule is None:
+        return []
+    try:
+        return [use for use in rule(*args, **kwargs) if isinstance(use.tensor, Tensor)]
+    except (TypeError, Unknown):  # called in a way that the rule has not been written for
+        return []
+
+
+NOTHING = Use(None, "explicit", lambda d, at: ())
+
+
+class Unknown(Exception):
+    """A variant that no rule is written for."""
+
+
+class Unread(Exception):
+    """An array in which the samples are not found along the first axis."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples are in the arrays of a site: (N, S, ...) and (N * S, ...), or (S, N, ...) and (S * N, ...)."""
+
+    samples: int
+    time_major: bool = False
+
+    def first(self, array: Tensor, inner: int) -> Tensor:
+        """The array as (N, ..., inner axes).
+
+        Raises
+        ------
+        Unread
+            If the samples are not there.
+        """
+        samples, outer = self.samples, array.ndim - inner
+        if outer == 1 and array.shape[0] % samples == 0 and (self.time_major or array.shape[0] != samples):
+            array = array.unflatten(0, (-1, samples) if self.time_major else (samples, -1))
+        axis = 1 if self.time_major else 0
+        if outer < 1 or axis >= array.ndim - inner or array.shape[axis] != samples:
+            raise Unread
+        return array.movedim(axis, 0)
+
+    def positions(self, array: Tensor) -> Tensor:
+        """(N, S, p)."""
+        return self.first(array, 1).reshape(self.samples, -1, array.shape[-1])
+
+    def reduced(self, gradient: Tensor, shape: tuple) -> Tensor:
+        """Summed over the axes along which a parameter of this shape was broadcast, but the samples: (N, *shape)."""
+        if shape and gradient.ndim == len(shape) and shape[0] == 1:
+            shape = shape[1:]
+        gradient = self.first(gradient, len(shape))
+        lead = gradient.ndim - 1 - len(shape)
+        axes = [*range(1, 1 + lead), *(1 + lead + i for i, size in enumerate(shape) if size == 1)]
+        summed = gradient.sum(axes, keepdim=True) if axes else gradient
+        return summed.reshape(self.samples, *shape)
+
+    def channels(self, d: Tensor, count: int) -> Tensor:
+        """(N, C, ...) summed over all that follows, and over the channels if they share one parameter."""
+        if self.time_major or d.ndim < 2 or d.shape[0] != self.samples:
+            raise Unread
+        flat = d.reshape(self.samples, d.shape[1], -1).sum(2)
+        return flat if count != 1 else flat.sum(1, keepdim=True)
+
+
+def _linear(input, weight, bias=None):
+    return [Use(weight, "outer", lambda d, at: (at.positions(d), at.positions(input))), *_bias(bias)]
+
+
+def _bias(bias):
+    return [] if bias is None else [Use(bias, "explicit", lambda d, at: (at.positions(d).sum(1),))]
+
+
+def _matmul(input, other, **kwargs):
+    """x @ W; W @ x has its samples elsewhere."""
+    if kwargs or other.ndim != 2:
+        raise Unknown
+    return [Use(other, "outer", lambda d, at: (at.positions(d), at.positions(input)), transposed=True)]
+
+
+def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
+    if beta != 1 or alpha != 1 or input.ndim != 1:
+        raise Unknown
+    return [*_matmul(mat1, mat2), *_bias(input)]
+
+
+def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    if max_norm is not None or scale_grad_by_freq:
+        raise Unknown
+
+    def rows(d, at):
+        return at.first(index, 0).reshape(at.samples, -1), at.positions(d)
+
+    index = input if padding_idx is None else torch.where(input == padding_idx % weight.shape[0], -1, input)
+    shared = input.ndim < 2 or input.shape[0] == 1  # positions, say
+    return [Use(weight, "rows", rows, index=index if shared else None)]
+
+
+def _multiply(input, other):
+    return [_scale(input, other), _scale(other, input)]
+
+
+def _scale(tensor, beside):
+    if not isinstance(tensor, Tensor) or tensor.is_complex():
+        return NOTHING
+    return Use(tensor, "explicit", lambda d, at: (at.reduced(d * beside, tensor.shape),))
+
+
+def _divide(input, other, *, rounding_mode=None):
+    if rounding_mode is not None:
+        raise Unknown
+    uses = [_scale(input, 1 / other)]
+    if isinstance(other, Tensor) and not other.is_complex():
+        uses.append(Use(other, "explicit", lambda d, at: (at.reduced(-d * input / other**2, other.shape),)))
+    return uses
+
+
+def _add(input, other, *, alpha=1):
+    return [_shift(input, 1), _shift(other, alpha)]
+
+
+def _subtract(input, other, *, alpha=1):
+    return [_shift(input, 1), _shift(other, -alpha)]
+
+
+def _shift(tensor, factor):
+    if not isinstance(tensor, Tensor) or tensor.is_complex() or isinstance(factor, Tensor):
+        return NOTHING
+    return Use(tensor, "explicit", lambda d, at: (at.reduced(factor * d, tensor.shape),))
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    return _trailing(weight, bias, lambda: F.layer_norm(input, normalized_shape, None, None, eps))
+
+
+def _rms_norm(input, normalized_shape, weight=None, eps=None):
+    return _trailing(weight, None, lambda: F.rms_norm(input, normalized_shape, None, eps))
+
+
+def _trailing(weight, bias, normalised):
+    """Scale and shift along the last axes."""
+    return [
+        Use(weight, "explicit", lambda d, at: (at.reduced(d * normalised(), weight.shape),)),
+        Use(bias, "explicit", lambda d, at: (at.reduced(d, bias.shape),)),
+    ]
+
+
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    return _channels(weight, bias, lambda: F.group_norm(input, num_groups, None, None, eps))
+
+
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if training:  # statistics of the batch couple its samples, unless they are frozen
+        raise Unknown
+    return _channels(weight, bias, lambda: F.batch_norm(input, running_mean, running_var, eps=eps))
+
+
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    mean, variance = (None, None) if use_input_stats else (running_mean, running_var)
+    normalised = lambda: F.instance_norm(input, mean, variance, None, None, use_input_stats, 0.0, eps)
+    return _channels(weight, bias, normalised)
+
+
+def _prelu(input, weight):
+    slope = lambda d, at: (at.channels(d * input.clamp(max=0), weight.numel()),)
+    return [Use(weight, "explicit", slope)]
+
+
+def _channels(weight, bias, normalised):
+    """Scale and shift along the second axis."""
+    return [
+        Use(weight, "explicit", lambda d, at: (at.channels(d * normalised(), weight.numel()),)),
+        Use(bias, "explicit", lambda d, at: (at.channels(d, bias.numel()),)),
+    ]
+
+
+def _convolution(dimension: int, transposed: bool) -> Callable:
+    def of(value: Any) -> tuple[int, ...]:
+        return (value,) * dimension if isinstance(value, int) else tuple(value) * (dimension // len(value))
+
+    def rule(input, weight, bias, padding, window):
+        if input.ndim != dimension + 2:
+            raise Unknown  # a single sample
+
+        def factors(d, at):
+            if at.time_major or d.shape[0] != at.samples:
+                raise Unread
+            x = input
+            wide, narrow = (d, x) if transposed else (x, d)
+            return F.pad(wide, padding(wide.shape[2:], narrow.shape[2:])), narrow, window
+
+        channels = lambda d, at: (at.channels(d, bias.numel()),)
+        return [Use(weight, "window", factors), *([] if bias is None else [Use(bias, "explicit", channels)])]
+
+    def window(weight, stride, dilation, groups):
+        return Window(tuple(weight.shape[2:]), of(stride), of(dilation), groups)
+
+    def forward(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        slides = window(weight, stride, dilation, groups)
+        reach = [step * (size - 1) for step, size in zip(slides.dilation, slides.kernel, strict=True)]
+        if padding == "same":
+            sides = [(total // 2, total - total // 2) for total in reach]
+        else:
+            sides = [(p, p) for p in of(0 if padding == "valid" else padding)]
+        flat = [p for side in reversed(sides) for p in side]
+        return rule(input, weight, bias, lambda *_: flat, slides)
+
+    def backward(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+        slides = window(weight, stride, dilation, groups)
+
+        def sides(wide, narrow):
+            """What positions a kernel at each place of the input reaches, beyond the output on either side."""
+            flat: list[int] = []
+            axes = zip(slides.kernel, slides.stride, slides.dilation, of(padding), wide, narrow, strict=True)
+            for size, stride, dilation, before, there, places in axes:
+                reach = (places - 1) * stride + dilation * (size - 1) + 1
+                flat = [before, max(0, reach - before - there), *flat]
+            return flat
+
+        return rule(input, weight, bias, sides, slides)
+
+    return backward if transposed else forward
+
+
+def _variants(*names: str) -> list[Callable]:
+    """The functions of these names, of torch and of its tensors."""
+    found = [getattr(home, name, None) for home in (torch, Tensor, F) for name in names]
+    return [function for function in found if function is not None]
+
+
+RULES: dict[Callable, Callable] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.prelu: _prelu,
+    torch.prelu: _prelu,
+    **dict.fromkeys(_variants("rms_norm"), _rms_norm),
+    **dict.fromkeys(_variants("matmul", "mm", "__matmul__"), _matmul),
+    **dict.fromkeys(_variants("addmm"), _addmm),
+    **dict.fromkeys(_variants("mul", "multiply", "__mul__", "__rmul__"), _multiply),
+    **dict.fromkeys(_variants("div", "divide", "true_divide", "__truediv__"), _divide),
+    **dict.fromkeys(_variants("add", "__add__", "__radd__"), _add),
+    **dict.fromkeys(_variants("sub", "subtract", "__sub__"), _subtract),
+}
+for _dimension, _forward, _backward in (
+    (1, F.conv1d, F.conv_transpose1d),
+    (2, F.conv2d, F.conv_transpose2d),
+    (3, F.conv3d, F.conv_transpose3d),
+):
+    RULES[_forward], RULES[_backward] = _convolution(_dimension, False), _convolution(_dimension, True)

@@ -1,0 +1,263 @@
+"""What users call: decompose a model's batch, respond across batches, and the loss change of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lnp.contract.linearization import Linearization, Vector, valid
+from lnp.contract.registry import Options, evaluate
+from lnp.estimators import trace
+from lnp.results.cross_response import CrossResponse, cross_response_of
+from lnp.results.decomposition import ByLayer, Decomposition, explained
+from lnp.results.decomposition import decompose as decompose_linearization
+from lnp.results.preconditioner import Preconditioned, whole
+
+
+def decompose(
+    model: Any,
+    batch: Any,
+    loss: str | Callable | None = None,
+    *,
+    forward: Callable | None = None,
+    parameters: Any = None,
+    by_layer: ByLayer = False,
+    population: bool | None = None,
+    estimator: str = "auto",
+    rtol: float = 0.01,
+    max_probes: int = 64,
+    seed: Any = 0,
+    loss_terms: int | None = None,
+    microbatch: int | None = None,
+    batch_statistics: str = "frozen",
+    preconditioner: Any = None,
+) -> Decomposition:
+    r"""Split the speed at which the loss falls into loss scale, network scale and spectral position.
+
+        rate = -dL/dt = ||J^T g||^2 = chi_loss * chi_net * chi_pos
+        chi_loss = n ||g||^2,   chi_net = tr(Theta) / n,   chi_pos = g^T Theta g / (||g||^2 tr Theta)
+
+    Nothing the caller has is changed: parameters, gradients, buffers, modes, random state.
+
+    Parameters
+    ----------
+    model:
+        torch.nn.Module, Flax NNX or Equinox module, bound Flax Linen module, a model of `lnp_numpy`, or
+        `(apply, parameters)` with `apply(parameters, inputs) -> outputs`.
+    batch:
+        `(inputs, targets)`; inputs may be an array, tuple or dict. For a Hugging Face model a dict with labels.
+        N samples along the first axis of outputs of any structure, K numbers each.
+    loss:
+        `loss(outputs, targets) -> scalar`, or a name: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or
+        "huber" (delta = 1). None takes the model's own (Hugging Face, compiled Keras models), else cross-entropy for
+        integer targets and mean squared error for float targets of the outputs' shape. Population values need
+        a mean over samples: a callable of your own is called on some of the samples to find out, once, or says so by an
+        attribute `separable = True`.
+    forward:
+        `forward(model, inputs) -> outputs`, for models that are not called as `model(inputs)`.
+    parameters:
+        Which parameters to differentiate: a predicate on names, a glob, or a list of names. Default: every trainable
+        one.
+    by_layer:
+        True for one entry per module in `Decomposition.layers`, or a function parameter name -> layer name.
+    population:
+        For `Decomposition.population`: rate, position and noise scale of the population that the batch was drawn from.
+        None computes them where that is cheap (the squared norms of single samples come with the gradient) and the
+        loss is a mean over samples; True also where it is not cheap, False never.
+    estimator:
+        Of tr Theta: "exact", "per_sample", "grouped", "joint", or "auto": exact for few outputs, per sample otherwise,
+        joint (or grouped, with `microbatch`) where the samples interact in the network. See `lnp.trace`.
+    rtol:
+        Relative standard error of chi_net at which the probing stops; 0 spends all of `max_probes`.
+    max_probes:
+        The most random probes to spend, also when `rtol` is not reached.
+    seed:
+        Of the random signs. The caller's own random state is not used up.
+    loss_terms:
+        n, if the loss's mean is over something that lnp cannot know.
+    microbatch:
+        Samples held in memory at a time. The samples must not interact.
+    batch_statistics:
+        "frozen": batch normalisation in training mode keeps this batch's statistics. "coupled": they depend on
+        the parameters,
+        as in the training step itself.
+    preconditioner:
+        The diagonal of M for an optimizer whose update is -eta M grad L, such as Adam's 1 / (sqrt(v) + eps); in the
+        form of `measured_loss_change`'s update. Rate, network scale and position are then those of J M J^T, with the
+        trace estimated jointly, on the whole batch. See `lnp.preconditioner`.
+
+    Returns
+    -------
+    Decomposition
+        Of floats; of arrays of shape () when called inside a compiled function.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a model, batch, loss or option that cannot be used. The message says what was received, what was expected
+        and what to do.
+
+    References
+    ----------
+    Nikolaou, Scheunemann, Krippendorf, Tovey, Holm, "Spectral Reach", arXiv 2605.31244.
+
+    Examples
+    --------
+    >>> import numpy, lnp, lnp_numpy
+    >>> x = numpy.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> model = lnp_numpy.LinearModel(weight=numpy.zeros((2, 1)))
+    >>> d = lnp.decompose(model, (x, numpy.ones((3, 1))))
+    >>> round(d.rate, 6), round(d.chi_loss * d.chi_net * d.chi_pos, 6)
+    (3.555556, 3.555556)
+    """
+    split = trace.splits(estimator, microbatch)
+    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
+    if preconditioner is None:
+        computation = _Decompose(estimator, rtol, max_probes, by_layer, population)
+        return explained(evaluate(computation, model, (batch,), options))
+    scaled = Preconditioned(estimator, rtol, max_probes, by_layer, population)
+    return explained(evaluate(scaled, model, (batch,), whole(options), update=preconditioner))
+
+
+def cross_response(
+    model: Any,
+    train_batch: Any,
+    measured_batch: Any,
+    loss: str | Callable | None = None,
+    *,
+    forward: Callable | None = None,
+    parameters: Any = None,
+    by_layer: ByLayer = False,
+    population: bool | None = False,
+    estimator: str = "auto",
+    rtol: float = 0.01,
+    max_probes: int = 64,
+    seed: Any = 0,
+    loss_terms: int | None = None,
+    microbatch: int | None = None,
+    batch_statistics: str = "frozen",
+) -> CrossResponse:
+    r"""How fast the loss on one batch falls while gradient descent trains on another.
+
+        -dL_m/dt = <grad L_m, grad L_t> = chi_loss * chi_net * chi_pos
+
+    with the geometric means of the two batches' loss and network scales. The position is what is left, in [-1, 1];
+    where it is negative, a step on `train_batch` raises the loss on `measured_batch`. Parameters as for `decompose`;
+    layers and population values are those of the two decompositions.
+
+    Examples
+    --------
+    >>> import numpy, lnp, lnp_numpy
+    >>> model = lnp_numpy.LinearModel(weight=numpy.zeros((1, 1)))
+    >>> up, down = (numpy.ones((1, 1)), numpy.ones((1, 1))), (numpy.ones((1, 1)), -numpy.ones((1, 1)))
+    >>> round(lnp.cross_response(model, up, down).chi_pos, 6)
+    -1.0
+    """
+    split = trace.splits(estimator, microbatch)
+    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
+    computation = _CrossResponse(estimator, rtol, max_probes, by_layer, population)
+    return evaluate(computation, model, (train_batch, measured_batch), options)
+
+
+def measured_loss_change(
+    model: Any,
+    batch: Any,
+    loss: str | Callable | None = None,
+    *,
+    learning_rate: float | None = None,
+    update: Any = None,
+    forward: Callable | None = None,
+    parameters: Any = None,
+    batch_statistics: str = "frozen",
+) -> float:
+    """L(theta + Delta) - L(theta) on the batch, by evaluating the loss at the moved parameters. The model stays
+    where it is.
+
+    Parameters
+    ----------
+    learning_rate:
+        For Delta = -learning_rate * grad L, a step of gradient descent.
+    update:
+        Delta itself: {parameter name: array} or a list in PyTorch, a pytree of the parameters' structure in JAX, a
+        vector in NumPy. One of the two must be given. Others as for `decompose`.
+
+    Examples
+    --------
+    >>> import numpy, lnp, lnp_numpy
+    >>> model = lnp_numpy.LinearModel(weight=numpy.zeros((1, 1)))
+    >>> round(lnp.measured_loss_change(model, (numpy.ones((1, 1)), numpy.ones((1, 1))), learning_rate=0.1), 6)
+    -0.36
+    """
+    return _step(_measured_change, model, batch, loss, learning_rate, update, forward, parameters, batch_statistics)
+
+
+def predicted_loss_change(
+    model: Any,
+    batch: Any,
+    loss: str | Callable | None = None,
+    *,
+    learning_rate: float | None = None,
+    update: Any = None,
+    forward: Callable | None = None,
+    parameters: Any = None,
+    batch_statistics: str = "frozen",
+) -> float:
+    """<grad L, Delta>, the loss change of a step to first order. Parameters as for `measured_loss_change`.
+
+    Examples
+    --------
+    >>> import numpy, lnp, lnp_numpy
+    >>> model = lnp_numpy.LinearModel(weight=numpy.zeros((1, 1)))
+    >>> round(lnp.predicted_loss_change(model, (numpy.ones((1, 1)), numpy.ones((1, 1))), learning_rate=0.1), 6)
+    -0.4
+    """
+    return _step(_predicted_change, model, batch, loss, learning_rate, update, forward, parameters, batch_statistics)
+
+
+@dataclass(frozen=True)
+class _Decompose(trace.Settings):
+    """The computation of `decompose`; equal settings are equal, so that compiled code is found again."""
+
+    by_layer: ByLayer = False
+    population: bool | None = False
+
+    def __call__(self, lin: Linearization) -> Decomposition:
+        return decompose_linearization(lin, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class _CrossResponse(_Decompose):
+    def __call__(self, trained: Linearization, measured: Linearization) -> CrossResponse:  # type: ignore[override]
+        return cross_response_of(trained, measured, super().__call__)
+
+
+def _measured_change(lin: Linearization, learning_rate: Any = None, update: Vector = None) -> Any:
+    if lin.loss_along is None:
+        raise TypeError(
+            "This model's backend cannot evaluate the loss at moved parameters. Expected a record with loss_along."
+        )
+    along = lin.vjp(lin.loss_gradient) if update is None else update
+    moved = lin.loss_along(along, -learning_rate if update is None else 1.0)
+    return valid(lin, moved - lin.loss)
+
+
+def _predicted_change(lin: Linearization, learning_rate: Any = None, update: Vector = None) -> Any:
+    gradient = lin.vjp(lin.loss_gradient)
+    products = list(lin.inner_products(gradient, gradient if update is None else update).values())
+    total = sum(products[1:], start=products[0])
+    if update is None:
+        total = -lin.xp.asarray(learning_rate, dtype=total.dtype) * total
+    return valid(lin, total)
+
+
+def _step(
+    computation: Callable, model: Any, batch: Any, loss: Any, learning_rate: Any, update: Any, forward: Any,
+    parameters: Any, batch_statistics: str,
+) -> float:  # fmt: skip
+    if (learning_rate is None) == (update is None):
+        given = "neither" if update is None else "both"
+        raise ValueError(f"Received {given} of learning_rate= and update=. Expected one: the step that is taken.")
+    options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False)
+    operands = {"learning_rate": learning_rate} if update is None else {"update": update}
+    return evaluate(computation, model, (batch,), options, **operands)

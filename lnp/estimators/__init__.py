@@ -1,0 +1,1 @@
+"""Estimators of the kernel's trace and of the population's values."""

@@ -1,0 +1,225 @@
+r"""Estimators of tr Theta, the trace of the empirical neural tangent kernel Theta = J J^T.
+
+With v of independent random signs, E ||J^T v||^2 = tr Theta; the cross terms between rows of J are the noise. Taking
+the squared norm sample by sample, sum_n ||J_n^T v_n||^2, leaves out all cross terms between samples, and the
+variance falls from 2 offdiag ||Theta||_F^2 to 2 sum_n offdiag ||Theta_nn||_F^2. Groups of samples lie between the two.
+
+Source: Hutchinson, Commun. Stat. Simul. Comput. 19 (1990), doi:10.1080/03610919008812866; the per-sample form and its
+variance: Nikolaou et al., arXiv 2605.31244, and docs/theory.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lnp.contract.linearization import Array, Linearization, accumulation_dtype
+from lnp.estimators.probing import Pilot, Probe, pilot_size, to_tolerance
+
+ESTIMATORS = ("auto", "exact", "per_sample", "grouped", "joint")
+GROUPS = 8
+"""Groups that the grouped estimator forms when the batch was not split into micro-batches."""
+TYPICAL_DEVIATION = 0.1
+"""Relative standard deviation of one sample's probe: 0.08 to 0.25 on networks of many kinds (docs/theory.md)."""
+LEAST_PROBES = 2
+"""What probing to a tolerance costs at least, in probes: one, and some samples again that tell its error."""
+EXACT_ROWS = 16
+"""`auto` takes all N*K rows one by one up to this many, where samples interact."""
+SPLITTING = ("auto", "exact", "per_sample")
+"""Estimators that take the samples one at a time where they do not interact."""
+Rows = Sequence[Sequence[str]]
+"""For each row of an estimate, the parameters whose squared norms it adds; the first row holds all of them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tr Theta is to be estimated, as the user has asked for it.
+
+    Attributes
+    ----------
+    estimator:
+        One of `ESTIMATORS`.
+    rtol:
+        Relative standard error at which the probing stops.
+    max_probes:
+        The most random probes to spend.
+
+    Raises
+    ------
+    ValueError
+        For an unknown estimator, a negative tolerance, and no probes.
+    """
+
+    estimator: str
+    rtol: float
+    max_probes: int
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            known = ", ".join(map(repr, ESTIMATORS))
+            raise ValueError(f"Unknown estimator {self.estimator!r}. Expected one of {known}.")
+        if not self.rtol >= 0:
+            raise ValueError(f"rtol is {self.rtol!r}. Expected a relative standard error >= 0, such as 0.01.")
+        if not (isinstance(self.max_probes, int) and self.max_probes >= 1):
+            raise ValueError(f"max_probes is {self.max_probes!r}. Expected an integer >= 1.")
+
+
+def splits(estimator: str, microbatch: int | None) -> bool:
+    """Whether samples may be taken apart, which needs to be seen not to change the function."""
+    return estimator in SPLITTING or microbatch is not None
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """tr Theta and its error, one entry for each row of parameters.
+
+    Attributes
+    ----------
+    trace:
+        (R,) estimates of tr Theta_r = ||J_r||_F^2.
+    standard_error:
+        (R,) standard errors; 0 for the exact estimator, nan where one probe of one group cannot tell.
+    estimator:
+        "exact", "per_sample", "grouped" or "joint".
+    probes:
+        Cotangents that were pulled back for each of these samples.
+    probed:
+        Samples that were probed: N, or fewer where the tolerance asked for no more.
+    samples:
+        (N,) estimates of tr Theta_nn, or None where samples were not taken one at a time. Those that were not probed
+        have the mean of the others.
+    """
+
+    trace: Array
+    standard_error: Array
+    estimator: str
+    probes: Any
+    probed: Any
+    samples: Array | None = None
+
+
+def choose(lin: Linearization, estimator: str, rtol: float, max_probes: int) -> tuple[str, tuple[str, ...]]:
+    """The estimator that is used when the user asks for `estimator`, and notes where it is another one."""
+    samples, outputs = lin.outputs.shape
+    independent = lin.sample_square_norms is not None
+    if estimator == "auto":
+        if independent:
+            return ("exact" if outputs <= expected_probes(samples, rtol, max_probes) else "per_sample"), ()
+        if samples * outputs <= EXACT_ROWS:
+            return "exact", ()
+        return ("joint" if lin.group_square_norms is None else "grouped"), ()
+    if estimator == "per_sample" and not independent:
+        return "joint", ("the joint estimator replaces the per-sample one, which needs samples that do not interact",)
+    return estimator, ()
+
+
+def expected_probes(samples: int, rtol: float, max_probes: int) -> float:
+    """Random probes that the tolerance is likely to ask for: as many orthogonal ones, if K is no more, are exact.
+
+    >>> expected_probes(samples=16, rtol=0.01, max_probes=64)
+    6.25
+    """
+    if rtol == 0:
+        return max_probes
+    return min(max_probes, max(LEAST_PROBES, (TYPICAL_DEVIATION / rtol) ** 2 / samples))
+
+
+def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_probes: int) -> TraceEstimate:
+    """tr Theta by the named estimator (not "auto"), for each row of parameters. Safe to trace and compile."""
+    if estimator == "exact":
+        return exact(lin, rows)
+    probe = {"per_sample": per_sample, "grouped": grouped, "joint": joint}[estimator](lin, rows)
+    found = to_tolerance(lin, probe, rtol, max_probes)
+    error, apart = lin.xp.sqrt(found.variance), found.mean[0, :] if estimator == "per_sample" else None
+    probed = found.groups if estimator == "per_sample" else lin.outputs.shape[0]
+    return TraceEstimate(lin.xp.sum(found.mean, axis=1), error, estimator, found.probes, probed, apart)
+
+
+def per_sample(lin: Linearization, rows: Rows) -> Probe:
+    """||J_n^T v_n||^2 for each sample n, whose expectation over signs is tr Theta_nn. Samples must not interact."""
+    square_norms = lin.sample_square_norms
+    assert square_norms is not None, "choose() takes this estimator only where the record has them"
+    samples, subset = lin.outputs.shape[0], lin.subset
+
+    def pilot() -> Pilot:
+        assert subset is not None, "a probe without a subset has no pilot"
+        some = subset(pilot_size(samples))
+        own = lambda v: some.sample_square_norms(lin.xp.take(v, some.index, axis=0))
+        return Pilot(some.index, lambda v: _by_row(lin, rows, own(v)))
+
+    probe = lambda v: _by_row(lin, rows, square_norms(v))
+    return Probe(probe, samples, len(rows), pilot if subset is not None and lin.subset_pays else None)
+
+
+def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
+    """||J_g^T v_g||^2 for groups g of samples; right for any network.
+
+    Without micro-batches each group is a cotangent that is zero on the other samples, and costs one pull-back.
+    """
+    xp = lin.xp
+    of_groups = lin.group_square_norms
+    if of_groups is not None:
+        return Probe(lambda v: _by_row(lin, rows, of_groups(v)), lin.groups, len(rows))
+    samples = lin.outputs.shape[0]
+    groups = min(groups, samples)
+    bounds = [(samples * g // groups, samples * (g + 1) // groups) for g in range(groups)]
+
+    def square_norms(v: Array) -> Array:
+        index = xp.arange(samples, device=_device(v))[:, None]
+        parts = [xp.where((index >= start) & (index < stop), v, xp.zeros_like(v)) for start, stop in bounds]
+        return xp.concat([_pulled_back(lin, rows, part) for part in parts], axis=1)
+
+    return Probe(square_norms, groups, len(rows))
+
+
+def joint(lin: Linearization, rows: Rows) -> Probe:
+    """||J^T v||^2, whose expectation over signs is tr Theta; right for any network."""
+    return Probe(lambda v: _pulled_back(lin, rows, v), 1, len(rows))
+
+
+def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
+    """tr Theta = sum over outputs k and samples n of ||J_n^T e_k||^2.
+
+    K probes where samples do not interact, all N*K rows of J one by one where they do.
+    """
+    xp, (samples, outputs) = lin.xp, lin.outputs.shape
+    if lin.sample_square_norms is not None:
+        probe, count = per_sample(lin, rows), outputs
+    else:
+        probe, count = joint(lin, rows), samples * outputs
+
+    def unit(index: Any) -> Array:
+        """e_k for every sample at once, or the unit vector of one row of J."""
+        at = xp.astype(xp.arange(count, device=_device(lin.outputs)) == index, lin.outputs.dtype)
+        return xp.broadcast_to(xp.reshape(at, (-1, outputs)), (samples, outputs))
+
+    def body(state: tuple) -> tuple:
+        index, total = state
+        return index + 1, total + probe.square_norms(unit(index))
+
+    _, groups = lin.while_loop(lambda state: state[0] < count, body, (0, _zeros(lin, (len(rows), probe.groups))))
+    total = xp.sum(groups, axis=1)
+    apart = lin.sample_square_norms is not None
+    return TraceEstimate(total, xp.zeros_like(total), "exact", count, samples, groups[0, :] if apart else None)
+
+
+def _pulled_back(lin: Linearization, rows: Rows, v: Array) -> Array:
+    pulled = lin.vjp(v)
+    return _by_row(lin, rows, lin.inner_products(pulled, pulled))
+
+
+def _by_row(lin: Linearization, rows: Rows, square_norms: Mapping[str, Array]) -> Array:
+    """Add the parameters of each row: {name: (G,) or ()} -> (R, G)."""
+    sums = [sum((square_norms[name] for name in row[1:]), start=square_norms[row[0]]) for row in rows]
+    dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)  # parameters may be wider than the outputs
+    return lin.xp.astype(lin.xp.stack([lin.xp.reshape(total, (-1,)) for total in sums]), dtype, copy=False)
+
+
+def _zeros(lin: Linearization, shape: Any) -> Array:
+    dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)
+    return lin.xp.zeros(shape, dtype=dtype, device=_device(lin.outputs))
+
+
+def _device(array: Array) -> Any:
+    return getattr(array, "device", None)

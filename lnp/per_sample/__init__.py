@@ -1,0 +1,1 @@
+"""Squared norms of single samples' gradients, for every framework."""

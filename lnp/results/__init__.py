@@ -1,0 +1,1 @@
+"""What is returned to the user, and the computations that make it."""

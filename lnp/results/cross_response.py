@@ -1,0 +1,59 @@
+"""Cross response: how the loss on one batch answers to a step taken on another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lnp.contract.linearization import Linearization, ratio, valid
+from lnp.results.decomposition import Decomposition
+
+
+@dataclass(frozen=True)
+class CrossResponse:
+    """-dL_m/dt = <grad L_m, grad L_t> and its factors: floats, or 0-d arrays inside a compiled function.
+
+    Attributes
+    ----------
+    rate:
+        Speed at which the measured loss falls while gradient descent trains on the other batch; may be negative.
+    chi_loss, chi_net:
+        Geometric means of the two batches' loss and network scales.
+    chi_pos:
+        rate / (chi_loss chi_net), in [-1, 1]; nan for 0/0.
+    chi_net_stderr, chi_pos_stderr:
+        Standard errors.
+    trained, measured:
+        The decomposition of each batch.
+    """
+
+    rate: Any
+    chi_loss: Any
+    chi_net: Any
+    chi_pos: Any
+    chi_net_stderr: Any
+    chi_pos_stderr: Any
+    trained: Decomposition
+    measured: Decomposition
+
+
+def cross_response_of(
+    trained: Linearization, measured: Linearization, decompose: Callable[[Linearization], Decomposition]
+) -> CrossResponse:
+    """The cross response of two linearised batches of one model. Pure, safe to trace and compile.
+
+    The two traces are estimated with independent errors a and b (relative), so that the relative error of
+    their geometric mean is sqrt(a^2 + b^2) / 2.
+    """
+    xp = trained.xp
+    t, m = decompose(trained), decompose(measured)
+    products = trained.inner_products(trained.vjp(trained.loss_gradient), measured.vjp(measured.loss_gradient))
+    values = list(products.values())
+    rate = valid(trained, valid(measured, sum(values[1:], start=values[0])))
+    chi_loss = xp.sqrt(t.chi_loss) * xp.sqrt(m.chi_loss)
+    chi_net = xp.sqrt(t.chi_net) * xp.sqrt(m.chi_net)
+    errors = [ratio(xp, d.chi_net_stderr, d.chi_net) for d in (t, m)]
+    relative = 0.5 * xp.sqrt(errors[0] ** 2 + errors[1] ** 2)
+    chi_pos = ratio(xp, ratio(xp, rate, chi_loss), chi_net)
+    return CrossResponse(rate, chi_loss, chi_net, chi_pos, chi_net * relative, abs(chi_pos) * relative, t, m)

@@ -1,0 +1,245 @@
+r"""The loss-network-position (LNP) decomposition of the speed at which a loss falls.
+
+    rate     = -dL/dt = ||J^T g||^2 = chi_loss * chi_net * chi_pos
+    chi_loss = n ||g||^2                             loss scale
+    chi_net  = tr(Theta) / n                         network scale
+    chi_pos  = g^T Theta g / (||g||^2 tr Theta)      spectral position
+
+with outputs f of shape (N, K), g = dL/df, J = df/dtheta, the empirical neural tangent kernel Theta = J J^T, and n
+the number of terms that the loss's mean reduction averages.
+
+Source: Nikolaou, Scheunemann, Krippendorf, Tovey, Holm, "Spectral Reach", arXiv 2605.31244.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from lnp.contract.linearization import Array, Linearization, Vector, accumulation_dtype, ratio, square_norm, valid
+from lnp.estimators import trace
+from lnp.estimators.population import Population, possible
+from lnp.estimators.population import population as population_of
+
+ByLayer = bool | Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's part: Theta = sum_l Theta_l, so that rates and network scales add up over layers.
+
+    chi_pos_l = rate_l / (||g||^2 tr Theta_l), and the whole is chi_pos = sum_l (chi_net_l / chi_net) chi_pos_l.
+    """
+
+    rate: Any
+    chi_net: Any
+    chi_pos: Any
+    chi_net_stderr: Any
+    chi_pos_stderr: Any
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The three factors of -dL/dt, with standard errors: floats, or 0-d arrays inside a compiled function.
+
+    Attributes
+    ----------
+    loss:
+        L.
+    rate:
+        -dL/dt = ||J^T g||^2 under gradient flow, exact. Loss per unit of (learning rate x step).
+    chi_loss, chi_net, chi_pos:
+        Loss scale (>= 0), network scale (>= 0), spectral position (in [0, 1]). Their product is the rate.
+        chi_pos is nan (0/0) where g = 0 or J = 0.
+    chi_net_stderr, chi_pos_stderr:
+        Standard errors: 0 where the trace is exact, nan where a single probe cannot tell.
+    loss_terms:
+        n, the number of terms that the loss's mean reduction averages.
+    probes:
+        Cotangents spent on the trace, for each sample that was probed.
+    probed:
+        Samples that were probed: N, or fewer where `rtol` asked for no more.
+    samples, outputs:
+        N and K.
+    estimator:
+        How the trace was obtained: "exact", "per_sample", "grouped" or "joint".
+    layers:
+        {layer: Layer}, or None unless asked for.
+    population:
+        Position and rate without the floor of a finite batch, or None unless asked for.
+    notes:
+        What the user should know.
+    """
+
+    loss: Any
+    rate: Any
+    chi_loss: Any
+    chi_net: Any
+    chi_pos: Any
+    chi_net_stderr: Any
+    chi_pos_stderr: Any
+    loss_terms: Any
+    probes: Any
+    probed: Any
+    layers: Mapping[str, Layer] | None
+    population: Population | None
+    samples: int
+    outputs: int
+    estimator: str
+    notes: tuple[str, ...] = ()
+
+    def predicted_loss_change(self, learning_rate: float) -> Any:
+        """Loss change of one step of gradient descent to first order: -learning_rate * rate."""
+        return -learning_rate * self.rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values by name, without notes; layers as "layer/<name>/<value>"."""
+        from lnp.results.display import to_dict
+
+        return to_dict(self)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with one row for the whole and one for each layer. Needs pandas."""
+        from lnp.results.display import to_pandas
+
+        return to_pandas(self)
+
+    def __str__(self) -> str:
+        from lnp.results.display import to_text
+
+        return to_text(self)
+
+    def _repr_html_(self) -> str:
+        from lnp.results.display import to_html
+
+        return to_html(self)
+
+
+def decompose(
+    lin: Linearization,
+    *,
+    estimator: str = "auto",
+    rtol: float = 0.01,
+    max_probes: int = 64,
+    by_layer: ByLayer = False,
+    population: bool | None = False,
+) -> Decomposition:
+    """Decompose one linearised batch. Pure, safe to trace and compile; every number is an array of shape ().
+
+    Where a check of the record fails (labels out of range, samples that interact although they were taken apart), the
+    numbers are nan.
+    """
+    xp = lin.xp
+    name, notes = trace.choose(lin, estimator, rtol, max_probes)
+    gradient, square_norms = _gradient(lin)
+    layers = layer_names(tuple(square_norms), by_layer)
+    rows = [tuple(square_norms), *layers.values()]
+    if population is False:
+        gradient = None  # as large as the parameters, and not needed any more
+    estimate = trace.estimate(lin, rows, name, rtol, max_probes)
+    rates = [sum((square_norms[p] for p in row[1:]), start=square_norms[row[0]]) for row in rows]
+    terms = _like(lin, lin.loss_terms)
+    g2 = square_norm(xp, lin.loss_gradient)
+    parts = [
+        _factors(xp, valid(lin, rate), g2, valid(lin, estimate.trace[i]), estimate.standard_error[i], terms)
+        for i, rate in enumerate(rates)
+    ]
+    whole = parts[0]
+    finite: Population | None = None
+    reason: tuple[str, ...] = ()
+    if population is not False:
+        finite, reason = _population(lin, gradient, rates[0], estimate, asked=population is True)
+    return Decomposition(
+        loss=lin.loss,
+        rate=whole.rate,
+        chi_loss=valid(lin, terms * g2),
+        chi_net=whole.chi_net,
+        chi_pos=whole.chi_pos,
+        chi_net_stderr=whole.chi_net_stderr,
+        chi_pos_stderr=whole.chi_pos_stderr,
+        loss_terms=lin.loss_terms,
+        probes=estimate.probes,
+        probed=estimate.probed,
+        layers=dict(zip(layers, parts[1:], strict=True)) if layers else None,
+        population=finite,
+        samples=lin.outputs.shape[0],
+        outputs=lin.outputs.shape[1],
+        estimator=name,
+        notes=(*lin.notes, *notes, *reason),
+    )
+
+
+def _gradient(lin: Linearization) -> tuple[Vector | None, Mapping[str, Array]]:
+    """J^T g, or None where it need not be in memory, and ||J_l^T g||^2 for each parameter."""
+    if lin.gradient_square_norms is not None:
+        return None, lin.gradient_square_norms()
+    gradient = lin.vjp(lin.loss_gradient)
+    return gradient, lin.inner_products(gradient, gradient)
+
+
+def _population(
+    lin: Linearization, gradient: Vector | None, rate: Array, estimate: trace.TraceEstimate, asked: bool
+) -> tuple[Population | None, tuple[str, ...]]:
+    """The population's values, or None and the reason."""
+    reason = ""
+    if estimate.samples is None:
+        reason = "the samples were not taken one at a time"
+    elif not lin.separable:
+        reason = "it is not known whether the loss is a mean over samples; if it is, set loss.separable = True"
+    elif lin.outputs.shape[0] < 3:
+        reason = "fewer than three samples tell nothing about their spread"
+    elif not (lin.cheap or asked):
+        reason = "single samples are not cheap in this network; ask for population=True"
+    elif not possible(lin):
+        reason = "the backend has no Jacobian-vector products"
+    if reason:
+        return None, (f"no population values: {reason}",)
+    values = population_of(lin, gradient, rate, estimate.samples, estimate.standard_error[0])
+    checked = {field.name: valid(lin, getattr(values, field.name)) for field in fields(values)}
+    return Population(**checked), ()
+
+
+def explained(d: Decomposition) -> Decomposition:
+    """The same numbers, with notes on those that are nan. Arrays inside a compiled function have no value yet."""
+    if not isinstance(d.loss, float):
+        return d
+    notes = []
+    if not (math.isfinite(d.loss) and math.isfinite(d.rate) and math.isfinite(d.chi_net)):
+        notes.append("outputs, loss or gradients are not finite: what they touch is nan")
+    if d.chi_loss == 0:
+        notes.append("the loss gradient is zero: chi_pos is 0/0, nan")
+    if d.chi_net == 0:
+        notes.append("the outputs do not respond to the parameters (J = 0): chi_pos is 0/0, nan")
+    return replace(d, notes=(*d.notes, *notes))
+
+
+def layer_names(parameters: tuple[str, ...], by_layer: ByLayer) -> dict[str, tuple[str, ...]]:
+    """{layer: its parameters}. By default a layer is the module that owns the parameter: the name up to its last dot.
+
+    >>> layer_names(("head.weight", "head.bias", "scale"), True)
+    {'head': ('head.weight', 'head.bias'), 'scale': ('scale',)}
+    """
+    if by_layer is False:
+        return {}
+    owner = by_layer if callable(by_layer) else lambda name: name.rpartition(".")[0] or name
+    layers: dict[str, tuple[str, ...]] = {}
+    for name in parameters:
+        layer = owner(name)
+        layers[layer] = (*layers.get(layer, ()), name)
+    return layers
+
+
+def _factors(xp: Any, rate: Array, g2: Array, trace: Array, stderr: Array, terms: Array) -> Layer:
+    position = ratio(xp, ratio(xp, rate, g2), trace)  # in turn: ||g||^2 tr Theta may overflow
+    relative = ratio(xp, stderr, trace)
+    return Layer(rate, trace / terms, position, stderr / terms, position * relative)
+
+
+def _like(lin: Linearization, value: Any) -> Array:
+    """A number or an integer array as an array in the accumulation dtype, on the outputs' device."""
+    dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)
+    if isinstance(value, int | float):
+        return lin.xp.asarray(value, dtype=dtype, device=getattr(lin.outputs, "device", None))
+    return lin.xp.astype(value, dtype)

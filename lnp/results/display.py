@@ -1,0 +1,113 @@
+"""A decomposition as a dictionary, a table in text or HTML, and a pandas data frame."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lnp.results.decomposition import Decomposition
+
+WHOLE = (
+    "loss",
+    "rate",
+    "chi_loss",
+    "chi_net",
+    "chi_net_stderr",
+    "chi_pos",
+    "chi_pos_stderr",
+    "loss_terms",
+    "probes",
+    "probed",
+)
+SHAPE = ("samples", "outputs", "estimator")
+POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "noise_scale_stderr")
+LAYER = ("rate", "chi_net", "chi_net_stderr", "chi_pos", "chi_pos_stderr")
+MEANING = {
+    "loss": "loss",
+    "rate": "speed at which the loss falls, -dL/dt",
+    "chi_loss": "loss scale",
+    "chi_net": "network scale",
+    "chi_pos": "spectral position: 1 dominant mode, 0 tail",
+}
+
+
+def to_dict(d: Decomposition) -> dict[str, Any]:
+    """The values by name, without notes; layers as "layer/<name>/<value>"."""
+    flat = {name: getattr(d, name) for name in (*WHOLE, *SHAPE)}
+    if d.population is not None:
+        flat |= {f"population/{name}": getattr(d.population, name) for name in POPULATION}
+    for layer, part in (d.layers or {}).items():
+        flat |= {f"layer/{layer}/{name}": getattr(part, name) for name in LAYER}
+    return flat
+
+
+def to_pandas(d: Decomposition) -> Any:
+    """A data frame with one row for the whole (index "") and one for each layer."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas() needs pandas, which is not installed. Run: pip install pandas") from error
+    rows = {"": {name: getattr(d, name) for name in (*WHOLE, *SHAPE)}}
+    rows |= {layer: {name: getattr(part, name) for name in LAYER} for layer, part in (d.layers or {}).items()}
+    return pandas.DataFrame.from_dict(rows, orient="index")
+
+
+def to_text(d: Decomposition) -> str:
+    """A small table: values, error bars, and how they were obtained."""
+    lines = [
+        f"{name:<10}{_number(getattr(d, name)):>11}{_error(d, name)}   {meaning}" for name, meaning in MEANING.items()
+    ]
+    if d.population is not None:
+        lines += [
+            f"{'chi_pos':<10}{_number(d.population.chi_pos):>11}{_error(d.population, 'chi_pos')}   of the population",
+            f"{'noise':<10}{_number(d.population.noise_scale):>11}{_error(d.population, 'noise_scale')}"
+            "   gradient noise scale, samples",
+        ]
+    if d.layers:
+        width = max(len("layer"), *map(len, d.layers))
+        lines += ["", f"{'layer':<{width}}{'rate':>11}{'chi_net':>11}{'':>11}{'chi_pos':>11}"]
+        lines += [
+            f"{layer:<{width}}{_number(part.rate):>11}{_number(part.chi_net):>11}{_error(part, 'chi_net'):>11}"
+            f"{_number(part.chi_pos):>11}{_error(part, 'chi_pos'):>11}"
+            for layer, part in d.layers.items()
+        ]
+    return "\n".join([*lines, "", obtained(d), *(f"note: {note}" for note in d.notes)])
+
+
+def to_html(d: Decomposition) -> str:
+    """The same table for notebooks."""
+    rows = "".join(
+        f"<tr><td><code>{name}</code></td>"
+        f"<td style='text-align:right'>{_number(getattr(d, name))}{_error(d, name)}</td>"
+        f"<td style='text-align:left'>{meaning}</td></tr>"
+        for name, meaning in MEANING.items()
+    )
+    layers = "".join(
+        f"<tr><td><code>{html.escape(layer)}</code></td><td>rate {_number(part.rate)}, chi_net {_number(part.chi_net)}"
+        f"{_error(part, 'chi_net')}</td><td>chi_pos {_number(part.chi_pos)}{_error(part, 'chi_pos')}</td></tr>"
+        for layer, part in (d.layers or {}).items()
+    )
+    notes = "".join(f"<br>{html.escape(line)}" for line in (obtained(d), *d.notes))
+    return f"<table>{rows}{layers}</table><small>{notes[4:]}</small>"
+
+
+def obtained(d: Decomposition) -> str:
+    """One line on the batch and the estimator."""
+    probes = "1 probe" if d.probes == 1 else f"{_count(d.probes)} probes"
+    probes += "" if d.probed == d.samples else f" of {_count(d.probed)} samples"
+    terms = _count(d.loss_terms)
+    return f"{d.samples} samples x {d.outputs} outputs, {terms} loss terms; trace: {d.estimator}, {probes}"
+
+
+def _count(value: Any) -> str:
+    return str(int(value)) if isinstance(value, int | float) and value == value else str(value)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+def _error(d: Any, name: str) -> str:
+    error = getattr(d, f"{name}_stderr", None)
+    return "" if error is None or error == 0 else f" ± {error:.1g}" if isinstance(error, int | float) else f" ± {error}"

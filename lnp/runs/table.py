@@ -1,0 +1,66 @@
+"""Runs next to each other in a table: final loss, spectral reach, and where each factor stalls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lnp.runs.curves import FACTORS, runs_of, summary
+
+HEADER = ("run", "size", "last step", "loss", "reach", "at step", *FACTORS)
+ABOUT = """reach: lowest chi_pos over three windows, with its standard error, and the step at which it is attained.
+chi_loss, chi_net, chi_pos: the step from which on the factor stays within 25% of where it ends; - if it moves on."""
+
+
+def compare(runs: Any) -> list[tuple[str, ...]]:
+    """One line of texts for each run, under `HEADER`. Runs without rows are left out.
+
+    Examples
+    --------
+    >>> import lnp
+    >>> rows = [{"step": s, "loss": 1 / (1 + s), "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5} for s in range(9)]
+    >>> compare({"a": lnp.History(rows)})
+    [('a', '-', '8', '0.111', '0.5', '1', '1', '1', '1')]
+    """
+    return [_line(name, run) for name, run in runs_of(runs).items() if len(run)]
+
+
+def to_text(lines: Sequence[tuple[str, ...]]) -> str:
+    """The table as aligned text, and what its columns mean."""
+    widths = [max(len(line[i]) for line in (HEADER, *lines)) for i in range(len(HEADER))]
+    aligned = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in (HEADER, *lines)
+    ]
+    return "\n".join([*aligned, "", ABOUT])
+
+
+def number(value: float) -> str:
+    """Three digits, or two where there is a power of ten.
+
+    >>> number(0.1234), number(999.7), number(26122), number(0.0000293), number(float("nan"))
+    ('0.123', '1,000', '26,122', '2.9e-05', '-')
+    """
+    if not math.isfinite(value):
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 999.5:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.1e}"
+
+
+def whole(value: float) -> str:
+    """A step."""
+    return f"{value:,.0f}" if math.isfinite(value) else "-"
+
+
+def measured(value: float, error: float) -> str:
+    """A value with its standard error, if it has one."""
+    return f"{number(value)} ± {error:.1g}" if error > 0 else number(value)
+
+
+def _line(name: str, run: Any) -> tuple[str, ...]:
+    s = summary(run)
+    reach = measured(s.reach, s.reach_stderr)
+    stalls = (whole(s.stalled[factor]) for factor in FACTORS)
+    return (name, number(s.parameters), whole(s.last_step), number(s.loss), reach, whole(s.reach_step), *stalls)

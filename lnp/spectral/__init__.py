@@ -1,0 +1,1 @@
+"""Spectrum, dense kernel and linear operators of a batch."""

@@ -1,0 +1,65 @@
+"""What Python objects hold, as one hashable value: code that was traced for it holds it as constants."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from lnp.state.kept import PLAIN, reachable
+from lnp.state.places import STATES, places
+
+
+def fingerprint(
+    roots: Iterable[Any], foreign: frozenset[str] = frozenset(), held: Callable[[Any], Any] = lambda value: None
+) -> tuple:
+    """Equal where what can be reached from the roots is the same: plain values, arrays of NumPy, states of generators,
+    and functions, which are told apart by identity.
+
+    Parameters
+    ----------
+    roots:
+        Models, functions, losses.
+    foreign:
+        Top-level packages whose objects are not entered.
+    held:
+        value -> a hashable key of a value that is not entered, such as a framework's tensor; None for no key.
+
+    Examples
+    --------
+    >>> scale = [1.0]
+    >>> before = fingerprint([scale])
+    >>> scale[0] = 2.0
+    >>> before == fingerprint([scale])
+    False
+    """
+    found = reachable(roots, foreign)
+    place = {id(x): index for index, x in enumerate(found)}
+
+    def key(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()
+        if type(value) in PLAIN:
+            return type(value), repr(value) if isinstance(value, float | complex) else value
+        return place[id(value)] if id(value) in place else held(value)
+
+    return tuple(
+        (
+            weakref.ref(x) if isinstance(x, types.FunctionType) else type(x),
+            repr(part.take(x)) if type(x) in STATES else tuple(map(key, part.take(x))),
+        )
+        for x in found
+        for part in places(x)
+    )
+
+
+def random_states(roots: Iterable[Any], foreign: frozenset[str] = frozenset()) -> str:
+    """The random states of Python and NumPy, and of the generators that can be reached, as text to compare."""
+    generators = [x for x in reachable(roots, foreign) if type(x) in STATES]
+    own = [part.take(x) for x in generators for part in places(x)]
+    return repr((random.getstate(), np.random.get_state(), own))  # noqa: NPY002 - the user's legacy state

@@ -1,0 +1,1 @@
+"""Watching a training run: the tracker, its schedule of measurements, and the history that it writes."""

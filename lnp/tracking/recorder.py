@@ -1,0 +1,113 @@
+"""Where a tracker's rows go: the run's file, the history in memory, and loggers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lnp.loggers import Logger
+from lnp.tracking.failures import Failures
+from lnp.tracking.history import RESUMED, History
+from lnp.tracking.rows import numbers
+from lnp.tracking.storage import Appender
+
+
+class Recorder:
+    """Keeps rows, and leaves out those of steps that the run has gone back behind.
+
+    Attributes
+    ----------
+    path:
+        Of the file, or None.
+    is_open:
+        Whether rows can be kept now.
+    latest:
+        The last row's numbers as loggers get them.
+    """
+
+    def __init__(self, path: str | None, fsync: bool, loggers: list[Logger], failures: Failures) -> None:
+        self.path, self._fsync = path, fsync
+        self._loggers, self._failures = loggers, failures
+        self._file: Appender | None = None
+        self._history: History | None = None
+        self._resumed: int | None = None
+        self._notes: tuple[str, ...] = ()
+        self.is_open = False
+        self.latest: dict[str, float] = {}
+
+    @property
+    def history(self) -> History:
+        """What has been measured, also by earlier processes."""
+        if self._history is not None:
+            return self._history
+        return History.read(self.path) if self.path is not None and os.path.exists(self.path) else History()
+
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Have these rows in memory."""
+        self._history = History(rows)
+
+    def open(self, step: int) -> None:
+        """Continue the file, of which a run that begins at this step leaves out what is not before it."""
+        if self.path is not None:
+            file = Appender(self.path, self._fsync)
+            try:
+                self._history = History.read(self.path)
+            except BaseException:
+                file.close()
+                raise
+            self._file = file
+        elif self._history is None:
+            self._history = History()
+        last = self.history.last_step
+        if last is not None and step <= last:
+            self.go_back(step)
+        self.is_open = True
+
+    def go_back(self, step: int) -> None:
+        """Leave out what was measured at this step and later."""
+        if self._history is not None:
+            self._history.go_back(step)
+        self._resumed = step if self._resumed is None else min(step, self._resumed)
+
+    def keep(self, row: Mapping[str, Any], notes: tuple[str, ...], tags: Iterable[str], always: bool = False) -> None:
+        """Append a row to the file and the history, and give its numbers, without the tags, to the loggers.
+
+        Notes are written where they change. Where the file fails the row is in neither, so that they agree, and loggers
+        have it all the same. `always` warns also where the tracker raises.
+        """
+        step = row["step"]
+        written = dict(row)
+        if notes != self._notes:
+            written["notes"] = "; ".join(notes)
+        if self._resumed is not None:
+            written[RESUMED] = self._resumed
+        self.latest = numbers(written, tags)
+        with self._failures.caught(step, "the row of this step in file and history", always):
+            self._append(written)
+            self._notes, self._resumed = notes, None
+        for logger in list(self._loggers):
+            with self._failures.caught(step, "this logger, which gets no more values", always):
+                self._give(logger, step)
+
+    def close(self) -> None:
+        """Let others write to the file."""
+        file, self._file, self.is_open = self._file, None, False
+        if file is not None:
+            file.close()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.append(row)
+        assert self._history is not None, "open() has made it"
+        self._history.append(row)
+
+    def _give(self, logger: Logger, step: int) -> None:
+        try:
+            logger(self.latest, step)
+        except Exception:
+            self._loggers.remove(logger)
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None, "is_open": False}  # a copy in another process opens the file itself
