@@ -7,7 +7,8 @@ position, for PyTorch, JAX, TensorFlow, Keras and NumPy models.
 from lnp import schedule
 from lnp.api import cross_response, decompose, measured_loss_change, predicted_loss_change
 from lnp.contract.linearization import Linearization
-from lnp.contract.registry import Options, load
+from lnp.contract.options import Options
+from lnp.contract.registry import load
 from lnp.estimators.population import Population
 from lnp.results.cross_response import CrossResponse
 from lnp.results.decomposition import Decomposition, Layer

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Any
 
-from lnp.contract.linearization import Linearization, Vector, valid
-from lnp.contract.registry import Options, evaluate
+from lnp.contract.options import Options
+from lnp.contract.registry import evaluate
 from lnp.estimators import trace
-from lnp.results.cross_response import CrossResponse, cross_response_of
+from lnp.results.computations import Decompose, Respond, measured_change, predicted_change
+from lnp.results.cross_response import CrossResponse
 from lnp.results.decomposition import ByLayer, Decomposition, explained
-from lnp.results.decomposition import decompose as decompose_linearization
 from lnp.results.preconditioner import Preconditioned, whole
 
 
@@ -67,7 +66,7 @@ def decompose(
         loss is a mean over samples; True also where it is not cheap, False never.
     estimator:
         Of tr Theta: "exact", "per_sample", "grouped", "joint", or "auto": exact for few outputs, per sample otherwise,
-        joint (or grouped, with `microbatch`) where the samples interact in the network. See `lnp.trace`.
+        joint (or grouped, with `microbatch`) where the samples interact in the network. See `lnp.estimators.trace`.
     rtol:
         Relative standard error of chi_net at which the probing stops; 0 spends all of `max_probes`.
     max_probes:
@@ -85,7 +84,7 @@ def decompose(
     preconditioner:
         The diagonal of M for an optimizer whose update is -eta M grad L, such as Adam's 1 / (sqrt(v) + eps); in the
         form of `measured_loss_change`'s update. Rate, network scale and position are then those of J M J^T, with the
-        trace estimated jointly, on the whole batch. See `lnp.preconditioner`.
+        trace estimated jointly, on the whole batch. See `lnp.results.preconditioner`.
 
     Returns
     -------
@@ -111,10 +110,19 @@ def decompose(
     >>> round(d.rate, 6), round(d.chi_loss * d.chi_net * d.chi_pos, 6)
     (3.555556, 3.555556)
     """
-    split = trace.splits(estimator, microbatch)
-    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
+    options = Options(
+        loss=loss,
+        forward=forward,
+        parameters=parameters,
+        seed=seed,
+        loss_terms=loss_terms,
+        microbatch=microbatch,
+        batch_statistics=batch_statistics,
+        split=trace.splits(estimator, microbatch),
+        population=population,
+    )
     if preconditioner is None:
-        computation = _Decompose(estimator, rtol, max_probes, by_layer, population)
+        computation = Decompose(estimator, rtol, max_probes, by_layer, population)
         return explained(evaluate(computation, model, (batch,), options))
     scaled = Preconditioned(estimator, rtol, max_probes, by_layer, population)
     return explained(evaluate(scaled, model, (batch,), whole(options), update=preconditioner))
@@ -154,9 +162,18 @@ def cross_response(
     >>> round(lnp.cross_response(model, up, down).chi_pos, 6)
     -1.0
     """
-    split = trace.splits(estimator, microbatch)
-    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, population)
-    computation = _CrossResponse(estimator, rtol, max_probes, by_layer, population)
+    options = Options(
+        loss=loss,
+        forward=forward,
+        parameters=parameters,
+        seed=seed,
+        loss_terms=loss_terms,
+        microbatch=microbatch,
+        batch_statistics=batch_statistics,
+        split=trace.splits(estimator, microbatch),
+        population=population,
+    )
+    computation = Respond(estimator, rtol, max_probes, by_layer, population)
     return evaluate(computation, model, (train_batch, measured_batch), options)
 
 
@@ -189,7 +206,8 @@ def measured_loss_change(
     >>> round(lnp.measured_loss_change(model, (numpy.ones((1, 1)), numpy.ones((1, 1))), learning_rate=0.1), 6)
     -0.36
     """
-    return _step(_measured_change, model, batch, loss, learning_rate, update, forward, parameters, batch_statistics)
+    options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False)
+    return _step(measured_change, model, batch, options, learning_rate, update)
 
 
 def predicted_loss_change(
@@ -212,52 +230,14 @@ def predicted_loss_change(
     >>> round(lnp.predicted_loss_change(model, (numpy.ones((1, 1)), numpy.ones((1, 1))), learning_rate=0.1), 6)
     -0.4
     """
-    return _step(_predicted_change, model, batch, loss, learning_rate, update, forward, parameters, batch_statistics)
+    options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False)
+    return _step(predicted_change, model, batch, options, learning_rate, update)
 
 
-@dataclass(frozen=True)
-class _Decompose(trace.Settings):
-    """The computation of `decompose`; equal settings are equal, so that compiled code is found again."""
-
-    by_layer: ByLayer = False
-    population: bool | None = False
-
-    def __call__(self, lin: Linearization) -> Decomposition:
-        return decompose_linearization(lin, **{field.name: getattr(self, field.name) for field in fields(self)})
-
-
-@dataclass(frozen=True)
-class _CrossResponse(_Decompose):
-    def __call__(self, trained: Linearization, measured: Linearization) -> CrossResponse:  # type: ignore[override]
-        return cross_response_of(trained, measured, super().__call__)
-
-
-def _measured_change(lin: Linearization, learning_rate: Any = None, update: Vector = None) -> Any:
-    if lin.loss_along is None:
-        raise TypeError(
-            "This model's backend cannot evaluate the loss at moved parameters. Expected a record with loss_along."
-        )
-    along = lin.vjp(lin.loss_gradient) if update is None else update
-    moved = lin.loss_along(along, -learning_rate if update is None else 1.0)
-    return valid(lin, moved - lin.loss)
-
-
-def _predicted_change(lin: Linearization, learning_rate: Any = None, update: Vector = None) -> Any:
-    gradient = lin.vjp(lin.loss_gradient)
-    products = list(lin.inner_products(gradient, gradient if update is None else update).values())
-    total = sum(products[1:], start=products[0])
-    if update is None:
-        total = -lin.xp.asarray(learning_rate, dtype=total.dtype) * total
-    return valid(lin, total)
-
-
-def _step(
-    computation: Callable, model: Any, batch: Any, loss: Any, learning_rate: Any, update: Any, forward: Any,
-    parameters: Any, batch_statistics: str,
-) -> float:  # fmt: skip
+def _step(computation: Callable, model: Any, batch: Any, options: Options, learning_rate: Any, update: Any) -> float:
+    """The loss change of a step of gradient descent, or of an update that is given."""
     if (learning_rate is None) == (update is None):
         given = "neither" if update is None else "both"
         raise ValueError(f"Received {given} of learning_rate= and update=. Expected one: the step that is taken.")
-    options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False)
     operands = {"learning_rate": learning_rate} if update is None else {"update": update}
     return evaluate(computation, model, (batch,), options, **operands)

@@ -12,7 +12,7 @@ import numpy as np
 
 import lnp
 from lnp.contract.linearization import Linearization
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.kept_apart import kept_apart
 from lnp_jax.model import Arrays, Structure, accepts, separate

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from lnp.contract.linearization import coupling_tolerance
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp_jax import fallback, replay
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.outputs import flatten

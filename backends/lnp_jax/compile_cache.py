@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp_jax.apart import Verdict
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.record import record

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lnp.contract import validation
 from lnp.contract.linearization import Linearization, Subset
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.estimators.population import jackknife_size
 from lnp.losses.kinds import separable
 from lnp_jax import fallback, losses

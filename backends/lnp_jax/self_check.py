@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lnp.contract import validation
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp_jax.apart import INTERACT, Differences, Verdict, compared, impossible, irregular
 from lnp_jax.bound_model import Network, prepared
 from lnp_jax.model import Arrays, Structure

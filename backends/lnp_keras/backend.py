@@ -11,7 +11,7 @@ import keras
 
 import lnp
 from lnp.contract.linearization import Linearization
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp_keras import replay
 from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
 from lnp_keras.model import (

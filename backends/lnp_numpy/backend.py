@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import numpy as xp
 
 from lnp.contract.linearization import Linearization
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp.contract.validation import check_lengths, check_outputs, select, unpack
 from lnp.losses import kinds

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import lnp
 from lnp.contract.linearization import Linearization
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
 from lnp.contract.validation import unpack
 from lnp_tensorflow.compile_cache import CONVERTED, Plan, remember, run, run_inside

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from lnp.contract import validation
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
 from lnp_tensorflow.effects import calls_python, written
 from lnp_tensorflow.model import Arrays, Structure

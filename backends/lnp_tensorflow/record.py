@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from lnp.contract import validation
 from lnp.contract.linearization import Linearization, Subset, while_loop
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.losses.kinds import separable
 from lnp_tensorflow import array_namespace, losses
 from lnp_tensorflow.criterion import Criterion, criterion

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lnp.contract.linearization import Linearization, Subset
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
 from lnp_torch.complex import real
 from lnp_torch.model import Program, accepts

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp_torch.model import Program, Snapshot, program
 from lnp_torch.state_guard import finished, no_gradients, undisturbed
 from lnp_torch.writes import WrittenTo

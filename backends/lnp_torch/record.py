@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lnp.contract import validation
 from lnp.contract.linearization import Linearization, coupling_tolerance
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp_torch import fallback, losses
 from lnp_torch.huggingface import own_loss_terms, split_batch

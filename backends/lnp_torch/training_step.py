@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lnp
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.results.decomposition import ByLayer, decompose, explained
 from lnp.state.kept import Saved
 from lnp_torch import fallback, losses

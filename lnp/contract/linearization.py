@@ -13,8 +13,8 @@ from typing import Any
 Array = Any
 """An array of the backend's framework; the core uses it through the array API alone."""
 
-Vector = Any
-"""A vector in parameter space, in whatever form the backend keeps it; the core never looks into it."""
+Vector = Mapping[str, Array]
+"""A vector in parameter space: {parameter name: array of the parameter's shape}."""
 
 
 def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
@@ -36,15 +36,38 @@ class Subset:
         v (M, K) -> {parameter name: (M,) array of ||J_ml^T v_m||^2}.
     jvp:
         u -> J u of shape (M, K), or None.
-    along:
-        J^T g -> (M,) array of <J_m^T g_m, J^T g> with the loss gradient g, where the backend has a cheaper way to it
-        than `jvp`; or None. Given None where `gradient_square_norms` has stood in for J^T g.
     """
 
     index: Array
     sample_square_norms: Callable[[Array], Mapping[str, Array]]
     jvp: Callable[[Vector], Array] | None = None
-    along: Callable[[Vector], Array] | None = None
+
+
+@dataclass(frozen=True)
+class GradientPass:
+    """What one backward pass of the loss has yielded. What was not asked for may be there as well, or not.
+
+    Let g = dL/df be the loss gradient.
+
+    Attributes
+    ----------
+    square_norms:
+        {parameter name: ||J_l^T g||^2, shape ()}.
+    sample_square_norms:
+        {parameter name: (N,) array of ||J_nl^T g_n||^2}, or None.
+    products:
+        (M,) array of <J_m^T g_m, J^T g>, the inner products of M samples' gradients with that of the batch, or None.
+    index:
+        (M,) array: which samples these are, drawn at random. None if they are all, in their order.
+    vector:
+        J^T g, or None.
+    """
+
+    square_norms: Mapping[str, Array]
+    sample_square_norms: Mapping[str, Array] | None = None
+    products: Array | None = None
+    index: Array | None = None
+    vector: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +89,7 @@ class Linearization:
     loss_terms:
         Number of terms that the loss's mean reduction averages; an int or an array of shape ().
     vjp:
-        v (N, K) -> J^T v, a vector in parameter space (vector-Jacobian product with cotangent v).
+        v (N, K) -> J^T v = {parameter name: array of its shape} (vector-Jacobian product with cotangent v).
     inner_products:
         (u, w) -> {parameter name: <u_l, w_l>}, each of shape (), accumulated in float32 or better.
     signs:
@@ -74,9 +97,12 @@ class Linearization:
         the same signs.
     jvp:
         u -> J u of shape (N, K) (Jacobian-vector product), or None.
-    gradient_square_norms:
-        () -> {parameter name: ||J_l^T g||^2, shape ()} of the loss gradient g, where the backend can tell without
-        holding J^T g in memory; or None.
+    gradient_pass:
+        (per_sample, products, vector) -> `GradientPass`, what the core asks of the backward pass of the loss: the
+        squared norms of single samples if `per_sample` is true, the inner products of `products` samples, J^T g itself
+        if `vector` is true. What a backend leaves out the core takes from the other operators
+        (`lnp.contract.gradient_pass`); one without `jvp` leaves out no products. None where the backend has nothing
+        better than `vjp`.
     sample_square_norms:
         v -> {parameter name: (N,) array of ||J_nl^T v_n||^2}, without N x P memory. None where it cannot be had.
     subset:
@@ -87,9 +113,10 @@ class Linearization:
     cheap:
         Whether `sample_square_norms` costs about as much as one pull-back.
     coupled:
-        Array of shape (), True if the samples turn out to interact although they are taken apart: a sample's output,
-        or the gradient, changes when the others are left out. The core's numbers are nan then. None where the
-        backend has looked already.
+        () -> array of shape (), True if the samples have turned out to interact although they are taken apart: in any
+        pass that ran since the record was made, a sample's outputs or its gradient were not those that it has in the
+        batch. The core asks after its last pass, and its numbers are nan where they do. None where samples are not
+        taken apart, and where the backend cannot look.
     group_square_norms:
         v -> {parameter name: (G,) array of ||J_gl^T v_g||^2} for the G groups of samples that the batch was split into
         (micro-batches), or None.
@@ -117,12 +144,12 @@ class Linearization:
     inner_products: Callable[[Vector, Vector], Mapping[str, Array]]
     signs: Callable[[Any], Array]
     jvp: Callable[[Vector], Array] | None = None
-    gradient_square_norms: Callable[[], Mapping[str, Array]] | None = None
+    gradient_pass: Callable[[bool, int, bool], GradientPass] | None = None
     sample_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     subset: Callable[[int], Subset] | None = None
     subset_pays: bool = True
     cheap: bool = False
-    coupled: Array | None = None
+    coupled: Callable[[], Array] | None = None
     group_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     groups: int = 1
     loss_along: Callable[[Vector, Any], Array] | None = None
@@ -151,7 +178,7 @@ def coupling_tolerance(xp: Any, dtype: Any) -> float:
 def valid(lin: Linearization, value: Array) -> Array:
     """The value, or nan where a check of the record failed. Shape ()."""
     flags = [flag for flag, _ in lin.violations]
-    for flag in flags if lin.coupled is None else [*flags, lin.coupled]:
+    for flag in flags if lin.coupled is None else [*flags, lin.coupled()]:
         value = lin.xp.where(flag, value * float("nan"), value)
     return value
 

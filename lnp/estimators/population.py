@@ -18,11 +18,10 @@ Source: docs/theory.md, "Finite batches"; noise scale: McCandlish et al., arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lnp.contract.linearization import Array, Linearization, Vector, accumulation_dtype, ratio
+from lnp.contract.linearization import Array, GradientPass, Linearization, accumulation_dtype, ratio
 
 LEAST = 12
 """Samples at least that the jackknife leaves out one by one."""
@@ -63,30 +62,33 @@ def jackknife_size(samples: int) -> int:
 
 def possible(lin: Linearization) -> bool:
     """Whether the record can tell the samples' inner products with the gradient."""
-    return lin.jvp is not None or (
-        lin.subset is not None and lin.subset(jackknife_size(lin.outputs.shape[0])).along is not None
-    )
+    return lin.jvp is not None or (lin.gradient_pass is not None and lin.subset is not None)
 
 
-def population(lin: Linearization, gradient: Vector | None, rate: Array, traces: Array, stderr: Array) -> Population:
+def population(lin: Linearization, found: GradientPass, rate: Array, traces: Array, stderr: Array) -> Population:
     """The population's values from a batch of N >= 3 samples that do not interact. Pure, safe to trace and compile.
 
     Parameters
     ----------
-    gradient:
-        J^T g, or None where the record's `gradient_square_norms` stood in for it.
+    found:
+        The backward pass of the loss, with the squared norms of single samples and their products with the gradient.
     rate:
         ||J^T g||^2, shape ().
     traces:
         tr Theta_nn for each sample, shape (N,), with the standard error `stderr` of their sum.
     """
-    assert lin.sample_square_norms is not None, "decompose() looks for it"
-    xp, n = lin.xp, lin.outputs.shape[0]
-    norms = list(lin.sample_square_norms(lin.loss_gradient).values())
+    assert found.sample_square_norms is not None, "decompose() asks for them"
+    assert found.products is not None, "decompose() asks for them"
+    xp, n, products = lin.xp, lin.outputs.shape[0], found.products
+    norms = list(found.sample_square_norms.values())
     q = sum(norms[1:], start=norms[0])
     g = xp.astype(lin.loss_gradient, accumulation_dtype(xp, lin.loss_gradient.dtype), copy=False)
     g2 = xp.sum(g * g, axis=1)
-    some, along = _along(lin, gradient, g)
+    count, index = products.shape[0], found.index
+
+    def some(values: Array) -> Array:
+        """The values of the samples whose products are known."""
+        return values if index is None else xp.take(values, index, axis=0)
 
     def values(count: int, square: Array, own: Array, g2: Array, trace: Array) -> tuple[Array, Array, Array]:
         """(rate, position, noise scale) from sums over `count` samples whose loss gradients are those of n samples."""
@@ -96,24 +98,8 @@ def population(lin: Linearization, gradient: Vector | None, rate: Array, traces:
 
     own, norm, trace = xp.sum(q), xp.sum(g2), xp.sum(traces)
     whole = values(n, rate, own, norm, trace)
-    without = values(n - 1, rate - 2 * along + some(q), own - some(q), norm - some(g2), trace - some(traces))
-    count = along.shape[0]
+    without = values(n - 1, rate - 2 * products + some(q), own - some(q), norm - some(g2), trace - some(traces))
     spread = [xp.sum((part - xp.mean(part)) ** 2) / (count - 1) for part in without]
     errors = [xp.sqrt((n - 1) ** 2 / n * variance) for variance in spread]
     probing = whole[1] * ratio(xp, stderr, trace)
     return Population(*whole, errors[0], xp.sqrt(errors[1] ** 2 + probing**2), errors[2])
-
-
-def _along(lin: Linearization, gradient: Vector | None, g: Array) -> tuple[Callable[[Array], Array], Array]:
-    """<G_n, sum_m G_m> of the samples whose spread stands for that of all, and what takes their rows."""
-    xp, size = lin.xp, jackknife_size(lin.outputs.shape[0])
-    known = lambda: lin.vjp(lin.loss_gradient) if gradient is None else gradient
-    if lin.subset is None:
-        assert lin.jvp is not None, "decompose() looks for it"
-        return lambda values: values, xp.sum(g * lin.jvp(known()), axis=1)
-    chosen = lin.subset(size)
-    some = lambda values: xp.take(values, chosen.index, axis=0)
-    if chosen.along is not None:
-        return some, chosen.along(gradient)
-    assert chosen.jvp is not None, "decompose() looks for it"
-    return some, xp.sum(some(g) * chosen.jvp(known()), axis=1)

@@ -6,8 +6,8 @@ The values of the losses are computed by the backends, in their own framework, s
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 NAMES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
@@ -143,72 +143,6 @@ def separable(loss: str | Callable | None) -> bool:
     return loss is None or isinstance(loss, str) or bool(getattr(loss, "separable", False))
 
 
-TRIED = 6
-"""Samples on which a loss is tried."""
-
-
-def left_in(samples: int) -> tuple[list[int], ...]:
-    """Samples on which a loss is called by itself, to see whether it is a mean: drawn at random, so that no pairs stay
-    together by their places; two, whose averages differ much from the batch's, and two thirds.
-
-    >>> [len(some) for some in left_in(9)], [len(some) for some in left_in(2)]
-    ([2, 6], [1, 1])
-    """
-    order = random.Random(0).sample(range(samples), samples)
-    return tuple(sorted(order[:size]) for size in (max(1, min(2, samples // 2)), max(1, 2 * samples // 3)))
-
-
-TOLERANCE = 1e-3
-"""Relative difference of loss gradients that are taken for the same; a loss may cast to float16 inside."""
-
-
-def is_mean(xp: Any, whole: Any, alone: Any, samples: int) -> Any:
-    """Whether a loss behaves as a mean over samples: M g'_m = N g_m for the M samples that are left in, with the loss
-    gradients g (M, K) in a batch of N `samples` and g' (M, K) among themselves. An array of shape ().
-
-    >>> import numpy
-    >>> mean = lambda f: 2 * f / len(f)  # the gradient of mean_n f_n^2
-    >>> f = numpy.ones((4, 1))
-    >>> bool(is_mean(numpy, mean(f)[:3], mean(f[:3]), 4)), bool(is_mean(numpy, 2 * f[:3], 2 * f[:3], 4))
-    (True, False)
-    >>> bool(is_mean(numpy, mean(f[:1]), mean(f[:1]), 1))  # one sample tells nothing
-    False
-    """
-    difference, expected = alone.shape[0] * alone - samples * whole, samples * whole
-    agrees = xp.sum(difference * difference) <= TOLERANCE**2 * xp.sum(expected * expected)
-    return (alone.shape[0] < samples) & agrees
-
-
-def tells(xp: Any, gradient: Any) -> Any:
-    """Whether a loss gradient tells anything about the loss: it is finite and not zero. An array of shape ()."""
-    size = xp.sum(gradient * gradient)
-    return (size > 0) & (size < float("inf"))
-
-
-def agrees(xp: Any, whole: Any, gradient: Callable[[list[int]], tuple[Any, Any]]) -> bool | None:
-    """Whether some samples alone have the loss gradient of a mean; None where it tells nothing.
-
-    `whole` is the loss gradient (N, K); `gradient` takes which samples to (their rows of it, the one among themselves).
-
-    >>> import numpy
-    >>> g = numpy.ones((6, 1))
-    >>> agrees(numpy, g, lambda some: (g[some], g[some] * 6 / len(some))), agrees(numpy, 0 * g, lambda some: (g, g))
-    (True, None)
-    """
-    if not tells(xp, whole):
-        return None
-    return all(bool(is_mean(xp, *gradient(some), whole.shape[0])) for some in left_in(whole.shape[0]))
-
-
-def all_agree(found: Sequence[bool | None]) -> bool:
-    """The verdict of several trials; None are those that tell nothing, as of probabilities that are negative.
-
-    >>> all_agree([True, None]), all_agree([None, None]), all_agree([True, False])
-    (True, False, False)
-    """
-    return True in found and False not in found
-
-
 def assumed_terms(xp: Any, outputs: Sequence[int], targets: Any, integer_targets: bool) -> tuple[Any, str]:
     """`loss_terms` for a loss that lnp does not know, from the targets, and the note that says what was assumed."""
     shape = None if targets is None else tuple(targets.shape)
@@ -223,3 +157,125 @@ def _assumed(what: str) -> str:
     return (
         f"loss_terms counts {what}, which is assumed for this loss; pass loss_terms= if its mean is over something else"
     )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A loss that can be called, and what is known of it.
+
+    Attributes
+    ----------
+    function:
+        (outputs, targets) -> scalar, where outputs may be of any structure.
+    terms:
+        Number of terms that its mean averages.
+    separable:
+        Whether it is known to be a mean over samples.
+    violations, notes:
+        As in `lnp.Linearization`.
+    """
+
+    function: Callable
+    terms: Any
+    separable: bool
+    violations: tuple[tuple[Any, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a loss is given, as far as it decides which loss is meant.
+
+    Attributes
+    ----------
+    outputs, targets:
+        Shapes, where each is one array; else None.
+    integer:
+        Whether the targets are labels.
+    first:
+        Shape of the first output.
+    """
+
+    outputs: tuple[int, ...] | None
+    targets: tuple[int, ...] | None
+    integer: bool
+    first: tuple[int, ...]
+
+    @property
+    def single(self) -> bool:
+        """Whether outputs and targets are one array each."""
+        return self.outputs is not None and self.targets is not None
+
+
+def prepare(
+    xp: Any,
+    loss: str | Callable | None,
+    given: Given,
+    arrays: tuple[Any, Any],
+    *,
+    elementwise: Mapping[str, Callable],
+    cross_entropy: Callable[[int, bool], Callable],
+    known: Callable[[Callable], Prepared | None] = lambda loss: None,
+    second_axis: bool = False,
+    loss_terms: Any = None,
+) -> Prepared:
+    """The loss that the user means, in a backend's own framework.
+
+    Parameters
+    ----------
+    arrays:
+        (outputs, targets) of the batch.
+    elementwise:
+        {name: loss(outputs, targets) -> scalar} for each of `ELEMENTWISE`.
+    cross_entropy:
+        (axis of the classes, whether the targets are labels) -> that loss.
+    known:
+        What the framework's own losses average, or None for a loss that is none of them.
+    second_axis:
+        As for `class_axis`.
+    loss_terms:
+        The user's own n: it replaces the number of terms, and what would be said about it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `resolve`, `class_axis` and `check_same_shape`.
+    """
+    prepared = _prepared(xp, loss, given, arrays, elementwise, cross_entropy, known, second_axis)
+    return prepared if loss_terms is None else replace(prepared, terms=loss_terms, notes=())
+
+
+def _prepared(
+    xp: Any, loss: Any, given: Given, arrays: tuple[Any, Any], elementwise: Mapping[str, Callable],
+    cross_entropy: Callable, known: Callable, second_axis: bool,
+) -> Prepared:  # fmt: skip
+    outputs, targets = arrays
+    shape = given.outputs if given.single and given.outputs is not None else ()
+    meant = resolve(loss, shape, given.targets if given.single else None, given.integer)
+    if isinstance(meant, str) and not given.single:
+        resolve(None, (), None, False)  # a named loss needs single arrays just as much
+    if isinstance(meant, str) and meant in ELEMENTWISE:
+        check_same_shape(shape, given.targets or ())
+        return Prepared(elementwise[meant], math.prod(shape), separable=True)
+    if isinstance(meant, str):
+        axis = class_axis(shape, given.targets or (), given.integer, second_axis=second_axis)
+        terms, violations = class_terms(xp, shape, axis, targets, given.integer)
+        return Prepared(cross_entropy(axis, given.integer), terms, True, violations)
+    stated = stated_terms(meant, outputs, targets)
+    if stated is not None:
+        return Prepared(meant, stated[0], separable(meant), notes=stated[1])
+    own = known(meant)
+    if own is not None:
+        return own
+    terms, note = assumed_terms(xp, given.first, targets if given.single else None, given.integer)
+    return Prepared(meant, terms, separable(meant), notes=(note,))
+
+
+def class_terms(
+    xp: Any, shape: tuple[int, ...], axis: int, targets: Any, integer: bool, ignore_index: int = IGNORE_INDEX
+) -> tuple[Any, tuple[tuple[Any, str], ...]]:
+    """(`loss_terms` of a cross-entropy, its check of the labels) for outputs with their classes on this axis."""
+    if not integer:
+        return math.prod(shape) // shape[axis], ()
+    violation = labels_out_of_range(xp, targets, shape[axis], ignore_index)
+    return label_terms(xp, targets, ignore_index), (violation,)

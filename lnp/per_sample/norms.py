@@ -43,7 +43,7 @@ def outer(xp: Any, left: Array, right: Array, advantage: float = GRAM_ADVANTAGE,
     """
     positions, rows, columns = left.shape[1], left.shape[2], right.shape[2]
     if positions == 1:
-        return explicit(xp, left) * explicit(xp, right)
+        return dense(xp, left) * dense(xp, right)
     direct, gram = rows * columns, positions * (rows + columns)
     if gram * advantage <= direct:
         return _chunked(xp, lambda a, b: _gram(xp, a, b), (left, right), 2 * positions**2, budget)
@@ -62,7 +62,7 @@ def rows(xp: Any, index: Array, values: Array, budget: int = BUDGET) -> Array:
         return xp.sum(_same_row(xp, index, index, values.dtype) * _products(xp, values, values), axis=(1, 2))
 
     if index.shape[1] == 1:
-        return explicit(xp, xp.where((index >= 0)[:, :, None], values, xp.zeros_like(values)))
+        return dense(xp, xp.where((index >= 0)[:, :, None], values, xp.zeros_like(values)))
     return _chunked(xp, chunk, (index, _wide(xp, values)), 2 * index.shape[1] ** 2, budget)
 
 
@@ -80,7 +80,7 @@ def rows_and_outer(xp: Any, index: Array, values: Array, left: Array, right: Arr
     return _chunked(xp, chunk, arrays, 3 * index.shape[1] * left.shape[1], budget)
 
 
-def explicit(xp: Any, gradients: Array) -> Array:
+def dense(xp: Any, gradients: Array) -> Array:
     """||gradients[n]||^2 for gradients (N, ...) that are there. Shape (N,)."""
     flat = _wide(xp, xp.reshape(gradients, (gradients.shape[0], -1)))
     return xp.linalg.vector_norm(flat, axis=1) ** 2
@@ -175,7 +175,7 @@ def _direct(xp: Any, left: Array, right: Array) -> Array:
     """||left[n] right[n]^T||_F^2 for left (N, p, S) and right (N, q, S)."""
     if left.dtype != getattr(xp, "bfloat16", None):  # whose range is wide enough; products are rounded, not biased
         left, right = _wide(xp, left), _wide(xp, right)
-    return explicit(xp, xp.matmul(left, xp.matrix_transpose(right)))
+    return dense(xp, xp.matmul(left, xp.matrix_transpose(right)))
 
 
 def _gram(xp: Any, left: Array, right: Array) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lnp.contract.linearization import Linearization, ratio, valid
+from lnp.contract.linearization import GradientPass, Linearization, ratio, valid
 from lnp.results.decomposition import Decomposition
 
 
@@ -39,16 +39,21 @@ class CrossResponse:
 
 
 def cross_response_of(
-    trained: Linearization, measured: Linearization, decompose: Callable[[Linearization], Decomposition]
+    trained: Linearization,
+    measured: Linearization,
+    decomposed: Callable[[Linearization], tuple[Decomposition, GradientPass]],
 ) -> CrossResponse:
     """The cross response of two linearised batches of one model. Pure, safe to trace and compile.
 
-    The two traces are estimated with independent errors a and b (relative), so that the relative error of
-    their geometric mean is sqrt(a^2 + b^2) / 2.
+    `decomposed` takes a record to its decomposition and to the backward pass of its loss, with J^T g. The two traces
+    are estimated with independent errors a and b (relative), so that the relative error of their geometric mean is
+    sqrt(a^2 + b^2) / 2.
     """
     xp = trained.xp
-    t, m = decompose(trained), decompose(measured)
-    products = trained.inner_products(trained.vjp(trained.loss_gradient), measured.vjp(measured.loss_gradient))
+    (t, of_t), (m, of_m) = decomposed(trained), decomposed(measured)
+    assert of_t.vector is not None
+    assert of_m.vector is not None
+    products = trained.inner_products(of_t.vector, of_m.vector)
     values = list(products.values())
     rate = valid(trained, valid(measured, sum(values[1:], start=values[0])))
     chi_loss = xp.sqrt(t.chi_loss) * xp.sqrt(m.chi_loss)

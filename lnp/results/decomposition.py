@@ -14,13 +14,22 @@ Source: Nikolaou, Scheunemann, Krippendorf, Tovey, Holm, "Spectral Reach", arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from lnp.contract.linearization import Array, Linearization, Vector, accumulation_dtype, ratio, square_norm, valid
+from lnp.contract.gradient_pass import gradient_pass
+from lnp.contract.linearization import (
+    Array,
+    GradientPass,
+    Linearization,
+    accumulation_dtype,
+    ratio,
+    square_norm,
+    valid,
+)
 from lnp.estimators import trace
-from lnp.estimators.population import Population, possible
+from lnp.estimators.population import Population, jackknife_size, possible
 from lnp.estimators.population import population as population_of
 
 ByLayer = bool | Callable[[str], str]
@@ -117,7 +126,16 @@ class Decomposition:
         return to_html(self)
 
 
-def decompose(
+def decompose(lin: Linearization, **settings: Any) -> Decomposition:
+    """Decompose one linearised batch. Pure, safe to trace and compile; every number is an array of shape ().
+
+    Where a check of the record fails (labels out of range, samples that interact although they were taken apart), the
+    numbers are nan. Settings are those of `decomposed`.
+    """
+    return decomposed(lin, **settings)[0]
+
+
+def decomposed(
     lin: Linearization,
     *,
     estimator: str = "auto",
@@ -125,36 +143,26 @@ def decompose(
     max_probes: int = 64,
     by_layer: ByLayer = False,
     population: bool | None = False,
-) -> Decomposition:
-    """Decompose one linearised batch. Pure, safe to trace and compile; every number is an array of shape ().
-
-    Where a check of the record fails (labels out of range, samples that interact although they were taken apart), the
-    numbers are nan.
-    """
-    xp = lin.xp
+    vector: bool = False,
+) -> tuple[Decomposition, GradientPass]:
+    """The decomposition, and the backward pass of the loss that it was made of: with J^T g if `vector` is true."""
     name, notes = trace.choose(lin, estimator, rtol, max_probes)
-    gradient, square_norms = _gradient(lin)
+    apart = lin.sample_square_norms is not None and name in ("exact", "per_sample")
+    reason = "" if population is False else _why_no_population(lin, apart, asked=population is True)
+    wanted = population is not False and not reason
+    found = gradient_pass(
+        lin, per_sample=wanted, products=jackknife_size(lin.outputs.shape[0]) if wanted else 0, vector=vector
+    )
+    square_norms = found.square_norms
     layers = layer_names(tuple(square_norms), by_layer)
     rows = [tuple(square_norms), *layers.values()]
-    if population is False:
-        gradient = None  # as large as the parameters, and not needed any more
     estimate = trace.estimate(lin, rows, name, rtol, max_probes)
-    rates = [sum((square_norms[p] for p in row[1:]), start=square_norms[row[0]]) for row in rows]
-    terms = _like(lin, lin.loss_terms)
-    g2 = square_norm(xp, lin.loss_gradient)
-    parts = [
-        _factors(xp, valid(lin, rate), g2, valid(lin, estimate.trace[i]), estimate.standard_error[i], terms)
-        for i, rate in enumerate(rates)
-    ]
-    whole = parts[0]
-    finite: Population | None = None
-    reason: tuple[str, ...] = ()
-    if population is not False:
-        finite, reason = _population(lin, gradient, rates[0], estimate, asked=population is True)
+    whole, *parts = _parts(lin, [sum_of(square_norms, row) for row in rows], estimate)
+    finite = _population(lin, found, sum_of(square_norms, rows[0]), estimate) if wanted else None
     return Decomposition(
         loss=lin.loss,
         rate=whole.rate,
-        chi_loss=valid(lin, terms * g2),
+        chi_loss=valid(lin, _like(lin, lin.loss_terms) * square_norm(lin.xp, lin.loss_gradient)),
         chi_net=whole.chi_net,
         chi_pos=whole.chi_pos,
         chi_net_stderr=whole.chi_net_stderr,
@@ -162,43 +170,39 @@ def decompose(
         loss_terms=lin.loss_terms,
         probes=estimate.probes,
         probed=estimate.probed,
-        layers=dict(zip(layers, parts[1:], strict=True)) if layers else None,
+        layers=dict(zip(layers, parts, strict=True)) if layers else None,
         population=finite,
         samples=lin.outputs.shape[0],
         outputs=lin.outputs.shape[1],
         estimator=name,
-        notes=(*lin.notes, *notes, *reason),
-    )
+        notes=(*lin.notes, *notes, *([f"no population values: {reason}"] if reason else [])),
+    ), found
 
 
-def _gradient(lin: Linearization) -> tuple[Vector | None, Mapping[str, Array]]:
-    """J^T g, or None where it need not be in memory, and ||J_l^T g||^2 for each parameter."""
-    if lin.gradient_square_norms is not None:
-        return None, lin.gradient_square_norms()
-    gradient = lin.vjp(lin.loss_gradient)
-    return gradient, lin.inner_products(gradient, gradient)
+def sum_of(values: Mapping[str, Array], names: Iterable[str]) -> Array:
+    """The sum of the values of these parameters."""
+    first, *others = (values[name] for name in names)
+    return sum(others, start=first)
 
 
-def _population(
-    lin: Linearization, gradient: Vector | None, rate: Array, estimate: trace.TraceEstimate, asked: bool
-) -> tuple[Population | None, tuple[str, ...]]:
-    """The population's values, or None and the reason."""
-    reason = ""
-    if estimate.samples is None:
-        reason = "the samples were not taken one at a time"
-    elif not lin.separable:
-        reason = "it is not known whether the loss is a mean over samples; if it is, set loss.separable = True"
-    elif lin.outputs.shape[0] < 3:
-        reason = "fewer than three samples tell nothing about their spread"
-    elif not (lin.cheap or asked):
-        reason = "single samples are not cheap in this network; ask for population=True"
-    elif not possible(lin):
-        reason = "the backend has no Jacobian-vector products"
-    if reason:
-        return None, (f"no population values: {reason}",)
-    values = population_of(lin, gradient, rate, estimate.samples, estimate.standard_error[0])
-    checked = {field.name: valid(lin, getattr(values, field.name)) for field in fields(values)}
-    return Population(**checked), ()
+def _why_no_population(lin: Linearization, apart: bool, asked: bool) -> str:
+    """Why the population's values cannot be had, or are not worth their cost; "" if they are."""
+    if not apart:
+        return "the samples were not taken one at a time"
+    if not lin.separable:
+        return "it is not known whether the loss is a mean over samples; if it is, set loss.separable = True"
+    if lin.outputs.shape[0] < 3:
+        return "fewer than three samples tell nothing about their spread"
+    if not (lin.cheap or asked):
+        return "single samples are not cheap in this network; ask for population=True"
+    return "" if possible(lin) else "the backend has no Jacobian-vector products"
+
+
+def _population(lin: Linearization, found: GradientPass, rate: Array, estimate: trace.TraceEstimate) -> Population:
+    """The population's values, nan where a check of the record failed."""
+    assert estimate.samples is not None, "the estimator has taken the samples apart"
+    values = population_of(lin, found, rate, estimate.samples, estimate.standard_error[0])
+    return Population(**{field.name: valid(lin, getattr(values, field.name)) for field in fields(values)})
 
 
 def explained(d: Decomposition) -> Decomposition:
@@ -229,6 +233,15 @@ def layer_names(parameters: tuple[str, ...], by_layer: ByLayer) -> dict[str, tup
         layer = owner(name)
         layers[layer] = (*layers.get(layer, ()), name)
     return layers
+
+
+def _parts(lin: Linearization, rates: list[Array], estimate: trace.TraceEstimate) -> list[Layer]:
+    """The factors of each row of parameters, nan where a check of the record failed."""
+    terms, g2 = _like(lin, lin.loss_terms), square_norm(lin.xp, lin.loss_gradient)
+    return [
+        _factors(lin.xp, valid(lin, rate), g2, valid(lin, estimate.trace[i]), estimate.standard_error[i], terms)
+        for i, rate in enumerate(rates)
+    ]
 
 
 def _factors(xp: Any, rate: Array, g2: Array, trace: Array, stderr: Array, terms: Array) -> Layer:

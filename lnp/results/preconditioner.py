@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lnp.contract.linearization import Linearization, Vector
-from lnp.contract.registry import Options
-from lnp.contract.trees import leaves, map_leaves
+from lnp.contract.options import Options
 from lnp.estimators.trace import Settings
 from lnp.results.decomposition import Decomposition
 from lnp.results.decomposition import decompose as decompose_linearization
@@ -31,14 +30,15 @@ def preconditioned(lin: Linearization, diagonal: Vector) -> Linearization:
     Where an entry is negative, the core's numbers are nan. Pure, safe to trace and compile.
     """
     xp, jvp, along = lin.xp, lin.jvp, lin.loss_along
-    root = map_leaves(xp.sqrt, diagonal)
+    root = {name: xp.sqrt(entries) for name, entries in diagonal.items()}
     scaled = lambda u: multiplied(u, root)
     return replace(
         lin,
         vjp=lambda v: scaled(lin.vjp(v)),
         jvp=None if jvp is None else lambda u: jvp(scaled(u)),
         loss_along=None if along is None else lambda u, step: along(scaled(u), step),
-        gradient_square_norms=None,
+        gradient_pass=None,
+        coupled=None,
         sample_square_norms=None,
         group_square_norms=None,
         subset=None,
@@ -51,11 +51,10 @@ def preconditioned(lin: Linearization, diagonal: Vector) -> Linearization:
 def multiplied(u: Vector, w: Vector) -> Vector:
     """Two vectors in parameter space, entry by entry.
 
-    >>> multiplied({"a": 2.0, "b": [3.0]}, {"a": 0.5, "b": [4.0]})
-    {'a': 1.0, 'b': [12.0]}
+    >>> multiplied({"a": 2.0}, {"a": 0.5})
+    {'a': 1.0}
     """
-    factors = iter(leaves(w))
-    return map_leaves(lambda leaf: leaf * next(factors), u)
+    return {name: u[name] * w[name] for name in u}
 
 
 def whole(options: Options) -> Options:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lnp.contract import registry
-from lnp.contract.linearization import Linearization, valid
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
+from lnp.results.computations import changes
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,18 @@ def step_taken(
     (-0.2, -0.19)
     """
     update = _verb(before, "difference")(before, after)
-    options = Options(loss, forward, None, 0, loss_terms, None, batch_statistics, split=False, population=False)
+    options = Options(
+        loss=loss,
+        forward=forward,
+        loss_terms=loss_terms,
+        batch_statistics=batch_statistics,
+        split=False,
+        population=False,
+    )
     backend = registry.find(before)
     with getattr(backend, "replayed", contextlib.nullcontext)(before):
-        predicted, measured = backend.evaluate(_changes, before, (batch,), options, update=update)
+        predicted, measured = backend.evaluate(changes, before, (batch,), options, update=update)
     return StepTaken(predicted, measured)
-
-
-def _changes(lin: Linearization, update: Any) -> tuple[Any, Any]:
-    if lin.loss_along is None:
-        raise TypeError(
-            "This model's backend cannot evaluate the loss at moved parameters. Expected a record with loss_along."
-        )
-    products = list(lin.inner_products(lin.vjp(lin.loss_gradient), update).values())
-    predicted = sum(products[1:], start=products[0])
-    return valid(lin, predicted), valid(lin, lin.loss_along(update, 1.0) - lin.loss)
 
 
 def _verb(model: Any, name: str) -> Callable:

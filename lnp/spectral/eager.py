@@ -10,7 +10,7 @@ import numpy as np
 
 from lnp.contract import registry
 from lnp.contract.linearization import Array, Linearization
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 
 
 def record(model: Any, batch: Any, options: Options) -> Linearization:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lnp.contract.linearization import Linearization
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.spectral import eager
 from lnp.spectral.similarity import effective_rank, entropy, participation_ratio
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lnp.contract.linearization import Array, Linearization, Vector, accumulation_dtype
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.spectral.eager import once, record, to_numpy
 
 KINDS = ("kernel", "jacobian")

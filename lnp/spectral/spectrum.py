@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from lnp.contract.linearization import Linearization, Vector, accumulation_dtype
-from lnp.contract.registry import Options, evaluate
+from lnp.contract.options import Options
+from lnp.contract.registry import evaluate
 from lnp.estimators.trace import Settings, splits
 from lnp.results.decomposition import Decomposition, explained
 from lnp.results.decomposition import decompose as decompose_linearization

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from lnp.contract.gradient_pass import gradient_pass
 from lnp.contract.linearization import Linearization
 from lnp.testing import scenarios
-from lnp.testing.kit import Kit
+from lnp.testing.kit import Case, Kit
 
 DRAWS = 200
 
@@ -62,22 +63,38 @@ def jvp_is_the_jacobian(kit: Kit) -> None:
         case.equal("jvp(vjp(v))", lin.jvp(lin.vjp(_array(lin, v))), expected)
 
 
-def gradient_square_norms_are_those_of_the_gradient(kit: Kit) -> None:
-    """||J_l^T g||^2 for each parameter, where the backend tells it without J^T g; before and after J^T g itself."""
-    for case in kit.cases(*scenarios.REGULAR, *scenarios.INTERACTING, dtypes=1):
-        lin, truth = kit.record(case.scenario), case.truth
-        if lin.gradient_square_norms is None:
-            continue
-        expected = {name: np.sum(part**2) for name, part in truth.pulled(truth.gradient).items()}
-        for _ in range(2):
-            found = lin.gradient_square_norms()
-            case.true(set(found) == set(expected), f"gradient_square_norms names {sorted(found)}")
-            for name, norm in expected.items():
-                case.equal(f"gradient_square_norms of {name}", found[name], norm)
-            gradient = lin.vjp(lin.loss_gradient)
-            whole = lin.inner_products(gradient, gradient)
-            for name, norm in expected.items():
-                case.equal(f"squared norm of {name} in J^T g", whole[name], norm)
+def gradient_pass_yields_what_is_asked_for(kit: Kit) -> None:
+    """Squared norms of J^T g, those of single samples, their products with it and J^T g itself, in any combination."""
+    wishes = [{}, {"vector": True}, {"per_sample": True}, {"products": 2}, {"per_sample": True, "products": 3}]
+    for case in kit.cases(*scenarios.INDEPENDENT, dtypes=1):
+        for wish in [*wishes, {"per_sample": True, "products": 2, "vector": True}]:
+            _check_gradient_pass(kit, case, wish)
+    for case in kit.cases(*scenarios.INTERACTING, dtypes=1):
+        _check_gradient_pass(kit, case, {})
+        _check_gradient_pass(kit, case, {"vector": True})
+
+
+def _check_gradient_pass(kit: Kit, case: Case, wish: Mapping[str, Any]) -> None:
+    lin, truth = kit.record(case.scenario), case.truth
+    found, g = gradient_pass(lin, **wish), truth.gradient
+    whole = truth.pulled(g)
+    case.true(set(found.square_norms) == set(whole), f"gradient_pass({wish}) names {sorted(found.square_norms)}")
+    for name, part in whole.items():
+        case.equal(f"gradient_pass({wish}) of {name}", found.square_norms[name], np.sum(part**2))
+    if "per_sample" in wish:
+        assert found.sample_square_norms is not None
+        for name in whole:
+            expected = truth.block_square_norms(g, list(range(len(g))), [name])
+            case.equal(f"gradient_pass({wish}), samples of {name}", found.sample_square_norms[name], expected)
+    if "products" in wish:
+        index = np.arange(len(g)) if found.index is None else kit.to_numpy(found.index)
+        expected = np.sum((truth.kernel() @ g.reshape(-1)).reshape(g.shape) * g, axis=1)[index]
+        case.equal(f"gradient_pass({wish}), products", found.products, expected)
+    if "vector" in wish:
+        assert found.vector is not None
+        own = lin.inner_products(found.vector, lin.vjp(lin.loss_gradient))
+        for name, part in whole.items():
+            case.equal(f"gradient_pass({wish}), J^T g of {name}", own[name], np.sum(part**2))
 
 
 def sample_square_norms_are_those_of_single_samples(kit: Kit) -> None:
@@ -164,7 +181,7 @@ RECORD_CHECKS = (
     loss_is_inferred,
     vjp_is_the_jacobian,
     jvp_is_the_jacobian,
-    gradient_square_norms_are_those_of_the_gradient,
+    gradient_pass_yields_what_is_asked_for,
     sample_square_norms_are_those_of_single_samples,
     group_square_norms_are_those_of_groups,
     interacting_samples_are_noticed,
@@ -191,5 +208,5 @@ def _value(kit: Kit, array: Any) -> float:
     return float(kit.to_numpy(array))
 
 
-def _is_true(kit: Kit, flag: Any) -> bool:
-    return flag is not None and bool(kit.to_numpy(flag))
+def _is_true(kit: Kit, flag: Callable[[], Any] | None) -> bool:
+    return flag is not None and bool(kit.to_numpy(flag()))

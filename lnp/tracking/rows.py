@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from lnp import api
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.estimators.trace import Settings
 from lnp.results.cross_response import CrossResponse
 from lnp.results.decomposition import Decomposition

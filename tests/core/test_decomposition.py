@@ -1,12 +1,14 @@
 """The factors against the dense kernel and against numbers by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from core.dense import kernel, network, record
 from lnp.contract.linearization import accumulation_dtype, coupling_tolerance, ratio, square_norm
 from lnp.results.cross_response import cross_response_of
-from lnp.results.decomposition import Decomposition, decompose, layer_names
+from lnp.results.decomposition import Decomposition, decompose, decomposed, layer_names
 
 JACOBIAN, GRADIENT = network()
 
@@ -109,7 +111,7 @@ class TestCrossResponse:
 
     def response(self, estimator="exact", **options):
         lins = record(JACOBIAN, GRADIENT, terms=6), record(self.other, self.target, terms=24)
-        return cross_response_of(*lins, lambda lin: decompose(lin, estimator=estimator, **options))
+        return cross_response_of(*lins, lambda lin: decomposed(lin, estimator=estimator, vector=True, **options))
 
     def test_against_dense_gradients(self):
         gradients = [
@@ -132,12 +134,12 @@ class TestCrossResponse:
 
     def test_opposite_gradients(self):
         lins = record(JACOBIAN, GRADIENT), record(JACOBIAN, -GRADIENT)
-        r = cross_response_of(*lins, decompose)
+        r = cross_response_of(*lins, partial(decomposed, vector=True))
         assert r.chi_pos == pytest.approx(-r.trained.chi_pos, rel=1e-12)
         assert r.rate == pytest.approx(-r.trained.rate, rel=1e-12)
         assert r.chi_pos_stderr == 0
 
     def test_a_failed_check_of_either_batch_gives_nan(self):
-        good, bad = record(JACOBIAN, GRADIENT), record(JACOBIAN, GRADIENT, coupled=np.asarray(True))
+        good, bad = record(JACOBIAN, GRADIENT), record(JACOBIAN, GRADIENT, coupled=lambda: np.asarray(True))
         for pair in ((good, bad), (bad, good)):
-            assert np.isnan(cross_response_of(*pair, decompose).rate)
+            assert np.isnan(cross_response_of(*pair, partial(decomposed, vector=True)).rate)

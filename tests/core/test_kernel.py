@@ -8,7 +8,7 @@ import pytest
 import lnp
 import lnp_numpy
 from lnp.contract import registry
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.spectral import eager
 from lnp.spectral.kernel import shown
 from lnp.spectral.similarity import effective_rank, entropy, participation_ratio

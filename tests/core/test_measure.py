@@ -83,10 +83,10 @@ def test_samples_are_taken_apart_only_where_it_helps(estimator, split, monkeypat
 
 def test_computations_compare_by_their_settings():
     """Compiling backends look compiled code up by them."""
-    from lnp.api import _CrossResponse, _Decompose
+    from lnp.results.computations import Decompose, Respond
 
-    assert _Decompose("auto", 0.01, 64, True) == _Decompose("auto", 0.01, 64, True)
-    assert len({_Decompose("auto", 0.01, 64), _Decompose("auto", 0.01, 64), _CrossResponse("auto", 0.01, 64)}) == 2
+    assert Decompose("auto", 0.01, 64, True) == Decompose("auto", 0.01, 64, True)
+    assert len({Decompose("auto", 0.01, 64), Decompose("auto", 0.01, 64), Respond("auto", 0.01, 64)}) == 2
 
 
 def test_nan_is_explained():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from core.dense import drawn, kernel, network, record
+from lnp.contract.linearization import GradientPass
 from lnp.results.decomposition import decompose
 
 SAMPLES, OUTPUTS = 5, 3
@@ -85,12 +86,15 @@ def test_a_cheaper_way_to_inner_products_is_taken():
     jacobian, gradient = of_samples(range(SAMPLES))
     plain = drawn(jacobian)
 
-    def along(u):
-        index = plain(SAMPLES).index
-        return np.sum(gradient[index] * plain(SAMPLES).jvp(u), axis=1)
+    lin = record(jacobian, gradient, separable=True)
 
-    changes = {"subset": lambda size: replace(plain(size), jvp=None, along=along)}
-    found = decompose(record(jacobian, gradient, separable=True, **changes), estimator="exact", population=True)
+    def gradient_pass(per_sample, products, vector):
+        u, index = lin.vjp(gradient), plain(SAMPLES).index
+        along = np.sum(gradient[index] * plain(SAMPLES).jvp(u), axis=1)
+        return GradientPass(lin.inner_products(u, u), lin.sample_square_norms(gradient), along, index)
+
+    changes = {"subset": lambda size: replace(plain(size), jvp=None), "jvp": None, "gradient_pass": gradient_pass}
+    found = decompose(replace(lin, **changes), estimator="exact", population=True)
     for name in VALUES:
         expected = getattr(measured().population, f"{name}_stderr")
         assert getattr(found.population, f"{name}_stderr") == pytest.approx(expected, rel=1e-12)
@@ -147,7 +151,7 @@ def test_two_samples_are_too_few():
 
 
 def test_a_failed_check_gives_nan():
-    batch = record(JACOBIAN, GRADIENT, separable=True, coupled=np.asarray(True))
+    batch = record(JACOBIAN, GRADIENT, separable=True, coupled=lambda: np.asarray(True))
     d = decompose(batch, estimator="exact", population=True)
     assert all(np.isnan(getattr(d.population, name)) for name in VALUES)
 

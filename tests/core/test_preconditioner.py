@@ -11,6 +11,7 @@ import pytest
 import lnp
 import lnp_numpy
 from core.dense import network, record
+from lnp.contract.linearization import GradientPass
 from lnp.results.decomposition import decompose
 from lnp.results.preconditioner import preconditioned
 
@@ -36,7 +37,9 @@ def test_against_the_dense_kernel():
 
 
 def test_norms_of_the_gradient_are_not_taken_from_the_record():
-    lin = replace(record(JACOBIAN, GRADIENT), gradient_square_norms=lambda: dict.fromkeys(JACOBIAN, np.asarray(1.0)))
+    lin = replace(
+        record(JACOBIAN, GRADIENT), gradient_pass=lambda *_: GradientPass(dict.fromkeys(JACOBIAN, np.asarray(1.0)))
+    )
     known = decompose(preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL), estimator="exact")
     assert decompose(preconditioned(lin, DIAGONAL), estimator="exact").rate == known.rate
 

@@ -1,12 +1,14 @@
 """The core keeps to the array API: the strict namespace gives what NumPy gives."""
 
+from functools import partial
+
 import array_api_strict
 import numpy as np
 import pytest
 
 from core.dense import kernel, network, record
 from lnp.results.cross_response import cross_response_of
-from lnp.results.decomposition import decompose
+from lnp.results.decomposition import decompose, decomposed
 
 JACOBIAN, GRADIENT = network()
 NUMBERS = ("rate", "chi_loss", "chi_net", "chi_pos", "chi_net_stderr", "chi_pos_stderr")
@@ -45,7 +47,7 @@ def test_few_probes(estimator, max_probes):
 def test_cross_response():
     other = network(seed=3)
     pairs = [[record(*batch, xp) for batch in ((JACOBIAN, GRADIENT), other)] for xp in (array_api_strict, np)]
-    same(*(cross_response_of(*pair, lambda lin: decompose(lin, estimator="joint")) for pair in pairs))
+    same(*(cross_response_of(*pair, partial(decomposed, estimator="joint", vector=True)) for pair in pairs))
 
 
 def test_population():
@@ -57,10 +59,10 @@ def test_population():
 
 def test_failed_checks_give_nan():
     flag = array_api_strict.asarray(True)
-    for changes in ({"coupled": flag}, {"violations": ((~flag, "fine"), (flag, "wrong"))}):
+    for changes in ({"coupled": lambda: flag}, {"violations": ((~flag, "fine"), (flag, "wrong"))}):
         d = decompose(record(JACOBIAN, GRADIENT, array_api_strict, **changes))
         assert all(np.isnan(float(getattr(d, name))) for name in ("rate", "chi_loss", "chi_net", "chi_pos"))
-    d = decompose(record(JACOBIAN, GRADIENT, array_api_strict, coupled=~flag, violations=((~flag, "fine"),)))
+    d = decompose(record(JACOBIAN, GRADIENT, array_api_strict, coupled=lambda: ~flag, violations=((~flag, "fine"),)))
     assert float(d.chi_net) == pytest.approx(np.trace(kernel(JACOBIAN)) / 6)
 
 

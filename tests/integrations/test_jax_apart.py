@@ -12,7 +12,7 @@ import pytest
 import lnp
 import lnp_jax
 from integrations.jax_reference import agrees, cross_entropy, dense
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 from lnp.estimators import population
 from lnp_jax import fallback, record, self_check
 from lnp_jax.taps import backward_pass, rules

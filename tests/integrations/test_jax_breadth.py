@@ -15,7 +15,7 @@ from flax import linen, nnx
 import lnp
 import lnp_jax
 from integrations.jax_reference import cross_entropy, dense, factors, linearized
-from lnp.contract.registry import Options
+from lnp.contract.options import Options
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 

@@ -149,7 +149,7 @@ def test_the_population_of_a_network_that_recomputes():
 
 def test_a_wrong_rule_is_caught(monkeypatch):
     monkeypatch.setitem(
-        rules.RULES, "AddV2", lambda *given: rules.Use("explicit", (2 * rules._shift(lambda _: 1)(*given).factors[0],))
+        rules.RULES, "AddV2", lambda *given: rules.Use("dense", (2 * rules._shift(lambda _: 1)(*given).factors[0],))
     )
     model, x = Wrapped(lambda p, x: x @ p["w"] + p["b"], {"w": normal(3, 2), "b": normal(2)}), tf.constant(normal(5, 3))
     found = measured(model, x)
@@ -195,7 +195,7 @@ def test_what_arrives_where_nothing_was_sent_is_caught(monkeypatch):
 
     def leaking(op, place, d, samples):
         (gradient,) = rules._shift(lambda _: 1)(op, place, d, samples).factors
-        return rules.Use("explicit", (gradient + tf.one_hot(1, samples, dtype=d.dtype)[:, None],))
+        return rules.Use("dense", (gradient + tf.one_hot(1, samples, dtype=d.dtype)[:, None],))
 
     monkeypatch.setitem(rules.RULES, "AddV2", leaking)
     model, x = Wrapped(lambda p, x: x + p["b"], {"b": normal(3)}), tf.constant(normal(20, 3))

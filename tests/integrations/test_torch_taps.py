@@ -134,7 +134,7 @@ def test_samples_that_interact_are_never_taken_apart(name):
     assert any("interact" in note for note in record.notes)
 
 
-@pytest.mark.parametrize("broken", ["outer", "explicit"])
+@pytest.mark.parametrize("broken", ["outer", "dense"])
 def test_a_wrong_rule_is_caught(broken, monkeypatch):
     """The general way takes over, and the numbers stay right."""
     right = rules.RULES[F.linear]

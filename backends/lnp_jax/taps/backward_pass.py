@@ -154,7 +154,7 @@ class Tapped:
         for (name, _), value in taps["z"].items():
             found[name].append(value)
         for (name, _), gradients in taps["copies"].items():
-            found[name].append(norms.explicit(jnp, gradients))
+            found[name].append(norms.dense(jnp, gradients))
         for (name, _), uses in self.plan.joined.items():
             found[name].append(joined.square_norms(uses, kept, taps["outputs"]))
         return {name: sum(values, start=jnp.zeros(samples)) for name, values in found.items()}

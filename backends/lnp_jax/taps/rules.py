@@ -111,7 +111,7 @@ class Use:
     Attributes
     ----------
     kind:
-        "outer": sum_s left[s] right[s]^T; "rows": sum_s e_index[s] values[s]^T; "window": a convolution's weight.
+        "outer": sum_s left[s] right[s]^T; "rows": sum_s e_index[s] values[s]^T; "convolution": a convolution's weight.
     operand:
         Which input of the operation stands beside the view: what is multiplied, or the index.
     factors:
@@ -260,7 +260,7 @@ def _convolution(eqn: Any, position: int, view: View) -> Use | None:
         return convolution.square_norms(padded, cotangent, window)
 
     return Use(
-        "window", 0, factors, square_norms, 1, gradient=None if window.gram else gradient,
+        "convolution", 0, factors, square_norms, 1, gradient=None if window.gram else gradient,
         back=_back(params, x.shape, y.shape) if groups == 1 else None,
     )  # fmt: skip
 

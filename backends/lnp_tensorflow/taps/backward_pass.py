@@ -213,7 +213,7 @@ def _combine(uses: list[Use]) -> bool:
     if not all(_disjoint(a, b) for i, a in enumerate(names) for b in names[:i]):
         return False
     kinds = [{use.kind for use in same} for same in frames.values() if len(same) > 1]
-    return all(kind <= {"outer", "rows"} or kind == {"explicit"} for kind in kinds)
+    return all(kind <= {"outer", "rows"} or kind == {"dense"} for kind in kinds)
 
 
 def _disjoint(a: tuple, b: tuple) -> bool:
@@ -246,10 +246,10 @@ def _square_norm(uses: list[Use], samples: int) -> tf.Tensor:
 def _of_frame(uses: list[Use]) -> tf.Tensor:
     """(N,), or (N * blocks,) where each sample uses several matrices."""
     kind = uses[0].kind
-    if kind == "window":
+    if kind == "convolution":
         return convolution(*uses[0].factors)
-    if kind == "explicit":
-        return norms.explicit(xp, tf.add_n([use.factors[0] for use in uses]))
+    if kind == "dense":
+        return norms.dense(xp, tf.add_n([use.factors[0] for use in uses]))
     outer = [use.factors for use in uses if use.kind == "outer"]
     rows = [use.factors for use in uses if use.kind == "rows"]
     left, right = (_joined(part) for part in zip(*outer, strict=True)) if outer else (None, None)

@@ -19,13 +19,13 @@ def along(use: Use, u: tf.Tensor, index: tf.Tensor | None, samples: int) -> tf.T
 
     outer      sum_s (left_ms u) . right_ms
     rows       sum_s u[index_ms] . values_ms
-    explicit   gradient_m . u
+    dense      gradient_m . u
     window     (x_m * u) . d_m
     """
     some = [_rows(factor, index, samples) if tf.is_tensor(factor) else factor for factor in use.factors]
     dtype = next(factor.dtype for factor in some if tf.is_tensor(factor) and factor.dtype.is_floating)
     u = seen(tf.cast(u, dtype), use.frame)
-    if use.kind == "window":
+    if use.kind == "convolution":
         return along_convolution(some[0][:, 0], some[1][:, 0], some[2], u)
     if use.kind == "rows":
         rows, values = some[0][:, 0], some[1][:, 0]

@@ -4,7 +4,7 @@ A rule says, for one input of an operation that depends on parameters alone, how
 
     outer      sum_s left[n, s] right[n, s]^T      weights of linear maps
     rows       sum_s e_index[n, s] values[n, s]^T  embeddings
-    explicit   the gradient itself (N, ...)        biases and scales, which are small
+    dense      the gradient itself (N, ...)        biases and scales, which are small
     window     a convolution's weight
 
 from the cotangent d of the output. What is not here is left to the general way.
@@ -34,7 +34,7 @@ class Use:
     Attributes
     ----------
     kind:
-        "outer", "rows", "explicit" or "window".
+        "outer", "rows", "dense" or "convolution".
     factors:
         What `lnp.per_sample.norms` takes for that kind. Of "outer", left and right run over the rows and columns of the
         frame.
@@ -170,19 +170,19 @@ def _gather(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
 def _shift(sign: Callable[[int], int]) -> Callable:
     def rule(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
         gradient = reduced(d, op.inputs[place].shape, samples)
-        return Use("explicit", (gradient if sign(place) > 0 else -gradient,))
+        return Use("dense", (gradient if sign(place) > 0 else -gradient,))
 
     return rule
 
 
 def _multiply(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
-    return Use("explicit", (reduced(d * _wide(op.inputs[1 - place]), op.inputs[place].shape, samples),))
+    return Use("dense", (reduced(d * _wide(op.inputs[1 - place]), op.inputs[place].shape, samples),))
 
 
 def _divide(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
     a, b = (_wide(tensor) for tensor in op.inputs)
     gradient = d / b if place == 0 else -d * a / b**2
-    return Use("explicit", (reduced(gradient, op.inputs[place].shape, samples),))
+    return Use("dense", (reduced(gradient, op.inputs[place].shape, samples),))
 
 
 def _bias(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
@@ -190,22 +190,22 @@ def _bias(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
         raise Unread(op.type)
     if op.get_attr("data_format") == b"NCHW":
         d = tf.reshape(d, (*d.shape[:2], -1))
-        return Use("explicit", (tf.reduce_sum(first(d, samples), (1, 3)),))
-    return Use("explicit", (reduced(d, op.inputs[1].shape, samples),))
+        return Use("dense", (tf.reduce_sum(first(d, samples), (1, 3)),))
+    return Use("dense", (reduced(d, op.inputs[1].shape, samples),))
 
 
 def _select(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
     if place == 0:
         raise Unread(op.type)
     picked = op.inputs[0] if place == 1 else tf.logical_not(op.inputs[0])
-    return Use("explicit", (reduced(tf.where(picked, d, tf.zeros_like(d)), op.inputs[place].shape, samples),))
+    return Use("dense", (reduced(tf.where(picked, d, tf.zeros_like(d)), op.inputs[place].shape, samples),))
 
 
 def _expand(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
     shape, out = op.inputs[0].shape, d.shape
     if op.type == "Tile" and tuple(shape[1:]) != tuple(out[1:]):
         raise Unread(op.type)
-    return Use("explicit", (reduced(d, shape, samples),))
+    return Use("dense", (reduced(d, shape, samples),))
 
 
 def _convolution(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Use:
@@ -231,7 +231,7 @@ def _convolution(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Us
         window = Window((1, *window.kernel), (1, *stride), (1, *dilation), groups)
     if wide.shape[0] != samples or narrow.shape[0] != samples:
         raise Unread("the samples are not along the first axis")
-    return Use("window", (wide, narrow, window), (("window",),))
+    return Use("convolution", (wide, narrow, window), (("convolution",),))
 
 
 def _blocks(array: tf.Tensor, samples: int) -> tf.Tensor:

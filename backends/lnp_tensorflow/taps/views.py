@@ -97,8 +97,8 @@ def _reshape(op: tf.Operation, place: int) -> Step | None:
     def step(use: Use, samples: int) -> Use:
         if before == after:
             return use
-        if use.kind == "explicit" and not use.frame:
-            return Use("explicit", (tf.reshape(use.factors[0], (samples, *before)),))
+        if use.kind == "dense" and not use.frame:
+            return Use("dense", (tf.reshape(use.factors[0], (samples, *before)),))
         return Use(use.kind, use.factors, (("reshape", after), *use.frame))
 
     return step
@@ -119,9 +119,9 @@ def _transpose(op: tf.Operation, place: int) -> Step | None:
     order = tuple(int(i) for i in given)
 
     def step(use: Use, samples: int) -> Use:
-        if use.kind == "explicit" and not use.frame:
+        if use.kind == "dense" and not use.frame:
             back = [0, *(1 + order.index(i) for i in range(len(order)))]
-            return Use("explicit", (tf.transpose(use.factors[0], back),))
+            return Use("dense", (tf.transpose(use.factors[0], back),))
         if use.kind == "outer" and not use.frame and order == (1, 0):
             return Use("outer", use.factors[::-1])
         return Use(use.kind, use.factors, (("transpose", order), *use.frame))
@@ -137,7 +137,7 @@ def _looked_up(op: tf.Operation, place: int) -> Step | None:
     index = tf.reshape(op.inputs[1], (1, -1))
 
     def step(use: Use, samples: int) -> Use:
-        if use.kind != "explicit" or use.frame:
+        if use.kind != "dense" or use.frame:
             raise Unread(op.type)
         rows = tf.broadcast_to(index, (samples, index.shape[1]))
         return Use("rows", (rows, tf.reshape(use.factors[0], (samples, index.shape[1], -1))))
@@ -158,9 +158,9 @@ def _linear(factor: Callable[[tf.Operation, int], Any]) -> Callable[[tf.Operatio
 def _scaled(use: Use, slope: Any, op: tf.Operation, place: int, samples: int) -> Use:
     """The use of an input, where the output's derivative by it is `slope`, element by element."""
     shape = op.inputs[place].shape
-    if use.kind == "explicit" and not use.frame:
+    if use.kind == "dense" and not use.frame:
         factor = slope if isinstance(slope, int) else tf.cast(slope, use.factors[0].dtype)
-        return Use("explicit", (_unbroadcast(use.factors[0] * factor, shape, samples),))
+        return Use("dense", (_unbroadcast(use.factors[0] * factor, shape, samples),))
     single = isinstance(slope, int) or math.prod(slope.shape) == 1
     if not single or use.kind not in ("outer", "rows") or math.prod(shape) != math.prod(op.outputs[0].shape):
         raise Unread(op.type)

@@ -235,7 +235,7 @@ def _combine(uses: list[Site]) -> bool:
     if len(frames) > 1 and not _disjoint(list(frames)):
         return False
     kinds = [{site.use.kind for site in same} for same in frames.values() if len(same) > 1]
-    return all(kind <= {"outer", "rows"} or kind == {"explicit"} for kind in kinds)
+    return all(kind <= {"outer", "rows"} or kind == {"dense"} for kind in kinds)
 
 
 def _disjoint(frames: list[tuple]) -> bool:
@@ -251,10 +251,10 @@ def _disjoint(frames: list[tuple]) -> bool:
 def _square_norm(uses: list[tuple[Site, tuple]]) -> Tensor:
     """||sum of the uses||^2 for each sample, (N,)."""
     kind = uses[0][0].use.kind
-    if kind == "window":
+    if kind == "convolution":
         return norms.convolution(xp, *uses[0][1])
-    if kind == "explicit":
-        return norms.explicit(xp, _sum(uses))
+    if kind == "dense":
+        return norms.dense(xp, _sum(uses))
     outer = [factors[::-1] if site.flipped else factors for site, factors in uses if site.use.kind == "outer"]
     rows = [factors for site, factors in uses if site.use.kind == "rows"]
     left, right = map(_joined, zip(*outer, strict=True)) if outer else (None, None)
@@ -289,7 +289,7 @@ def along(kept: Kept, parameter: Tensor, u: Tensor) -> Tensor:
     elif kept.kind == "rows":
         index, values = kept.factors
         product = F.embedding(index.clamp(min=0), u.to(values.dtype)) * values * (index >= 0)[:, :, None]
-    elif kept.kind == "window":
+    elif kept.kind == "convolution":
         x, d, window = kept.factors
         convolve = (F.conv1d, F.conv2d, F.conv3d)[d.ndim - 3]
         made = convolve(x, u.to(x.dtype), None, window.stride, 0, window.dilation, window.groups)

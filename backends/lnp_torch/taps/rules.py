@@ -5,7 +5,7 @@ normalisation's scale. A site says, for each parameter it uses, how to form
 
     outer      sum_s left[n, s] right[n, s]^T      weights of linear maps
     rows       sum_s e_index[n, s] values[n, s]^T  embeddings
-    explicit   the gradient itself (N, ...)        biases and scales, which are small
+    dense      the gradient itself (N, ...)        biases and scales, which are small
     window     a convolution's weight
 
 from the cotangent d of the output. What is not here is left to the general way.
@@ -33,7 +33,7 @@ class Use:
     tensor:
         The parameter, or the view of it, that the operation received.
     kind:
-        "outer", "rows", "explicit" or "window".
+        "outer", "rows", "dense" or "convolution".
     factors:
         (cotangent of the output, layout) -> what `lnp.per_sample.norms` takes for that kind.
     transposed:
@@ -50,7 +50,7 @@ class Use:
 
     def products(self, out: Tensor) -> int:
         """Multiplications that made the output, if there are many."""
-        if self.kind not in ("outer", "window"):
+        if self.kind not in ("outer", "convolution"):
             return 0
         return out.numel() * self.tensor.numel() // self.tensor.shape[1 if self.transposed else 0]
 
@@ -66,7 +66,7 @@ def recognised(func: Callable, args: tuple, kwargs: dict) -> list[Use]:
         return []
 
 
-NOTHING = Use(None, "explicit", lambda d, at: ())
+NOTHING = Use(None, "dense", lambda d, at: ())
 
 
 class Unknown(Exception):
@@ -127,7 +127,7 @@ def _linear(input, weight, bias=None):
 
 
 def _bias(bias):
-    return [] if bias is None else [Use(bias, "explicit", lambda d, at: (at.positions(d).sum(1),))]
+    return [] if bias is None else [Use(bias, "dense", lambda d, at: (at.positions(d).sum(1),))]
 
 
 def _matmul(input, other, **kwargs):
@@ -162,7 +162,7 @@ def _multiply(input, other):
 def _scale(tensor, beside):
     if not isinstance(tensor, Tensor) or tensor.is_complex():
         return NOTHING
-    return Use(tensor, "explicit", lambda d, at: (at.reduced(d * beside, tensor.shape),))
+    return Use(tensor, "dense", lambda d, at: (at.reduced(d * beside, tensor.shape),))
 
 
 def _divide(input, other, *, rounding_mode=None):
@@ -170,7 +170,7 @@ def _divide(input, other, *, rounding_mode=None):
         raise Unknown
     uses = [_scale(input, 1 / other)]
     if isinstance(other, Tensor) and not other.is_complex():
-        uses.append(Use(other, "explicit", lambda d, at: (at.reduced(-d * input / other**2, other.shape),)))
+        uses.append(Use(other, "dense", lambda d, at: (at.reduced(-d * input / other**2, other.shape),)))
     return uses
 
 
@@ -185,7 +185,7 @@ def _subtract(input, other, *, alpha=1):
 def _shift(tensor, factor):
     if not isinstance(tensor, Tensor) or tensor.is_complex() or isinstance(factor, Tensor):
         return NOTHING
-    return Use(tensor, "explicit", lambda d, at: (at.reduced(factor * d, tensor.shape),))
+    return Use(tensor, "dense", lambda d, at: (at.reduced(factor * d, tensor.shape),))
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -199,8 +199,8 @@ def _rms_norm(input, normalized_shape, weight=None, eps=None):
 def _trailing(weight, bias, normalised):
     """Scale and shift along the last axes."""
     return [
-        Use(weight, "explicit", lambda d, at: (at.reduced(d * normalised(), weight.shape),)),
-        Use(bias, "explicit", lambda d, at: (at.reduced(d, bias.shape),)),
+        Use(weight, "dense", lambda d, at: (at.reduced(d * normalised(), weight.shape),)),
+        Use(bias, "dense", lambda d, at: (at.reduced(d, bias.shape),)),
     ]
 
 
@@ -224,14 +224,14 @@ def _instance_norm(
 
 def _prelu(input, weight):
     slope = lambda d, at: (at.channels(d * input.clamp(max=0), weight.numel()),)
-    return [Use(weight, "explicit", slope)]
+    return [Use(weight, "dense", slope)]
 
 
 def _channels(weight, bias, normalised):
     """Scale and shift along the second axis."""
     return [
-        Use(weight, "explicit", lambda d, at: (at.channels(d * normalised(), weight.numel()),)),
-        Use(bias, "explicit", lambda d, at: (at.channels(d, bias.numel()),)),
+        Use(weight, "dense", lambda d, at: (at.channels(d * normalised(), weight.numel()),)),
+        Use(bias, "dense", lambda d, at: (at.channels(d, bias.numel()),)),
     ]
 
 
@@ -251,7 +251,7 @@ def _convolution(dimension: int, transposed: bool) -> Callable:
             return F.pad(wide, padding(wide.shape[2:], narrow.shape[2:])), narrow, window
 
         channels = lambda d, at: (at.channels(d, bias.numel()),)
-        return [Use(weight, "window", factors), *([] if bias is None else [Use(bias, "explicit", channels)])]
+        return [Use(weight, "convolution", factors), *([] if bias is None else [Use(bias, "dense", channels)])]
 
     def window(weight, stride, dilation, groups):
         return Window(tuple(weight.shape[2:]), of(stride), of(dilation), groups)

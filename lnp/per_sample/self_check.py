@@ -1,0 +1,383 @@
+r"""Whether the samples of a network may be taken apart, and whether the rules for its operations tell the truth.
+
+Everything that is measured sample by sample rests on two assumptions: the outputs of a sample, and its gradient, are
+the same alone as in the batch; and the squared norms that the rules for the operations give are those of the sample's
+gradient. Both are looked at, not assumed, in two ways:
+
+    compare   once for each model and shapes: a few samples of the batch are run one by one, and their outputs, the sum
+              of their gradients and each one's squared norms are held against the batch's. Twice: at the parameters as
+              they are, and at others, where no gate is closed by chance (`moved`).
+    look      at every measurement: whatever ran apart from the batch is held against the batch's rows. What happens
+              first at a later step shows then.
+
+A backend supplies operations, the core decides. Pure, safe to trace and compile; `Verdict`s need numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lnp.contract.linearization import Array, Vector, accumulation_dtype
+
+COMPARED = 8
+"""Samples that are compared, spread over the batch."""
+BESIDE = 17
+"""Samples among which they are compared at other parameters: a number that no layer is likely to have as its size."""
+SHARE = 0.03
+"""A parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with this share of all."""
+SMALLER = 2.0**-10
+"""How much shorter cotangents are pulled back too, to see whether the backward pass is linear: loss gradients of a mean
+over many terms are that much shorter than the signs of a probe."""
+NAMED = 4
+"""Parameters that a note names."""
+BENT = (
+    "The backward pass of this network is not linear (a custom gradient that clips, normalises or adds something does "
+    "that): what it returns is no J^T v, and chi_net and chi_pos are about the Jacobian J. Expected a backward pass "
+    "that is linear in what comes in. Clip the parameters' gradients after the backward pass instead, or pass forward=, "
+    "a function (model, inputs) -> outputs without the custom gradient."
+)
+
+SquareNorms = Mapping[str, Array]
+"""{parameter name: array of squared norms, one for each sample}."""
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What one backward pass of the batch says of a cotangent v.
+
+    Attributes
+    ----------
+    gradient:
+        J^T v.
+    square_norms:
+        {parameter name: (N,) array of ||J_nl^T v_n||^2} of the parameters whose operations all have rules.
+    missing:
+        {name of any other parameter: why}.
+    outputs:
+        (N, K) outputs of the pass that has rules, where it is another one than the batch's own; or None.
+    """
+
+    gradient: Vector
+    square_norms: SquareNorms
+    missing: Mapping[str, str] = field(default_factory=dict)
+    outputs: Array | None = None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What C samples say of their cotangents, each run by itself.
+
+    Attributes
+    ----------
+    outputs:
+        (C, K).
+    gradient:
+        The sum of J_c^T v_c.
+    square_norms:
+        {parameter name: (C,) array of ||J_cl^T v_c||^2}.
+    """
+
+    outputs: Array
+    gradient: Vector
+    square_norms: SquareNorms
+
+
+class Operations(Protocol):
+    """A network on a batch, as a backend runs it.
+
+    Attributes
+    ----------
+    xp:
+        Array-API namespace.
+    outputs:
+        (N, K), those of the batch's own function.
+    custom_backward:
+        Whether anything in it has a backward pass that somebody wrote by hand.
+    """
+
+    xp: Any
+    outputs: Array
+    custom_backward: bool
+
+    def pull(self, v: Array) -> Pulled:
+        """One backward pass of the whole batch."""
+
+    def alone(self, index: Sequence[int], v: Array) -> Alone:
+        """Some samples, one by one, with their rows (C, K) of the cotangent."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How far what was compared is apart: relative differences, arrays of shape () or numbers. nan for no numbers.
+
+    Attributes
+    ----------
+    outputs:
+        Of single samples' outputs from the batch's.
+    gradient:
+        Of the sum of single samples' gradients from J^T v.
+    rules:
+        {parameter name: of its squared norms by rules from those of single samples}, and of what arrives at samples
+        whose cotangent is zero.
+    bend:
+        Of J^T v from J^T (s v) / s.
+    """
+
+    outputs: Any
+    gradient: Any
+    rules: Mapping[str, Any]
+    bend: Any
+
+    def verdict(self, tolerance: float, missing: Mapping[str, str]) -> Verdict:
+        """What follows, once they are numbers. `missing` are the parameters without rules, and why."""
+        apart = max(self.outputs, self.gradient)  # nan, where it is second, does not count: it is not finite
+        sure = all(math.isfinite(value) for value in (self.outputs, self.gradient, self.bend, *self.rules.values()))
+        if self.bend > tolerance:
+            return Verdict(bent=True, sure=sure)
+        if self.outputs > tolerance or self.gradient > tolerance:
+            return Verdict(reason=interacting(apart), sure=True)
+        wrong = [name for name, value in self.rules.items() if not value <= 2 * tolerance and math.isfinite(value)]
+        general = {**missing, **dict.fromkeys(wrong, "its rules differ from single samples")}
+        return Verdict(general=tuple(general.items()), sure=sure)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What comparing the batch with single samples has shown. Equal verdicts are equal, and have one hash.
+
+    Attributes
+    ----------
+    reason:
+        Why the samples are not taken apart, or "".
+    general:
+        (parameter whose single samples are run on their own, why) pairs.
+    bent:
+        Whether the backward pass is not linear.
+    sure:
+        Whether it is to be remembered: what is not finite shows nothing.
+    """
+
+    reason: str = ""
+    general: tuple[tuple[str, str], ...] = ()
+    bent: bool = False
+    sure: bool = True
+
+    def joined(self, other: Verdict) -> Verdict:
+        """Both: of the same samples at other parameters."""
+        general = {**dict(other.general), **dict(self.general)}
+        return Verdict(
+            self.reason or other.reason, tuple(general.items()), self.bent or other.bent, self.sure and other.sure
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know: which parameters take the general way, and why."""
+        if not self.general:
+            return ()
+        named = [f"{name} ({why})" for name, why in self.general]
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        return (f"single samples run on their own, which is slower, for {', '.join(named[:NAMED])}{more}",)
+
+
+def interacting(difference: float) -> str:
+    """Why samples are not taken apart that differ by so much, relative, when the others are left out."""
+    return (
+        "the samples interact in this network (a sample's output or gradient changes by "
+        f"{difference:.1g} (relative) when the others are left out): they are not taken apart"
+    )
+
+
+def found_interacting() -> str:
+    """Why samples are not taken apart that were found to interact by a look."""
+    return (
+        "the samples interact in this network (in this measurement or one before, a sample's output or gradient was "
+        "not the same when others were left out): they are not taken apart"
+    )
+
+
+def failing(error: BaseException) -> str:
+    """Why samples are not taken apart that cannot be run on their own, whatever the network raised."""
+    first = (str(error).splitlines() or [""])[0][:120]
+    return f"single samples cannot be run in this network ({type(error).__name__}: {first}): they are not taken apart"
+
+
+def compared_samples(samples: int, count: int = COMPARED) -> list[int]:
+    """Which samples are compared: at most `count`, spread over the batch, and never all of a batch of several, for
+    samples that are all there do not show what happens when others are left out.
+
+    >>> compared_samples(64), compared_samples(3), compared_samples(1)
+    ([0, 9, 18, 27, 36, 45, 54, 63], [0], [0])
+    """
+    few = max(1, min(count, samples // 2))
+    return sorted({round(i * (samples - 1) / max(few - 1, 1)) for i in range(few)})
+
+
+def compare(operations: Operations) -> tuple[Differences, Mapping[str, str]]:
+    """Hold a few samples of the batch against themselves run one by one; and the parameters without rules, and why.
+
+    The cotangent is zero on all other samples: what they contribute to the gradient, or receive, shows. On those that
+    are compared it is random signs times lengths that differ: signs alone would give the biases of all samples the same
+    norm, whichever sample they belong to.
+    """
+    xp, outputs = operations.xp, operations.outputs
+    index = compared_samples(outputs.shape[0])
+    some = cotangents(xp, outputs, len(index))
+    v = _placed(xp, some, index, outputs)
+    pulled = operations.pull(v)
+    alone = operations.alone(index, some)
+    of_outputs = outputs_apart(xp, alone.outputs, _rows(xp, outputs, index))
+    if pulled.outputs is not None:
+        of_outputs = xp.maximum(of_outputs, outputs_apart(xp, pulled.outputs, outputs))
+    of_gradient = largest(xp, list(gradients_apart(xp, alone.gradient, pulled.gradient).values()))
+    rules = square_norms_apart(xp, pulled.square_norms, alone.square_norms, index)
+    return Differences(of_outputs, of_gradient, rules, _bend(operations, v, pulled.gradient)), pulled.missing
+
+
+def look(xp: Any, outputs: Array, alone: Array, norms: Sequence[tuple[SquareNorms, SquareNorms]] = ()) -> Array:
+    """How far samples that ran apart from the batch are from their rows in it, relative. Shape ().
+
+    Parameters
+    ----------
+    outputs, alone:
+        (M, K) outputs in the batch and apart from it.
+    norms:
+        Pairs of squared norms of the same samples' gradients, {parameter name: (M,)}, in the batch and apart from it.
+    """
+    found = outputs_apart(xp, alone, outputs)
+    for in_batch, apart in norms:
+        differing = square_norms_apart(xp, in_batch, apart, None)
+        for value in differing.values():
+            found = xp.maximum(found, 0.5 * value)
+    return found
+
+
+def moved(xp: Any, parameters: Vector) -> Vector:
+    """Other parameters: each number with an irregular one of a tenth of their size, and a tenth, added to it."""
+    found = {}
+    for number, (name, p) in enumerate(parameters.items()):
+        wide = xp.astype(p, accumulation_dtype(xp, p.dtype), copy=False)
+        size = 0.1 * xp.sqrt(xp.mean(wide * wide)) + 0.1
+        noise = xp.reshape(irregular(xp, math.prod(p.shape), number, wide), p.shape)
+        found[name] = xp.astype(wide + size * noise, p.dtype)
+    return found
+
+
+def cotangents(xp: Any, like: Array, count: int) -> Array:
+    """(C, K) random signs times lengths from 0.5 on, that are exact in every floating-point format."""
+    numbers = like.shape[1]
+    signs = xp.where(irregular(xp, count * numbers, 0, like) < 0, -1.0, 1.0)
+    lengths = xp.stack(
+        [xp.full((numbers,), 0.5 + n / 8, dtype=signs.dtype, device=_device(like)) for n in range(count)]
+    )
+    return xp.astype(xp.reshape(signs, (count, numbers)) * lengths, like.dtype)
+
+
+def irregular(xp: Any, count: int, number: int, like: Array) -> Array:
+    """Numbers in [-1, 1] without a pattern that a network could share; drawing random ones takes long to compile."""
+    n = xp.astype(xp.arange(count, device=_device(like)), accumulation_dtype(xp, like.dtype))
+    return xp.sin(78.233 * (n + 1.0) + 12.9898 * (n - 97.0 * xp.floor(n / 97.0)) * (number + 1.0))
+
+
+def outputs_apart(xp: Any, alone: Array, outputs: Array) -> Array:
+    """The largest difference of outputs, relative to the largest of the batch's. Shape ()."""
+    if tuple(alone.shape) != tuple(outputs.shape):
+        return xp.asarray(float("inf"), dtype=accumulation_dtype(xp, outputs.dtype), device=_device(outputs))
+    alone, outputs = _wide(xp, alone), _wide(xp, outputs)
+    return xp.max(xp.abs(alone - outputs)) / _positive(xp, xp.max(xp.abs(outputs)))
+
+
+def gradients_apart(xp: Any, one: Vector, other: Vector) -> dict[str, Array]:
+    """{parameter name: ||a - b|| / ||b||}, where all of b counts a little. Each of shape ()."""
+    norms = {name: _norm(xp, array) for name, array in other.items()}
+    floor = SHARE * _norm(xp, xp.stack(list(norms.values())))
+    return {
+        name: _norm(xp, _wide(xp, one[name]) - _wide(xp, other[name])) / _positive(xp, norms[name] + floor)
+        for name in norms
+    }
+
+
+def square_norms_apart(
+    xp: Any, in_batch: SquareNorms, alone: SquareNorms, index: Sequence[int] | None
+) -> dict[str, Array]:
+    """{parameter name: how far squared norms in the batch, (N,), are from those of some samples alone, (C,)}.
+
+    With an index, of the samples whose cotangent is not zero, also what arrives at all others. Each of shape ().
+    """
+    if not in_batch:
+        return {}
+    total = sum((_wide(xp, alone[name]) for name in list(alone)[1:]), start=_wide(xp, alone[next(iter(alone))]))
+    found = {}
+    for name, norms in in_batch.items():
+        norms, expected = _wide(xp, norms), _wide(xp, alone[name])
+        own = norms if index is None else _rows(xp, norms, index)
+        missed = xp.max(xp.abs(own - expected) / _positive(xp, expected + SHARE**2 * total))
+        if index is not None:
+            others = xp.asarray([n not in index for n in range(norms.shape[0])], device=_device(norms))
+            leaked = xp.max(xp.where(others, norms, xp.zeros_like(norms)))
+            missed = xp.maximum(missed, leaked / _positive(xp, xp.max(total)))
+        found[name] = missed
+    return found
+
+
+def largest(xp: Any, values: Sequence[Array]) -> Array:
+    """The largest of arrays of shape (); nan if one is nan."""
+    return xp.max(xp.stack(list(values)))
+
+
+def first_that_runs(ways: Sequence[Callable[[], Any]], fatal: tuple[type[BaseException], ...]) -> tuple[Any, str]:
+    """What the first of these returns that raises no error, and ""; or None, and why the last one failed.
+
+    Whatever a user's network raises for a part of its batch is no reason to fail, but for errors that are `fatal`.
+    """
+    reason = ""
+    for way in ways:
+        try:
+            return way(), ""
+        except fatal:
+            raise
+        except Exception as error:
+            reason = failing(error)
+    return None, reason
+
+
+def _bend(operations: Operations, v: Array, gradient: Vector) -> Array:
+    """How far the backward pass is from linear, where somebody wrote it: J^T (s v) / s for shorter and longer v."""
+    xp, samples = operations.xp, operations.outputs.shape[0]
+    longer = 2.0 ** math.ceil(math.log2(2 * math.sqrt(samples / len(compared_samples(samples)))))
+    zero = xp.zeros((), dtype=accumulation_dtype(xp, v.dtype), device=_device(v))
+    found = [zero]
+    for scale in (SMALLER, longer) if operations.custom_backward else ():
+        again = {name: _wide(xp, part) / scale for name, part in operations.pull(v * scale).gradient.items()}
+        found += [xp.astype(value, zero.dtype) for value in gradients_apart(xp, again, gradient).values()]
+    return largest(xp, found)
+
+
+def _placed(xp: Any, some: Array, index: Sequence[int], outputs: Array) -> Array:
+    """(N, K) of the rows (C, K) at their places, zero elsewhere."""
+    zeros = xp.zeros((1, some.shape[1]), dtype=some.dtype, device=_device(some))
+    place = {sample: slot for slot, sample in enumerate(index)}
+    return _rows(xp, xp.concat([some, zeros], axis=0), [place.get(n, len(index)) for n in range(outputs.shape[0])])
+
+
+def _rows(xp: Any, array: Array, index: Sequence[int]) -> Array:
+    return xp.take(array, xp.asarray(list(index), dtype=xp.int32, device=_device(array)), axis=0)
+
+
+def _norm(xp: Any, array: Array) -> Array:
+    wide = _wide(xp, array)
+    return xp.sqrt(xp.sum(wide * wide))
+
+
+def _wide(xp: Any, array: Array) -> Array:
+    return xp.astype(array, accumulation_dtype(xp, array.dtype), copy=False)
+
+
+def _positive(xp: Any, value: Array) -> Array:
+    return xp.maximum(value, xp.full_like(value, float(xp.finfo(value.dtype).smallest_normal)))
+
+
+def _device(array: Array) -> Any:
+    return getattr(array, "device", None)

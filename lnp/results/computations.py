@@ -1,0 +1,67 @@
+"""What is computed from records, as values: equal computations are equal, so that compiled code is found again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lnp.contract.gradient_pass import gradient
+from lnp.contract.linearization import Array, GradientPass, Linearization, Vector, valid
+from lnp.estimators.trace import Settings
+from lnp.results.cross_response import CrossResponse, cross_response_of
+from lnp.results.decomposition import ByLayer, Decomposition, decompose, decomposed, sum_of
+
+
+@dataclass(frozen=True)
+class Decompose(Settings):
+    """The computation of `lnp.decompose`."""
+
+    by_layer: ByLayer = False
+    population: bool | None = False
+
+    def __call__(self, lin: Linearization) -> Decomposition:
+        return decompose(lin, **self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Respond(Decompose):
+    """The computation of `lnp.cross_response`."""
+
+    def __call__(self, trained: Linearization, measured: Linearization) -> CrossResponse:  # type: ignore[override]
+        return cross_response_of(trained, measured, self._decomposed)
+
+    def _decomposed(self, lin: Linearization) -> tuple[Decomposition, GradientPass]:
+        return decomposed(lin, **self._settings, vector=True)
+
+
+def measured_change(lin: Linearization, learning_rate: Any = None, update: Vector | None = None) -> Array:
+    """L(theta + Delta) - L(theta), where Delta is the update or a step of gradient descent. Shape ()."""
+    along = gradient(lin) if update is None else update
+    return _change_along(lin, along, -learning_rate if update is None else 1.0)
+
+
+def predicted_change(lin: Linearization, learning_rate: Any = None, update: Vector | None = None) -> Array:
+    """<grad L, Delta>, where Delta is the update or a step of gradient descent. Shape ()."""
+    vector = gradient(lin)
+    products = lin.inner_products(vector, vector if update is None else update)
+    total = sum_of(products, products)
+    if update is None:
+        total = -lin.xp.asarray(learning_rate, dtype=total.dtype) * total
+    return valid(lin, total)
+
+
+def changes(lin: Linearization, update: Vector) -> tuple[Array, Array]:
+    """(<grad L, Delta>, L(theta + Delta) - L(theta)), each of shape ()."""
+    return predicted_change(lin, update=update), _change_along(lin, update, 1.0)
+
+
+def _change_along(lin: Linearization, along: Vector, step: Any) -> Array:
+    if lin.loss_along is None:
+        raise TypeError(
+            "This model's backend cannot evaluate the loss at moved parameters. Expected a record with loss_along."
+        )
+    return valid(lin, lin.loss_along(along, step) - lin.loss)
