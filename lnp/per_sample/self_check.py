@@ -36,8 +36,13 @@ NAMED = 4
 BENT = (
     "The backward pass of this network is not linear (a custom gradient that clips, normalises or adds something does "
     "that): what it returns is no J^T v, and chi_net and chi_pos are about the Jacobian J. Expected a backward pass "
-    "that is linear in what comes in. Clip the parameters' gradients after the backward pass instead, or pass forward=, "
-    "a function (model, inputs) -> outputs without the custom gradient."
+    "that is linear in what comes in. Clip the parameters' gradients after the backward pass instead, or pass "
+    "forward=, a function (model, inputs) -> outputs without the custom gradient."
+)
+
+NOT_FINITE = (
+    "single samples give numbers in this network that are not finite, although the batch's are: they are not taken "
+    "apart"
 )
 
 SquareNorms = Mapping[str, Array]
@@ -124,24 +129,29 @@ class Differences:
         whose cotangent is zero.
     bend:
         Of J^T v from J^T (s v) / s.
+    batch:
+        0 where the batch's own outputs and gradient are finite, else nan.
     """
 
     outputs: Any
     gradient: Any
     rules: Mapping[str, Any]
     bend: Any
+    batch: Any
 
     def verdict(self, tolerance: float, missing: Mapping[str, str]) -> Verdict:
         """What follows, once they are numbers. `missing` are the parameters without rules, and why."""
-        apart = max(self.outputs, self.gradient)  # nan, where it is second, does not count: it is not finite
-        sure = all(math.isfinite(value) for value in (self.outputs, self.gradient, self.bend, *self.rules.values()))
+        if math.isnan(self.batch):
+            return Verdict(sure=False)
         if self.bend > tolerance:
-            return Verdict(bent=True, sure=sure)
+            return Verdict(bent=True)
+        if math.isnan(self.outputs) or math.isnan(self.gradient):
+            return Verdict(reason=NOT_FINITE)
         if self.outputs > tolerance or self.gradient > tolerance:
-            return Verdict(reason=interacting(apart), sure=True)
-        wrong = [name for name, value in self.rules.items() if not value <= 2 * tolerance and math.isfinite(value)]
+            return Verdict(reason=interacting(max(self.outputs, self.gradient)))
+        wrong = [name for name, value in self.rules.items() if not value <= 2 * tolerance]  # nan is wrong, too
         general = {**missing, **dict.fromkeys(wrong, "its rules differ from single samples")}
-        return Verdict(general=tuple(general.items()), sure=sure)
+        return Verdict(general=tuple(general.items()))
 
 
 @dataclass(frozen=True)
@@ -233,7 +243,8 @@ def compare(operations: Operations) -> tuple[Differences, Mapping[str, str]]:
         of_outputs = xp.maximum(of_outputs, outputs_apart(xp, pulled.outputs, outputs))
     of_gradient = largest(xp, list(gradients_apart(xp, alone.gradient, pulled.gradient).values()))
     rules = square_norms_apart(xp, pulled.square_norms, alone.square_norms, index)
-    return Differences(of_outputs, of_gradient, rules, _bend(operations, v, pulled.gradient)), pulled.missing
+    bend, batch = _bend(operations, v, pulled.gradient), _finite(xp, [outputs, *pulled.gradient.values()])
+    return Differences(of_outputs, of_gradient, rules, bend, batch), pulled.missing
 
 
 def look(xp: Any, outputs: Array, alone: Array, norms: Sequence[tuple[SquareNorms, SquareNorms]] = ()) -> Array:
@@ -267,12 +278,10 @@ def moved(xp: Any, parameters: Vector) -> Vector:
 
 def cotangents(xp: Any, like: Array, count: int) -> Array:
     """(C, K) random signs times lengths from 0.5 on, that are exact in every floating-point format."""
-    numbers = like.shape[1]
-    signs = xp.where(irregular(xp, count * numbers, 0, like) < 0, -1.0, 1.0)
-    lengths = xp.stack(
-        [xp.full((numbers,), 0.5 + n / 8, dtype=signs.dtype, device=_device(like)) for n in range(count)]
-    )
-    return xp.astype(xp.reshape(signs, (count, numbers)) * lengths, like.dtype)
+    noise = irregular(xp, count * like.shape[1], 0, like)
+    signs = xp.where(noise < 0, -xp.ones_like(noise), xp.ones_like(noise))
+    lengths = xp.asarray([[0.5 + n / 8] for n in range(count)], dtype=signs.dtype, device=_device(like))
+    return xp.astype(xp.reshape(signs, (count, -1)) * lengths, like.dtype)
 
 
 def irregular(xp: Any, count: int, number: int, like: Array) -> Array:
@@ -353,6 +362,11 @@ def _bend(operations: Operations, v: Array, gradient: Vector) -> Array:
         again = {name: _wide(xp, part) / scale for name, part in operations.pull(v * scale).gradient.items()}
         found += [xp.astype(value, zero.dtype) for value in gradients_apart(xp, again, gradient).values()]
     return largest(xp, found)
+
+
+def _finite(xp: Any, arrays: Sequence[Array]) -> Array:
+    """0 where all numbers are finite, else nan. Shape ()."""
+    return largest(xp, [xp.astype(xp.sum(_wide(xp, array) * 0.0), _wide(xp, arrays[0]).dtype) for array in arrays])
 
 
 def _placed(xp: Any, some: Array, index: Sequence[int], outputs: Array) -> Array:

@@ -1,0 +1,190 @@
+"""The one self-check: every part of it sees its fault, on networks given by Jacobians, in two namespaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import array_api_strict
+import numpy as np
+import pytest
+
+from lnp.per_sample import self_check
+from lnp.per_sample.self_check import Alone, Differences, Pulled, Verdict
+
+SAMPLES, OUTPUTS = 12, 3
+GENERATOR = np.random.default_rng(0)
+JACOBIAN = {name: GENERATOR.normal(size=(SAMPLES, OUTPUTS, size)) for name, size in (("weight", 5), ("bias", 3))}
+
+F = GENERATOR.normal(size=(SAMPLES, OUTPUTS))
+TOLERANCE = 1e-6
+
+
+@dataclass
+class Network:
+    """A network's operations, and what may be wrong with them."""
+
+    xp: object = np
+    custom_backward: bool = True
+    gradient: object = None
+    norms: object = None
+    alone_outputs: object = None
+    alone_scale: float = 1.0
+    tapped_outputs: object = None
+    missing: dict = field(default_factory=dict)
+    pulled: list = field(default_factory=list)
+
+    @property
+    def outputs(self):
+        return self.xp.asarray(F)
+
+    def pull(self, v):
+        v = np.asarray(v)
+        self.pulled.append(v)
+        each = {name: np.einsum("nkp,nk->np", j, v) for name, j in JACOBIAN.items()}
+        gradient = {name: part.sum(0) for name, part in each.items()}
+        norms = {name: (part**2).sum(1) for name, part in each.items() if name not in self.missing}
+        gradient = gradient if self.gradient is None else self.gradient(gradient, v)
+        norms = norms if self.norms is None else self.norms(norms)
+        outputs = None if self.tapped_outputs is None else self.xp.asarray(self.tapped_outputs)
+        wrap = lambda arrays: {name: self.xp.asarray(array) for name, array in arrays.items()}
+        return Pulled(wrap(gradient), wrap(norms), self.missing, outputs)
+
+    def alone(self, index, v):
+        v = self.alone_scale * np.asarray(v)
+        each = {name: np.einsum("ckp,ck->cp", j[index], v) for name, j in JACOBIAN.items()}
+        outputs = F[index] if self.alone_outputs is None else self.alone_outputs(F[index])
+        wrap = self.xp.asarray
+        norms = {name: wrap((part**2).sum(1)) for name, part in each.items()}
+        return Alone(wrap(outputs), {name: wrap(part.sum(0)) for name, part in each.items()}, norms)
+
+
+def verdict(network):
+    differences, missing = self_check.compare(network)
+    numbers = Differences(
+        float(differences.outputs),
+        float(differences.gradient),
+        {name: float(value) for name, value in differences.rules.items()},
+        float(differences.bend),
+        float(differences.batch),
+    )
+    return numbers.verdict(TOLERANCE, missing)
+
+
+@pytest.mark.parametrize("xp", [np, array_api_strict])
+def test_a_network_that_keeps_its_samples_apart(xp):
+    network = Network(xp)
+    assert verdict(network) == Verdict()
+    first = network.pulled[0]
+    lengths = np.abs(first).max(1)
+    assert set(np.flatnonzero(lengths)) == set(self_check.compared_samples(SAMPLES))
+    assert len(set(lengths[lengths > 0])) == 6  # all differ
+    assert {np.abs(v).max() for v in network.pulled} == {lengths.max(), lengths.max() / 1024, 4 * lengths.max()}
+
+
+def leaking(norms):
+    """What belongs to a sample whose cotangent is zero."""
+    moved = dict(norms)
+    moved["bias"] = norms["bias"].copy()
+    moved["bias"][1] += 1e-3 * norms["bias"].max()
+    return moved
+
+
+CLIPPED = lambda gradient, v: {name: np.clip(part, -3, 3) for name, part in gradient.items()}
+FAULTS = {
+    "outputs": ({"alone_outputs": lambda f: f + 1e-3}, "interact"),
+    "shape of the outputs": ({"alone_outputs": lambda f: f[:, :2]}, "interact"),
+    "sum of gradients": ({"alone_scale": 1.001}, "interact"),
+    "outputs by the rules": ({"tapped_outputs": F + 1e-3}, "interact"),
+    "outputs that are no numbers": ({"alone_outputs": lambda f: f * np.nan}, "not finite"),
+    "a long backward pass": ({"gradient": CLIPPED}, "bent"),
+    "a short backward pass": ({"gradient": lambda g, v: {n: p + 1e-5 for n, p in g.items()}}, "bent"),
+    "squared norms": ({"norms": lambda norms: {**norms, "bias": norms["bias"] * 1.001}}, "bias"),
+    "swapped norms": ({"norms": lambda norms: {**norms, "weight": norms["weight"][::-1]}}, "weight"),
+    "norms that are no numbers": ({"norms": lambda norms: {**norms, "bias": norms["bias"] * np.nan}}, "bias"),
+    "leakage": ({"norms": leaking}, "bias"),
+    "no rule": ({"missing": {"weight": "no rule for einsum"}}, "weight"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_seen(fault):
+    changes, expected = FAULTS[fault]
+    found = verdict(Network(**changes))
+    if expected == "interact":
+        assert "the samples interact" in found.reason
+        assert found.sure
+    elif expected == "not finite":
+        assert "not finite" in found.reason
+    elif expected == "bent":
+        assert found.bent
+        assert not found.reason
+    else:
+        assert [name for name, _ in found.general] == [expected]
+        assert expected in found.notes[0]
+        assert not found.reason
+
+
+def test_signs_of_one_length_would_miss_swapped_biases():
+    """The reason for lengths that differ: of equal ones, biases of all samples have the same norm."""
+    v = self_check.cotangents(np, F, 4)
+    norms = (v**2).sum(1)
+    assert len(set(norms)) == 4
+    assert set(np.sign(v).ravel()) == {-1.0, 1.0}
+
+
+def test_what_is_not_finite_everywhere_shows_nothing(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.F", F * np.nan)
+    found = verdict(Network())
+    assert not found.sure
+    assert not found.reason
+
+
+def test_a_look_compares_all_that_ran_apart():
+    alone = F.copy()
+    assert self_check.look(np, F, alone) == 0
+    alone[7, 2] += 1e-3
+    assert self_check.look(np, F, alone) == pytest.approx(1e-3 / np.abs(F).max(), rel=1e-6)
+    norms = {"bias": np.ones(2), "weight": np.full(2, 4.0)}
+    wrong = {"bias": np.asarray([1.0, 1.01]), "weight": np.full(2, 4.0)}
+    assert self_check.look(np, F, F, [(norms, norms)]) == 0
+    assert self_check.look(np, F, F, [(wrong, norms)]) == pytest.approx(0.005, rel=0.01)
+
+
+def test_moved_parameters_are_other_ones_without_a_pattern():
+    parameters = {"gate": np.zeros(()), "weight": np.ones((3, 4), np.float32), "other": np.ones((3, 4), np.float32)}
+    moved = self_check.moved(np, parameters)
+    assert {name: (p.shape, p.dtype) for name, p in moved.items()} == {
+        name: (p.shape, p.dtype) for name, p in parameters.items()
+    }
+    assert moved["gate"] != 0
+    assert len(np.unique(moved["weight"])) == 12
+    assert not np.allclose(moved["weight"], moved["other"])
+
+
+def test_verdicts_of_two_sets_of_parameters_are_joined():
+    one = Verdict(general=(("a", "no rule"),))
+    other = Verdict(general=(("b", "no rule"),), bent=True, sure=False)
+    assert one.joined(other) == Verdict("", (("b", "no rule"), ("a", "no rule")), True, False)
+    assert one.joined(Verdict("they interact")).reason == "they interact"
+    assert hash(one) == hash(Verdict(general=(("a", "no rule"),)))
+
+
+def test_whatever_a_network_raises_is_a_reason():
+    class Own(BaseException):
+        pass
+
+    def fails(error):
+        def way():
+            raise error
+
+        return way
+
+    for error in (AssertionError("pairs only\nmore"), KeyError("x"), RuntimeError()):
+        assert self_check.first_that_runs([fails(error), lambda: 3], ()) == (3, "")
+        found, reason = self_check.first_that_runs([fails(error)], ())
+        assert found is None
+        assert type(error).__name__ in reason
+        assert "more" not in reason
+    for fatal in (MemoryError, Own):
+        with pytest.raises(fatal):
+            self_check.first_that_runs([fails(fatal()), lambda: 3], (MemoryError,))
