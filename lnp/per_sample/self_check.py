@@ -4,9 +4,9 @@ Everything that is measured sample by sample rests on two assumptions: the outpu
 the same alone as in the batch; and the squared norms that the rules for the operations give are those of the sample's
 gradient. Both are looked at, not assumed, in two ways:
 
-    compare   once for each model and shapes: a few samples of the batch are run one by one, and their outputs, the sum
-              of their gradients and each one's squared norms are held against the batch's. Twice: at the parameters as
-              they are, and at others, where no gate is closed by chance (`moved`).
+    compare   once for each model and shapes: all samples of the batch are run one by one, and their outputs are held
+              against the batch's; of a few also the sum of their gradients, and each one's squared norms. Twice: at the
+              parameters as they are, and at others, where no gate is closed by chance (`moved`).
     look      at every measurement: whatever ran apart from the batch is held against the batch's rows. What happens
               first at a later step shows then.
 
@@ -61,14 +61,11 @@ class Pulled:
         {parameter name: (N,) array of ||J_nl^T v_n||^2} of the parameters whose operations all have rules.
     missing:
         {name of any other parameter: why}.
-    outputs:
-        (N, K) outputs of the pass that has rules, where it is another one than the batch's own; or None.
     """
 
     gradient: Vector
     square_norms: SquareNorms
     missing: Mapping[str, str] = field(default_factory=dict)
-    outputs: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +109,11 @@ class Operations(Protocol):
 
     def alone(self, index: Sequence[int], v: Array) -> Alone:
         """Some samples, one by one, with their rows (C, K) of the cotangent."""
+
+    def outputs_alone(self) -> Array:
+        """(N, K) outputs of all samples, each run by itself. A forward pass: of few samples that meet, a few that are
+        compared need not be one.
+        """
 
 
 @dataclass(frozen=True)
@@ -238,9 +240,10 @@ def compare(operations: Operations) -> tuple[Differences, Mapping[str, str]]:
     v = _placed(xp, some, index, outputs)
     pulled = operations.pull(v)
     alone = operations.alone(index, some)
-    of_outputs = outputs_apart(xp, alone.outputs, _rows(xp, outputs, index))
-    if pulled.outputs is not None:
-        of_outputs = xp.maximum(of_outputs, outputs_apart(xp, pulled.outputs, outputs))
+    of_outputs = xp.maximum(
+        outputs_apart(xp, alone.outputs, _rows(xp, outputs, index)),
+        outputs_apart(xp, operations.outputs_alone(), outputs),
+    )
     of_gradient = largest(xp, list(gradients_apart(xp, alone.gradient, pulled.gradient).values()))
     rules = square_norms_apart(xp, pulled.square_norms, alone.square_norms, index)
     bend, batch = _bend(operations, v, pulled.gradient), _finite(xp, [outputs, *pulled.gradient.values()])
