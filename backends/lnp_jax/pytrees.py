@@ -7,7 +7,7 @@ from dataclasses import fields
 import jax
 
 import lnp
-from lnp.spectral.spectrum import Measured
+from lnp.spectral.spectrum import LanczosResult
 
 STATIC = ("samples", "outputs", "estimator", "notes")
 """Fields that are known when a function is traced."""
@@ -15,7 +15,7 @@ STATIC = ("samples", "outputs", "estimator", "notes")
 
 def register() -> None:
     """Make lnp's results known to JAX."""
-    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse, Measured):
+    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse, LanczosResult):
         names = [field.name for field in fields(result)]
-        static = [name for name in names if name in STATIC and result in (lnp.Decomposition, Measured)]
+        static = [name for name in names if name in STATIC and result in (lnp.Decomposition, LanczosResult)]
         jax.tree_util.register_dataclass(result, [name for name in names if name not in static], static)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lnp.state.kept import kept, reachable
+from lnp.state.preserve import preserve_state, reachable_objects
 from lnp.state.places import places, references
 
 FOREIGN = frozenset({"jax", "jaxlib"})
@@ -46,7 +46,7 @@ def replayed(function: Callable, *roots: Any) -> Callable:
 
 def _kept(roots: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     known = [root for root in roots if root is not None]
-    return kept(*known, *_wrapped(known), foreign=FOREIGN)
+    return preserve_state(*known, *_wrapped(known), foreign=FOREIGN)
 
 
 def _wrapped(roots: list) -> list:
@@ -54,7 +54,7 @@ def _wrapped(roots: list) -> list:
     found: dict[int, Any] = {}
     new = list(roots)
     while new:
-        inside = [value for x in reachable(new, FOREIGN) for value in _held(x)]
+        inside = [value for x in reachable_objects(new, FOREIGN) for value in _held(x)]
         functions = [getattr(value, name, None) for value in (*new, *inside) if _of_jax(value) for name in WRAPPED]
         new = list({id(f): f for f in functions if callable(f) and id(f) not in found}.values())
         found |= {id(f): f for f in new}

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras.src.backend.common import global_state  # there is no public way to what Keras keeps for the thread
 
-from lnp.state.kept import kept, reachable
+from lnp.state.preserve import preserve_state, reachable_objects
 from lnp.state.places import places
 
 FOREIGN = frozenset({"tensorflow", "jax", "jaxlib", "torch"})
@@ -26,7 +26,7 @@ UNMADE = "uninitialized_variables"
 @contextlib.contextmanager
 def unchanged(*roots: Any) -> Iterator[None]:
     """What Python objects hold, Keras's own state of this thread and the random states are as before afterwards."""
-    with kept(*_opened(roots), vars(global_state.GLOBAL_STATE_TRACKER), foreign=FOREIGN):
+    with preserve_state(*_opened(roots), vars(global_state.GLOBAL_STATE_TRACKER), foreign=FOREIGN):
         yield
 
 
@@ -54,7 +54,7 @@ def foreign_variables_kept(*roots: Any) -> Iterator[None]:
 
     held = [
         value
-        for x in reachable(_opened(roots), FOREIGN)
+        for x in reachable_objects(_opened(roots), FOREIGN)
         if not isinstance(x, keras.Variable)
         for part in places(x)
         if part.refers

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.eager import context  # there is no public way to the seeds of eager operations
 
-from lnp.state.kept import kept, reachable
+from lnp.state.preserve import preserve_state, reachable_objects
 from lnp.state.places import places
 
 FOREIGN = frozenset({"tensorflow"})
@@ -29,7 +29,7 @@ def undisturbed(*roots: Any) -> Iterator[None]:
     """
     seeds = eager_seeds()
     state = None if seeds is None else seeds.getstate()
-    with kept(*opened(roots), foreign=FOREIGN):
+    with preserve_state(*opened(roots), foreign=FOREIGN):
         try:
             yield
         finally:
@@ -45,7 +45,7 @@ def opened(roots: Iterable[Any]) -> list[Any]:
     new, known = found, {id(root) for root in found}
     while new:
         inner = [value for root in new for value in _hidden(root)]
-        for x in reachable(new, FOREIGN):
+        for x in reachable_objects(new, FOREIGN):
             inner += [v for part in places(x) if part.refers for held in part.take(x) for v in _hidden(held)]
         new = [value for value in {id(value): value for value in inner}.values() if id(value) not in known]
         known |= {id(value) for value in new}

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from lnp.contract.trees import leaves, map_leaves
-from lnp.state.kept import PLAIN
+from lnp.state.preserve import PLAIN
 from lnp_torch.draws import Record, rows
 from lnp_torch.model import Parameters, Program
 from lnp_torch.outputs import Outputs, read

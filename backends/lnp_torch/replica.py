@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lnp.state.kept import PLAIN, Saved, entered
-from lnp.state.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, blank, named, own_code, places
+from lnp.state.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, empty_like, global_names, is_user_module, places
+from lnp.state.preserve import PLAIN, SavedState, is_searched_type
 from lnp_torch.clones import Clones
 
 HOSTS = frozenset(
@@ -80,7 +80,7 @@ class Replica:
         self._changing = [(part, made, content) for part, made, content in self._held if changing(part, content)]
         found = {id(content) for _, _, content in self._changing}
         self._constant = [held for held in self._held if id(held[2]) not in found]
-        self._shared = Saved(self._restored, HOSTS)
+        self._shared = SavedState(self._restored, HOSTS)
 
     def rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
         """Let everything hold what it held when the copy was made, with {id of a parameter: what stands for it}."""
@@ -102,9 +102,9 @@ class Replica:
         """Put back what cannot be copied: what classes hold, and the globals that their methods name."""
         self._shared.restore()
 
-    def as_now(self) -> Saved:
+    def as_now(self) -> SavedState:
         """What cannot be copied, as it is now."""
-        return Saved(self._restored, HOSTS)
+        return SavedState(self._restored, HOSTS)
 
     def clear(self) -> None:
         """Let go of everything, without waiting for the garbage collector to find the circles."""
@@ -156,11 +156,11 @@ class Replica:
         if not isinstance(x, tuple(PARTS)) and not any(part.take(x) for part in places(x)):
             return x  # it has no state, and may be there to be recognised
         try:
-            made = self._keep(x, blank(x))
+            made = self._keep(x, empty_like(x))
         except TypeError:  # made in C, in a way that is its own
             self._restored.append(x)
             return x
-        if own_code(type(x).__module__):
+        if is_user_module(type(x).__module__):
             self._restored.append(type(x))
         self._fill(x, made, places(x))
         return made
@@ -206,7 +206,7 @@ class Replica:
         written = getattr(x, "_torchdynamo_orig_callable", None)
         if written is not None:  # compiled: it runs as it was written
             return self._keep(x, self.of(written))
-        cells, own = x.__closure__ or (), own_code(x.__module__)
+        cells, own = x.__closure__ or (), is_user_module(x.__module__)
         if not own and not any(map(_may_differ, [content for cell in cells for content in CELL.take(cell)])):
             return x
         known = self._globals.setdefault(id(x.__globals__), dict(x.__globals__)) if own else x.__globals__
@@ -228,7 +228,7 @@ class Replica:
 
     def _other_globals(self, x: types.FunctionType, known: dict) -> bool:
         """Whether copies stand for any of the globals that a function names; they are put into `known`."""
-        found = {name: x.__globals__[name] for name in named(x) if name in x.__globals__}
+        found = {name: x.__globals__[name] for name in global_names(x) if name in x.__globals__}
         for name, value in found.items():
             known[name] = self.of(value)
         return any(known[name] is not value for name, value in found.items())
@@ -317,7 +317,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _part_of_a_model(kind: type) -> bool:
     if hasattr(kind, "__del__"):  # something that is opened and closed
         return False
-    return entered(kind, HOSTS) or kind.__module__.startswith(OF_TORCH)
+    return is_searched_type(kind, HOSTS) or kind.__module__.startswith(OF_TORCH)
 
 
 def _may_differ(content: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 import lnp
 from lnp.contract.options import Options
 from lnp.results.decomposition import ByLayer, decompose, explained
-from lnp.state.kept import Saved
+from lnp.state.preserve import SavedState
 from lnp_torch import fallback, losses
 from lnp_torch.backend import to_host
 from lnp_torch.collectives import with_others
@@ -218,7 +218,7 @@ class SharedStep(contextlib.AbstractContextManager):
         its activations again. Each probe would write to the model what the step's own pass writes once.
         """
         assert self._prepared is not None, "the forward pass has made it"
-        left = self._prepared.replica.as_now(), Saved((self._module, criterion), OTHERS_THAN_TORCH)
+        left = self._prepared.replica.as_now(), SavedState((self._module, criterion), OTHERS_THAN_TORCH)
         buffers = [(buffer, buffer.detach().clone()) for buffer in self._module.buffers()]
         try:
             with undisturbed([self._device]), self._autocast:

@@ -179,7 +179,7 @@ def spectrum(
 
 
 @dataclass(frozen=True)
-class Measured:
+class LanczosResult:
     """What is computed on the device: the decomposition, and T for the loss gradient and for each probe.
 
     Attributes
@@ -214,7 +214,7 @@ class _Measure(Settings):
         if not (isinstance(self.probes, int) and self.probes >= 0):
             raise ValueError(f"probes is {self.probes!r}. Expected a number of random starts >= 0, such as 8.")
 
-    def __call__(self, lin: Linearization, update: Vector = None) -> Measured:
+    def __call__(self, lin: Linearization, update: Vector = None) -> LanczosResult:
         lin = lin if update is None else preconditioned(lin, update)
         if lin.jvp is None:
             raise TypeError(
@@ -226,7 +226,7 @@ class _Measure(Settings):
         )
         steps = min(self.steps, math.prod(lin.outputs.shape))
         gradient = _entries(tridiagonalize(lin, lin.loss_gradient, steps), steps)
-        return Measured(decomposition, gradient, _probed(lin, steps, self.probes))
+        return LanczosResult(decomposition, gradient, _probed(lin, steps, self.probes))
 
 
 def _probed(lin: Linearization, steps: int, probes: int) -> tuple[Tridiagonal, ...]:
@@ -258,7 +258,7 @@ def _entries(t: Tridiagonal, steps: int) -> Tridiagonal:
     )
 
 
-def _spectrum(measured: Measured) -> Spectrum:
+def _spectrum(measured: LanczosResult) -> Spectrum:
     """The result from the numbers."""
     d, notes = explained(measured.decomposition), list(measured.notes)
     if not isinstance(d.loss, float):

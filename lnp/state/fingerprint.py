@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lnp.state.kept import PLAIN, reachable
+from lnp.state.preserve import PLAIN, reachable_objects
 from lnp.state.places import STATES, places
 
 
@@ -26,9 +26,9 @@ def fingerprint(
     roots:
         Models, functions, losses.
     foreign:
-        Top-level packages whose objects are not entered.
+        Top-level packages whose objects are not searched.
     held:
-        value -> a hashable key of a value that is not entered, such as a framework's tensor; None for no key.
+        value -> a hashable key of a value that is not searched, such as a framework's tensor; None for no key.
 
     Examples
     --------
@@ -38,28 +38,28 @@ def fingerprint(
     >>> before == fingerprint([scale])
     False
     """
-    found = reachable(roots, foreign)
-    place = {id(x): index for index, x in enumerate(found)}
+    objects = reachable_objects(roots, foreign)
+    position = {id(x): index for index, x in enumerate(objects)}  # an address may be taken again, a position not
 
     def key(value: Any) -> Any:
         if isinstance(value, np.ndarray):
             return value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()
         if type(value) in PLAIN:
             return type(value), repr(value) if isinstance(value, float | complex) else value
-        return place[id(value)] if id(value) in place else held(value)
+        return position[id(value)] if id(value) in position else held(value)
 
     return tuple(
         (
             weakref.ref(x) if isinstance(x, types.FunctionType) else type(x),
             repr(part.take(x)) if type(x) in STATES else tuple(map(key, part.take(x))),
         )
-        for x in found
+        for x in objects
         for part in places(x)
     )
 
 
 def random_states(roots: Iterable[Any], foreign: frozenset[str] = frozenset()) -> str:
     """The random states of Python and NumPy, and of the generators that can be reached, as text to compare."""
-    generators = [x for x in reachable(roots, foreign) if type(x) in STATES]
+    generators = [x for x in reachable_objects(roots, foreign) if type(x) in STATES]
     own = [part.take(x) for x in generators for part in places(x)]
     return repr((random.getstate(), np.random.get_state(), own))  # noqa: NPY002 - the user's legacy state

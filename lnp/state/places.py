@@ -2,7 +2,7 @@
 
 Containers, attributes, cells of closures, globals, arrays of NumPy, generators of random numbers: whatever the code of
 a model or a loss writes to, beside tensors, is one of these. `lnp.state` puts them back; a backend that runs the user's
-code on a copy of its objects makes the copy with `places`, `blank` and `references`.
+code on a copy of its objects makes the copy with `places`, `empty_like` and `references`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 LARGEST = 2**22
 """Bytes of a NumPy array up to which its values are kept: running statistics are small, and data sets are only read."""
 HEAP = 1 << 9
-"""The flag of classes that are made in Python: what is under them knows how objects are made."""
+"""CPython's flag of classes that are made by a `class` statement: those under them know how objects are made."""
 NOTHING = object()
 """Stands for a name that has no value."""
 
@@ -56,20 +56,21 @@ class Part:
 
 
 @functools.lru_cache(maxsize=4096)
-def own_code(module: str | None) -> bool:
+def is_user_module(module: str | None) -> bool:
     """Whether a module is the user's own: not of the standard library, and not an installed package.
 
     Globals and attributes of classes are looked at in the user's own code alone: following what the functions of a
     library name would lead through all of it.
     """
     root = (module or "").partition(".")[0]
-    if not root or (root in sys.stdlib_module_names and root != "__main__") or ours(root):
+    if not root or (root in sys.stdlib_module_names and root != "__main__") or is_lnp_or_numpy(root):
         return False
     file = getattr(sys.modules.get(root), "__file__", None) or ""
     return not any(folder in file for folder in (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"))
 
 
-def ours(root: str) -> bool:
+def is_lnp_or_numpy(root: str) -> bool:
+    """Whether a top-level package is one whose state is known: measuring does not change it."""
     return root in ("numpy", "lnp") or root.startswith("lnp_")
 
 
@@ -91,31 +92,32 @@ def references(x: Any) -> list[Any]:
 def places(x: Any) -> tuple[Part, ...]:
     """The places that an object has. Those of a function are its attributes, and the globals that it names."""
     if isinstance(x, type):
-        return (OF_CLASS,)
+        return (CLASS_ATTRIBUTES,)
     if isinstance(x, types.FunctionType):
-        return (ATTRIBUTES, GLOBALS) if own_code(x.__module__) else (ATTRIBUTES,)
+        return (ATTRIBUTES, GLOBALS) if is_user_module(x.__module__) else (ATTRIBUTES,)
     kind: Any = type(x)
-    return _places(kind)
+    return _places_of_type(kind)
 
 
 @functools.lru_cache(maxsize=4096)
-def _places(kind: type) -> tuple[Part, ...]:
+def _places_of_type(kind: type) -> tuple[Part, ...]:
+    """The places of objects of one type: of the container that it is, its slots, and its attributes."""
     if kind in STATES:
         return (STATES[kind],)
-    found = [part for base, part in PARTS.items() if issubclass(kind, base)][:1]
+    parts = [part for base, part in PARTS.items() if issubclass(kind, base)][:1]
     slots = tuple(name for base in kind.__mro__ for name in _slots(base))
-    if slots and not issubclass(kind, tuple):
-        found.append(_members(slots))
-    return (*found, ATTRIBUTES) if kind.__dictoffset__ else tuple(found)
+    if slots and not issubclass(kind, tuple):  # a named tuple's members cannot be written to
+        parts.append(_slots_part(slots))
+    return (*parts, ATTRIBUTES) if kind.__dictoffset__ else tuple(parts)
 
 
 def _slots(kind: type) -> list[str]:
-    """The slots of a class that Python code has made; those of others need not be writable."""
+    """The names of a class's slots, where Python code has made them: those of others need not be writable."""
     members = vars(kind).items() if "__slots__" in vars(kind) else ()
     return [name for name, value in members if isinstance(value, types.MemberDescriptorType)]
 
 
-def blank(x: Any) -> Any:
+def empty_like(x: Any) -> Any:
     """An object of the same type that holds nothing yet.
 
     Raises
@@ -128,32 +130,36 @@ def blank(x: Any) -> Any:
         made = collections.deque.__new__(kind)
         collections.deque.__init__(made, (), x.maxlen)
         return made
+    # the user's own __new__ may ask for arguments
     made = next(base for base in kind.__mro__ if not base.__flags__ & HEAP).__new__(kind)
     if isinstance(x, collections.defaultdict):
         made.default_factory = x.default_factory
     return made
 
 
-def named(function: types.FunctionType) -> tuple[str, ...]:
+def global_names(function: types.FunctionType) -> tuple[str, ...]:
     """The names of globals that a function uses, also those that have no value yet."""
-    return _names(function.__code__)
+    return _names_in(function.__code__)
 
 
 @functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const)]
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names_in(const)]
     return tuple(dict.fromkeys([*code.co_names, *inner]))
 
 
 def _put_globals(x: types.FunctionType, values: list) -> None:
-    for name, value in zip(named(x), values, strict=True):
+    """Write the globals that a function names; those that had no value are removed."""
+    for name, value in zip(global_names(x), values, strict=True):
         if value is not NOTHING:
             x.__globals__[name] = value
         else:
             x.__globals__.pop(name, None)
 
 
-def _members(names: tuple[str, ...]) -> Part:
+def _slots_part(names: tuple[str, ...]) -> Part:
+    """The place that a class's slots of these names are."""
+
     def put(x: Any, values: list) -> None:
         for name, value in zip(names, values, strict=True):
             if value is not NOTHING:
@@ -169,6 +175,7 @@ def _take_class(x: type) -> list:
 
 
 def _put_class(x: type, values: list) -> None:
+    """Write a class's attributes, by `type`'s own methods: a metaclass may have others."""
     before = dict(zip(values[::2], values[1::2], strict=True))
     now = _take_class(x)
     for name in set(now[::2]) - before.keys():
@@ -176,6 +183,9 @@ def _put_class(x: type, values: list) -> None:
     for name, value in before.items():
         if vars(x).get(name, NOTHING) is not value:
             type.__setattr__(x, name, value)
+
+
+# The methods of the builtin types themselves are called: a subclass of the user's may count, check or refuse writes.
 
 
 def _put_list(x: list, values: list) -> None:
@@ -259,9 +269,9 @@ PARTS: dict[type, Part] = {
 """The places of containers; the first that fits is the one."""
 ATTRIBUTES = Part(lambda x: _flat(vars(x).items()), lambda x, values: _put_dict(vars(x), values))
 """What an object holds by name."""
-OF_CLASS = Part(_take_class, _put_class)
+CLASS_ATTRIBUTES = Part(_take_class, _put_class)
 """What all objects of a class share."""
-GLOBALS = Part(lambda x: [x.__globals__.get(name, NOTHING) for name in named(x)], _put_globals)
+GLOBALS = Part(lambda x: [x.__globals__.get(name, NOTHING) for name in global_names(x)], _put_globals)
 """What a function finds in its module."""
 STATES: dict[type, Part] = {
     random.Random: Part(lambda x: [x.getstate()], lambda x, values: x.setstate(values[0]), operator.eq, refers=False),
