@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from lnp.state.preserve import preserve_state, reachable_objects
 from lnp.state.places import places, references
+from lnp.state.preserve import preserve_state, reachable_objects
 
 FOREIGN = frozenset({"jax", "jaxlib"})
 """Packages whose objects are not entered: tracers lead to programs that are being traced."""

@@ -14,8 +14,8 @@ from typing import Any
 import keras
 from keras.src.backend.common import global_state  # there is no public way to what Keras keeps for the thread
 
-from lnp.state.preserve import preserve_state, reachable_objects
 from lnp.state.places import places
+from lnp.state.preserve import preserve_state, reachable_objects
 
 FOREIGN = frozenset({"tensorflow", "jax", "jaxlib", "torch"})
 """Packages whose objects are not entered."""

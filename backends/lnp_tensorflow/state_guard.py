@@ -13,8 +13,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.eager import context  # there is no public way to the seeds of eager operations
 
-from lnp.state.preserve import preserve_state, reachable_objects
 from lnp.state.places import places
+from lnp.state.preserve import preserve_state, reachable_objects
 
 FOREIGN = frozenset({"tensorflow"})
 """Packages whose objects are not entered: variables are put back by what a traced graph writes to."""

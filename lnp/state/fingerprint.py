@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lnp.state.preserve import PLAIN, reachable_objects
 from lnp.state.places import STATES, places
+from lnp.state.preserve import PLAIN, reachable_objects
 
 
 def fingerprint(
