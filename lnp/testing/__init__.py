@@ -29,10 +29,18 @@ With pytest:
     def test_contract(check):
         check(kit)
 
+Networks that look innocent at the first measurement and change later are drawn from a seed, for a kit that says how a
+model is `moved` to other parameters:
+
+    @pytest.mark.parametrize("network", changing_networks(seed=0), ids=lambda network: network.early.name)
+    def test_networks_that_change_their_mind(network):
+        check_change(kit, network)
+
 A kit whose `decompose` is compiled runs `COMPILED_CHECKS`, those of the numbers. The checks need neither pytest nor a
 framework, and raise AssertionError with the kit, the scenario and both values.
 """
 
+from lnp.testing.changing import Changing, changing_networks, check_change
 from lnp.testing.estimators import ESTIMATOR_CHECKS, enumerated_signs_give_trace_and_variance
 from lnp.testing.kit import Kit, flat, frozen, nested
 from lnp.testing.numbers import (
@@ -61,4 +69,17 @@ COMPILED_CHECKS = tuple(
 )
 """The checks that go through `Kit.decompose`."""
 
-__all__ = ["CHECKS", "COMPILED_CHECKS", "Kit", "Loss", "Scenario", "Truth", "flat", "frozen", "nested"]
+__all__ = [
+    "CHECKS",
+    "COMPILED_CHECKS",
+    "Changing",
+    "Kit",
+    "Loss",
+    "Scenario",
+    "Truth",
+    "changing_networks",
+    "check_change",
+    "flat",
+    "frozen",
+    "nested",
+]

@@ -36,6 +36,10 @@ class Kit:
         buffers, modes, hooks, random state, global flags. Values are compared by `==`; `frozen` makes one of an array.
     update:
         {parameter: array} -> what the backend takes as `update=`.
+    moved:
+        (model, {parameter: array}) -> the same model at other parameters: the very object, where it holds them.
+    bend:
+        (cotangent -> cotangent) -> the identity with this backward pass, or None where the framework has none.
     dtypes:
         Of parameters and inputs.
     decompose:
@@ -52,6 +56,8 @@ class Kit:
     loss: Callable[[Loss], Any]
     snapshot: Callable[[Any, Any], Mapping[str, Any]]
     update: Callable[[Mapping[str, np.ndarray]], Any] = dict
+    moved: Callable[[Any, Mapping[str, np.ndarray]], Any] | None = None
+    bend: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None
     dtypes: tuple[str, ...] = ("float64", "float32")
     decompose: Callable[..., lnp.Decomposition] = lnp.decompose
     compiled: bool = False
