@@ -38,8 +38,6 @@ def bend(backward):
 
 BUILDS = (("module", module), ("function", function))
 KITS = [replace(kit(name, build), moved=moved, bend=bend) for name, build in BUILDS]
-    replace(kit(name, build), moved=moved, bend=bend) for name, build in (("module", module), ("function", function))
-]
 
 
 @pytest.mark.parametrize("kit", KITS, ids=lambda kit: kit.name)
