@@ -325,11 +325,11 @@ def square_norms_apart(
     for name, norms in in_batch.items():
         norms, expected = _wide(xp, norms), _wide(xp, alone[name])
         own = norms if index is None else _rows(xp, norms, index)
-        missed = xp.max(xp.abs(own - expected) / _positive(xp, expected + SHARE**2 * total))
+        missed = xp.max(xp.abs(own - expected) / _exact_square(xp, expected + SHARE**2 * total))
         if index is not None:
             others = xp.asarray([n not in index for n in range(norms.shape[0])], device=_device(norms))
             leaked = xp.max(xp.where(others, norms, xp.zeros_like(norms)))
-            missed = xp.maximum(missed, leaked / _positive(xp, xp.max(total)))
+            missed = xp.maximum(missed, leaked / _exact_square(xp, xp.max(total)))
         found[name] = missed
     return found
 
@@ -394,6 +394,12 @@ def _wide(xp: Any, array: Array) -> Array:
 
 def _positive(xp: Any, value: Array) -> Array:
     return xp.maximum(value, xp.full_like(value, float(xp.finfo(value.dtype).smallest_normal)))
+
+
+def _exact_square(xp: Any, value: Array) -> Array:
+    """At least the smallest square whose digits are there: a sample that a loss has done with has gradients near 0."""
+    info = xp.finfo(value.dtype)
+    return xp.maximum(value, xp.full_like(value, float(info.smallest_normal) / float(info.eps) ** 2))
 
 
 def _device(array: Array) -> Any:

@@ -155,6 +155,12 @@ def test_a_look_compares_all_that_ran_apart():
     assert self_check.look(np, F, F, [(wrong, norms)]) == pytest.approx(0.005, rel=0.01)
 
 
+def test_squares_that_have_lost_their_digits_tell_nothing():
+    """Gradients of 1e-22 in float32, as of a sample that a cross-entropy has done with."""
+    norms, wrong = ({"bias": np.asarray([size, 1.0], np.float32)} for size in (0.0, 1e-38))
+    assert self_check.look(np, F, F, [(norms, wrong)]) < 1e-6
+
+
 def test_moved_parameters_are_other_ones_without_a_pattern():
     parameters = {"gate": np.zeros(()), "weight": np.ones((3, 4), np.float32), "other": np.ones((3, 4), np.float32)}
     moved = self_check.moved(np, parameters)
