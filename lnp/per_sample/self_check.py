@@ -155,6 +155,11 @@ class Differences:
         general = {**missing, **dict.fromkeys(wrong, "its rules differ from single samples")}
         return Verdict(general=tuple(general.items()))
 
+    def exceed(self, xp: Any, tolerance: float) -> Array:
+        """Whether any of them is above the tolerance, shape (): inside compiled code, where no verdict is reached."""
+        rules = [0.5 * value for value in self.rules.values()]
+        return largest(xp, [self.outputs, self.gradient, self.bend, *rules]) > tolerance
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -311,6 +316,31 @@ def gradients_apart(xp: Any, one: Vector, other: Vector) -> dict[str, Array]:
     }
 
 
+def sums_apart(xp: Any, alone: Vector, in_batch: Vector, square_norms: SquareNorms) -> Array:
+    """How far sums of single samples' gradients are from the batch's gradient, the largest of some parameters. ().
+
+    Relative to what the sum would be if all samples' gradients pointed the same way, sqrt(N sum_n ||G_n||^2): where
+    they cancel, as at the end of a training, what is left is rounding. All parameters count a little.
+
+    Parameters
+    ----------
+    alone:
+        {name: sum_n J_n^T g_n} of some parameters.
+    in_batch:
+        {name: J^T g} of these, or of all.
+    square_norms:
+        {name: (N,) array of ||J_nl^T g_n||^2} of all.
+    """
+    wide = {name: _wide(xp, norms) for name, norms in square_norms.items()}
+    sizes = {name: xp.sqrt(norms.shape[0] * xp.sum(norms)) for name, norms in wide.items()}
+    floor = SHARE * _norm(xp, xp.stack(list(sizes.values())))
+    found = [
+        _norm(xp, _wide(xp, alone[name]) - _wide(xp, in_batch[name])) / _positive(xp, sizes[name] + floor)
+        for name in alone
+    ]
+    return largest(xp, found)
+
+
 def square_norms_apart(
     xp: Any, in_batch: SquareNorms, alone: SquareNorms, index: Sequence[int] | None
 ) -> dict[str, Array]:
@@ -353,6 +383,15 @@ def first_that_runs(ways: Sequence[Callable[[], Any]], fatal: tuple[type[BaseExc
         except Exception as error:
             reason = failing(error)
     return None, reason
+
+
+def bend_of_batch(operations: Operations) -> Array:
+    """How far the backward pass of a whole batch is from linear, where its samples cannot be compared. Shape ()."""
+    xp, outputs = operations.xp, operations.outputs
+    noise = irregular(xp, math.prod(outputs.shape), 0, outputs)
+    signs = xp.where(noise < 0, -xp.ones_like(noise), xp.ones_like(noise))
+    v = xp.astype(xp.reshape(signs, outputs.shape), outputs.dtype)
+    return _bend(operations, v, operations.pull(v).gradient)
 
 
 def _bend(operations: Operations, v: Array, gradient: Vector) -> Array:

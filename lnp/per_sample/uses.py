@@ -74,24 +74,29 @@ def readable(frames: Sequence[Hashable], kinds: Sequence[Kind], disjoint: Callab
     return all(addable([kinds[number] for number in group]) for group in groups.values())
 
 
-def square_norms(xp: Any, uses: Sequence[Factors], convolution: Callable[..., Array] | None = None) -> Array:
+def square_norms(
+    xp: Any, uses: Sequence[Factors], convolution: Callable[..., Array] | None = None, budget: int = norms.BUDGET
+) -> Array:
     """||sum of the uses||^2 for each sample, (N,). The uses are of the same numbers, in forms that add.
 
     `convolution` takes the arrays of that form to squared norms, where a backend has a faster way than
-    `lnp.per_sample.norms.convolution`.
+    `lnp.per_sample.norms.convolution`. `budget` is as there: numbers that are in memory at a time.
     """
     kind = uses[0].kind
     if kind == "convolution":
         (use,) = uses
-        return norms.convolution(xp, *use.arrays) if convolution is None else convolution(*use.arrays)
+        return norms.convolution(xp, *use.arrays, budget) if convolution is None else convolution(*use.arrays)
     if kind == "dense":
         return norms.dense(xp, total(xp, [use.arrays[0] for use in uses]))
     outer = joined(xp, [use.arrays for use in uses if use.kind == "outer"])
     rows = joined(xp, [use.arrays for use in uses if use.kind == "rows"])
     if not rows:
-        return norms.outer(xp, *outer)
-    own = norms.rows(xp, *rows)
-    return own + norms.outer(xp, *outer) + 2 * norms.rows_and_outer(xp, *rows, *outer) if outer else own
+        return norms.outer(xp, *outer, budget=budget)
+    own = norms.rows(xp, *rows, budget=budget)
+    if not outer:
+        return own
+    mixed = norms.rows_and_outer(xp, *rows, *outer, budget=budget)
+    return own + norms.outer(xp, *outer, budget=budget) + 2 * mixed
 
 
 def inner_products(xp: Any, use: Factors, u: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import array_api_strict
 import numpy as np
@@ -199,3 +199,28 @@ def test_whatever_a_network_raises_is_a_reason():
     for fatal in (MemoryError, Own):
         with pytest.raises(fatal):
             self_check.first_that_runs([fails(fatal()), lambda: 3], (MemoryError,))
+
+
+def test_sums_of_gradients_are_compared_by_the_size_of_what_they_add():
+    """A gate whose gradient comes from the neighbours shows; rounding in a sum that has cancelled does not."""
+    norms = {"gate": np.full(4, 1.0), "weight": np.full(4, 9.0)}
+    batch = {"gate": np.asarray([1e-9]), "weight": np.zeros(3)}
+    assert self_check.sums_apart(np, {"gate": np.asarray([0.0])}, batch, norms) < 1e-8
+    assert self_check.sums_apart(np, {"gate": np.asarray([0.4])}, batch, norms) == pytest.approx(0.1, rel=0.1)
+
+
+def test_inside_compiled_code_differences_are_a_flag():
+    none = Differences(0.0, 0.0, {"a": 0.0}, 0.0, 0.0)
+    exceeding = lambda **found: bool(replace(none, **found).exceed(np, 1e-3))
+    assert not exceeding()
+    assert not exceeding(rules={"a": 1.5e-3})
+    assert exceeding(rules={"a": 3e-3})
+    assert exceeding(outputs=2e-3)
+    assert exceeding(gradient=2e-3)
+    assert exceeding(bend=2e-3)
+
+
+def test_a_whole_batch_shows_whether_its_backward_pass_is_linear():
+    clipped = lambda gradient, v: {name: np.clip(part, -2, 2) for name, part in gradient.items()}
+    assert self_check.bend_of_batch(Network()) < 1e-12
+    assert self_check.bend_of_batch(Network(gradient=clipped)) > 0.1
