@@ -1,17 +1,7 @@
 """Finds the backend of a model. Nothing is imported that the user has not imported.
 
 A backend is a module that a distribution names under the entry-point group `lnp.backends`, with the import name of its
-framework as the entry's name. It offers
-
-    accepts(model) -> bool
-    evaluate(computation, model, batches, options, *, learning_rate=None, update=None) -> Any
-    linearize(model, batch, options) -> Linearization
-
-`evaluate` linearises the model on each batch, calls `computation(*linearizations, **operands)`, compiled where the
-framework compiles, and leaves no trace on the model. It raises the errors of the records' `violations`, and returns
-what the computation returned with every array of shape () as a number, brought to the host in one transfer; inside a
-compiled function, where arrays have no value yet, it returns them as they are. `linearize` hands out the record
-itself, for eager work.
+framework as the entry's name. `lnp.contract.backend.Backend` says what it offers.
 """
 
 from __future__ import annotations
@@ -21,10 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lnp.contract.backend import Backend
 from lnp.contract.options import Options
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoints
+    from importlib.metadata import EntryPoint, EntryPoints
 
 GROUP = "lnp.backends"
 
@@ -34,7 +25,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     return find(model).evaluate(computation, model, batches, options, **operands)
 
 
-def find(model: Any) -> Any:
+def find(model: Any) -> Backend:
     """The backend that accepts the model.
 
     Raises
@@ -51,7 +42,7 @@ def find(model: Any) -> Any:
     raise TypeError(_unknown(model, [entry.name for entry in entries], [entry.name for entry in loaded]))
 
 
-def load(framework: str) -> Any:
+def load(framework: str) -> Backend:
     """The backend of a framework by its import name, for tools that choose the framework themselves.
 
     Raises
@@ -67,7 +58,7 @@ def load(framework: str) -> Any:
     return entries[framework].load()
 
 
-def _turn(entry: Any) -> int:
+def _turn(entry: EntryPoint) -> int:
     """Keras is asked first, for its models are also modules of the framework under it; NumPy last."""
     return {"keras": 0, "numpy": 2}.get(entry.name, 1)
 

@@ -65,7 +65,7 @@ def jvp_is_the_jacobian(kit: Kit) -> None:
 
 def gradient_pass_yields_what_is_asked_for(kit: Kit) -> None:
     """Squared norms of J^T g, those of single samples, their products with it and J^T g itself, in any combination."""
-    wishes = [{}, {"vector": True}, {"per_sample": True}, {"products": 2}, {"per_sample": True, "products": 3}]
+    wishes: list[dict[str, Any]] = [{}, {"vector": True}, {"per_sample": True}, {"products": 2}, {"per_sample": True, "products": 3}]
     for case in kit.cases(*scenarios.INDEPENDENT, dtypes=1):
         for wish in [*wishes, {"per_sample": True, "products": 2, "vector": True}]:
             _check_gradient_pass(kit, case, wish)
