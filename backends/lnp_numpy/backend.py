@@ -92,6 +92,8 @@ def _terms(loss: Any, shape: tuple, targets: np.ndarray, integer: bool, given: i
 
 
 def _signs(seed: int, shape: tuple[int, int], dtype: Any) -> Callable[[int], np.ndarray]:
+    """Probe index -> random signs of this shape, the same for the same seed and index."""
+
     def signs(index: int) -> np.ndarray:
         generator = np.random.default_rng((seed, index))
         return (2 * generator.integers(0, 2, size=shape) - 1).astype(dtype)
@@ -109,6 +111,7 @@ def _padded(model: Any, u: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _checked_update(model: Any, update: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The user's update, if it has an array of the right shape for every parameter."""
     for name, parameter in model.parameters.items():
         if not isinstance(update, Mapping) or name not in update or np.shape(update[name]) != np.shape(parameter):
             raise ValueError(

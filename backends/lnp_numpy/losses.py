@@ -50,6 +50,7 @@ ELEMENTWISE = {"mse": _mse, "huber": _huber, "binary_cross_entropy": _binary_cro
 
 
 def _cross_entropy(outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean cross-entropy over labels that are not ignored, and its gradient in the outputs."""
     integer = np.issubdtype(targets.dtype, np.integer)
     kinds.class_axis(outputs.shape, targets.shape, integer)
     shifted = outputs - outputs.max(axis=-1, keepdims=True)

@@ -76,6 +76,7 @@ def _entries_on(path: tuple[str, ...]) -> EntryPoints:
 
 
 def _unknown(model: Any, names: list[str], loaded: list[str]) -> str:
+    """The error for a model that no backend accepts: which frameworks are loaded, and which is missing."""
     root = type(model).__module__.partition(".")[0]
     received = f"lnp.decompose received a model of type {type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, tuple):

@@ -249,6 +249,7 @@ def _prepared(
     xp: Any, loss: Any, given: Given, arrays: tuple[Any, Any], elementwise: Mapping[str, Callable],
     cross_entropy: Callable, known: Callable, second_axis: bool,
 ) -> Prepared:  # fmt: skip
+    """The loss with its own number of terms, whatever the user says about that."""
     outputs, targets = arrays
     shape = given.outputs if given.single and given.outputs is not None else ()
     meant = resolve(loss, shape, given.targets if given.single else None, given.integer)

@@ -47,8 +47,11 @@ def outer(xp: Any, left: Array, right: Array, advantage: float = GRAM_ADVANTAGE,
     direct, gram = rows * columns, positions * (rows + columns)
     if gram * advantage <= direct:
         return _chunked(xp, lambda a, b: _gram(xp, a, b), (left, right), 2 * positions**2, budget)
-    turned = lambda a, b: _direct(xp, xp.matrix_transpose(a), xp.matrix_transpose(b))
-    return _chunked(xp, turned, (left, right), direct, budget)
+
+    def direct_form(a: Array, b: Array) -> Array:
+        return _direct(xp, xp.matrix_transpose(a), xp.matrix_transpose(b))
+
+    return _chunked(xp, direct_form, (left, right), direct, budget)
 
 
 def rows(xp: Any, index: Array, values: Array, budget: int = BUDGET) -> Array:
@@ -139,6 +142,7 @@ def _convolution_direct(xp: Any, x: Array, d: Array, window: Window) -> Array:
 
 
 def _convolution_gram(xp: Any, x: Array, d: Array, window: Window) -> Array:
+    """||dL_n/dW||^2 from inner products of single places, summed over the kernel's offsets axis by axis. Shape (N,)."""
     products = _own_products(xp, x)
     for axis in range(len(window.kernel)):  # patches at s and t: the sum over offsets o of places s + o and t + o
         pieces = []
@@ -179,6 +183,7 @@ def _direct(xp: Any, left: Array, right: Array) -> Array:
 
 
 def _gram(xp: Any, left: Array, right: Array) -> Array:
+    """||left[n]^T right[n]||_F^2 for left (N, S, p) and right (N, S, q), from products between places. Shape (N,)."""
     left, right, half = _wide(xp, left), _wide(xp, right), left.shape[1] // 2
 
     def block(some: slice, others: slice) -> Array:

@@ -60,6 +60,7 @@ def changes(lin: Linearization, update: Vector) -> tuple[Array, Array]:
 
 
 def _change_along(lin: Linearization, along: Vector, step: Any) -> Array:
+    """L(theta + step u) - L(theta) for a vector u in parameter space, of the same frozen function. Shape ()."""
     if lin.loss_along is None:
         raise TypeError(
             "This model's backend cannot evaluate the loss at moved parameters. Expected a record with loss_along."

@@ -98,6 +98,7 @@ def _mlp(xp: Any, p: Mapping[str, Any], x: Any) -> Any:
 
 
 def _mlp_jacobian(p: Arrays, x: np.ndarray) -> Arrays:
+    """The Jacobian of `_mlp`, {name: (N, K, *parameter's shape)}."""
     hidden = np.tanh(x @ p["body.weight"] + p["body.bias"])
     below = np.einsum("nj,jk->nkj", 1 - hidden**2, p["head.weight"])
     eye = np.eye(p["head.bias"].size)
@@ -120,7 +121,10 @@ def tied() -> Scenario:
         return {"weight": inner + np.einsum("ki,nj->nkij", np.eye(x.shape[1]), hidden)}
 
     weight = rng.normal(size=(3, 2))
-    apply = lambda xp, p, x: xp.tanh(x @ p["weight"]) @ xp.matrix_transpose(p["weight"])
+
+    def apply(xp: Any, p: Mapping[str, Any], x: Any) -> Any:
+        return xp.tanh(x @ p["weight"]) @ xp.matrix_transpose(p["weight"])
+
     return Scenario("tied", {"weight": weight}, inputs, targets, "mse", apply, jacobian)
 
 
