@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lnp.tracking.data_frames import needed
+from lnp.optional import import_optional
 
 Logger = Callable[[Mapping[str, float], int], Any]
 
@@ -49,14 +49,19 @@ def wandb(run: Any = None) -> Logger:
 
 def trackio(run: Any = None) -> Logger:
     """To a trackio run; without one, to the run that is active."""
-    return _wandb_like(lambda: run if run is not None else needed("trackio", "lnp.loggers.trackio()"))
+    return _wandb_like(lambda: run if run is not None else import_optional("trackio", "lnp.loggers.trackio()"))
 
 
 def mlflow(run_id: str | None = None) -> Logger:
     """To MLflow's active run, or to the run with this id."""
-    client = needed("mlflow", "lnp.loggers.mlflow()")
+    client = import_optional("mlflow", "lnp.loggers.mlflow()")
     chosen = {} if run_id is None else {"run_id": run_id}
     return lambda values, step: client.log_metrics(dict(values), step=step, **chosen)
+
+
+def as_loggers(given: Any) -> list[Logger]:
+    """The loggers in a list, or of one that stands alone."""
+    return [as_logger(logger) for logger in (given if isinstance(given, list | tuple) else [given])]
 
 
 def as_logger(given: Any) -> Logger:
@@ -80,20 +85,22 @@ def as_logger(given: Any) -> Logger:
 
 
 def _active(module: str) -> Any:
-    library = needed(module, f"lnp.loggers.{module}()")
+    library = import_optional(module, f"lnp.loggers.{module}()")
     if library.run is None:
         raise RuntimeError(f"{module} has no active run. Expected {module}.init() before the first measurement.")
     return library.run
 
 
 def _wandb_like(find: Callable[[], Any]) -> Logger:
-    defined: list[bool] = []
+    """A logger to the run that `find` returns, whose own step may be ahead of the tracker's."""
+    first = True
 
     def log(values: Mapping[str, float], step: int) -> None:
+        nonlocal first
         run = find()
-        if not defined and hasattr(run, "define_metric"):
+        if first and hasattr(run, "define_metric"):
             run.define_metric("lnp/*", step_metric="lnp/step")
-        defined.append(True)
+        first = False
         ahead = getattr(run, "step", None)
         run.log(dict(values), step=max(step, ahead) if isinstance(ahead, int) else step)
 

@@ -6,19 +6,16 @@ from itertools import pairwise
 
 import numpy as np
 
+from lnp.optional import import_optional
+
 NOISE = 0.5
 """Standard deviation of the noise, in units of the pixels' standard deviation."""
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """(1797, 8, 8) standardised images and (1797,) labels."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "lnp demo needs scikit-learn, which is not installed. Run: pip install 'lnp[demo]'"
-        ) from error
-    images, labels = load_digits(return_X_y=True)
+    datasets = import_optional("sklearn.datasets", "lnp demo", install="'lnp[demo]'", library="scikit-learn")
+    images, labels = datasets.load_digits(return_X_y=True)
     images = (images - images.mean(axis=0)) / images.std()
     return images.reshape(-1, 8, 8).astype(np.float32), labels.astype(np.int32)
 

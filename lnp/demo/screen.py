@@ -11,9 +11,9 @@ from typing import Any
 from lnp.demo import summary
 from lnp.demo.figure import draw
 from lnp.demo.run import Ladder, Settings, chosen, run, write_csv
+from lnp.optional import import_optional
 from lnp.progress import bar
 from lnp.runs.curves import POSITION, size
-from lnp.tracking.data_frames import needed
 
 COLUMNS = (
     ("loss", "loss", 1.0),
@@ -28,7 +28,7 @@ COLUMNS = (
 def show(settings: Settings, out: Path) -> None:
     """Run the demo, print what was found, and write figure and history to `out`."""
     for module in ("rich", "matplotlib"):  # both are needed only after the work
-        needed(module, "lnp demo", "demo")
+        import_optional(module, "lnp demo", install="'lnp[demo]'")
     from rich.console import Console
 
     console = Console()

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lnp.optional import import_optional
 from lnp.plot import style
 from lnp.runs.curves import curve, runs_of
-from lnp.tracking.data_frames import needed
 from lnp.tracking.history import LAYER
 
 VALUES = {
@@ -45,7 +45,7 @@ def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, names: bool = Tr
         raise ValueError(f"layers() received {what}. Expected one run, tracked with by_layer=True.")
     if value not in VALUES:
         raise ValueError(f"value is {value!r}. Expected one of {', '.join(VALUES)}.")
-    needed("matplotlib", "lnp.plot", "plot")
+    import_optional("matplotlib", "lnp.plot", install="'lnp[plot]'")
     from matplotlib.colors import LogNorm, Normalize
 
     base, share = value.removesuffix("_share"), value.endswith("_share")

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lnp.optional import import_optional
 from lnp.runs.curves import Runs, size
-from lnp.tracking.data_frames import needed
 
 SINGLE = "#1f5a99"
 BATCH = "#8a8a8a"
@@ -22,9 +22,7 @@ def axes(ax: Any = None) -> Any:
 
 def figure(width: float, height: float) -> Any:
     """A figure of this size in inches. In a notebook and with a window it is pyplot's, so that it is shown."""
-    needed("matplotlib", "lnp.plot", "plot")
-    from matplotlib import pyplot
-
+    pyplot = import_optional("matplotlib.pyplot", "lnp.plot", install="'lnp[plot]'", library="matplotlib")
     return pyplot.figure(figsize=(width, height), layout="constrained")
 
 

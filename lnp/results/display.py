@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING, Any
 
+from lnp.optional import import_optional
+
 if TYPE_CHECKING:
     from lnp.results.decomposition import Decomposition
 
@@ -44,10 +46,7 @@ def to_dict(d: Decomposition) -> dict[str, Any]:
 
 def to_pandas(d: Decomposition) -> Any:
     """A data frame with one row for the whole (index "") and one for each layer."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError("to_pandas() needs pandas, which is not installed. Run: pip install pandas") from error
+    pandas = import_optional("pandas", "to_pandas()", install="pandas")
     rows = {"": {name: getattr(d, name) for name in (*WHOLE, *SHAPE)}}
     rows |= {layer: {name: getattr(part, name) for name in LAYER} for layer, part in (d.layers or {}).items()}
     return pandas.DataFrame.from_dict(rows, orient="index")
