@@ -93,7 +93,8 @@ def run(settings: Settings, folder: Path, advance: Callable[[int], None] = lambd
     """Train and measure everything, with a tracker's file in `folder` for each run. `advance(1)` is called after each
     measurement.
     """
-    trainers = importlib.import_module(f"{lnp.load(chosen(settings.framework)).__name__}.demo")
+    backend: Any = lnp.load(chosen(settings.framework))
+    trainers = importlib.import_module(f"{backend.__name__}.demo")
     images, labels = data.digits()
     ladder: dict[str, list[History]] = {name(*run): [] for run in settings.runs}
     for seed in range(settings.seeds):

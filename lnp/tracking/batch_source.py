@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from lnp.arguments import Batch, Model
 from lnp.contract import registry
 
 
-def source(given: Any) -> Fixed | Cycle:
+def batch_source(batches: Any) -> FixedBatch | CyclingBatches:
     """A source of batches from a batch, or from something to iterate over."""
-    return Fixed(given) if is_batch(given) else Cycle(given)
+    return FixedBatch(batches) if is_batch(batches) else CyclingBatches(batches)
 
 
 def is_batch(value: Any) -> bool:
@@ -30,26 +31,26 @@ def is_batch(value: Any) -> bool:
     return isinstance(value, tuple | Mapping)
 
 
-class Fixed:
+class FixedBatch:
     """One batch, for all measurements."""
 
     position = 0
 
-    def __init__(self, batch: Any) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.last = batch
 
-    def next(self, model: Any) -> Any:
+    def next(self, model: Model) -> Batch:
         """The batch."""
         return self.last
 
     def seek(self, position: int) -> None:
-        """Nothing to do: it is always the same."""
+        """Nothing to do: the batch is always the same."""
 
 
-class Cycle:
+class CyclingBatches:
     """Batches from something that can be iterated over again and again; the caller's random state is not used up."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[Batch]) -> None:
         if not isinstance(batches, Iterable):
             raise TypeError(
                 f"batch= is of type {type(batches).__name__}. Expected a batch, (inputs, targets) or a dictionary, or "
@@ -57,32 +58,35 @@ class Cycle:
             )
         self._batches = batches
         self._iterator: Iterator | None = None
-        self.last: Any = None
-        self.position, self._behind = 0, 0
+        self.last: Batch = None
+        self.position = 0
+        self._skipped = 0  # batches to pass over before the next one
 
-    def next(self, model: Any) -> Any:
+    def next(self, model: Model) -> Batch:
         """The next batch, from the beginning again after the last one."""
-        with _untouched(model):
-            while self._behind:
-                self._behind -= 1  # one that fails is passed over, too
-                self._following()
-            self.last = self._following()
+        with _preserve_random_states(model):
+            while self._skipped:
+                self._skipped -= 1  # before the batch is loaded: one that fails is passed over, too
+                self._load()
+            self.last = self._load()
         self.position += 1
         return self.last
 
     def seek(self, position: int) -> None:
-        """Have the batch after so many be the next."""
+        """Make the batch at this position the next one."""
         length = len(self._batches) if isinstance(self._batches, Sized) else 0
-        self._behind = position % length if length else position
-        self._iterator, self.position = None, position
+        self._skipped = position % length if length else position
+        self._iterator = None
+        self.position = position
 
-    def _following(self) -> Any:
+    def _load(self) -> Batch:
+        """The batch that comes next in the iteration, which begins anew at its end."""
         for _ in range(2):
             if self._iterator is None:
                 self._iterator = iter(self._batches)
             for batch in self._iterator:
                 return batch
-            self._iterator = None  # at the end: from the beginning
+            self._iterator = None
         raise ValueError(
             f"batch= (of type {type(self._batches).__name__}) has no more batches after {self.position}, also from the "
             "beginning. Expected something that can be iterated over again: pass a list of batches or a loader, not a "
@@ -91,15 +95,14 @@ class Cycle:
 
 
 @contextlib.contextmanager
-def _untouched(model: Any) -> Iterator[None]:
+def _preserve_random_states(model: Model) -> Iterator[None]:
     """Python's, NumPy's and the model's framework's random states are the same afterwards: loaders draw from them."""
-    keep = (
-        contextlib.nullcontext if model is None else getattr(registry.find(model), "untouched", contextlib.nullcontext)
-    )
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's legacy state
+    backend = None if model is None else registry.find(model)
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the user's legacy state
     try:
-        with keep():
+        with getattr(backend, "untouched", contextlib.nullcontext)():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002

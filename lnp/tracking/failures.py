@@ -1,4 +1,4 @@
-"""What goes wrong beside a training run: told once for each reason, counted, and never the end of the run."""
+"""What goes wrong beside a training run: one warning for each reason, its repetitions counted, the run never ended."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-ON_ERROR = ("warn", "raise")
-ROWS = "a row where this happens"
-"""What a run mostly goes on without."""
-LINES, LENGTH = 3, 500
-"""How much of an error's message a warning quotes: lines, and characters."""
+OnError = Literal["warn", "raise"]
+ON_ERROR: tuple[str, ...] = get_args(OnError)
+MISSING_ROW = "a row where this happens"
+"""What a run goes on without in most failures."""
+QUOTED_LINES = 3
+"""Lines of an error's message that a warning quotes."""
+QUOTED_LENGTH = 500
+"""Characters of an error's message that a warning quotes."""
 
 
 @dataclass
-class _Repeats:
-    """How often a reason came again since it was last told, and at which steps."""
+class _Repetitions:
+    """How often a reason came again since the last warning of it, and at which steps."""
 
     reason: str
     count: int = 0
@@ -38,81 +42,86 @@ class Failures:
         For an `on_error` that is neither "warn" nor "raise".
     """
 
-    def __init__(self, on_error: str) -> None:
+    def __init__(self, on_error: OnError) -> None:
         if on_error not in ON_ERROR:
             raise ValueError(f"on_error is {on_error!r}. Expected one of {', '.join(map(repr, ON_ERROR))}.")
         self.on_error = on_error
-        self._told: dict[str, _Repeats] = {}
+        self._repetitions: dict[str, _Repetitions] = {}
 
     @contextlib.contextmanager
-    def caught(self, step: int | None, missing: str, always: bool = False) -> Iterator[None]:
+    def catch(self, step: int | None, missing: str, always: bool = False) -> Iterator[None]:
         """Around what may fail: a warning names the error and what is `missing` then. `always` never raises."""
         try:
             yield
         except Exception as error:  # whatever a framework, a service or a disk raises
             if self.on_error == "raise" and not always:
                 raise
-            self._tell(described(error), step, missing)
+            self._warn_once(describe(error), step, missing)
 
-    def tell(self, reason: str, step: int | None, missing: str) -> None:
+    def report(self, reason: str, step: int | None, missing: str) -> None:
         """Warn of something that raised no error, or raise it as a RuntimeError."""
         if self.on_error == "raise":
             raise RuntimeError(reason)
-        self._tell(reason, step, missing)
+        self._warn_once(reason, step, missing)
 
-    def summary(self) -> None:
-        """Tell how often reasons came again since they were told."""
-        repeats = [known for known in self._told.values() if known.count]
-        for known in repeats:
-            times = "once more" if known.count == 1 else f"{known.count} times more"
-            at = "" if known.first is None else f" (steps {known.first} to {known.last})"
-            say(f"lnp: {times}{at}: {known.reason}")
-            known.count, known.first, known.last = 0, None, None
+    def report_repetitions(self) -> None:
+        """Warn of how often reasons came again since the last warning of them."""
+        for failure in [failure for failure in self._repetitions.values() if failure.count]:
+            times = "once more" if failure.count == 1 else f"{failure.count} times more"
+            steps = "" if failure.first is None else f" (steps {failure.first} to {failure.last})"
+            warn(f"lnp: {times}{steps}: {failure.reason}")
+            failure.count, failure.first, failure.last = 0, None, None
 
-    def _tell(self, reason: str, step: int | None, missing: str) -> None:
-        known = self._told.get(key := re.sub(r"0x[0-9a-f]+|\d+", "#", reason))
-        if known is not None:
-            known.count, known.last = known.count + 1, step
-            known.first = step if known.first is None else known.first
+    def _warn_once(self, reason: str, step: int | None, missing: str) -> None:
+        """Warn of a reason, or count it where a warning was given already."""
+        key = re.sub(r"0x[0-9a-f]+|\d+", "#", reason)
+        failure = self._repetitions.get(key)
+        if failure is not None:
+            failure.count += 1
+            failure.last = step
+            failure.first = step if failure.first is None else failure.first
             return
-        self._told[key] = _Repeats(reason)
+        self._repetitions[key] = _Repetitions(reason)
         where = "" if step is None else f" at step {step}"
-        say(
+        warn(
             f"lnp{where}: {reason}\nThe run goes on without {missing}. The same again is counted, and told by the "
             "tracker's close(). To stop there with a traceback instead, make the tracker with on_error='raise'."
         )
 
 
-def described(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """The type of an error and the first lines of its message.
 
-    >>> described(ValueError("The batch is empty."))
+    >>> describe(ValueError("The batch is empty."))
     'ValueError: The batch is empty.'
     """
     try:
         lines = str(error).strip().splitlines()
     except Exception:  # a message that cannot be formatted must not end the run either
         lines = ["its message cannot be read"]
-    quoted = "\n".join(lines[:LINES])
-    return f"{type(error).__name__}: {quoted[:LENGTH]}"
+    quoted = "\n".join(lines[:QUOTED_LINES])
+    return f"{type(error).__name__}: {quoted[:QUOTED_LENGTH]}"
 
 
-def say(text: str) -> None:
+def warn(text: str) -> None:
     """Warn. Where a filter turns warnings into errors the text goes to the log: a warning must not end the run."""
     try:
-        warnings.warn(text, stacklevel=_level())
+        warnings.warn(text, stacklevel=_user_level())
     except Warning:
         logging.getLogger("lnp").warning(text)
 
 
-def _level() -> int:
+def _user_level() -> int:
     """The stack level of the caller outside of lnp, for `warnings.warn` in the calling function."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and _inside(frame.f_globals.get("__name__", "")):
-        frame, level = frame.f_back, level + 1
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and _is_lnp(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+        level += 1
     return level
 
 
-def _inside(module: str) -> bool:
+def _is_lnp(module: str) -> bool:
+    """Whether a module is one of lnp's, or the one that runs its context managers."""
     root = module.partition(".")[0]
     return root == "lnp" or root.startswith("lnp_") or root == "contextlib"

@@ -2,64 +2,143 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from lnp.results import step_taken
+from lnp import api
+from lnp.arguments import Batch, Model, Seed
+from lnp.results.cross_response import CrossResponse
 from lnp.results.decomposition import Decomposition
-from lnp.tracking import batch_source
-from lnp.tracking.rows import measured, moved
-from lnp.tracking.turns import Turns, alone, refuse
+from lnp.results.step_taken import step_taken
+from lnp.tracking.batch_source import CyclingBatches, FixedBatch, batch_source
+from lnp.tracking.history import Row
+from lnp.tracking.process import refuse, single_process
+from lnp.tracking.step_selection import StepSelection
 
-OF_THE_FUNCTION = ("loss", "forward", "loss_terms", "batch_statistics")
+STEP_OPTIONS = ("loss", "forward", "loss_terms", "batch_statistics")
 """Options of `lnp.decompose` that `lnp.step_taken` has as well."""
+CROSS_VALUES = ("rate", "chi_loss", "chi_net", "chi_pos", "chi_net_stderr", "chi_pos_stderr")
 
 
-class Measuring:
+class ObservedStep:
+    """A step during its update; what `Tracker.step` hands to its block.
+
+    Attributes
+    ----------
+    decomposition:
+        The decomposition before the update; None where nothing is measured.
+    model:
+        The model after the update.
+    """
+
+    def __init__(self, decomposition: Decomposition | None, model: Model) -> None:
+        self.decomposition = decomposition
+        self.model = model
+
+    def after(self, model: Model) -> None:
+        """Say what the update has made of the model, where it is a new one."""
+        self.model = model
+
+
+class StepMeasurer:
     """Measures steps with a tracker's options.
 
     Attributes
     ----------
     options:
-        Of `lnp.decompose`.
+        Options of `lnp.decompose`.
     source:
-        Of the tracker's own batches, or None.
+        The tracker's own batches, or None.
     """
 
-    def __init__(self, options: Mapping[str, Any], batch: Any, turns: Turns) -> None:
-        self.options, self._turns = dict(options), turns
-        self.source = None if batch is None else batch_source.source(batch)
+    def __init__(self, options: Mapping[str, Any], batch: Any, selection: StepSelection) -> None:
+        self.options = dict(options)
+        self.source: FixedBatch | CyclingBatches | None = None if batch is None else batch_source(batch)
+        self._selection = selection
 
-    def at(self, step: int) -> dict[str, Any]:
-        """The options of a step."""
-        return {**self.options, "seed": moved(self.options.get("seed", 0), step)}
+    def options_at(self, step: int) -> dict[str, Any]:
+        """The options of a step, with a seed of its own."""
+        return {**self.options, "seed": seed_at(self.options.get("seed", 0), step)}
 
-    def measured(
-        self, step: int, model: Any, batch: Any, own_options: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], Decomposition]:
+    def measure(
+        self, step: int, model: Model, batch: Batch, own_options: Mapping[str, Any]
+    ) -> tuple[Row, Decomposition]:
         """The row of a step, and its decomposition. A model that is known to be refused is not touched."""
         started = time.perf_counter()
         refuse(model)
         own = None if self.source is None else self.source.next(model)
-        with alone(model):
-            d, found = measured(step, model, batch, own, {**self.at(step), **own_options})
-        return self.row(step, found, time.perf_counter() - started), d
+        with single_process(model):
+            decomposition, values = decompose_batches(step, model, batch, own, {**self.options_at(step), **own_options})
+        return self.row(step, values, time.perf_counter() - started), decomposition
 
-    def row(self, step: int, found: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
-        """The row of what was found at a step, and, if it is known, of what that cost."""
-        row: dict[str, Any] = {"step": step, "time": time.time(), **found}
-        if (centre := self._turns.window(step)) is not None:
+    def row(self, step: int, values: Mapping[str, Any], seconds: float | None) -> Row:
+        """The row of a step from its values and, where it is known, what measuring them has cost."""
+        row: Row = {"step": step, "time": time.time(), **values}
+        if (centre := self._selection.window(step)) is not None:
             row["window"] = centre
         if seconds is not None:
             row["seconds"] = seconds
-            self._turns.spent(seconds)
+            self._selection.record_cost(seconds)
         return row
 
-    def change(self, before: Any, after: Any, batch: Any) -> dict[str, float]:
+    def loss_change(self, before: Any, after: Model, batch: Batch) -> dict[str, float]:
         """What an update did to the loss, for the row of its step."""
         own = batch if batch is not None else self.source.last if self.source is not None else None
-        options = {name: self.options[name] for name in OF_THE_FUNCTION if name in self.options}
-        with alone(after):
-            taken = step_taken.step_taken(before, after, own, **options)
+        options = {name: self.options[name] for name in STEP_OPTIONS if name in self.options}
+        with single_process(after):
+            taken = step_taken(before, after, own, **options)
         return {"update/predicted": taken.predicted, "update/measured": taken.measured}
+
+
+def decompose_batches(
+    step: int, model: Model, batch: Batch, own: Batch, options: Mapping[str, Any]
+) -> tuple[Decomposition, dict[str, Any]]:
+    """The decomposition and the values for the row: of the batch that is trained on, with the response of the
+    tracker's own batch to it where both are given, of the one that is given otherwise.
+
+    Raises
+    ------
+    ValueError
+        Without any batch.
+    """
+    if batch is None and own is None:
+        raise ValueError(
+            f"observe({step}, ...) received no batch, and the tracker has none. Expected one of the two: pass the "
+            "batch that the step trains on, or make the tracker with batch=."
+        )
+    if batch is None or own is None:
+        decomposition = api.decompose(model, own if batch is None else batch, **options)
+        return decomposition, decomposition.to_dict()
+    cross = api.cross_response(model, batch, own, **{"population": None, **options})
+    return cross.trained, cross.trained.to_dict() | _cross_values(cross)
+
+
+def _cross_values(cross: CrossResponse) -> dict[str, Any]:
+    """The cross response under "cross/...", and the decomposition of its measured batch under "measured/..."."""
+    values = {f"cross/{name}": getattr(cross, name) for name in CROSS_VALUES}
+    return values | {f"measured/{name}": value for name, value in cross.measured.to_dict().items()}
+
+
+def python_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of shape (), as compiled functions return them, as Python's numbers."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, int | float | str | None):
+            return value
+        return value.item() if hasattr(value, "item") else float(value)
+
+    return {name: number(value) for name, value in values.items()}
+
+
+def seed_at(seed: Seed, step: int) -> Seed:
+    """Another seed at each step, so that errors average out over a window; keys of other kinds stay as they are.
+
+    >>> seed_at(3, 10), seed_at("key", 10)
+    (13, 'key')
+    """
+    try:
+        return operator.index(seed) + step
+    except TypeError:
+        return seed

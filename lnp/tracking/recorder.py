@@ -8,8 +8,7 @@ from typing import Any
 
 from lnp.loggers import Logger
 from lnp.tracking.failures import Failures
-from lnp.tracking.history import RESUMED, History
-from lnp.tracking.rows import numbers
+from lnp.tracking.history import RESUMED, History, Row
 from lnp.tracking.storage import Appender
 
 
@@ -19,7 +18,7 @@ class Recorder:
     Attributes
     ----------
     path:
-        Of the file, or None.
+        The file's path, or None.
     is_open:
         Whether rows can be kept now.
     latest:
@@ -27,11 +26,13 @@ class Recorder:
     """
 
     def __init__(self, path: str | None, fsync: bool, loggers: list[Logger], failures: Failures) -> None:
-        self.path, self._fsync = path, fsync
-        self._loggers, self._failures = loggers, failures
+        self.path = path
+        self._fsync = fsync
+        self._loggers = loggers
+        self._failures = failures
         self._file: Appender | None = None
         self._history: History | None = None
-        self._resumed: int | None = None
+        self._resumed: int | None = None  # the step that the run went back to, until a row tells the file
         self._notes: tuple[str, ...] = ()
         self.is_open = False
         self.latest: dict[str, float] = {}
@@ -77,32 +78,36 @@ class Recorder:
         have it all the same. `always` warns also where the tracker raises.
         """
         step = row["step"]
-        written = dict(row)
+        complete = dict(row)
         if notes != self._notes:
-            written["notes"] = "; ".join(notes)
+            complete["notes"] = "; ".join(notes)
         if self._resumed is not None:
-            written[RESUMED] = self._resumed
-        self.latest = numbers(written, tags)
-        with self._failures.caught(step, "the row of this step in file and history", always):
-            self._append(written)
-            self._notes, self._resumed = notes, None
+            complete[RESUMED] = self._resumed
+        self.latest = logged_values(complete, tags)
+        with self._failures.catch(step, "the row of this step in file and history", always):
+            self._append(complete)
+            self._notes = notes
+            self._resumed = None
         for logger in list(self._loggers):
-            with self._failures.caught(step, "this logger, which gets no more values", always):
-                self._give(logger, step)
+            with self._failures.catch(step, "this logger, which gets no more values", always):
+                self._log(logger, step)
 
     def close(self) -> None:
         """Let others write to the file."""
-        file, self._file, self.is_open = self._file, None, False
+        file, self._file = self._file, None
+        self.is_open = False
         if file is not None:
             file.close()
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _append(self, row: Row) -> None:
+        """Append a row to the file, if there is one, and then to the history."""
         if self._file is not None:
             self._file.append(row)
         assert self._history is not None, "open() has made it"
         self._history.append(row)
 
-    def _give(self, logger: Logger, step: int) -> None:
+    def _log(self, logger: Logger, step: int) -> None:
+        """Give the last row's numbers to a logger; one that fails gets no more."""
         try:
             logger(self.latest, step)
         except Exception:
@@ -111,3 +116,13 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None, "is_open": False}  # a copy in another process opens the file itself
+
+
+def logged_values(row: Mapping[str, Any], tags: Iterable[str]) -> dict[str, float]:
+    """The numbers of a row under the names that loggers get: {"lnp/chi_pos": 0.01, ...}."""
+    hidden = (RESUMED, "time", *tags)
+    return {
+        f"lnp/{name}": float(value)
+        for name, value in row.items()
+        if isinstance(value, int | float) and name not in hidden
+    }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from lnp.arguments import Model
 from lnp.contract import registry
 from lnp.results.decomposition import Decomposition
-from lnp.tracking.failures import ROWS, Failures
-from lnp.tracking.turns import alone, refuse
+from lnp.tracking.failures import MISSING_ROW, Failures
+from lnp.tracking.process import refuse, single_process
 
 OPTIONS = ("loss", "parameters", "loss_terms", "estimator", "rtol", "max_probes", "by_layer", "population", "seed")
 """Of `lnp.decompose`, those that a shared step can follow: the others ask for passes of their own."""
@@ -19,28 +21,33 @@ FORGOTTEN = (
     "criterion) in the place of loss.backward()."
 )
 
+Attempt = Callable[..., contextlib.AbstractContextManager[None]]
+"""attempt(always=...) -> the context manager around what may fail beside the training step."""
+Keep = Callable[[Decomposition, float], None]
+"""keep(decomposition, seconds): what becomes of the result."""
 
-class Shared(contextlib.AbstractContextManager):
+
+class SharedStep(contextlib.AbstractContextManager):
     """A training step, watched where a measurement is due; made by `Tracker.shared`.
 
     Attributes
     ----------
     decomposition:
-        Of the step's batch, once `backward` has been called; None where nothing is measured.
+        The decomposition of the step's batch, once `backward` has been called; None where nothing is measured.
     """
 
-    def __init__(self, watch: _Watch | None = None) -> None:
-        self._watch = watch
+    def __init__(self, measurement: _SharedMeasurement | None = None) -> None:
+        self._measurement = measurement
         self.decomposition: Decomposition | None = None
 
-    def __enter__(self) -> Shared:
-        if self._watch is not None and not self._watch.enter():
-            self._watch = None
+    def __enter__(self) -> SharedStep:
+        if self._measurement is not None and not self._measurement.start():
+            self._measurement = None
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._watch is not None and not self._watch.leave(*exception):
-            self._watch = None
+        if self._measurement is not None and not self._measurement.stop(*exception):
+            self._measurement = None
 
     def backward(self, loss: Any, targets: Any = None, criterion: Any = None, **given: Any) -> Decomposition | None:
         """The loss's own backward pass; where a measurement is due, with the decomposition, which the tracker keeps.
@@ -51,45 +58,57 @@ class Shared(contextlib.AbstractContextManager):
             As for the `backward` of `lnp_torch.shared`; targets, criterion and what follows say what the loss was
             computed with, and are not looked at where nothing is due.
         """
-        watch, self._watch = self._watch, None  # the next call is another pass, and the loss's own
-        d = None if watch is None else watch.backward(loss, targets, criterion, given)
-        if d is not None:
-            self.decomposition = d
-        elif watch is None or not watch.step.stepped:
+        measurement, self._measurement = self._measurement, None  # the next call is another pass, and the loss's own
+        if measurement is None:
             loss.backward()
-        return d
+            return None
+        decomposition = measurement.backward(loss, targets, criterion, given)
+        if decomposition is not None:
+            self.decomposition = decomposition
+        elif not measurement.step.stepped:
+            loss.backward()
+        return decomposition
 
 
-class _Watch:
+@dataclass
+class _SharedMeasurement:
     """What a shared step does beside the training step.
 
     Attributes
     ----------
     step:
-        Of the backend. `stepped` says whether the step's own backward pass has begun: until then the gradients are
-        untouched, and the loss's own pass can stand in. `seconds` is what that pass took, and 0 until it has returned.
+        The backend's step. `stepped` says whether the step's own backward pass has begun: until then the gradients are
+        unchanged, and the loss's own pass can stand in. `seconds` is what that pass took, and 0 until it has returned.
+    model:
+        The model that is trained.
+    options:
+        Options of `lnp.decompose` for this step.
+    keep, attempt:
+        See `Keep` and `Attempt`.
+    expect_backward:
+        Says whether a call of `backward` is to come.
     """
 
-    def __init__(
-        self, step: Any, options: Mapping[str, Any], keep: Callable, attempt: Callable, await_: Callable,
-        alone: Callable,
-    ) -> None:  # fmt: skip
-        self.step, self._options = step, options
-        self._keep, self._attempt, self._await, self._alone = keep, attempt, await_, alone
+    step: Any
+    model: Model
+    options: Mapping[str, Any]
+    keep: Keep
+    attempt: Attempt
+    expect_backward: Callable[[bool], None]
 
-    def enter(self) -> bool:
+    def start(self) -> bool:
         """Whether the step is watched from now on."""
-        with self._attempt():
+        with self.attempt():
             self.step.__enter__()
             return True
         return False
 
-    def leave(self, *exception: Any) -> bool:
+    def stop(self, *exception: Any) -> bool:
         """Whether the step, which is watched no longer, can be measured."""
         failing = exception[0] is not None
-        with self._attempt(always=failing):
+        with self.attempt(always=failing):
             self.step.__exit__(*exception)
-            self._await(not failing)
+            self.expect_backward(not failing)
             return True
         return False
 
@@ -98,29 +117,31 @@ class _Watch:
 
         An error of the step's own pass is the user's: gradients are half accumulated, and no other pass can mend that.
         """
-        self._await(False)
+        self.expect_backward(False)
         started = time.perf_counter()
-        options = {**self._options, **given}
-        stated = options.pop("loss", None)
-        broken = None
-        with self._attempt():
+        options = {**self.options, **given}
+        tracked_loss = options.pop("loss", None)
+        users_error = None
+        with self.attempt():
             try:
-                with self._alone():
-                    d = self.step.backward(loss, targets, stated if criterion is None else criterion, **options)
+                with single_process(self.model):
+                    decomposition = self.step.backward(
+                        loss, targets, tracked_loss if criterion is None else criterion, **options
+                    )
             except Exception as error:
                 if not (self.step.stepped and not self.step.seconds):
                     raise
-                broken = error
+                users_error = error
             else:
-                self._keep(d, time.perf_counter() - started - self.step.seconds)
-                return d
-        if broken is not None:
-            raise broken
+                self.keep(decomposition, time.perf_counter() - started - self.step.seconds)
+                return decomposition
+        if users_error is not None:
+            raise users_error
         return None
 
 
 class SharedSteps:
-    """Makes the shared steps of one tracker, and tells of one whose backward pass was not shared.
+    """Makes the shared steps of one tracker, and reports one whose backward pass was not shared.
 
     Raises
     ------
@@ -132,9 +153,9 @@ class SharedSteps:
     def __init__(self, failures: Failures) -> None:
         self._failures = failures
         self._checked = False
-        self._awaited: int | None = None
+        self._awaited: int | None = None  # the number alone: the step itself holds its activations
 
-    def check(self, model: Any, options: Mapping[str, Any], own_batches: bool) -> None:
+    def check(self, model: Model, options: Mapping[str, Any], own_batches: bool) -> None:
         """Refuse what never can be shared, at the first step, whether it is due or not."""
         if self._checked:
             return
@@ -157,19 +178,20 @@ class SharedSteps:
             )
         self._checked = True
 
-    def watched(self, step: int, model: Any, options: Mapping[str, Any], keep: Callable, attempt: Callable) -> Shared:
-        """A step that the model's backend watches: attempt() is around what may fail, keep(decomposition, seconds)
-        gets the result.
-        """
+    def make(self, step: int, model: Model, options: Mapping[str, Any], keep: Keep, attempt: Attempt) -> SharedStep:
+        """The step that the model's backend watches."""
         refuse(model)
-        rest = {name: value for name, value in options.items() if name != "parameters"}
-        made = registry.find(model).shared(model, options.get("parameters"))
-        # the tracker holds the number alone: a step holds its activations
-        await_ = lambda comes: setattr(self, "_awaited", step if comes else None)
-        return Shared(_Watch(made, rest, keep, attempt, await_, lambda: alone(model)))
+        backend: Any = registry.find(model)  # check() has found that it has the verb
+        others = {name: value for name, value in options.items() if name != "parameters"}
+
+        def expect_backward(comes: bool) -> None:
+            self._awaited = step if comes else None
+
+        watched = backend.shared(model, options.get("parameters"))
+        return SharedStep(_SharedMeasurement(watched, model, others, keep, attempt, expect_backward))
 
     def remind(self) -> None:
-        """Tell of a step that ran another backward pass than the one that measures."""
+        """Report a step that ran another backward pass than the one that measures."""
         step, self._awaited = self._awaited, None
         if step is not None:
-            self._failures.tell(FORGOTTEN, step, ROWS)
+            self._failures.report(FORGOTTEN, step, MISSING_ROW)

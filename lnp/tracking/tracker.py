@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from lnp.loggers import as_logger
-from lnp.results import step_taken
+from lnp.arguments import Batch, Model
+from lnp.loggers import as_loggers
 from lnp.results.decomposition import Decomposition
+from lnp.results.step_taken import snapshot
 from lnp.schedule import Schedule, as_schedule
-from lnp.tracking.failures import ROWS, Failures
-from lnp.tracking.history import History
-from lnp.tracking.measurement import Measuring
+from lnp.tracking.failures import MISSING_ROW, Failures, OnError
+from lnp.tracking.history import History, Row
+from lnp.tracking.measurement import ObservedStep, StepMeasurer, python_numbers
+from lnp.tracking.options import check_options
+from lnp.tracking.process import refuse
 from lnp.tracking.recorder import Recorder
-from lnp.tracking.rows import Watched, check_options, plain
-from lnp.tracking.shared_step import Shared, SharedSteps
-from lnp.tracking.turns import Turns, refuse
+from lnp.tracking.shared_step import SharedStep, SharedSteps
+from lnp.tracking.step_selection import StepSelection
 
 VERSION = 1
-"""Of the state that a checkpoint holds."""
+"""Version of the state that a checkpoint holds."""
 
 
 class Tracker:
@@ -34,8 +36,8 @@ class Tracker:
     Parameters
     ----------
     path:
-        Of the history's file (JSON Lines), or None to keep it in memory only. An existing file is continued: what the
-        run measures again after going back to a checkpoint replaces what was there. One tracker writes to a file.
+        The history's file (JSON Lines), or None to keep it in memory only. An existing file is continued: what the run
+        measures again after going back to a checkpoint replaces what was there. One tracker writes to a file.
     schedule:
         When to measure: a number of steps, a list, a function step -> bool, or one of `lnp.schedule`. Default:
         `lnp.schedule.log_windows()`.
@@ -56,7 +58,7 @@ class Tracker:
         What happens where measuring, writing or logging fails. "warn": a warning names each distinct reason once,
         `close` tells how often it came again, and the run goes on without that row. "raise": the error is raised.
     options:
-        Of `lnp.decompose`: loss, by_layer, rtol and the others. The seed of the random signs is `seed` plus the step.
+        Options of `lnp.decompose`: loss, by_layer, rtol and others. The seed of a step's signs is `seed` plus the step.
 
     Raises
     ------
@@ -86,21 +88,21 @@ class Tracker:
         loggers: Any = (),
         rank: int | Callable[[], int] | None = None,
         fsync: bool = False,
-        on_error: str = "warn",
+        on_error: OnError = "warn",
         **options: Any,
     ) -> None:
         check_options(options)
         self.path = None if path is None else os.fspath(path)
-        self.tags, self.on_error = dict(tags or {}), on_error
-        listed = loggers if isinstance(loggers, list | tuple) else [loggers]
+        self.tags = dict(tags or {})
+        self.on_error = on_error
         self._failures = Failures(on_error)
-        self._recorder = Recorder(self.path, fsync, [as_logger(logger) for logger in listed], self._failures)
-        self._turns = Turns(as_schedule(schedule), rank, self._recorder, self._failures)
-        self._measuring = Measuring(options, batch, self._turns)
-        self._sharing = SharedSteps(self._failures)
+        self._recorder = Recorder(self.path, fsync, as_loggers(loggers), self._failures)
+        self._selection = StepSelection(as_schedule(schedule), rank, self._recorder, self._failures)
+        self._measurer = StepMeasurer(options, batch, self._selection)
+        self._shared_steps = SharedSteps(self._failures)
 
     def observe(
-        self, step: int, model: Any, batch: Any = None, *, options: Mapping[str, Any] | None = None, **values: Any
+        self, step: int, model: Model, batch: Batch = None, *, options: Mapping[str, Any] | None = None, **values: Any
     ) -> Decomposition | None:
         """Measure if the schedule says so. Call it before the update of this step, with the batch that it trains on.
 
@@ -123,17 +125,17 @@ class Tracker:
         """
         if options:
             check_options(options)
-        return self._measure(step, model, batch, options, values) if self._turns.take(step, model) else None
+        return self._measure(step, model, batch, options, values) if self._selection.claim(step, model) else None
 
     def measure(
-        self, step: int, model: Any, batch: Any = None, *, options: Mapping[str, Any] | None = None, **values: Any
+        self, step: int, model: Model, batch: Batch = None, *, options: Mapping[str, Any] | None = None, **values: Any
     ) -> Decomposition | None:
         """Measure at this step, whatever the schedule says, unless it has been measured. As `observe`."""
         if options:
             check_options(options)
-        return self._measure(step, model, batch, options, values) if self._turns.take(step, model, False) else None
+        return self._measure(step, model, batch, options, values) if self._selection.claim(step, model, False) else None
 
-    def shared(self, step: int, model: Any, **values: Any) -> Shared:
+    def shared(self, step: int, model: Model, **values: Any) -> SharedStep:
         """Measure on the passes of the step itself, if the schedule says so: it then costs its probes alone.
 
             with tracker.shared(step, model) as shared:
@@ -149,24 +151,29 @@ class Tracker:
         TypeError
             At the first call: for other models, and a tracker with batches or options that need passes of their own.
         """
-        self._sharing.remind()
-        self._sharing.check(model, self._measuring.options, own_batches=self._measuring.source is not None)
-        if self._turns.take(step, model):
-            step, attempt = operator.index(step), functools.partial(self.attempt, step)
-            keep = lambda d, seconds: self._keep(self._measuring.row(step, d.to_dict(), seconds), d, values)
-            with attempt():
-                return self._sharing.watched(step, model, self._measuring.at(step), keep, attempt)
-        return Shared()
+        self._shared_steps.remind()
+        self._shared_steps.check(model, self._measurer.options, own_batches=self._measurer.source is not None)
+        if not self._selection.claim(step, model):
+            return SharedStep()
+        index = operator.index(step)
+
+        def keep(decomposition: Decomposition, seconds: float) -> None:
+            self._keep(self._measurer.row(index, decomposition.to_dict(), seconds), decomposition, values)
+
+        with self.attempt(index):
+            attempt = functools.partial(self.attempt, index)
+            return self._shared_steps.make(index, model, self._measurer.options_at(index), keep, attempt)
+        return SharedStep()
 
     def record(self, step: int, decomposition: Decomposition, **values: Any) -> None:
         """Keep a decomposition of elsewhere (`lnp_jax.value_and_grad`), scheduled or not, unless the step has a row."""
-        if self._turns.take_row(step):
+        if self._selection.claim_row(step):
             with self.attempt(step):
-                row = self._measuring.row(operator.index(step), plain(decomposition.to_dict()), None)
+                row = self._measurer.row(operator.index(step), python_numbers(decomposition.to_dict()), None)
                 self._keep(row, decomposition, values)
 
-    @contextlib.contextmanager
-    def step(self, step: int, model: Any, batch: Any = None, **values: Any) -> Iterator[Watched]:
+    @contextmanager
+    def step(self, step: int, model: Model, batch: Batch = None, **values: Any) -> Iterator[ObservedStep]:
         """Measure before the update that the block makes, and what the update did to the loss after it.
 
             with tracker.step(step, model, batch):
@@ -178,38 +185,36 @@ class Tracker:
         the parameters is kept meanwhile, where a step is measured. In JAX, where an update makes new parameters, tell
         them: `with tracker.step(...) as watched: ...; watched.after(new_model)`.
         """
-        watched, row = Watched(None, model), None
-        if self._turns.take(step, model):
+        observed, row = ObservedStep(None, model), None
+        if self._selection.claim(step, model):
             with self.attempt(operator.index(step)):
                 refuse(model)
-                before = step_taken.snapshot(model)
-                row, d = self._measuring.measured(operator.index(step), model, batch, {})
-                watched.decomposition = d
+                before = snapshot(model)
+                row, decomposition = self._measurer.measure(operator.index(step), model, batch, {})
+                observed.decomposition = decomposition
         if row is None:
-            yield watched
+            yield observed
             return
         done = False
         try:
-            yield watched
+            yield observed
             done = True
-            with self._failures.caught(row["step"], "update/predicted and update/measured in the row of this step"):
-                row |= self._measuring.change(before, watched.model, batch)
+            with self._failures.catch(row["step"], "update/predicted and update/measured in the row of this step"):
+                row |= self._measurer.loss_change(before, observed.model, batch)
         finally:
-            with self._failures.caught(row["step"], ROWS, always=not done):
-                self._keep(row, d, values, always=not done)
+            with self._failures.catch(row["step"], MISSING_ROW, always=not done):
+                self._keep(row, decomposition, values, always=not done)
 
-    def check(self, model: Any, reason: str | None = None) -> bool:
+    def check(self, model: Model, reason: str | None = None) -> bool:
         """Whether nothing is known against measuring the model, such as sharded parameters; for before the run begins.
 
         `reason` is why it cannot be measured, where the caller knows that. The process that measures warns of it; with
         `on_error="raise"` every process raises a ValueError, so that none waits for another.
         """
-        return self._turns.check(model, reason)
+        return self._selection.check(model, reason)
 
-    def attempt(
-        self, step: int | None, missing: str = ROWS, always: bool = False
-    ) -> contextlib.AbstractContextManager[None]:
-        """Around what a loop does for a measurement alone: an error is told or raised, as `on_error` says.
+    def attempt(self, step: int | None, missing: str = MISSING_ROW, always: bool = False) -> AbstractContextManager:
+        """Around what a loop does for a measurement alone: an error is warned of or raised, as `on_error` says.
 
             with tracker.attempt(step):
                 tracker.observe(step, model, prepared(batch))
@@ -217,20 +222,20 @@ class Tracker:
         `missing` is what the run goes on without. The step counts as observed, and the time as spent on measuring; None
         is for what is no step's measurement. `always` warns also where the tracker raises.
         """
-        return self._turns.attempt(step, missing, always)
+        return self._selection.attempt(step, missing, always)
 
     def option(self, name: str) -> Any:
         """An option of `lnp.decompose` that the tracker was made with, or None."""
-        return self._measuring.options.get(name)
+        return self._measurer.options.get(name)
 
     def due(self, step: int) -> bool:
         """Whether `observe` would measure at this step; for loops in which getting at the batch is work."""
-        return self._turns.due(step)
+        return self._selection.due(step)
 
     @property
     def schedule(self) -> Schedule:
         """When to measure."""
-        return self._turns.schedule
+        return self._selection.schedule
 
     @property
     def latest(self) -> dict[str, float]:
@@ -252,12 +257,10 @@ class Tracker:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: numbers and texts. The rows are part of it where there is no file to hold them."""
-        keep = getattr(self.schedule, "state_dict", None)
         return {
             "version": VERSION,
-            "observed": self._turns.observed,
-            "schedule": keep() if callable(keep) else None,
-            "batches": None if self._measuring.source is None else self._measuring.source.position,
+            **self._selection.state_dict(),
+            "batches": None if self._measurer.source is None else self._measurer.source.position,
             "rows": self.history.rows() if self.path is None else None,
         }
 
@@ -274,18 +277,14 @@ class Tracker:
                 f"The state has version {state.get('version')!r}. Expected {VERSION}, as state_dict() writes it. "
                 "Start with a new tracker; its file, if any, is continued."
             )
-        restore = getattr(self.schedule, "load_state_dict", None)
-        if callable(restore) and state["schedule"] is not None:
-            with contextlib.suppress(KeyError):  # another schedule's state
-                restore(state["schedule"])
-        if self._measuring.source is not None and state["batches"] is not None:
-            self._measuring.source.seek(state["batches"])
+        self._selection.load_state_dict(state)
+        if self._measurer.source is not None and state["batches"] is not None:
+            self._measurer.source.seek(state["batches"])
         if self.path is None and state["rows"] is not None:
             self._recorder.restore(state["rows"])
-        self._turns.observed = state["observed"] - 1  # the step at which the checkpoint was made may come again
 
     def close(self) -> None:
-        """Let others write to the file, and tell how often failures came again. Another `observe` opens it again."""
+        """Let others write to the file, and warn of how often failures came again. Another `observe` opens it again."""
         self._close(failing=False)
 
     def __enter__(self) -> Tracker:
@@ -299,21 +298,23 @@ class Tracker:
 
     def _close(self, failing: bool) -> None:
         """Close; where another error is on its way, without one of its own."""
-        with self._failures.caught(None, "what the disk has lost of the file", always=failing):
+        with self._failures.catch(None, "what the disk has lost of the file", always=failing):
             self._recorder.close()
-        self._turns.close()
+        self._selection.close()
         if not failing:
-            self._sharing.remind()
-        self._failures.summary()
+            self._shared_steps.remind()
+        self._failures.report_repetitions()
 
     def _measure(
-        self, step: int, model: Any, batch: Any, options: Mapping[str, Any] | None, values: Mapping[str, Any]
+        self, step: int, model: Model, batch: Batch, options: Mapping[str, Any] | None, values: Row
     ) -> Decomposition | None:
+        """The decomposition of a step, whose row is kept; None where measuring fails."""
         with self.attempt(step):
-            row, d = self._measuring.measured(operator.index(step), model, batch, options or {})
-            self._keep(row, d, values)
-            return d
+            row, decomposition = self._measurer.measure(operator.index(step), model, batch, options or {})
+            self._keep(row, decomposition, values)
+            return decomposition
         return None
 
-    def _keep(self, row: Mapping[str, Any], d: Decomposition, values: Mapping[str, Any], always: bool = False) -> None:
-        self._recorder.keep({**row, **self.tags, **values}, d.notes, self.tags, always)
+    def _keep(self, row: Row, decomposition: Decomposition, values: Row, always: bool = False) -> None:
+        """Hand a row to file, history and loggers, with the tags and the caller's values."""
+        self._recorder.keep({**row, **self.tags, **values}, decomposition.notes, self.tags, always)

@@ -44,7 +44,7 @@ def test_other_reasons_are_told_too_and_numbers_make_no_other_reason(quiet):
     for step, error in enumerate(
         [MemoryError("0xab1: 3.5 of 80 GiB"), MemoryError("0xff2: 2.25 of 80 GiB"), KeyError("x")]
     ):
-        with failures.caught(step, "a row"):
+        with failures.catch(step, "a row"):
             raise error
     assert [text.splitlines()[0] for text in told(quiet)] == [
         "lnp at step 0: MemoryError: 0xab1: 3.5 of 80 GiB",
@@ -59,7 +59,7 @@ def test_long_and_broken_messages(quiet):
 
     failures = Failures("warn")
     for error in (ValueError("\n".join(["line " * 30] * 50)), Broken()):
-        with failures.caught(0, "a row"):
+        with failures.catch(0, "a row"):
             raise error
     assert len(told(quiet)[0]) < 1000
     assert "Broken: its message cannot be read" in told(quiet)[1]
