@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,9 +41,9 @@ class History:
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self._values: dict[str, np.ndarray] = {}
-        self._given: dict[str, np.ndarray] = {}
+        self._present: dict[str, np.ndarray] = {}
         self._length = 0
-        self._pending: list[Mapping[str, Any]] = [dict(row) for row in rows]
+        self._pending: list[Row] = [dict(row) for row in rows]
 
     @classmethod
     def read(
@@ -61,14 +61,13 @@ class History:
             If it holds no records with steps.
         """
         history = cls()
-        parts = [_table(records) for records in storage.read(path, report) if records]
-        history._join(parts)
+        history._join([_columns(records) for records in storage.read(path, report) if records])
         if history._length and "step" not in history._values:
             raise ValueError(
                 f"{path} has the columns {sorted(history._values)}. Expected a tracker's file, with steps."
             )
         if not superseded:
-            history._keep(_standing(history._values, history._given))
+            history._select(_not_replaced(history._values, history._present))
         return history
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -80,13 +79,13 @@ class History:
 
     def go_back(self, step: int) -> None:
         """Forget the measurements at this step and later."""
-        self._settle()
+        self._flush()
         if self._length:
-            self._keep(self._values["step"] < step)
+            self._select(self._values["step"] < step)
 
     @property
     def last_step(self) -> int | None:
-        """Of the last row; None without rows."""
+        """The step of the last row; None without rows."""
         if self._pending:
             return int(self._pending[-1]["step"])
         return int(self._values["step"][-1]) if self._length else None
@@ -94,7 +93,7 @@ class History:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the columns, in the order in which they first occurred."""
-        self._settle()
+        self._flush()
         return tuple(self._values)
 
     @property
@@ -104,14 +103,14 @@ class History:
         return tuple(dict.fromkeys(names))
 
     def __len__(self) -> int:
-        self._settle()
+        self._flush()
         return self._length
 
     def __contains__(self, name: object) -> bool:
         return name in self.columns
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A column: numbers with nan where none was given, or an object array with None."""
+        """A column: numbers with nan where a row has none, or an object array with None."""
         if name not in self.columns:
             raise KeyError(f"{name!r} is not a column. Expected one of {', '.join(self.columns)}.")
         return self._values[name]
@@ -122,18 +121,18 @@ class History:
 
     def rows(self) -> list[Row]:
         """One dictionary for each measurement, with the values that it has."""
-        self._settle()
+        self._flush()
         rows: list[Row] = [{} for _ in range(self._length)]
         for name, values in self._values.items():
-            for row, value, given in zip(rows, values.tolist(), self._given[name].tolist(), strict=True):
-                if given:
+            for row, value, present in zip(rows, values.tolist(), self._present[name].tolist(), strict=True):
+                if present:
                     row[name] = value
         return rows
 
     def by_layer(self) -> dict[str, np.ndarray]:
         """Columns of a long table: one row for each step and layer, sorted by step."""
         layers = self.layers
-        names = dict.fromkeys(n.rpartition("/")[2] for n in self.columns if n.startswith(LAYER))
+        names = dict.fromkeys(name.rpartition("/")[2] for name in self.columns if name.startswith(LAYER))
         table = {
             "step": np.repeat(self.get("step"), len(layers)),
             "layer": np.array([*layers] * len(self), dtype=object),
@@ -180,47 +179,49 @@ class History:
         steps = f", steps {int(self['step'][0])} to {self.last_step}" if len(self) else ""
         return f"History({len(self)} rows{steps}, {len(self.layers)} layers)"
 
-    def _settle(self) -> None:
-        """Put the rows that were added since into the columns."""
+    def _flush(self) -> None:
+        """Put the rows that were appended since the last call into the columns."""
         if not self._pending:
             return
         rows, self._pending = self._pending, []
-        own = [(self._values, self._given, self._length)] if self._length else []
-        self._join([*own, _table(rows)])
-        self._keep(_standing(self._values, self._given))
+        earlier = [Columns(self._values, self._present, self._length)] if self._length else []
+        self._join([*earlier, _columns(rows)])
+        self._select(_not_replaced(self._values, self._present))
 
-    def _join(self, parts: Sequence[Part]) -> None:
-        names = dict.fromkeys(name for values, _, _ in parts for name in values)
-        self._length = sum(length for _, _, length in parts)
-        joined = {name: [_padded(part, name) for part in parts] for name in names}
-        self._given = {name: np.concatenate([given for _, given in pieces]) for name, pieces in joined.items()}
-        self._values = {name: _concatenated([values for values, _ in pieces]) for name, pieces in joined.items()}
+    def _join(self, parts: Sequence[Columns]) -> None:
+        """Make the parts, one after the other, the content of this history."""
+        names = dict.fromkeys(name for part in parts for name in part.values)
+        pieces = {name: [_padded_column(part, name) for part in parts] for name in names}
+        self._length = sum(part.length for part in parts)
+        self._present = {name: np.concatenate([present for _, present in column]) for name, column in pieces.items()}
+        self._values = {name: _concatenate([values for values, _ in column]) for name, column in pieces.items()}
 
-    def _keep(self, mask: np.ndarray) -> None:
+    def _select(self, mask: np.ndarray) -> None:
+        """Keep the rows where the mask, shape (rows,), is true."""
         if not mask.all():
             self._values = {name: values[mask] for name, values in self._values.items()}
-            self._given = {name: given[mask] for name, given in self._given.items()}
+            self._present = {name: present[mask] for name, present in self._present.items()}
             self._length = int(mask.sum())
 
 
-Part = tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]
-"""(values by column, whether they were given, rows)."""
+class Columns(NamedTuple):
+    """Rows as {column: values} and {column: whether a row has one}, arrays of shape (length,)."""
+
+    values: dict[str, np.ndarray]
+    present: dict[str, np.ndarray]
+    length: int
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Part:
-    """Rows as columns."""
+def _columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
+    """Rows, at least one, as columns."""
     first = tuple(rows[0])
-    everywhere = np.ones(len(rows), dtype=bool)
-    if all(tuple(row) == first for row in rows):
+    if all(tuple(row) == first for row in rows):  # several times faster than looking up each name in each row
         columns = zip(*(row.values() for row in rows), strict=True)
-        return (
-            {n: _array(column) for n, column in zip(first, columns, strict=True)},
-            dict.fromkeys(first, everywhere),
-            len(rows),
-        )
+        values = {name: _array(column) for name, column in zip(first, columns, strict=True)}
+        return Columns(values, dict.fromkeys(first, np.ones(len(rows), dtype=bool)), len(rows))
     names = dict.fromkeys(name for row in rows for name in row)
-    given = {name: np.array([name in row for row in rows]) for name in names}
-    return {name: _array([row.get(name) for row in rows]) for name in names}, given, len(rows)
+    present = {name: np.array([name in row for row in rows]) for name in names}
+    return Columns({name: _array([row.get(name) for row in rows]) for name in names}, present, len(rows))
 
 
 def _array(values: Sequence[Any]) -> np.ndarray:
@@ -229,7 +230,7 @@ def _array(values: Sequence[Any]) -> np.ndarray:
     if kinds == {int}:
         try:
             return np.array(values, dtype=np.int64)
-        except OverflowError:
+        except OverflowError:  # beyond 64 bits: Python's own integers
             return np.array(values, dtype=object)
     if str in kinds and kinds <= {int, float, str, type(None)}:
         values = [storage.NONFINITE.get(v, v) if type(v) is str else v for v in values]
@@ -243,15 +244,15 @@ def _array(values: Sequence[Any]) -> np.ndarray:
     return column
 
 
-def _padded(part: Part, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A part's column and which of its values were given; a column that it lacks has none."""
-    values, given, length = part
-    if name in values:
-        return values[name], given[name]
-    return np.full(length, None, dtype=object), np.zeros(length, dtype=bool)
+def _padded_column(part: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column's values and which rows have one; a column that the part lacks is all None."""
+    if name in part.values:
+        return part.values[name], part.present[name]
+    return np.full(part.length, None, dtype=object), np.zeros(part.length, dtype=bool)
 
 
-def _concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
+def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One column from its parts, whose types may differ: parts of None alone become nan among numbers."""
     if len({part.dtype for part in parts}) == 1 and parts[0].dtype != object:
         return np.concatenate(parts)
     if any(part.dtype == object and any(v is not None for v in part) for part in parts):
@@ -259,14 +260,13 @@ def _concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.full(len(p), np.nan) if p.dtype == object else p.astype(np.float64) for p in parts])
 
 
-def _standing(values: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> np.ndarray:
+def _not_replaced(values: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]) -> np.ndarray:
     """Which rows no later one replaces: their step is below every step that the run later went back to."""
     if "step" not in values:
         return np.ones(0, dtype=bool)
     steps = values["step"].astype(np.float64)
-    back = steps
+    starts = steps  # the step from which on a row replaces earlier ones
     if RESUMED in values:
-        resumed = np.where(given[RESUMED], values[RESUMED].astype(np.float64), np.inf)
-        back = np.fmin(steps, resumed)
-    lowest = np.minimum.accumulate(back[::-1])[::-1]
-    return np.append(steps[:-1] < lowest[1:], True)
+        starts = np.fmin(steps, np.where(present[RESUMED], values[RESUMED].astype(np.float64), np.inf))
+    lowest_after = np.minimum.accumulate(starts[::-1])[::-1]
+    return np.append(steps[:-1] < lowest_after[1:], True)

@@ -15,6 +15,7 @@ ends. Readers need none.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -38,11 +39,11 @@ def encode(record: Mapping[str, Any]) -> bytes:
     >>> encode({"step": 3, "chi_pos": float("nan")})
     b'{"step": 3, "chi_pos": "NaN"}\n'
     """
-    finite = {name: _named(value) for name, value in record.items()}
-    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+    values = {name: _json_value(value) for name, value in record.items()}
+    return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 
-def _named(value: Any) -> Any:
+def _json_value(value: Any) -> str | bool | float | None:
     """The value, or the name of a number that is not finite. Numbers of other libraries become Python's."""
     if value is None or isinstance(value, str | bool):
         return value
@@ -72,7 +73,8 @@ def decode(line: bytes) -> Record:
 
 
 def read(path: str | os.PathLike, report: Callable[[int], None] = lambda done: None) -> Iterator[list[Record]]:
-    """The records of a file, many at a time; not finite numbers are still named. `report` hears of the bytes read.
+    """The records of a file, many at a time; numbers that are not finite are still texts. `report` is called with the
+    bytes that were read.
 
     A torn last line is left out. Lines in the middle that hold no record, which only a damaged disk or an editor leaves
     behind, are skipped with a warning.
@@ -85,7 +87,7 @@ def read(path: str | os.PathLike, report: Callable[[int], None] = lambda done: N
             rest = torn
             if not newline:
                 continue
-            records, bad = _records(block)
+            records, bad = _parse(block)
             damaged += bad
             yield records
             report(len(chunk))
@@ -93,24 +95,20 @@ def read(path: str | os.PathLike, report: Callable[[int], None] = lambda done: N
         warnings.warn(f"{path}: {damaged} lines hold no record and were left out", stacklevel=2)
 
 
-def _records(block: bytes) -> tuple[list[Record], int]:
-    """The records of whole lines, and how many lines held none."""
+def _parse(block: bytes) -> tuple[list[Record], int]:
+    """The records of complete lines, and how many lines held none."""
     count = block.count(b"\n") + 1
-    try:
+    with contextlib.suppress(ValueError):  # a damaged line: one by one
         # one call is several times faster than one per line
         records = parser()("[" + block.replace(b"\n", b",").decode() + "]")
         if len(records) == count and all(type(record) is dict for record in records):
             return records, 0
-    except ValueError:
-        pass
-    good = []
+    records = []
     lines = [line for line in block.split(b"\n") if line]
     for line in lines:
-        try:
-            good.append(decode(line))
-        except ValueError:
-            continue
-    return good, len(lines) - len(good)
+        with contextlib.suppress(ValueError):
+            records.append(decode(line))
+    return records, len(lines) - len(records)
 
 
 def parser() -> Callable[[str], Any]:
@@ -140,7 +138,7 @@ class Appender:
         self._process = os.getpid()
         try:
             self._lock()
-            os.ftruncate(self._file, _whole(self._file))
+            os.ftruncate(self._file, _end_of_lines(self._file))
         except BaseException:
             os.close(self._file)
             raise
@@ -177,6 +175,7 @@ class Appender:
         self._file = -1
 
     def _lock(self) -> None:
+        """Lock the file against other writers, without waiting; the operating system ends the lock with the process."""
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -199,8 +198,8 @@ class Appender:
             ) from error
 
 
-def _whole(file: int) -> int:
-    """Bytes up to the end of the last whole line."""
+def _end_of_lines(file: int) -> int:
+    """The number of bytes up to the end of the last complete line."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65536)
