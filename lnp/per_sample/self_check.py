@@ -87,7 +87,7 @@ class Alone:
     square_norms: SquareNorms
 
 
-class Operations(Protocol):
+class BatchOperations(Protocol):
     """A network on a batch, as a backend runs it.
 
     Attributes
@@ -106,6 +106,10 @@ class Operations(Protocol):
 
     def pull(self, v: Array) -> Pulled:
         """One backward pass of the whole batch."""
+
+
+class Operations(BatchOperations, Protocol):
+    """The same, where single samples can be run as well."""
 
     def alone(self, index: Sequence[int], v: Array) -> Alone:
         """Some samples, one by one, with their rows (C, K) of the cotangent."""
@@ -385,7 +389,7 @@ def first_that_runs(ways: Sequence[Callable[[], Any]], fatal: tuple[type[BaseExc
     return None, reason
 
 
-def bend_of_batch(operations: Operations) -> Array:
+def bend_of_batch(operations: BatchOperations) -> Array:
     """How far the backward pass of a whole batch is from linear, where its samples cannot be compared. Shape ()."""
     xp, outputs = operations.xp, operations.outputs
     noise = irregular(xp, math.prod(outputs.shape), 0, outputs)
@@ -394,7 +398,7 @@ def bend_of_batch(operations: Operations) -> Array:
     return _bend(operations, v, operations.pull(v).gradient)
 
 
-def _bend(operations: Operations, v: Array, gradient: Vector) -> Array:
+def _bend(operations: BatchOperations, v: Array, gradient: Vector) -> Array:
     """How far the backward pass is from linear, where somebody wrote it: J^T (s v) / s for shorter and longer v."""
     xp, samples = operations.xp, operations.outputs.shape[0]
     longer = 2.0 ** math.ceil(math.log2(2 * math.sqrt(samples / len(compared_samples(samples)))))
