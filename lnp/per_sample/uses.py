@@ -85,18 +85,24 @@ def square_norms(
     kind = uses[0].kind
     if kind == "convolution":
         (use,) = uses
-        return norms.convolution(xp, *use.arrays, budget) if convolution is None else convolution(*use.arrays)
+        if convolution is not None:
+            return convolution(*use.arrays)
+        x, cotangent, window = use.arrays
+        return norms.convolution(xp, x, cotangent, window, budget)
     if kind == "dense":
         return norms.dense(xp, total(xp, [use.arrays[0] for use in uses]))
     outer = joined(xp, [use.arrays for use in uses if use.kind == "outer"])
     rows = joined(xp, [use.arrays for use in uses if use.kind == "rows"])
-    if not rows:
-        return norms.outer(xp, *outer, budget=budget)
-    own = norms.rows(xp, *rows, budget=budget)
-    if not outer:
-        return own
-    mixed = norms.rows_and_outer(xp, *rows, *outer, budget=budget)
-    return own + norms.outer(xp, *outer, budget=budget) + 2 * mixed
+    found = []
+    if outer:
+        left, right = outer
+        found.append(norms.outer(xp, left, right, budget=budget))
+    if rows:
+        index, values = rows
+        found.append(norms.rows(xp, index, values, budget))
+    if outer and rows:
+        found.append(2 * norms.rows_and_outer(xp, index, values, left, right, budget))
+    return total(xp, found)
 
 
 def inner_products(xp: Any, use: Factors, u: Array) -> Array:
