@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,20 @@ import numpy as np
 import lnp
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
+from lnp.contract.vectors import update_by_name
+from lnp.per_sample.self_check import BENT, Verdict
+from lnp.results.computations import changes, measured_change, predicted_change
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
-from lnp_jax.kept_apart import kept_apart
+from lnp_jax.inside_jit import share_nothing
 from lnp_jax.model import Arrays, Structure, accepts, separate
 from lnp_jax.record import record
-from lnp_jax.self_check import interacting, judged, known, traced
+from lnp_jax.self_check import find_verdict, known_verdict, remember_interacting, traced
 from lnp_jax.state_guard import undisturbed
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]
+
+OF_THE_GRADIENT = (measured_change, predicted_change, changes)
+"""Computations about the loss's own gradient, which is what the backward pass says, whether it is linear or not."""
 
 
 def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options: Any) -> lnp.Decomposition:
@@ -49,14 +55,18 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
 def _evaluated(computation: Callable, model: Any, batches: tuple, options: Options, operands: dict[str, Any]) -> Any:
     structure, arrays = separate(model, options.forward, options.parameters)
     if operands.get("update") is not None:
-        operands["update"] = _as_vector(structure, arrays, model, operands["update"])
+        operands["update"] = _update_vector(structure, arrays, model, operands["update"])
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
+    if computation in OF_THE_GRADIENT:
+        plan = replace(plan, verdicts=(Verdict(),) * len(batches))
     if traced(dynamic):
-        return kept_apart(lambda: measure(_remembering(plan, arrays, batches), *dynamic).result)
+        return share_nothing(lambda: measure(_with_known_verdicts(plan, arrays, batches), *dynamic).result)
     check_hashable(plan)
-    if options.split:
-        plan = replace(plan, verdicts=tuple(judged(structure, arrays, batch, plan.options) for batch in batches))
+    if plan.verdicts is None:
+        found = tuple(find_verdict(structure, arrays, batch, plan.options) for batch in batches)
+        _raise_bent(found)
+        plan = replace(plan, verdicts=found)
     answer, notes = _answered(plan, dynamic)
     _raise(answer)
     result = jax.tree.map(_to_number, answer.result)
@@ -73,7 +83,7 @@ def _answered(plan: Plan, dynamic: tuple) -> tuple[Answer, tuple[str, ...]]:
         return answer, notes
     arrays, batches, *_ = dynamic
     jointly = [
-        interacting(plan.structure, arrays, batch, plan.options) if coupled else verdict
+        remember_interacting(plan.structure, arrays, batch, plan.options) if coupled else verdict
         for batch, verdict, coupled in zip(batches, plan.verdicts or (), answer.coupled, strict=True)
     ]
     answer, more = run(replace(plan, verdicts=tuple(jointly)), *dynamic)
@@ -84,19 +94,28 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not compiled."""
     with undisturbed(model, options.loss, options.forward):
         structure, arrays = separate(model, options.forward, options.parameters)
-        known = options.split and not traced((arrays, batch, options.seed))
-        verdict = judged(structure, arrays, batch, options) if known else None
+        if traced((arrays, batch, options.seed)):
+            return record(structure, arrays, batch, options.seed, options, None)
+        verdict = find_verdict(structure, arrays, batch, options)
+        _raise_bent([verdict])
         return record(structure, arrays, batch, options.seed, options, verdict)
 
 
-def _remembering(plan: Plan, arrays: Arrays, batches: tuple) -> Plan:
-    """With the verdicts that calls outside of compiled functions have found, if there are any."""
+def _with_known_verdicts(plan: Plan, arrays: Arrays, batches: tuple) -> Plan:
+    """The plan with the verdicts that calls outside of compiled functions have found, if there are any."""
     try:
         hash(plan.structure)
     except TypeError:
         return plan
-    found = [known(plan.structure, arrays, batch, plan.options) for batch in batches] if plan.options.split else [None]
+    if plan.verdicts is not None:
+        return plan
+    found = [known_verdict(plan.structure, arrays, batch, plan.options) for batch in batches]
     return plan if None in found else replace(plan, verdicts=tuple(verdict for verdict in found if verdict is not None))
+
+
+def _raise_bent(verdicts: Iterable[Verdict]) -> None:
+    if any(verdict.bent for verdict in verdicts):
+        raise ValueError(BENT)
 
 
 def _raise(answer: Any) -> None:
@@ -109,19 +128,13 @@ def _to_number(leaf: Any) -> Any:
     return np.asarray(leaf).item() if np.ndim(leaf) == 0 else leaf
 
 
-def _as_vector(structure: Structure, arrays: Arrays, model: Any, update: Any) -> dict[str, jax.Array]:
+def _update_vector(structure: Structure, arrays: Arrays, model: Any, update: Any) -> dict[str, jax.Array]:
     """The user's update, a tree like the model's parameters or {name: array}, as a vector in parameter space."""
-    known = structure.shown
-    if isinstance(update, dict) and set(update) <= set(known.values()) and update:
-        given = update
-    else:
+    shapes = {name: jnp.shape(arrays[name]) for name in structure.trained}
+    if not (isinstance(update, Mapping) and set(update) <= set(shapes)):
         tree = (model[0], update) if isinstance(model, tuple) else update
-        _, other = separate(tree, structure.forward, None) if accepts(tree) else (None, {})
-        given = {known[name]: value for name, value in other.items() if name in known}
-    wrong = [n for name, n in known.items() if n in given and jnp.shape(given[n]) != jnp.shape(arrays[name])]
-    if wrong or not given:
-        raise ValueError(
-            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a tree of "
-            "the parameters' structure, or {parameter name: array of its shape}."
-        )
-    return {n: jnp.asarray(given[n]) if n in given else jnp.zeros_like(arrays[name]) for name, n in known.items()}
+        leaves = separate(tree, structure.forward, None)[1] if accepts(tree) else {}
+        update = {name: leaf for name, leaf in leaves.items() if name in shapes}
+    expected = "a tree of the parameters' structure, or {parameter name: array of its shape}"
+    given = update_by_name(update, shapes, list, expected)
+    return {n: jnp.asarray(given[n]) if n in given else jnp.zeros_like(arrays[n]) for n in shapes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from lnp.contract.linearization import coupling_tolerance
+from lnp.contract.linearization import Vector, coupling_tolerance
 from lnp.contract.options import Options
-from lnp_jax import fallback, replay
+from lnp_jax import replay
+from lnp_jax.fallback import Function, Split
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.outputs import flatten
 from lnp_jax.outputs import parts as parts_of
+
+BY_HAND = ("custom_vjp", "custom_transpose", "linear_call")
+"""How the operations are called whose backward pass somebody has written. That of `jax.custom_jvp` is the transpose of
+a linear function, whatever its rule says."""
 
 
 @dataclass(frozen=True)
@@ -31,67 +36,74 @@ class Network:
     inputs:
         Of the batch.
     tree:
-        The outputs' structure, shapes and types.
+        The outputs' structure, shapes and types, for the whole batch.
     split:
         The inputs' rows.
+    types:
+        Of the floating-point numbers in parameters, outputs and what lies between.
+    custom_backward:
+        Whether anything in it has a backward pass that somebody wrote by hand.
     notes:
         What was frozen.
     """
 
-    function: fallback.Function
-    parameters: Mapping[str, jax.Array]
+    function: Function
+    parameters: Vector
     inputs: Any
     tree: Any
-    split: fallback.Split
+    split: Split
+    types: frozenset
+    custom_backward: bool
     notes: tuple[str, ...] = ()
 
-    def whole(self, parameters: Mapping) -> jax.Array:
+    def batch_outputs(self, parameters: Vector) -> jax.Array:
         """f, shape (N, K)."""
         return flatten(self.function(parameters, self.inputs))
 
-    def at(self, parameters: Mapping) -> Network:
-        """The same at other parameters."""
+    def at(self, parameters: Vector) -> Network:
+        """The same network at other parameters."""
         return replace(self, parameters=parameters)
 
-    def tolerance(self, program: Any) -> float:
-        """Up to which two ways to compute the same may differ: by the narrowest type in the program of one sample."""
-        types = [leaf.dtype for leaf in (*self.parameters.values(), *parts_of(self.tree))]
-        types += _types(program.jaxpr)
-        return coupling_tolerance(jnp, max(types, key=lambda dtype: jnp.finfo(dtype).eps))
+    def some(self, index: Any, size: int) -> Network:
+        """The same network on some samples, as a batch of their own."""
+        split = self.split.some(index, size)
+        return replace(self, split=split, inputs=split.inputs(split.rows))
+
+    @property
+    def tolerance(self) -> float:
+        """The relative difference up to which two ways to compute the same agree: by the narrowest type inside."""
+        return coupling_tolerance(jnp, max(self.types, key=lambda dtype: jnp.finfo(dtype).eps))
 
 
-def _types(jaxpr: Any) -> set:
-    """Of the floating-point numbers that a program makes."""
-    made = {out.aval.dtype for eqn in jaxpr.eqns for out in eqn.outvars if hasattr(out.aval, "dtype")}
-    inside = [part for eqn in jaxpr.eqns for part in core.jaxprs_in_params(eqn.params)]
-    return {dtype for dtype in made if jnp.issubdtype(dtype, jnp.floating)}.union(*map(_types, inside))
-
-
-def has_rules(jaxpr: Any) -> bool:
-    """Whether a program holds derivatives of the user's own for the backward pass, through which JAX has no
-    Jacobian-vector products.
-    """
-    inside = [part for eqn in jaxpr.eqns for part in core.jaxprs_in_params(eqn.params)]
-    return any(eqn.primitive.name.startswith("custom_vjp") for eqn in jaxpr.eqns) or any(map(has_rules, inside))
-
-
-def prepared(structure: Structure, arrays: Arrays, inputs: Any, options: Options) -> Network:
+def bind(structure: Structure, arrays: Arrays, inputs: Any, options: Options) -> Network:
     """The model with its trained parameters apart, and batch statistics held if they are to be."""
     notes: tuple[str, ...] = ()
     if options.batch_statistics == "frozen":
         structure, arrays, notes = replay.frozen(structure, arrays, inputs)
-    shown = structure.shown
-    parameters = {shown[name]: jnp.asarray(arrays[name]) for name in structure.trained}
-    rest = {name: value for name, value in arrays.items() if name not in shown}
+    parameters = {name: jnp.asarray(arrays[name]) for name in structure.trained}
+    rest = {name: value for name, value in arrays.items() if name not in parameters}
 
-    def function(parameters: Mapping, inputs: Any) -> Any:
-        return structure.call(rest | {name: parameters[known] for name, known in shown.items()}, inputs)
+    def function(parameters: Vector, inputs: Any) -> Any:
+        return structure.call({**rest, **parameters}, inputs)
 
-    tree = jax.eval_shape(function, parameters, inputs)
-    split = fallback.Split(inputs, jax.eval_shape(flatten, tree).shape[0])
+    program, tree = jax.make_jaxpr(function, return_shape=True)(parameters, inputs)
+    operations = list(operations_of(program.jaxpr))
+    made = [out.aval.dtype for eqn in operations for out in eqn.outvars if hasattr(out.aval, "dtype")]
+    given = [leaf.dtype for leaf in (*parameters.values(), *parts_of(tree))]
+    types = frozenset(dtype for dtype in (*made, *given) if jnp.issubdtype(dtype, jnp.floating))
+    by_hand = any(eqn.primitive.name.startswith(BY_HAND) for eqn in operations)
+    split = Split(inputs, jax.eval_shape(flatten, tree).shape[0])
     if options.microbatch is not None and not split.possible:
         raise ValueError(
             f"microbatch={options.microbatch} was asked for, but no input runs over the {split.samples} samples along "
             "its first axis. Expected at least one that does. Leave microbatch unset."
         )
-    return Network(function, parameters, inputs, tree, split, notes)
+    return Network(function, parameters, inputs, tree, split, types, by_hand, notes)
+
+
+def operations_of(jaxpr: Any) -> Iterator[Any]:
+    """All operations of a program, those of the programs inside of it too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inside in core.jaxprs_in_params(eqn.params):
+            yield from operations_of(inside)

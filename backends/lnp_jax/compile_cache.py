@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lnp.contract.options import Options
-from lnp_jax.apart import Verdict
+from lnp.per_sample.self_check import Verdict
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.record import record
 
@@ -61,7 +61,7 @@ def measure(plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dic
     return Answer(
         plan.computation(*records, **operands),
         tuple(flag for flag, _ in checks),
-        tuple(lin.coupled for lin in records),
+        tuple(None if lin.coupled is None else lin.coupled() for lin in records),
         tuple(message for _, message in checks),
     )
 

@@ -36,8 +36,8 @@ class Split:
         """The leaves that run over samples."""
         return [jnp.asarray(leaf) for leaf, over in zip(self._leaves, self._over, strict=True) if over]
 
-    def some(self, index: jax.Array, size: int) -> Split:
-        """The split of as many samples."""
+    def some(self, index: Any, size: int) -> Split:
+        """The split of these samples, as many as `size`."""
         inputs = self.inputs([row[index] for row in self.rows])
         part = Split(inputs, size)
         part._over = self._over  # other leaves may happen to be as long

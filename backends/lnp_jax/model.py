@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Structure:
     treedef, fixed:
         Of the arrays: how they are nested, and the leaves that are no arrays (position, value).
     names:
-        Of the array leaves.
+        Of the array leaves, in their order: no two are the same.
     trained:
         The names that are differentiated.
     forward:
@@ -44,11 +45,6 @@ class Structure:
     names: tuple[str, ...]
     trained: tuple[str, ...]
     forward: Callable | None
-
-    @property
-    def shown(self) -> dict[str, str]:
-        """{trained name: as the user knows it}."""
-        return {name: shown(name, self.kind) for name in self.trained}
 
     def call(self, arrays: Mapping[str, Any], inputs: Any) -> Any:
         """The outputs of the model that these arrays make; what it changes in itself is dropped."""
@@ -78,7 +74,7 @@ def accepts(model: Any) -> bool:
 
 
 def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Structure, Arrays]:
-    """A model's structure and its arrays by name.
+    """A model's structure, and {name: array} of all its arrays.
 
     Raises
     ------
@@ -87,12 +83,13 @@ def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Str
     """
     kind, static, tree, eligible = _opened(model, forward)
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    arrays = {_name(path): leaf for path, leaf in pairs if _is_array(leaf)}
+    held = [(path, leaf) for path, leaf in pairs if _is_array(leaf)]
     fixed = tuple((index, leaf) for index, (_, leaf) in enumerate(pairs) if not _is_array(leaf))
-    trainable = [_name(path) for path, leaf in pairs if _is_array(leaf) and _floating(leaf) and eligible(path)]
-    known = {shown(name, kind): name for name in trainable}
-    trained = tuple(known[name] for name in select(known, parameters))
-    return Structure(kind, static, treedef, fixed, tuple(arrays), trained, forward), arrays
+    may_train = [_floating(leaf) and eligible(path) for path, leaf in held]
+    names = distinct_names([path for path, _ in held], may_train, kind)
+    trained = tuple(select([name for name, may in zip(names, may_train, strict=True) if may], parameters))
+    arrays = {name: leaf for name, (_, leaf) in zip(names, held, strict=True)}
+    return Structure(kind, static, treedef, fixed, tuple(names), trained, forward), arrays
 
 
 def called(model: Callable, inputs: Any) -> Any:
@@ -164,14 +161,40 @@ def _floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".") or "parameters"
+def distinct_names(paths: list[tuple], shown: list[bool], kind: str) -> list[str]:
+    """A name for each path in a tree, no two the same: what identifies an array is its path, not a text with dots.
+
+    The shortest is as the user knows a parameter. Where two would be the same, both get a longer one: with what the
+    container adds, then as JAX writes the path, then with its number. Arrays that are not `shown`, for they are never
+    trained, leave the short names to others.
+
+    >>> key, index = jax.tree_util.DictKey, jax.tree_util.SequenceKey
+    >>> distinct_names([(key("enc"), key("w")), (key("enc.w"),), (key("a"), index(0))], [True] * 3, "function")
+    ["['enc']['w']", "['enc.w']", 'a.0']
+    """
+    forms = []
+    for number, path in enumerate(paths):
+        dotted, exact = jax.tree_util.keystr(path, simple=True, separator=".") or "parameters", _exact(path)
+        forms.append((without_container(dotted, kind), dotted, exact, f"{exact} #{number}"))
+    level = [0 if own else 2 for own in shown]
+    while True:
+        names = [form[at] for form, at in zip(forms, level, strict=True)]
+        count = Counter(names)
+        longer = [n for n, name in enumerate(names) if count[name] > 1 and level[n] < 3]
+        if not longer:
+            return names
+        for n in longer:
+            level[n] += 1
 
 
-def shown(name: str, kind: str) -> str:
+def _exact(path: tuple) -> str:
+    return jax.tree_util.keystr(path) or "parameters"
+
+
+def without_container(name: str, kind: str) -> str:
     """Without what only the container adds: NNX's two states and `.value`, Linen's `params`.
 
-    >>> shown("0.layer.kernel.value", "nnx"), shown("params.Dense_0.bias", "linen")
+    >>> without_container("0.layer.kernel.value", "nnx"), without_container("params.Dense_0.bias", "linen")
     ('layer.kernel', 'Dense_0.bias')
     """
     name = name.removesuffix(".value")

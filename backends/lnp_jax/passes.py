@@ -1,26 +1,27 @@
 """The passes of a measurement: those of the batch's own function, and those of its samples taken apart.
 
 Loss, outputs and J^T v always come from the user's function on the batch. Single samples, which may be run apart only
-if they do not interact, tell nothing but their squared norms.
+if they do not interact, tell nothing but their squared norms, and whether they are what they are in the batch.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
-from lnp_jax import fallback
+from lnp.contract.linearization import Vector
+from lnp.per_sample.self_check import SquareNorms
 from lnp_jax.bound_model import Network
-from lnp_jax.taps.backward_pass import Norms, Tapped
+from lnp_jax.fallback import Micro
+from lnp_jax.loops import run_if_entered
+from lnp_jax.taps.backward_pass import Tapped
 
-SquareNorms = Callable[[jax.Array], Norms]
-"""v (N, K) -> {name: (N,) array of ||J_n^T v_n||^2}."""
+Pull = Callable[[jax.Array], tuple[Vector, SquareNorms]]
+"""v (N, K) -> (sums of single samples' gradients of some parameters, {name: (N,) array of ||J_n^T v_n||^2})."""
 
 
 @dataclass(frozen=True)
@@ -29,58 +30,82 @@ class BatchPasses:
 
     Attributes
     ----------
+    parameters:
+        {name: array}, around which it is linearised.
     outputs:
         f, shape (N, K).
     run:
         parameters -> f.
     pull:
         v -> J^T v.
+    custom_backward:
+        Whether it holds a backward pass that the user wrote, through which JAX has no Jacobian-vector products.
     """
 
+    parameters: Vector
     outputs: jax.Array
     run: Callable[[Mapping], jax.Array]
-    pull: Callable[[jax.Array], Mapping[str, jax.Array]]
+    pull: Callable[[jax.Array], Vector]
+    custom_backward: bool
+
+    def jvp(self, u: Mapping) -> jax.Array:
+        """J u, shape (N, K): by forward mode, or as the transpose of v -> J^T v, which is linear."""
+        tangents = {name: u[name].astype(p.dtype) for name, p in self.parameters.items()}
+        if self.custom_backward:
+            return jax.vjp(self.pull, jnp.zeros_like(self.outputs))[1](tangents)[0]
+        return jax.jvp(self.run, (dict(self.parameters),), (tangents,))[1]
 
 
-def of_batch(net: Network, micro: fallback.Micro | None) -> BatchPasses:
+def batch_passes(net: Network, micro: Micro | None) -> BatchPasses:
     """The passes of the whole batch, or of one micro-batch after the other."""
+    parameters = dict(net.parameters)
     if micro is not None:
-        return BatchPasses(micro.outputs(net.parameters), micro.outputs, lambda v: micro.pulled(net.parameters, v))
-    run = jax.jit(net.whole)  # for eager callers: one program, not one per operation
-    outputs, pullback = jax.vjp(run, dict(net.parameters))
-    return BatchPasses(outputs, run, lambda v: pullback(v)[0])
+
+        def pull(v: jax.Array) -> Vector:
+            return micro.pulled(parameters, v)
+
+        return BatchPasses(parameters, micro.outputs(parameters), micro.outputs, pull, net.custom_backward)
+    run = jax.jit(net.batch_outputs)  # for eager callers: one program, not one per operation
+    outputs, pullback = jax.vjp(run, parameters)
+    return BatchPasses(parameters, outputs, run, lambda v: pullback(v)[0], net.custom_backward)
 
 
-@dataclass
 class SamplePasses:
-    """The samples on their own.
+    """The samples of a batch on their own: a forward pass, and squared norms by what pulls back through it."""
 
-    Attributes
-    ----------
-    outputs:
-        What they give on their own, shape (N, K).
-    g:
-        The loss gradient.
-    of_g:
-        Squared norms of its samples.
-    along:
-        <J_m^T g_m, sum_n J_n^T g_n> of some samples, shape (M,), where taps are to tell them; or None.
-    pull:
-        Squared norms for other cotangents.
-    again:
-        () -> the same by a forward pass of its own, for a loop; or None.
-    """
+    def __init__(self, net: Network, taps: Tapped, micro: Micro | None) -> None:
+        self.net, self.taps = net, taps
+        self._micro = None if micro is None else replace(micro, split=net.split)
+        self._outputs: jax.Array | None = None
+        if micro is None:
+            self._outputs, self._pull = self._forward()
 
-    outputs: jax.Array
-    g: jax.Array
-    of_g: Norms
-    along: jax.Array | None
-    pull: SquareNorms
-    again: Callable[[], SquareNorms] | None = None
+    @property
+    def outputs(self) -> jax.Array:
+        """What the samples give on their own, shape (N, K)."""
+        if self._outputs is None:
+            assert self._micro is not None, "a whole batch has run when this was made"
 
-    def square_norms(self, v: jax.Array) -> Norms:
-        """Squared norms for a cotangent; those for the loss gradient are known."""
-        return self.of_g if v is self.g else self.pull(v)
+            def forward(rows: list) -> tuple[tuple, jax.Array]:
+                return ((), self.taps.forward(rows)[0])
+
+            self._outputs = self._micro.visited(forward, self.net.split.rows)[1]
+        return self._outputs
+
+    def square_norms(self, v: jax.Array) -> SquareNorms:
+        """{name: (N,) array of ||J_n^T v_n||^2}."""
+        return self._pull(v)[1] if self._micro is None else self._pulled(v)[2]
+
+    def loss_gradient(self, g: jax.Array) -> tuple[Vector, SquareNorms]:
+        """(Sums of single samples' gradients, for a few small parameters; squared norms), outside of any loop."""
+        if self._micro is None:
+            return self._pull(g)
+        sums, self._outputs, norms = self._pulled(g)
+        return sums, norms
+
+    def some(self, index: jax.Array) -> SamplePasses:
+        """The same of some samples, with a forward pass of their own."""
+        return SamplePasses(self.net.some(index, len(index)), self.taps, self._micro)
 
     def while_loop(self, going: Callable, body: Callable, state: Any) -> Any:
         """`jax.lax.while_loop` with a forward pass of its own if it is entered.
@@ -90,61 +115,34 @@ class SamplePasses:
         """
 
         def loop(state: Any) -> Any:
-            outside, again = self.pull, self.again
-            if again is not None:
-                self.pull, self.again = again(), None
+            if self._micro is not None:
+                return jax.lax.while_loop(going, body, state)
+            outside, (_, self._pull) = self._pull, self._forward()
             try:
                 return jax.lax.while_loop(going, body, state)
             finally:
-                self.pull, self.again = outside, again
+                self._pull = outside
 
-        return entered_if_needed(going, body, state, loop)
+        return run_if_entered(going, body, state, loop)
 
+    def _forward(self) -> tuple[jax.Array, Pull]:
+        """(outputs (N, K), what pulls back) of a new forward pass of all samples at once."""
+        outputs, pull = self.taps.forward(self.net.split.rows)
 
-def of_samples(
-    net: Network, taps: Tapped, micro: fallback.Micro | None, g: jax.Array, index: jax.Array | None
-) -> SamplePasses:
-    """The passes of all samples, with inner products for those of the index."""
-    rows = net.split.rows
-    if micro is None:
-        outputs, pull = taps.forward(rows, index)
-        of_g = pull(g)
-        norms_by = lambda pull: lambda v: pull(v).norms
-        return SamplePasses(
-            outputs, g, of_g.norms or {}, of_g.along, norms_by(pull), lambda: norms_by(taps.forward(rows)[1])
-        )
+        def of_some(v: jax.Array) -> tuple[Vector, SquareNorms]:
+            gradient, norms = pull(v)
+            return {name: gradient[name] for name in self.taps.summed}, norms
 
-    def part(arrays: list) -> tuple[tuple, tuple]:
-        outputs, pull = taps.forward(arrays[:-1])
-        return (), (outputs, pull(arrays[-1]).norms)
+        return outputs, of_some
 
-    pulled = lambda v: micro.visited(part, [*rows, v])[1]
-    outputs, of_g = pulled(g)
-    return SamplePasses(outputs, g, of_g, None, lambda v: pulled(v)[1])
+    def _pulled(self, v: jax.Array) -> tuple[Vector, jax.Array, SquareNorms]:
+        """(sums of gradients, outputs, squared norms), one micro-batch after the other."""
+        assert self._micro is not None, "a whole batch keeps its forward pass"
 
+        def part(arrays: list) -> tuple[Vector, tuple]:
+            outputs, pull = self.taps.forward(arrays[:-1])
+            gradient, norms = pull(arrays[-1])
+            return {name: gradient[name] for name in self.taps.summed}, (outputs, norms)
 
-def entered_if_needed(going: Callable, body: Callable, state: Any, loop: Callable) -> Any:
-    """The state after `loop`; what may be run once at most is no loop."""
-    entered = going(state)
-    arrays = jax.tree.map(jnp.asarray, state)
-    if isinstance(entered, bool):
-        return loop(arrays) if entered else arrays
-    once = isinstance(state[0], int) and state[0] == 0 and ends_after_one(going, state)
-    return jax.lax.cond(entered, body if once else loop, lambda arrays: arrays, arrays)
-
-
-def while_loop(going: Callable, body: Callable, state: Any) -> Any:
-    """`jax.lax.while_loop`, but for what runs once at most."""
-    return entered_if_needed(going, body, state, lambda state: jax.lax.while_loop(going, body, state))
-
-
-def ends_after_one(going: Callable, state: tuple) -> bool:
-    """Whether a loop that counts in state[0] is over at 1, whatever it finds: its condition is false then, whichever
-    values the flags have that it takes from outside.
-    """
-    program = jax.make_jaxpr(lambda: going((1, *state[1:])))()
-    if any(jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.bool_) for value in program.consts):
-        return False
-    with jax.ensure_compile_time_eval():
-        choices = itertools.product(map(jnp.asarray, (False, True)), repeat=len(program.consts))
-        return not any(core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, flags))()[0] for flags in choices)
+        sums, (outputs, norms) = self._micro.visited(part, [*self.net.split.rows, v])
+        return sums, outputs, norms

@@ -3,42 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lnp.contract import validation
-from lnp.contract.linearization import Linearization, Subset
+from lnp.contract.linearization import Array, GradientPass, Linearization, Subset, Vector, coupling_tolerance
 from lnp.contract.options import Options
-from lnp.estimators.population import jackknife_size
-from lnp.losses.kinds import separable
-from lnp_jax import fallback, losses
-from lnp_jax.apart import Verdict, apart, impossible, pair
-from lnp_jax.bound_model import Network, has_rules, prepared
+from lnp.per_sample import self_check
+from lnp.per_sample.self_check import BENT, Verdict
+from lnp_jax import fallback, loops, losses
+from lnp_jax.bound_model import Network, bind
+from lnp_jax.losses import BoundLoss
 from lnp_jax.model import Arrays, Structure
-from lnp_jax.outputs import flatten, rebuild
-from lnp_jax.outputs import parts as parts_of
-from lnp_jax.passes import SamplePasses, of_batch, of_samples, while_loop
-from lnp_jax.separable import found_separable
-from lnp_jax.state_guard import replayed
-from lnp_jax.taps.backward_pass import Tapped, general_note, tapped
-from lnp_jax.taps.primitives import inner
+from lnp_jax.passes import BatchPasses, SamplePasses, batch_passes
+from lnp_jax.self_check import WholeBatch, bends, check_single_samples, first_that_runs, pair_differs
+from lnp_jax.taps.backward_pass import tap
 
 DRAWN = 2**31 - 1
 """Folded into the key for the samples of a subset; probes count from 0."""
+NARROW = coupling_tolerance(jnp, jnp.float32)
+"""Tolerance beyond which numbers are of half precision: sums over many samples have no digits to compare then."""
 
 
-@dataclass(frozen=True)
-class _Loss:
-    value: jax.Array
-    gradient: jax.Array
-    of: Callable[[jax.Array], jax.Array]
-    terms: Any
-    separable: bool
-    violations: tuple
-    notes: tuple[str, ...]
+@dataclass
+class _Look:
+    """What the samples of a batch have shown of themselves in the passes that ran, in compiled code too.
+
+    Attributes
+    ----------
+    net, batch, samples:
+        The network, and its passes.
+    interacting:
+        Flags of shape (): True where samples were found to interact.
+    """
+
+    net: Network
+    batch: BatchPasses
+    samples: SamplePasses
+    interacting: list[Array] = field(default_factory=list)
+
+    def gradient_pass(self, g: Array, gradient: Vector, of_batch: Mapping[str, Array]) -> GradientPass:
+        """The loss gradient pulled back through the samples; of small parameters their sum is held against J^T g."""
+        sums, norms = self.samples.loss_gradient(g)
+        if sums and self.net.tolerance <= NARROW:
+            found = self_check.sums_apart(jnp, sums, gradient, norms)
+            self.interacting.append(found > self.net.tolerance)
+        return GradientPass(of_batch, norms, vector=gradient)
+
+    def coupled(self) -> Array:
+        """Whether samples were not what they are in the batch, in outputs or gradients. Shape ()."""
+        outputs = self.batch.outputs
+        found = self_check.look(jnp, outputs, self.samples.outputs) <= self.net.tolerance
+        flag = jnp.logical_not(found) & jnp.all(jnp.isfinite(outputs))
+        for other in self.interacting:
+            flag = flag | other
+        return flag
 
 
 def record(
@@ -46,126 +68,126 @@ def record(
 ) -> Linearization:
     """Linearise the model on a batch. Without a verdict two samples are compared; numbers are nan if they differ."""
     inputs, targets = validation.unpack(batch)
-    net = prepared(structure, arrays, inputs, options)
-    check = verdict is None and options.split
-    reason = "" if not options.split else impossible(net) if verdict is None else verdict.reason
+    net = bind(structure, arrays, inputs, options)
+    micro = None if options.microbatch is None else fallback.Micro(net.function, net.split, options.microbatch)
+    passes = batch_passes(net, micro)
+    look, reason = _samples(net, passes, micro, options, verdict)
     if reason and options.microbatch is not None:
         raise ValueError(
             f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
             "microbatch unset, or remove what couples them."
         )
-    taps = _taps(net, options, verdict or Verdict()) if options.split and not reason else None
-    micro = None if options.microbatch is None else fallback.Micro(net.function, net.split, options.microbatch)
-    batch_passes = of_batch(net, micro)
-    loss = _loss(batch_passes.outputs, _tree(net), targets, options)
-    g = loss.gradient
-    gradient = batch_passes.pull(g)
-    chosen = lambda size: _drawn(seed, net.split.samples, size)
-    by_taps = taps is not None and has_rules(taps.program.jaxpr)  # without forward mode
-    index = chosen(jackknife_size(net.split.samples)) if by_taps else None
-    samples = None if taps is None else of_samples(net, taps, micro, g, index)
-    parameters = net.parameters
+    loss = losses.bind(options, net, passes.outputs, targets)
+    signs = _signs(seed, passes.outputs)
+    parameters = passes.parameters
     return Linearization(
         xp=jnp,
-        outputs=batch_passes.outputs,
+        outputs=passes.outputs,
         loss=loss.value,
-        loss_gradient=g,
-        loss_terms=loss.terms,
-        vjp=lambda v: gradient if v is g else batch_passes.pull(v),
-        inner_products=lambda u, w: {
-            name: jnp.sum(fallback.wide(u[name]) * fallback.wide(w[name])) for name in parameters
-        },
-        signs=_signs(seed, batch_passes.outputs),
-        jvp=lambda u: jax.jvp(batch_passes.run, (dict(parameters),), (_as(u, parameters),))[1],
-        sample_square_norms=None if samples is None else samples.square_norms,
-        subset=None
-        if not (taps and samples)
-        else lambda size: _subset(net, taps, micro, chosen(size), gradient, samples),
-        cheap=taps is not None and not taps.plan.general,
-        coupled=None if taps is None or samples is None else _coupled(net, taps, samples, batch_passes.outputs, check),
+        loss_gradient=loss.gradient,
+        loss_terms=loss.prepared.terms,
+        vjp=passes.pull,
+        inner_products=_inner_products,
+        signs=signs,
+        jvp=passes.jvp,
+        gradient_pass=_gradient_pass(passes, look, loss),
+        sample_square_norms=None if look is None else look.samples.square_norms,
+        subset=None if look is None else lambda size: _subset(look.samples, _drawn(seed, net.split.samples, size)),
+        cheap=look is not None and not look.samples.taps.plan.general,
+        coupled=None if look is None else look.coupled,
         group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
         groups=1 if micro is None else micro.groups,
         loss_along=lambda u, step: loss.of(
-            batch_passes.run({n: p + (step * u[n]).astype(p.dtype) for n, p in parameters.items()})
+            passes.run({name: p + (step * u[name]).astype(p.dtype) for name, p in parameters.items()})
         ),
         separable=loss.separable,
-        violations=loss.violations,
-        notes=(*net.notes, *([reason] if reason else []), *loss.notes, *(general_note(taps.plan) if taps else ())),
-        while_loop=while_loop if samples is None else samples.while_loop,
+        violations=(*loss.prepared.violations, *_bent(net, look, signs, loss, verdict)),
+        notes=(*net.notes, *([reason] if reason else []), *loss.prepared.notes, *_notes(look)),
+        while_loop=loops.while_loop if look is None else look.samples.while_loop,
     )
 
 
-def _taps(net: Network, options: Options, verdict: Verdict) -> Tapped:
-    samples = min(options.microbatch or net.split.samples, net.split.samples)
-    return tapped(net.function, net.split, net.parameters, samples, verdict.excluded)
+def _samples(
+    net: Network, passes: BatchPasses, micro: fallback.Micro | None, options: Options, verdict: Verdict | None
+) -> tuple[_Look | None, str]:
+    """The samples on their own, or why they are not taken apart; (None, "") where nobody asks for them."""
+    if not options.split:
+        return None, ""
+    if verdict is not None and verdict.reason:
+        return None, verdict.reason
+
+    def apart() -> _Look:
+        if verdict is None:
+            check_single_samples(net)
+        size = min(options.microbatch or net.split.samples, net.split.samples)
+        taps = tap(net, size, {} if verdict is None else dict(verdict.general))
+        look = _Look(net, passes, SamplePasses(net, taps, micro))
+        if verdict is None:
+            look.interacting.append(pair_differs(net, passes.outputs))
+        return look
+
+    return first_that_runs(apart)
 
 
-def _coupled(net: Network, taps: Tapped, samples: SamplePasses, outputs: jax.Array, check: bool) -> jax.Array:
-    """Whether the samples give other outputs on their own than in the batch, shape (); with `check` also whether two of
-    them interact in the gradient, or taps are wrong.
+def _gradient_pass(
+    passes: BatchPasses, look: _Look | None, loss: BoundLoss
+) -> Callable[[bool, int, bool], GradientPass]:
+    """What the core asks of the backward pass of the loss. Inner products it takes from the subset's forward pass."""
+
+    def gradient_pass(per_sample: bool, products: int, vector: bool) -> GradientPass:
+        gradient = passes.pull(loss.gradient)
+        square_norms = _inner_products(gradient, gradient)
+        if look is None or not per_sample:
+            return GradientPass(square_norms, vector=gradient)
+        return look.gradient_pass(loss.gradient, gradient, square_norms)
+
+    return gradient_pass
+
+
+def _bent(
+    net: Network, look: _Look | None, signs: Callable, loss: BoundLoss, verdict: Verdict | None
+) -> tuple[tuple[Array, str], ...]:
+    """The check whether the backward pass is linear, where somebody wrote it: of one sample, another one at each
+    measurement; of the batch, where samples are not taken apart and nothing was found out before.
     """
-    differ = apart(samples.outputs, outputs) > net.tolerance(taps.program)
-    return differ | pair(net, taps, outputs) if check else differ
+    if not net.custom_backward:
+        return ()
+    if look is not None:
+        return ((bends(net, signs(0), loss.value), BENT),)
+    if verdict is not None:
+        return ()
+    return ((self_check.bend_of_batch(WholeBatch(net)) > net.tolerance, BENT),)
 
 
-def _drawn(seed: Any, samples: int, size: int) -> jax.Array:
+def _notes(look: _Look | None) -> tuple[str, ...]:
+    return () if look is None else Verdict(general=tuple(look.samples.taps.plan.general.items())).notes
+
+
+def _subset(samples: SamplePasses, index: Array) -> Subset:
+    """These samples, with forward passes of their own where they are asked for."""
+    some = samples.net.some(index, len(index))
+
+    def jvp(u: Vector) -> Array:
+        return batch_passes(some, None).jvp(u)
+
+    return Subset(index, lambda v: samples.some(index).square_norms(v), jvp)
+
+
+def _drawn(seed: Any, samples: int, size: int) -> Array:
     """Samples drawn at random, in the batch's order; the same ones at each call."""
     return jnp.sort(jax.random.permutation(jax.random.fold_in(_key(seed), DRAWN), samples)[:size])
 
 
-def _subset(
-    net: Network, taps: Tapped, micro: fallback.Micro | None, index: jax.Array, gradient: Mapping, samples: SamplePasses
-) -> Subset:
-    """These samples, with a forward pass of their own where one is asked for."""
-    some = replace(net, split=net.split.some(index, len(index)))
-    few = None if micro is None else replace(micro, split=some.split)
-    inputs = some.split.inputs(some.split.rows)
-    run = few.outputs if few is not None else lambda p: flatten(net.function(p, inputs))
-
-    def jvp(u: Mapping) -> jax.Array:
-        return jax.jvp(run, (dict(net.parameters),), (_as(u, net.parameters),))[1]
-
-    def square_norms(v: jax.Array) -> Mapping:
-        return of_samples(some, taps, few, v, None).of_g
-
-    def along(u: Mapping) -> jax.Array:
-        return samples.along if u is gradient else inner(samples.g[index], jvp(u))
-
-    known = samples.along is not None and len(samples.along) == len(index)
-    return Subset(index, square_norms, jvp, along if known else None)
+def _inner_products(u: Vector, w: Vector) -> dict[str, Array]:
+    """{parameter name: <u_l, w_l>}, in float32 or better."""
+    return {name: jnp.sum(fallback.wide(u[name]) * fallback.wide(w[name])) for name in u}
 
 
-def _tree(net: Network) -> Any:
-    """The outputs' structure, with the leaves that are not measured."""
-    floating = len(parts_of(net.tree)) == len(jax.tree.leaves(net.tree))
-    return net.tree if floating else net.function(net.parameters, net.inputs)
-
-
-def _loss(outputs: jax.Array, tree: Any, targets: Any, options: Options) -> _Loss:
-    """L and dL/df."""
-    targets = jax.tree.map(jnp.asarray, targets)
-    if hasattr(targets, "shape"):
-        validation.check_lengths(outputs.shape[0], targets.shape)
-    made = rebuild(outputs, tree)
-    prepare = replayed(losses.prepare, options.loss)
-    meant, terms, violations, notes = prepare(options.loss, made, targets, options.loss_terms)
-    function = replayed(meant)
-
-    def of(flat: jax.Array) -> jax.Array:
-        value = jnp.asarray(function(rebuild(flat, tree), targets))
-        validation.check_loss(value.shape)
-        return jnp.sum(value).astype(flat.dtype)
-
-    value, gradient = jax.value_and_grad(of)(outputs)
-    wanted = options.split and options.population is not False
-    known = separable(options.loss) or (wanted and found_separable(function, made, targets))
-    return _Loss(value, gradient, of, terms, known, violations, notes)
-
-
-def _signs(seed: Any, outputs: jax.Array) -> Callable[[Any], jax.Array]:
+def _signs(seed: Any, outputs: Array) -> Callable[[Any], Array]:
+    """Probe index -> (N, K) random signs."""
     key, (samples, numbers) = _key(seed), outputs.shape
 
-    def signs(index: Any) -> jax.Array:
+    def signs(index: Any) -> Array:
         """One bit for each: drawing whole numbers takes as long as a product of matrices."""
         words = jax.random.bits(jax.random.fold_in(key, index), (samples, -(-numbers // 32)), jnp.uint32)
         bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
@@ -174,12 +196,9 @@ def _signs(seed: Any, outputs: jax.Array) -> Callable[[Any], jax.Array]:
     return signs
 
 
-def _key(seed: Any) -> jax.Array:
+def _key(seed: Any) -> Array:
+    """The user's seed, a number or a key of either kind, as a key."""
     seed = jnp.asarray(seed)
     if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         return seed
     return jax.random.wrap_key_data(seed) if seed.ndim else jax.random.key(seed)
-
-
-def _as(u: Mapping, parameters: Mapping) -> dict[str, jax.Array]:
-    return {name: u[name].astype(p.dtype) for name, p in parameters.items()}

@@ -1,61 +1,112 @@
-"""Verdicts on models, found out once for each structure and shape, and remembered."""
+"""The self-check's operations in JAX, and its verdicts, remembered for each structure and shapes."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lnp.contract import validation
+from lnp.contract.linearization import Vector
 from lnp.contract.options import Options
-from lnp_jax.apart import INTERACT, Differences, Verdict, compared, impossible, irregular
-from lnp_jax.bound_model import Network, prepared
+from lnp.per_sample import self_check
+from lnp.per_sample.self_check import Alone, Differences, Pulled, Verdict
+from lnp_jax import fallback
+from lnp_jax.bound_model import Network, bind
 from lnp_jax.model import Arrays, Structure
+from lnp_jax.outputs import flatten
+from lnp_jax.taps.backward_pass import tap
 
 REMEMBERED = 256
-_VERDICTS: OrderedDict[Any, Verdict] = OrderedDict()
+_VERDICTS: OrderedDict[tuple, Verdict] = OrderedDict()
+
+jax.tree_util.register_dataclass(Differences, [field.name for field in fields(Differences)], [])
 
 
-def judged(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict:
-    """Whether the samples of this model, at these shapes, can be taken apart.
+class WholeBatch:
+    """The operations of a batch whose samples cannot be run apart."""
 
-    The comparison is made at the parameters as they are, and once more with noise added to them: a path that is
-    closed now, by a gate at zero, may open later in the training.
-    """
-    remembered = known(structure, arrays, batch, options)
+    xp = jnp
+
+    def __init__(self, net: Network) -> None:
+        self.custom_backward = net.custom_backward
+        self.outputs, self._pullback = jax.vjp(net.batch_outputs, dict(net.parameters))
+
+    def pull(self, v: jax.Array) -> Pulled:
+        """One backward pass of the whole batch."""
+        return Pulled(self._pullback(v)[0], {})
+
+
+class Apart(WholeBatch):
+    """The operations of a batch, and of its samples on their own."""
+
+    def __init__(self, net: Network) -> None:
+        super().__init__(net)
+        self._net, self._taps = net, tap(net, net.split.samples, {})
+        self._outputs_alone, self._pull_samples = self._taps.forward(net.split.rows)
+
+    def pull(self, v: jax.Array) -> Pulled:
+        """One backward pass of the whole batch, and one of its samples with taps."""
+        norms, general = self._pull_samples(v)[1], self._taps.plan.general
+        ruled = {name: squares for name, squares in norms.items() if name not in general}
+        return Pulled(super().pull(v).gradient, ruled, general)
+
+    def outputs_alone(self) -> jax.Array:
+        """(N, K) outputs of all samples, each run by itself."""
+        return self._outputs_alone
+
+    def alone(self, index: Sequence[int], v: jax.Array) -> Alone:
+        """Single samples one after the other, with one gradient in memory at a time."""
+        of_one = fallback.single(self._net.function, self._net.split)
+        parameters = dict(self._net.parameters)
+
+        def step(total: Mapping, now: tuple) -> tuple:
+            rows, v = now
+            outputs, pullback = jax.vjp(lambda p: of_one(p, rows), parameters)
+            (gradient,) = pullback(v)
+            squares = {name: jnp.sum(fallback.wide(u) ** 2) for name, u in gradient.items()}
+            return jax.tree.map(jnp.add, total, gradient), (outputs, squares)
+
+        zeros = {name: jnp.zeros_like(p) for name, p in parameters.items()}
+        rows = [row[np.asarray(index)] for row in self._net.split.rows]
+        total, (outputs, squares) = jax.lax.scan(step, zeros, (rows, v))
+        return Alone(outputs, total, squares)
+
+
+def find_verdict(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict:
+    """Whether the samples of this model, at these shapes, can be taken apart; found out once, and remembered."""
+    remembered = known_verdict(structure, arrays, batch, options)
     if remembered is not None:
         return remembered
     inputs, how, key = _case(structure, arrays, batch, options)
-    reason = impossible(prepared(structure, arrays, inputs, how))
-    found = [] if reason else [jax.device_get(_differences(structure, how, arrays, inputs, noise)) for noise in (0, 1)]
-    verdict = Verdict(reason)
-    for differences in found:
-        other = differences.verdict()
-        verdict = Verdict(verdict.reason or other.reason, verdict.excluded | other.excluded)
-    if reason or verdict.reason or found[0].finite:  # what is not finite shows nothing
-        _remember(key, verdict)
-    return verdict
+    net = bind(structure, arrays, inputs, how)
+    found, reason = None, ""
+    if options.split:
+        found, reason = first_that_runs(lambda: _compared(net, structure, arrays, inputs, how))
+    if found is None:
+        bend = float(_bend(structure, how, arrays, inputs)) if net.custom_backward else 0.0
+        found = Verdict(reason, bent=bend > net.tolerance)
+    if found.sure:
+        _remember(key, found)
+    return found
 
 
-def interacting(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict:
-    """The verdict on samples that gave other outputs on their own than in the batch when they were measured. It holds
-    from then on: what couples them may be closed again in the next batch's outputs, and still be open in its gradients.
+def remember_interacting(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict:
+    """The verdict on samples that were found to interact when they were measured. It holds from then on: what couples
+    them may be closed again in the next batch's outputs, and still be open in its gradients.
     """
-    verdict = Verdict(INTERACT.format("on this batch or one before, they give other outputs on their own"))
+    verdict = Verdict(self_check.found_interacting())
     _remember(_case(structure, arrays, batch, options)[2], verdict)
     return verdict
 
 
-def _remember(key: tuple, verdict: Verdict) -> None:
-    _VERDICTS[key] = verdict
-    while len(_VERDICTS) > REMEMBERED:
-        _VERDICTS.popitem(last=False)
-
-
-def known(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict | None:
+def known_verdict(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> Verdict | None:
     """What was found out before about this model at these shapes, or None. Needs no values, so that it is there for
     what is traced too.
     """
@@ -66,30 +117,124 @@ def known(structure: Structure, arrays: Arrays, batch: Any, options: Options) ->
     return _VERDICTS[key]
 
 
-def _case(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> tuple[Any, Options, tuple]:
-    """(inputs, the options that matter, what the verdict is found by)."""
-    inputs, _ = validation.unpack(batch)
-    how = Options(microbatch=options.microbatch, batch_statistics=options.batch_statistics)
-    leaves, treedef = jax.tree.flatten((arrays, inputs))
-    return inputs, how, (structure, how, treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
-
-
 def traced(arrays: Any) -> bool:
     """Whether this runs inside a compiled function: some arrays have no value, or what is made of them has none."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in (*jax.tree.leaves(arrays), jnp.zeros(())))
 
 
+def first_that_runs(way: Callable[[], Any]) -> tuple[Any, str]:
+    """(What it returns, ""), or (None, why it failed), whatever the user's function raised on a part of its batch.
+
+    That the whole batch runs has been seen before: an error that is its own has been raised by then.
+    """
+
+    def attempt() -> Any:
+        try:
+            return way()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise MemoryError(str(error)) from error
+            raise
+
+    return self_check.first_that_runs([attempt], (MemoryError,))
+
+
+def check_single_samples(net: Network) -> None:
+    """Run the network on one sample and on two, without numbers.
+
+    Raises
+    ------
+    ValueError
+        If no input runs over samples, or their outputs have other shapes than in the batch; and whatever it raises.
+    """
+    samples, parameters = net.split.samples, dict(net.parameters)
+    if not net.split.possible:
+        raise ValueError(f"no input runs over the {samples} samples along its first axis")
+    of_one = fallback.single(net.function, net.split)
+
+    def of_few(p: Vector, rows: list) -> jax.Array:
+        return flatten(net.function(p, net.split.inputs(rows)))
+
+    found = {1: jax.eval_shape(jax.vmap(of_one, (None, 0)), parameters, net.split.rows).shape[1:]}
+    for few in {1, min(2, samples)}:
+        made = jax.eval_shape(of_few, parameters, [row[:few] for row in net.split.rows]).shape
+        found[few] = made[1:] if made[0] == few else made
+    expected = jax.eval_shape(flatten, net.tree).shape[1:]
+    for few, shape in found.items():
+        if shape != expected:
+            raise ValueError(f"{few} of them have outputs of shape {shape} instead of {expected}")
+
+
+def pair_differs(net: Network, outputs: jax.Array) -> jax.Array:
+    """Whether two samples of the batch, compared as a batch of their own, interact or have wrong rules. Shape ()."""
+    index = np.asarray([0, net.split.samples // 2][: net.split.samples])
+    pair = Apart(net.some(index, len(index)))
+    differences, _ = self_check.compare(pair)
+    beside_others = self_check.look(jnp, outputs[index], pair.outputs) > net.tolerance
+    return beside_others | differences.exceed(jnp, net.tolerance)
+
+
+def bends(net: Network, v: jax.Array, drawn: jax.Array) -> jax.Array:
+    """Whether the backward pass of one sample is not linear, shape (); which one, the bits of `drawn` say."""
+    bits = jax.lax.bitcast_convert_type(drawn.astype(jnp.float32), jnp.uint32)
+    sample = (bits % net.split.samples).astype(jnp.int32)
+    of_one, row = fallback.single(net.function, net.split), [row[sample] for row in net.split.rows]
+    _, pullback = jax.vjp(lambda p: of_one(p, row), dict(net.parameters))
+    short: Vector = pullback(v[sample] * self_check.SMALLER)[0]
+    scaled = {name: part / self_check.SMALLER for name, part in short.items()}
+    found = self_check.gradients_apart(jnp, scaled, pullback(v[sample])[0])
+    return self_check.largest(jnp, list(found.values())) > net.tolerance
+
+
+def _compared(net: Network, structure: Structure, arrays: Arrays, inputs: Any, how: Options) -> Verdict:
+    """The verdict of comparing the batch with single samples, at the parameters as they are and at moved ones."""
+    check_single_samples(net)
+    found = []
+    for elsewhere in (False, True):
+        differences, missing = _differences(structure, how, arrays, inputs, elsewhere)
+        found.append(jax.device_get(differences).verdict(net.tolerance, dict(missing)))
+    return found[0].joined(found[1])
+
+
+class _Missing(tuple):
+    """(parameter without rules, why) pairs, known when a program is traced."""
+
+    __slots__ = ()
+
+
+jax.tree_util.register_static(_Missing)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _differences(structure: Structure, options: Options, arrays: Arrays, inputs: Any, noise: Any) -> Differences:
-    net = prepared(structure, arrays, inputs, options)
-    size = None if options.microbatch is None else max(2, options.microbatch)
-    return compared(_moved(net, noise), size)
+def _differences(
+    structure: Structure, options: Options, arrays: Arrays, inputs: Any, elsewhere: Any
+) -> tuple[Differences, _Missing]:
+    """What the core's comparison finds, at moved parameters if `elsewhere`; with micro-batches, on one of them."""
+    net = bind(structure, arrays, inputs, options)
+    if options.microbatch is not None:
+        size = min(max(2, options.microbatch), net.split.samples)
+        net = net.some(np.arange(size), size)
+    moved = self_check.moved(jnp, net.parameters)
+    at = {name: jnp.where(elsewhere, moved[name], p) for name, p in net.parameters.items()}
+    found, missing = self_check.compare(Apart(net.at(at)))
+    return found, _Missing(missing.items())
 
 
-def _moved(net: Network, noise: Any) -> Network:
-    """The network with irregular numbers on its parameters: of a tenth of their size, and a tenth."""
-    moved = {}
-    for number, (name, p) in enumerate(net.parameters.items()):
-        size = 0.1 * jnp.sqrt(jnp.mean(jnp.square(p.astype(jnp.float32)))) + 0.1
-        moved[name] = p + (noise * size * irregular(p.shape, number)).astype(p.dtype)
-    return net.at(moved)
+@partial(jax.jit, static_argnums=(0, 1))
+def _bend(structure: Structure, options: Options, arrays: Arrays, inputs: Any) -> jax.Array:
+    """How far the backward pass of the whole batch is from linear, shape ()."""
+    return self_check.bend_of_batch(WholeBatch(bind(structure, arrays, inputs, options)))
+
+
+def _remember(key: tuple, verdict: Verdict) -> None:
+    _VERDICTS[key] = verdict
+    while len(_VERDICTS) > REMEMBERED:
+        _VERDICTS.popitem(last=False)
+
+
+def _case(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> tuple[Any, Options, tuple]:
+    """(inputs, the options that matter, what the verdict is found by)."""
+    inputs, _ = validation.unpack(batch)
+    how = Options(microbatch=options.microbatch, batch_statistics=options.batch_statistics, split=options.split)
+    leaves, treedef = jax.tree.flatten((arrays, inputs))
+    return inputs, how, (structure, how, treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))

@@ -10,7 +10,7 @@ import jax
 
 import lnp
 from lnp.contract import validation
-from lnp_jax.losses import value as loss_of
+from lnp_jax.losses import step_value
 from lnp_jax.model import separate
 from lnp_jax.self_check import traced
 
@@ -91,7 +91,7 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
 def _step(apply: Callable, loss: str | Callable | None, parameters: Any, batch: Any) -> tuple[jax.Array, Any]:
     """The step as it is without lnp: the user's function on the whole batch, the user's loss, nothing else."""
     inputs, targets = validation.unpack(batch)
-    return jax.value_and_grad(lambda p: loss_of(loss, apply(p, inputs), targets))(parameters)
+    return jax.value_and_grad(lambda p: step_value(loss, apply(p, inputs), targets))(parameters)
 
 
 def _check_trained(apply: Callable, parameters: Any) -> None:

@@ -30,17 +30,17 @@ def difference(before: Any, after: Any) -> dict[str, Any]:
     """What the update added to each parameter, {name: array}."""
     structure, old = separate(before, None, None)
     other, new = separate(after, None, None)
-    if structure.shown != other.shown:
+    if structure.trained != other.trained:
         raise ValueError(
             "The model has other trained parameters than before. Expected the same model, before and after one update."
         )
-    gone = [shown for name, shown in structure.shown.items() if _deleted(new[name]) or _deleted(old[name])]
+    gone = [name for name in structure.trained if _deleted(new[name]) or _deleted(old[name])]
     if gone:
         raise ValueError(
             f"Arrays of the model were donated to a compiled function and are deleted: {gone[:4]}. Expected the model "
             "that the update has made. In tracker.step, say it: watched.after(new_model)."
         )
-    return {shown: new[name] - old[name] for name, shown in structure.shown.items()}
+    return {name: new[name] - old[name] for name in structure.trained}
 
 
 def _copied(tree: Any) -> Any:

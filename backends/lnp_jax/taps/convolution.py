@@ -110,14 +110,19 @@ def _direct(x: jax.Array, d: jax.Array, window: Window) -> jax.Array:
     """G_n, shape (N, taps, C, O). Offsets along the last axis lie side by side, which makes products larger."""
     last = len(window.kernel) - 1
     side = jnp.concatenate([window.cut(x, {last: offset}) for offset in range(window.kernel[last])], axis=-1)
-    flat = lambda array: array.reshape(len(x), -1, array.shape[-1])
+
+    def flat(array: jax.Array) -> jax.Array:
+        return array.reshape(len(x), -1, array.shape[-1])
+
     offsets = itertools.product(*(range(size) for size in window.kernel[:last]))
     products = [_product(flat(window.cut(side, dict(enumerate(offset)))), flat(d), 1) for offset in offsets]
     return jnp.stack(products, axis=1).reshape(len(x), -1, window.channels, window.outputs)
 
 
 def _gram(x: jax.Array, d: jax.Array, window: Window) -> jax.Array:
-    flat = lambda array: array.reshape(len(x), -1, array.shape[-1])
+    def flat(array: jax.Array) -> jax.Array:
+        return array.reshape(len(x), -1, array.shape[-1])
+
     inner = _product(flat(x), flat(x), 2).reshape(len(x), *window.padded, *window.padded)
     offsets = itertools.product(*(range(size) for size in window.kernel))
     seen = sum(window.cut(inner, dict(enumerate((*offset, *offset)))) for offset in offsets)

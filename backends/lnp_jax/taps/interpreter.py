@@ -102,8 +102,6 @@ class Walk:
         {path of a site whose output is tapped: zeros of its shape}; inside a scan, of this step.
     copies:
         {piece that is tapped itself: zeros of its shape}.
-    along:
-        (zeros of shape (M,), M samples), for inner products with the gradient; or None.
     seen:
         Is filled on the way, or None.
     path, scans, lone:
@@ -113,7 +111,6 @@ class Walk:
     z: Mapping[Group, Any] = field(default_factory=dict)
     outputs: Mapping[Path, Any] = field(default_factory=dict)
     copies: Mapping[Group, Any] = field(default_factory=dict)
-    along: tuple[Any, Any] | None = None
     seen: Seen | None = None
     path: Path = ()
     scans: tuple[int, ...] = ()
@@ -125,7 +122,10 @@ class Walk:
         known = dict(zip(jaxpr.constvars, map(Value, program.consts), strict=True))
         known.update(zip(jaxpr.invars, values, strict=True))
         kept: dict[Path, Any] = {}
-        read = lambda atom: Value(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
+        def read(atom: Any) -> Value:
+            return Value(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
         for number, eqn in enumerate(jaxpr.eqns):
             there = replace(self, path=(*self.path, number))
             outs, more = there._step(eqn, [read(atom) for atom in eqn.invars], jaxpr)
@@ -171,8 +171,8 @@ class Walk:
             beside = lax.stop_gradient(values[use.operand].array)
             return [Value(out.array + self.outputs[self.path], None, True)], {self.path: beside}
         if view.group in self.z:
-            pair, along = (values[use.operand].array, values[position].array), None if self.lone else self.along
-            made = tapped_use(use, _alone(eqn, position), *pair, self.z[view.group], along)
+            beside, weight = values[use.operand].array, values[position].array
+            made = tapped_use(use, _operation(eqn, position), beside, weight, self.z[view.group])
             return [Value(made, None, True)], {}
         return outs, {}
 
@@ -258,7 +258,7 @@ def _bound(eqn: Any, values: list[Value], jaxpr: Any) -> list[Value]:
     return _values(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values()), values)
 
 
-def _alone(eqn: Any, position: int) -> Callable:
+def _operation(eqn: Any, position: int) -> Callable:
     """(the other operand, the one at `position`) -> what comes out of an operation with two."""
 
     def operation(x: Any, w: Any) -> Any:

@@ -11,17 +11,19 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lnp.per_sample import norms
+from lnp.per_sample import uses
+from lnp.per_sample.uses import Factors, Kind
 from lnp_jax.taps import convolution
 from lnp_jax.taps.convolution import Window
 
-Factors = tuple[jax.Array, ...]
+Arrays = tuple[jax.Array, ...]
 UNCHANGED = frozenset({"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "sharding_constraint"})
 """Operations that hand on the numbers as they are, or in another type."""
 
@@ -115,34 +117,38 @@ class Use:
     operand:
         Which input of the operation stands beside the view: what is multiplied, or the index.
     factors:
-        (that input (N, ...), cotangent of the output (N, ...)) -> what `lnp.per_sample.norms` takes for that kind.
-    norms:
-        The same -> (N,) squared norms.
+        (that input (N, ...), cotangent of the output (N, ...)) -> what `lnp.per_sample.uses` takes for that kind.
     size:
-        Numbers that these need in memory for one sample.
+        Numbers that squared norms need in memory for one sample.
     gradient:
-        The same -> (squared norms, the weight's gradient), where that costs no more than the gradient alone; or None.
+        As `factors` -> (squared norms, the weight's gradient), where that costs no more than the gradient; or None.
     back:
         (weight, cotangent of one sample's output) -> that of its input, where it is written out here; or None.
-    table:
-        Rows of the table that is looked up in.
     frame:
         Which axes of the parameter run along the factors' last axes; uses of one frame can be added. None for uses
         that cannot.
     flipped:
         Whether left runs over the frame's second set of axes.
+    window:
+        How a convolution's kernel slides.
     """
 
-    kind: str
+    kind: Kind
     operand: int
-    factors: Callable[[jax.Array, jax.Array], Factors]
-    norms: Callable[[jax.Array, jax.Array], jax.Array]
+    factors: Callable[[jax.Array, jax.Array], Arrays]
     size: int
     frame: tuple | None = None
     flipped: bool = False
     gradient: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
     back: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    table: int = 0
+    window: Window | None = None
+
+    def square_norms(self, beside: jax.Array, d: jax.Array) -> jax.Array:
+        """(that input (N, ...), cotangent of the output (N, ...)) -> (N,) squared norms."""
+        use = Factors(self.kind, self.factors(beside, d))
+        slide = None if self.window is None else partial(convolution.square_norms, window=self.window)
+        found = uses.square_norms(jnp, [use], slide, UNBOUNDED)
+        return jnp.sum(found.reshape(d.shape[0], -1), axis=1)
 
 
 def recognised(eqn: Any, position: int, view: View) -> Use | None:
@@ -165,25 +171,23 @@ def _dot(eqn: Any, position: int, view: View) -> Use:
     start = len(shared[0])
     first = start + (len(x_free) if position == 1 else 0)  # of the columns in y
     d_free = range(start + (len(w_free) if position == 0 else 0), y_ndim(eqn) - (len(w_free) if position == 1 else 0))
-    size = lambda aval, axes: math.prod(aval.shape[axis] for axis in axes)
+
+    def size(aval: Any, axes: Sequence[int]) -> int:
+        return math.prod(aval.shape[axis] for axis in axes)
+
     outer, rows, columns = size(w, w_shared), size(w, w_rows), size(w, w_free)
 
-    def factors(x: jax.Array, d: jax.Array) -> Factors:
+    def factors(x: jax.Array, d: jax.Array) -> Arrays:
         left = _permuted(x, x_shared, x_free, x_rows).reshape(x.shape[0] * outer, -1, rows)
         right = _permuted(d, range(start), d_free, [first + i for i in own]).reshape(x.shape[0] * outer, -1, columns)
         return left, right
-
-    def square_norms(x: jax.Array, d: jax.Array) -> jax.Array:
-        left, right = factors(x, d)
-        found = norms.outer(jnp, left, right, budget=UNBOUNDED)
-        return jnp.sum(found.reshape(-1, outer), axis=1)
 
     row_axes = tuple(sorted(view.axes[axis] for axis in w_rows))
     column_axes = tuple(sorted(view.axes[axis] for axis in w_free))
     flipped = row_axes > column_axes
     frame = (view.space, *((column_axes, row_axes) if flipped else (row_axes, column_axes)))
     return Use(
-        "outer", 1 - position, factors, square_norms, _outer_size(size(x, x_free), rows, columns) * outer,
+        "outer", 1 - position, factors, _outer_size(size(x, x_free), rows, columns) * outer,
         None if w_shared else frame, flipped,
     )  # fmt: skip
 
@@ -211,19 +215,15 @@ def _gather(eqn: Any, position: int, view: View) -> Use | None:
     positions = [a for a in range(y.ndim) if a not in [d for _, d in offset]]
     columns = [d for _, d in sorted(offset)]
 
-    def factors(index: jax.Array, d: jax.Array) -> Factors:
+    def factors(index: jax.Array, d: jax.Array) -> Arrays:
         rows = index[..., column].reshape(index.shape[0], -1)
         outside = (rows < 0) | (rows >= count)
         rows = jnp.clip(rows, 0, count - 1) if clips else jnp.where(outside, -1, rows)
         return rows, _permuted(d, (), positions, columns).reshape(*rows.shape, -1)
 
-    def square_norms(index: jax.Array, d: jax.Array) -> jax.Array:
-        rows, values = factors(index, d)
-        return norms.rows(jnp, rows, values, budget=UNBOUNDED)
-
     length = math.prod(index.shape[:-1])
     frame = (view.space, (view.axes[axis],), tuple(sorted(a for a, _ in offset)))
-    return Use("rows", 1, factors, square_norms, 2 * length**2, frame, table=count)
+    return Use("rows", 1, factors, 2 * length**2, frame)
 
 
 def _convolution(eqn: Any, position: int, view: View) -> Use | None:
@@ -245,7 +245,7 @@ def _convolution(eqn: Any, position: int, view: View) -> Use | None:
         w.shape[how.rhs_spec[1]], w.shape[how.rhs_spec[0]] // groups, groups,
     )  # fmt: skip
 
-    def factors(x: jax.Array, d: jax.Array) -> Factors:
+    def factors(x: jax.Array, d: jax.Array) -> Arrays:
         x, d = _permuted(x, x_axes), _permuted(d, y_axes)
         return lax.pad(x, jnp.zeros((), x.dtype), padding), d
 
@@ -255,13 +255,9 @@ def _convolution(eqn: Any, position: int, view: View) -> Use | None:
         places = (*how.rhs_spec[2:], how.rhs_spec[1], how.rhs_spec[0])  # of the weight's axes, for each of the kernel's
         return found, jnp.transpose(kernel[0], [places.index(axis) for axis in range(w.ndim)]).astype(w.dtype)
 
-    def square_norms(x: jax.Array, d: jax.Array) -> jax.Array:
-        padded, cotangent = factors(x, d)
-        return convolution.square_norms(padded, cotangent, window)
-
     return Use(
-        "convolution", 0, factors, square_norms, 1, gradient=None if window.gram else gradient,
-        back=_back(params, x.shape, y.shape) if groups == 1 else None,
+        "convolution", 0, factors, 1, gradient=None if window.gram else gradient,
+        back=_back(params, x.shape, y.shape) if groups == 1 else None, window=window,
     )  # fmt: skip
 
 
@@ -296,7 +292,7 @@ def _back(params: dict[str, Any], given: tuple[int, ...], made: tuple[int, ...])
 
 
 UNBOUNDED = 2**62
-"""For `lnp.per_sample.norms`, which is given as many samples as the budget allows."""
+"""For `lnp.per_sample.uses`, which is given as many samples as the budget allows."""
 
 
 def y_ndim(eqn: Any) -> int:

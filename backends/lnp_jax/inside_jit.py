@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 
-def kept_apart(measure: Callable[[], Any]) -> Any:
+def share_nothing(measure: Callable[[], Any]) -> Any:
     """What `measure()` returns, by a program that shares no operation with what else the caller computes.
 
     XLA joins equal operations, and fuses an operation with its successor if it has no other, which changes how it is
@@ -20,14 +20,14 @@ def kept_apart(measure: Callable[[], Any]) -> Any:
     many times as long.
     """
     closed, shapes = jax.make_jaxpr(measure, return_shape=True)()
-    true = _true(closed.consts)
+    true = _opaque_true(closed.consts)
     consts = [jax.lax.select_n(true, jnp.zeros_like(array), array) for array in closed.consts]
     made = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
     return jax.tree.unflatten(jax.tree.structure(shapes), made)
 
 
-def _true(arrays: Any) -> jax.Array:
-    """True, made of what is traced; where nothing is, all are constants."""
+def _opaque_true(arrays: Sequence[Any]) -> jax.Array:
+    """True, shape (), made of what is traced, so that XLA cannot know it; a constant where nothing is traced."""
     some = next((array for array in arrays if isinstance(array, jax.core.Tracer) and array.size), jnp.zeros(1))
     some = jax.random.key_data(some) if jnp.issubdtype(some.dtype, jax.dtypes.prng_key) else some
     return (some.ravel()[0].astype(jnp.int32) | 1) != 0
