@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from lnp.contract.options import Options
+from lnp.arguments import Batch, Forward, Loss, Model, Parameters, Seed, Update
+from lnp.contract.options import BatchStatistics, Options
 from lnp.contract.registry import evaluate
-from lnp.estimators import trace
+from lnp.estimators.trace import Estimator, takes_samples_apart
 from lnp.results.computations import Decompose, Respond, measured_change, predicted_change
 from lnp.results.cross_response import CrossResponse
 from lnp.results.decomposition import ByLayer, Decomposition, explained
-from lnp.results.preconditioner import Preconditioned, whole
+from lnp.results.preconditioner import Preconditioned, joint_options
 
 
 def decompose(
-    model: Any,
-    batch: Any,
-    loss: str | Callable | None = None,
+    model: Model,
+    batch: Batch,
+    loss: Loss = None,
     *,
-    forward: Callable | None = None,
-    parameters: Any = None,
+    forward: Forward = None,
+    parameters: Parameters = None,
     by_layer: ByLayer = False,
     population: bool | None = None,
-    estimator: str = "auto",
+    estimator: Estimator = "auto",
     rtol: float = 0.01,
     max_probes: int = 64,
-    seed: Any = 0,
+    seed: Seed = 0,
     loss_terms: int | None = None,
     microbatch: int | None = None,
-    batch_statistics: str = "frozen",
-    preconditioner: Any = None,
+    batch_statistics: BatchStatistics = "frozen",
+    preconditioner: Update = None,
 ) -> Decomposition:
     r"""Split the speed at which the loss falls into loss scale, network scale and spectral position.
 
@@ -65,22 +65,22 @@ def decompose(
         None computes them where that is cheap (the squared norms of single samples come with the gradient) and the
         loss is a mean over samples; True also where it is not cheap, False never.
     estimator:
-        Of tr Theta: "exact", "per_sample", "grouped", "joint", or "auto": exact for few outputs, per sample otherwise,
-        joint (or grouped, with `microbatch`) where the samples interact in the network. See `lnp.estimators.trace`.
+        How tr Theta is estimated: "exact", "per_sample", "grouped", "joint", or "auto": exact for few outputs, per
+        sample otherwise, joint (or grouped, with `microbatch`) where the samples interact in the network. See
+        `lnp.estimators.trace`.
     rtol:
         Relative standard error of chi_net at which the probing stops; 0 spends all of `max_probes`.
     max_probes:
         The most random probes to spend, also when `rtol` is not reached.
     seed:
-        Of the random signs. The caller's own random state is not used up.
+        Seed of the random signs. The caller's own random state is not used up.
     loss_terms:
         n, if the loss's mean is over something that lnp cannot know.
     microbatch:
         Samples held in memory at a time. The samples must not interact.
     batch_statistics:
-        "frozen": batch normalisation in training mode keeps this batch's statistics. "coupled": they depend on
-        the parameters,
-        as in the training step itself.
+        "frozen": batch normalisation in training mode keeps this batch's statistics. "coupled": they depend on the
+        parameters, as in the training step itself.
     preconditioner:
         The diagonal of M for an optimizer whose update is -eta M grad L, such as Adam's 1 / (sqrt(v) + eps); in the
         form of `measured_loss_change`'s update. Rate, network scale and position are then those of J M J^T, with the
@@ -89,7 +89,7 @@ def decompose(
     Returns
     -------
     Decomposition
-        Of floats; of arrays of shape () when called inside a compiled function.
+        Its numbers are floats, or arrays of shape () when called inside a compiled function.
 
     Raises
     ------
@@ -118,33 +118,33 @@ def decompose(
         loss_terms=loss_terms,
         microbatch=microbatch,
         batch_statistics=batch_statistics,
-        split=trace.splits(estimator, microbatch),
+        split=takes_samples_apart(estimator, microbatch),
         population=population,
     )
     if preconditioner is None:
         computation = Decompose(estimator, rtol, max_probes, by_layer, population)
         return explained(evaluate(computation, model, (batch,), options))
-    scaled = Preconditioned(estimator, rtol, max_probes, by_layer, population)
-    return explained(evaluate(scaled, model, (batch,), whole(options), update=preconditioner))
+    preconditioned = Preconditioned(estimator, rtol, max_probes, by_layer, population)
+    return explained(evaluate(preconditioned, model, (batch,), joint_options(options), update=preconditioner))
 
 
 def cross_response(
-    model: Any,
-    train_batch: Any,
-    measured_batch: Any,
-    loss: str | Callable | None = None,
+    model: Model,
+    train_batch: Batch,
+    measured_batch: Batch,
+    loss: Loss = None,
     *,
-    forward: Callable | None = None,
-    parameters: Any = None,
+    forward: Forward = None,
+    parameters: Parameters = None,
     by_layer: ByLayer = False,
     population: bool | None = False,
-    estimator: str = "auto",
+    estimator: Estimator = "auto",
     rtol: float = 0.01,
     max_probes: int = 64,
-    seed: Any = 0,
+    seed: Seed = 0,
     loss_terms: int | None = None,
     microbatch: int | None = None,
-    batch_statistics: str = "frozen",
+    batch_statistics: BatchStatistics = "frozen",
 ) -> CrossResponse:
     r"""How fast the loss on one batch falls while gradient descent trains on another.
 
@@ -170,7 +170,7 @@ def cross_response(
         loss_terms=loss_terms,
         microbatch=microbatch,
         batch_statistics=batch_statistics,
-        split=trace.splits(estimator, microbatch),
+        split=takes_samples_apart(estimator, microbatch),
         population=population,
     )
     computation = Respond(estimator, rtol, max_probes, by_layer, population)
@@ -178,15 +178,15 @@ def cross_response(
 
 
 def measured_loss_change(
-    model: Any,
-    batch: Any,
-    loss: str | Callable | None = None,
+    model: Model,
+    batch: Batch,
+    loss: Loss = None,
     *,
     learning_rate: float | None = None,
-    update: Any = None,
-    forward: Callable | None = None,
-    parameters: Any = None,
-    batch_statistics: str = "frozen",
+    update: Update = None,
+    forward: Forward = None,
+    parameters: Parameters = None,
+    batch_statistics: BatchStatistics = "frozen",
 ) -> float:
     """L(theta + Delta) - L(theta) on the batch, by evaluating the loss at the moved parameters. The model stays
     where it is.
@@ -207,19 +207,19 @@ def measured_loss_change(
     -0.36
     """
     options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False)
-    return _step(measured_change, model, batch, options, learning_rate, update)
+    return _loss_change(measured_change, model, batch, options, learning_rate, update)
 
 
 def predicted_loss_change(
-    model: Any,
-    batch: Any,
-    loss: str | Callable | None = None,
+    model: Model,
+    batch: Batch,
+    loss: Loss = None,
     *,
     learning_rate: float | None = None,
-    update: Any = None,
-    forward: Callable | None = None,
-    parameters: Any = None,
-    batch_statistics: str = "frozen",
+    update: Update = None,
+    forward: Forward = None,
+    parameters: Parameters = None,
+    batch_statistics: BatchStatistics = "frozen",
 ) -> float:
     """<grad L, Delta>, the loss change of a step to first order. Parameters as for `measured_loss_change`.
 
@@ -231,10 +231,12 @@ def predicted_loss_change(
     -0.4
     """
     options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False)
-    return _step(predicted_change, model, batch, options, learning_rate, update)
+    return _loss_change(predicted_change, model, batch, options, learning_rate, update)
 
 
-def _step(computation: Callable, model: Any, batch: Any, options: Options, learning_rate: Any, update: Any) -> float:
+def _loss_change(
+    computation: Callable, model: Model, batch: Batch, options: Options, learning_rate: float | None, update: Update
+) -> float:
     """The loss change of a step of gradient descent, or of an update that is given."""
     if (learning_rate is None) == (update is None):
         given = "neither" if update is None else "both"

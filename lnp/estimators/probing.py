@@ -15,6 +15,10 @@ PILOT = 12
 measurements 7% too short; with 12, less than the 2% that Student's t allows for."""
 
 
+Count = int | Array
+"""A number of probes or of groups; an array of shape () where it depends on values, as in a compiled loop."""
+
+
 @dataclass(frozen=True)
 class Pilot:
     """Probes of some samples, drawn at random.
@@ -22,7 +26,7 @@ class Pilot:
     Attributes
     ----------
     index:
-        Which samples, shape (M,).
+        The indices of the samples, shape (M,).
     square_norms:
         v (N, K) -> (R, M) array of ||J_rm^T v_m||^2.
     """
@@ -54,8 +58,8 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What probing has found.
+class ProbeAverage:
+    """The average of the probes that were spent.
 
     Attributes
     ----------
@@ -71,8 +75,8 @@ class Probed:
 
     mean: Array
     variance: Array
-    probes: Any
-    groups: Any
+    probes: Count
+    groups: Count
 
 
 def pilot_size(samples: int) -> int:
@@ -85,7 +89,7 @@ def pilot_size(samples: int) -> int:
     return size if 2 * size <= samples else samples
 
 
-def to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes: int) -> Probed:
+def to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes: int) -> ProbeAverage:
     """Average probes until the standard error of the first row is below `rtol` times its estimate, or `max_probes` are
     spent.
 
@@ -102,89 +106,90 @@ def to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes: int)
     The first and the last are upper bounds: they hold the spread of the samples' traces beside the probes' noise.
     """
     xp = lin.xp
-    start = _start(lin, probe, rtol, max_probes)
-    count, mean, single = start.probes, start.mean, start.variance
-    enough = _meets(xp, mean, single, rtol) if _trusted(probe, max_probes) else xp.zeros_like(single[0], dtype=xp.bool)
+    first = _first_probe(lin, probe, rtol, max_probes)
+    enough = xp.zeros_like(first.variance[0], dtype=xp.bool)
+    if max_probes == 1 or probe.groups > DEGREES_OF_FREEDOM:
+        enough = _is_within(xp, first.mean, first.variance, rtol)
     least = min(max_probes, 2 + (DEGREES_OF_FREEDOM - 1) // probe.groups)
 
     def body(state: tuple) -> tuple:
         count, mean, squares = state
         value = probe.square_norms(lin.signs(count))
         difference = value - mean
-        mean = mean + difference / _number(lin, count + 1)
+        mean = mean + difference / _factor(lin, count + 1)
         return count + 1, mean, squares + difference * (value - mean)
 
     def unfinished(state: tuple) -> Any:
         count, mean, squares = state
         if isinstance(count, int) and 1 < count < least:
-            return True  # known without reading anything from the device
+            return True  # without reading anything from the device
         if isinstance(count, int) and count >= max_probes:
             return False
-        wide = xp.logical_not(_meets(xp, mean, squares_to_variance(count, squares), rtol))
+        wide = xp.logical_not(_is_within(xp, mean, pooled_variance(count, squares), rtol))
         return ((count < least) | ((count < max_probes) & wide)) & ((count > 1) | xp.logical_not(enough))
 
-    def squares_to_variance(count: Any, squares: Array) -> Array:
+    def pooled_variance(count: Count, squares: Array) -> Array:
         pairs = count * (count - 1)
         pairs = max(pairs, 1) if isinstance(pairs, int) else xp.where(pairs == 0, xp.ones_like(pairs), pairs)
-        return xp.sum(squares, axis=1) / _number(lin, pairs)
+        return xp.sum(squares, axis=1) / _factor(lin, pairs)
 
-    total, mean, squares = lin.while_loop(unfinished, body, (count, mean, xp.zeros_like(mean)))
+    total, mean, squares = lin.while_loop(unfinished, body, (first.probes, first.mean, xp.zeros_like(first.mean)))
     if isinstance(total, int):
-        return Probed(mean, single if total == 1 else squares_to_variance(total, squares), total, start.groups)
-    variance = xp.where(total > 1, squares_to_variance(total, squares), single)
-    return Probed(mean, variance, total, start.groups)
+        variance = first.variance if total == 1 else pooled_variance(total, squares)
+    else:
+        variance = xp.where(total > 1, pooled_variance(total, squares), first.variance)
+    return ProbeAverage(mean, variance, total, first.groups)
 
 
-def _start(lin: Linearization, probe: Probe, rtol: float, max_probes: int) -> Probed:
-    """One probe: of the pilot's samples if that is enough, else of all, with what tells its error."""
+def _first_probe(lin: Linearization, probe: Probe, rtol: float, max_probes: int) -> ProbeAverage:
+    """One probe: of the pilot's samples if that is enough, else of all, with an estimate of its error."""
     xp, groups = lin.xp, probe.groups
-    whole = lambda: probe.square_norms(lin.signs(0))
+
+    def all_groups() -> Array:
+        return probe.square_norms(lin.signs(0))
+
     size = pilot_size(groups)
     if probe.pilot is None or size == groups or max_probes == 1 or rtol == 0:
-        first = whole()
-        return Probed(first, _across(xp, first), 1, groups)
+        values = all_groups()
+        return ProbeAverage(values, _variance_across_groups(xp, values), 1, groups)
     pilot = probe.pilot()
     few = pilot.square_norms(lin.signs(1))
-    spread, bound = (
-        _spread_out(xp, few, pilot.index, groups),
-        groups**2 / size / (size - 1) * _square_deviation(xp, few),
-    )
-    enough = _meets(xp, spread, bound, rtol)
-    first = _when(lin, xp.logical_not(enough), whole, spread)
-    variance = xp.where(enough, bound, _differences(xp, first, few, pilot.index))
-    return Probed(first, variance, 1, groups + (size - groups) * xp.astype(enough, xp.int32))
+    filled = _fill_with_mean(xp, few, pilot.index, groups)
+    bound = groups**2 / size / (size - 1) * _square_deviation(xp, few)
+    enough = _is_within(xp, filled, bound, rtol)
+    values = _compute_if(lin, xp.logical_not(enough), all_groups, filled)
+    variance = xp.where(enough, bound, _variance_of_differences(xp, values, few, pilot.index))
+    return ProbeAverage(values, variance, 1, groups + (size - groups) * xp.astype(enough, xp.int32))
 
 
-def _trusted(probe: Probe, max_probes: int) -> bool:
-    """Whether the error of a single probe may stop the probing."""
-    return max_probes == 1 or probe.groups > DEGREES_OF_FREEDOM
-
-
-def _meets(xp: Any, mean: Array, variance: Array, rtol: float) -> Array:
-    """Whether the first row's error is within the tolerance, or nan: more probes would not help."""
+def _is_within(xp: Any, mean: Array, variance: Array, rtol: float) -> Array:
+    """Whether the first row's error is within the tolerance, or nan: more probes would not help. Shape ()."""
     return xp.logical_not(variance[0] > (rtol * xp.sum(mean[0, :])) ** 2)
 
 
-def _when(lin: Linearization, condition: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
+def _compute_if(lin: Linearization, condition: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
     """`compute()` where the condition holds; a loop of at most one turn, which every framework has."""
-    body = lambda state: (state[0] + 1, compute())
+
+    def body(state: tuple) -> tuple:
+        return state[0] + 1, compute()
+
     return lin.while_loop(lambda state: (state[0] < 1) & condition, body, (0, otherwise))[1]
 
 
-def _differences(xp: Any, first: Array, second: Array, index: Array) -> Array:
+def _variance_of_differences(xp: Any, first: Array, second: Array, index: Array) -> Array:
     """Squared standard error of the first probe's sum from the M samples that have a second, (R,)."""
     difference = second - xp.take(first, index, axis=1)
     return xp.sum(difference * difference, axis=1) * (0.5 * first.shape[1] / second.shape[1])
 
 
-def _spread_out(xp: Any, few: Array, index: Array, samples: int) -> Array:
+def _fill_with_mean(xp: Any, few: Array, index: Array, samples: int) -> Array:
     """(R, M) values at their places among N samples, the others filled with their mean. (R, N)."""
     mean = xp.mean(few, axis=1, keepdims=True)
     places = xp.astype(xp.arange(samples, device=getattr(few, "device", None))[None, :] == index[:, None], few.dtype)
     return mean + xp.matmul(few - mean, places)
 
 
-def _across(xp: Any, values: Array) -> Array:
+def _variance_across_groups(xp: Any, values: Array) -> Array:
     """Squared standard error from the spread across groups, shape (R,); nan for a single group."""
     groups = values.shape[1]
     if groups == 1:
@@ -198,6 +203,6 @@ def _square_deviation(xp: Any, values: Array) -> Array:
     return xp.sum(spread * spread, axis=1)
 
 
-def _number(lin: Linearization, count: Any) -> Any:
+def _factor(lin: Linearization, count: Count) -> Count:
     """A count as a factor: not every framework multiplies integers with floats."""
     return count if isinstance(count, int) else lin.xp.astype(count, accumulation_dtype(lin.xp, lin.outputs.dtype))

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lnp.contract.linearization import Array, Linearization, accumulation_dtype
 from lnp.estimators.probing import Pilot, Probe, pilot_size, to_tolerance
 
-ESTIMATORS = ("auto", "exact", "per_sample", "grouped", "joint")
+Estimator = Literal["auto", "exact", "per_sample", "grouped", "joint"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 GROUPS = 8
 """Groups that the grouped estimator forms when the batch was not split into micro-batches."""
 TYPICAL_DEVIATION = 0.1
@@ -26,7 +27,7 @@ LEAST_PROBES = 2
 """What probing to a tolerance costs at least, in probes: one, and some samples again that tell its error."""
 EXACT_ROWS = 16
 """`auto` takes all N*K rows one by one up to this many, where samples interact."""
-SPLITTING = ("auto", "exact", "per_sample")
+PER_SAMPLE = ("auto", "exact", "per_sample")
 """Estimators that take the samples one at a time where they do not interact."""
 Rows = Sequence[Sequence[str]]
 """For each row of an estimate, the parameters whose squared norms it adds; the first row holds all of them."""
@@ -51,23 +52,24 @@ class Settings:
         For an unknown estimator, a negative tolerance, and no probes.
     """
 
-    estimator: str
+    estimator: Estimator
     rtol: float
     max_probes: int
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
-            known = ", ".join(map(repr, ESTIMATORS))
-            raise ValueError(f"Unknown estimator {self.estimator!r}. Expected one of {known}.")
+            raise ValueError(
+                f"Unknown estimator {self.estimator!r}. Expected one of {', '.join(map(repr, ESTIMATORS))}."
+            )
         if not self.rtol >= 0:
             raise ValueError(f"rtol is {self.rtol!r}. Expected a relative standard error >= 0, such as 0.01.")
         if not (isinstance(self.max_probes, int) and self.max_probes >= 1):
             raise ValueError(f"max_probes is {self.max_probes!r}. Expected an integer >= 1.")
 
 
-def splits(estimator: str, microbatch: int | None) -> bool:
-    """Whether samples may be taken apart, which needs to be seen not to change the function."""
-    return estimator in SPLITTING or microbatch is not None
+def takes_samples_apart(estimator: Estimator, microbatch: int | None) -> bool:
+    """Whether samples may be taken apart, where the backend finds that they do not interact."""
+    return estimator in PER_SAMPLE or microbatch is not None
 
 
 @dataclass(frozen=True)
@@ -130,26 +132,37 @@ def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_pr
     if estimator == "exact":
         return exact(lin, rows)
     probe = {"per_sample": per_sample, "grouped": grouped, "joint": joint}[estimator](lin, rows)
-    found = to_tolerance(lin, probe, rtol, max_probes)
-    error, apart = lin.xp.sqrt(found.variance), found.mean[0, :] if estimator == "per_sample" else None
-    probed = found.groups if estimator == "per_sample" else lin.outputs.shape[0]
-    return TraceEstimate(lin.xp.sum(found.mean, axis=1), error, estimator, found.probes, probed, apart)
+    average = to_tolerance(lin, probe, rtol, max_probes)
+    independent = estimator == "per_sample"
+    return TraceEstimate(
+        trace=lin.xp.sum(average.mean, axis=1),
+        standard_error=lin.xp.sqrt(average.variance),
+        estimator=estimator,
+        probes=average.probes,
+        probed=average.groups if independent else lin.outputs.shape[0],
+        samples=average.mean[0, :] if independent else None,
+    )
 
 
 def per_sample(lin: Linearization, rows: Rows) -> Probe:
     """||J_n^T v_n||^2 for each sample n, whose expectation over signs is tr Theta_nn. Samples must not interact."""
-    square_norms = lin.sample_square_norms
-    assert square_norms is not None, "choose() takes this estimator only where the record has them"
+    sample_square_norms = lin.sample_square_norms
+    assert sample_square_norms is not None, "choose() takes this estimator only where the record has them"
     samples, subset = lin.outputs.shape[0], lin.subset
+
+    def square_norms(v: Array) -> Array:
+        return _by_row(lin, rows, sample_square_norms(v))
 
     def pilot() -> Pilot:
         assert subset is not None, "a probe without a subset has no pilot"
         some = subset(pilot_size(samples))
-        own = lambda v: some.sample_square_norms(lin.xp.take(v, some.index, axis=0))
-        return Pilot(some.index, lambda v: _by_row(lin, rows, own(v)))
 
-    probe = lambda v: _by_row(lin, rows, square_norms(v))
-    return Probe(probe, samples, len(rows), pilot if subset is not None and lin.subset_pays else None)
+        def pilot_square_norms(v: Array) -> Array:
+            return _by_row(lin, rows, some.sample_square_norms(lin.xp.take(v, some.index, axis=0)))
+
+        return Pilot(some.index, pilot_square_norms)
+
+    return Probe(square_norms, samples, len(rows), pilot if subset is not None and lin.subset_pays else None)
 
 
 def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
@@ -158,9 +171,9 @@ def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
     Without micro-batches each group is a cotangent that is zero on the other samples, and costs one pull-back.
     """
     xp = lin.xp
-    of_groups = lin.group_square_norms
-    if of_groups is not None:
-        return Probe(lambda v: _by_row(lin, rows, of_groups(v)), lin.groups, len(rows))
+    group_square_norms = lin.group_square_norms
+    if group_square_norms is not None:
+        return Probe(lambda v: _by_row(lin, rows, group_square_norms(v)), lin.groups, len(rows))
     samples = lin.outputs.shape[0]
     groups = min(groups, samples)
     bounds = [(samples * g // groups, samples * (g + 1) // groups) for g in range(groups)]
@@ -168,14 +181,14 @@ def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
     def square_norms(v: Array) -> Array:
         index = xp.arange(samples, device=_device(v))[:, None]
         parts = [xp.where((index >= start) & (index < stop), v, xp.zeros_like(v)) for start, stop in bounds]
-        return xp.concat([_pulled_back(lin, rows, part) for part in parts], axis=1)
+        return xp.concat([_joint_square_norms(lin, rows, part) for part in parts], axis=1)
 
     return Probe(square_norms, groups, len(rows))
 
 
 def joint(lin: Linearization, rows: Rows) -> Probe:
     """||J^T v||^2, whose expectation over signs is tr Theta; right for any network."""
-    return Probe(lambda v: _pulled_back(lin, rows, v), 1, len(rows))
+    return Probe(lambda v: _joint_square_norms(lin, rows, v), 1, len(rows))
 
 
 def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
@@ -191,20 +204,23 @@ def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
 
     def unit(index: Any) -> Array:
         """e_k for every sample at once, or the unit vector of one row of J."""
-        at = xp.astype(xp.arange(count, device=_device(lin.outputs)) == index, lin.outputs.dtype)
-        return xp.broadcast_to(xp.reshape(at, (-1, outputs)), (samples, outputs))
+        one = xp.astype(xp.arange(count, device=_device(lin.outputs)) == index, lin.outputs.dtype)
+        return xp.broadcast_to(xp.reshape(one, (-1, outputs)), (samples, outputs))
 
     def body(state: tuple) -> tuple:
         index, total = state
         return index + 1, total + probe.square_norms(unit(index))
 
-    _, groups = lin.while_loop(lambda state: state[0] < count, body, (0, _zeros(lin, (len(rows), probe.groups))))
+    dtype = accumulation_dtype(xp, lin.outputs.dtype)
+    zero = xp.zeros((len(rows), probe.groups), dtype=dtype, device=_device(lin.outputs))
+    _, groups = lin.while_loop(lambda state: state[0] < count, body, (0, zero))
     total = xp.sum(groups, axis=1)
-    apart = lin.sample_square_norms is not None
-    return TraceEstimate(total, xp.zeros_like(total), "exact", count, samples, groups[0, :] if apart else None)
+    independent = lin.sample_square_norms is not None
+    return TraceEstimate(total, xp.zeros_like(total), "exact", count, samples, groups[0, :] if independent else None)
 
 
-def _pulled_back(lin: Linearization, rows: Rows, v: Array) -> Array:
+def _joint_square_norms(lin: Linearization, rows: Rows, v: Array) -> Array:
+    """||J_r^T v||^2 for each row of parameters, (R, 1)."""
     pulled = lin.vjp(v)
     return _by_row(lin, rows, lin.inner_products(pulled, pulled))
 
@@ -214,11 +230,6 @@ def _by_row(lin: Linearization, rows: Rows, square_norms: Mapping[str, Array]) -
     sums = [sum((square_norms[name] for name in row[1:]), start=square_norms[row[0]]) for row in rows]
     dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)  # parameters may be wider than the outputs
     return lin.xp.astype(lin.xp.stack([lin.xp.reshape(total, (-1,)) for total in sums]), dtype, copy=False)
-
-
-def _zeros(lin: Linearization, shape: Any) -> Array:
-    dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)
-    return lin.xp.zeros(shape, dtype=dtype, device=_device(lin.outputs))
 
 
 def _device(array: Array) -> Any:

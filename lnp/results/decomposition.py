@@ -147,12 +147,9 @@ def decomposed(
 ) -> tuple[Decomposition, GradientPass]:
     """The decomposition, and the backward pass of the loss that it was made of: with J^T g if `vector` is true."""
     name, notes = trace.choose(lin, estimator, rtol, max_probes)
-    apart = lin.sample_square_norms is not None and name in ("exact", "per_sample")
-    reason = "" if population is False else _why_no_population(lin, apart, asked=population is True)
+    reason = _why_no_population(lin, name, population)
     wanted = population is not False and not reason
-    found = gradient_pass(
-        lin, per_sample=wanted, products=jackknife_size(lin.outputs.shape[0]) if wanted else 0, vector=vector
-    )
+    found = gradient_pass(lin, **_wish(lin, wanted, vector))
     square_norms = found.square_norms
     layers = layer_names(tuple(square_norms), by_layer)
     rows = [tuple(square_norms), *layers.values()]
@@ -179,21 +176,42 @@ def decomposed(
     ), found
 
 
+def asked(
+    lin: Linearization, *, estimator: str, rtol: float, max_probes: int, population: bool | None, **others: Any
+) -> dict[str, Any]:
+    """What `decompose` with these settings asks of the backward pass of the loss: keywords of `gradient_pass`.
+
+    For a backend that makes this pass beforehand, as part of a training step.
+    """
+    name, _ = trace.choose(lin, estimator, rtol, max_probes)
+    wanted = population is not False and not _why_no_population(lin, name, population)
+    return _wish(lin, wanted, vector=False)
+
+
+def _wish(lin: Linearization, population: bool, vector: bool) -> dict[str, Any]:
+    """The keywords of `gradient_pass` with the population's values or without them, with J^T g or without it."""
+    products = jackknife_size(lin.outputs.shape[0]) if population else 0
+    return {"per_sample": population, "products": products, "vector": vector}
+
+
 def sum_of(values: Mapping[str, Array], names: Iterable[str]) -> Array:
     """The sum of the values of these parameters."""
     first, *others = (values[name] for name in names)
     return sum(others, start=first)
 
 
-def _why_no_population(lin: Linearization, apart: bool, asked: bool) -> str:
-    """Why the population's values cannot be had, or are not worth their cost; "" if they are."""
+def _why_no_population(lin: Linearization, estimator: str, population: bool | None) -> str:
+    """Why the population's values cannot be had, or are not worth their cost; "" if they are, or are not asked for."""
+    if population is False:
+        return ""
+    apart = lin.sample_square_norms is not None and estimator in ("exact", "per_sample")
     if not apart:
         return "the samples were not taken one at a time"
     if not lin.separable:
         return "it is not known whether the loss is a mean over samples; if it is, set loss.separable = True"
     if lin.outputs.shape[0] < 3:
         return "fewer than three samples tell nothing about their spread"
-    if not (lin.cheap or asked):
+    if not (lin.cheap or population):
         return "single samples are not cheap in this network; ask for population=True"
     return "" if possible(lin) else "the backend has no Jacobian-vector products"
 

@@ -15,12 +15,11 @@ Source: docs/theory.md, "A step that was really taken".
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lnp.contract.linearization import Linearization, Vector
 from lnp.contract.options import Options
 from lnp.estimators.trace import Settings
-from lnp.results.decomposition import Decomposition
+from lnp.results.decomposition import ByLayer, Decomposition
 from lnp.results.decomposition import decompose as decompose_linearization
 
 
@@ -29,14 +28,17 @@ def preconditioned(lin: Linearization, diagonal: Vector) -> Linearization:
 
     Where an entry is negative, the core's numbers are nan. Pure, safe to trace and compile.
     """
-    xp, jvp, along = lin.xp, lin.jvp, lin.loss_along
-    root = {name: xp.sqrt(entries) for name, entries in diagonal.items()}
-    scaled = lambda u: multiplied(u, root)
+    jvp, loss_along = lin.jvp, lin.loss_along
+    root = {name: lin.xp.sqrt(entries) for name, entries in diagonal.items()}
+
+    def scale(u: Vector) -> Vector:
+        return {name: u[name] * root[name] for name in u}
+
     return replace(
         lin,
-        vjp=lambda v: scaled(lin.vjp(v)),
-        jvp=None if jvp is None else lambda u: jvp(scaled(u)),
-        loss_along=None if along is None else lambda u, step: along(scaled(u), step),
+        vjp=lambda v: scale(lin.vjp(v)),
+        jvp=None if jvp is None else lambda u: jvp(scale(u)),
+        loss_along=None if loss_along is None else lambda u, step: loss_along(scale(u), step),
         gradient_pass=None,
         coupled=None,
         sample_square_norms=None,
@@ -48,16 +50,7 @@ def preconditioned(lin: Linearization, diagonal: Vector) -> Linearization:
     )
 
 
-def multiplied(u: Vector, w: Vector) -> Vector:
-    """Two vectors in parameter space, entry by entry.
-
-    >>> multiplied({"a": 2.0}, {"a": 0.5})
-    {'a': 1.0}
-    """
-    return {name: u[name] * w[name] for name in u}
-
-
-def whole(options: Options) -> Options:
+def joint_options(options: Options) -> Options:
     """The options of a record that is to be preconditioned: its samples are not taken apart.
 
     Raises
@@ -80,7 +73,7 @@ class Preconditioned(Settings):
     The diagonal arrives as `update`, a vector of the backend's.
     """
 
-    by_layer: Any = False
+    by_layer: ByLayer = False
     population: bool | None = False
 
     def __call__(self, lin: Linearization, update: Vector) -> Decomposition:

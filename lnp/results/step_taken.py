@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lnp.arguments import Batch, Forward, Loss, Model
 from lnp.contract import registry
-from lnp.contract.options import Options
+from lnp.contract.options import BatchStatistics, Options
 from lnp.results.computations import changes
 
 
@@ -28,7 +29,7 @@ class StepTaken:
     measured: float
 
 
-def snapshot(model: Any) -> Any:
+def snapshot(model: Model) -> Any:
     """The model as it is now, for `step_taken`: a copy of its parameters, or the model itself where nothing changes it.
 
     Raises
@@ -40,9 +41,15 @@ def snapshot(model: Any) -> Any:
 
 
 def step_taken(
-    before: Any, after: Any, batch: Any, loss: str | Callable | None = None, *, forward: Callable | None = None,
-    loss_terms: int | None = None, batch_statistics: str = "frozen",
-) -> StepTaken:  # fmt: skip
+    before: Any,
+    after: Model,
+    batch: Batch,
+    loss: Loss = None,
+    *,
+    forward: Forward = None,
+    loss_terms: int | None = None,
+    batch_statistics: BatchStatistics = "frozen",
+) -> StepTaken:
     """What the step from one model to the other did to the loss on a batch. Nothing is changed.
 
     Parameters
@@ -78,7 +85,8 @@ def step_taken(
     return StepTaken(predicted, measured)
 
 
-def _verb(model: Any, name: str) -> Callable:
+def _verb(model: Model, name: str) -> Callable:
+    """What the model's backend calls by this name, snapshot or difference; a TypeError where it has none."""
     backend = registry.find(model)
     verb = getattr(backend, name, None)
     if verb is None:

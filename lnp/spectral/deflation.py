@@ -40,7 +40,7 @@ def hutch_plus_plus(operator: Any, products: int = 60, *, seed: int = 0) -> Trac
     products:
         The most products with vectors to spend, at least 6. 3 M and more give the exact trace by M products.
     seed:
-        Of the random signs.
+        Seed of the random signs.
 
     Raises
     ------
@@ -53,14 +53,15 @@ def hutch_plus_plus(operator: Any, products: int = 60, *, seed: int = 0) -> Trac
     Trace(value=6.0, stderr=0.0, products=3)
     """
 
-    def values(apply: Products, size: int, third: int) -> np.ndarray:
+    def traces(apply: Products, size: int, third: int) -> np.ndarray:
         generator = np.random.default_rng(seed)
-        sketch, probes = _signs(generator, size, third), _signs(generator, size, third)
+        sketch = _signs(generator, size, third)
+        probes = _signs(generator, size, third)
         q = np.linalg.qr(apply(sketch))[0]
         tail = probes - q @ (q.T @ probes)
         return np.sum(q * apply(q)) + np.sum(tail * apply(tail), axis=0)
 
-    return _estimated(operator, products, 3, values)
+    return _estimate(operator, products, 3, traces)
 
 
 def xtrace(operator: Any, products: int = 60, *, seed: int = 0) -> Trace:
@@ -89,20 +90,24 @@ def xtrace(operator: Any, products: int = 60, *, seed: int = 0) -> Trace:
     Trace(value=6.0, stderr=0.0, products=3)
     """
 
-    def values(apply: Products, size: int, count: int) -> np.ndarray:
+    def traces(apply: Products, size: int, count: int) -> np.ndarray:
         omega = np.random.default_rng(seed).standard_normal((size, count))
         q, r = np.linalg.qr(apply(omega))
-        h, w = q.T @ apply(q), q.T @ omega
+        h = q.T @ apply(q)
+        w = q.T @ omega
         missing = np.stack([_orthogonal(np.delete(r, i, axis=1)) for i in range(count)], axis=1)
         x = w - missing * np.sum(missing * w, axis=0)  # Q^T Q_i Q_i^T w_i
         head = np.trace(h) - np.sum(missing * (h @ missing), axis=0)
         return head + np.sum(w * r, axis=0) - 2 * np.sum(x * r, axis=0) + np.sum(x * (h @ x), axis=0)
 
-    return _estimated(operator, products, 2, values)
+    return _estimate(operator, products, 2, traces)
 
 
-def _estimated(operator: Any, products: int, rounds: int, values: Callable[[Products, int, int], np.ndarray]) -> Trace:
-    """The mean of k = products / rounds values, whose spread is the error; exact where all M columns cost no more."""
+def _estimate(operator: Any, products: int, rounds: int, traces: Callable[[Products, int, int], np.ndarray]) -> Trace:
+    """The mean of k = products / rounds estimates, whose spread is the error; exact where all M columns cost no more.
+
+    `traces(apply, M, k)` makes the k estimates of tr A, each with `rounds` products.
+    """
     shape: tuple = tuple(getattr(operator, "shape", ()))
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(
@@ -111,11 +116,16 @@ def _estimated(operator: Any, products: int, rounds: int, values: Callable[[Prod
         )
     if products < 2 * rounds:
         raise ValueError(f"products is {products}. Expected at least {2 * rounds}.")
-    apply, size, count = lambda columns: np.asarray(operator @ columns, dtype=float), int(shape[0]), products // rounds
+    size = int(shape[0])
+    count = products // rounds
+
+    def apply(columns: np.ndarray) -> np.ndarray:
+        return np.asarray(operator @ columns, dtype=float)
+
     if count >= size:
         return Trace(float(np.trace(apply(np.eye(size)))), 0.0, size)
-    found = values(apply, size, count)
-    return Trace(float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(count), rounds * count)
+    estimates = traces(apply, size, count)
+    return Trace(float(np.mean(estimates)), float(np.std(estimates, ddof=1)) / math.sqrt(count), rounds * count)
 
 
 def _orthogonal(columns: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ class Density:
 
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
         """tr f(Theta) / (N K) and its standard error over probes, nan for one probe; f maps arrays to arrays."""
-        values, errors = self._averaged(np.sum(self.weights * function(self.nodes), axis=1))
+        values, errors = self._mean_over_probes(np.sum(self.weights * function(self.nodes), axis=1))
         return float(values), float(errors)
 
     def moment(self, order: int) -> tuple[float, float]:
@@ -77,19 +77,19 @@ class Density:
         ValueError
             For a width or eigenvalues that are not positive.
         """
-        at = np.asarray(eigenvalues, dtype=float)
-        if not (width > 0 and np.all(at > 0)):
+        points = np.asarray(eigenvalues, dtype=float)
+        if not (width > 0 and np.all(points > 0)):
             raise ValueError(
-                f"Received width {width} and eigenvalues down to {at.min(initial=math.inf)}. Expected both > 0, for a "
-                "logarithmic axis. Use number_above for counts."
+                f"Received width {width} and eigenvalues down to {points.min(initial=math.inf)}. Expected both > 0, "
+                "for a logarithmic axis. Use number_above for counts."
             )
         positive = self.nodes > 0
         logs = np.log10(np.where(positive, self.nodes, 1.0))
-        distance = (np.log10(at)[:, None, None] - logs) / width
+        distance = (np.log10(points)[:, None, None] - logs) / width
         bumps = np.exp(-0.5 * distance**2) / (width * math.sqrt(2 * math.pi))
-        return self._averaged(np.sum(np.where(positive, self.weights, 0.0) * bumps, axis=2))
+        return self._mean_over_probes(np.sum(np.where(positive, self.weights, 0.0) * bumps, axis=2))
 
-    def _averaged(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _mean_over_probes(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard error over the last axis, the probes."""
         mean = np.mean(values, axis=-1)
         if self.probes == 1:

@@ -8,12 +8,13 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+from lnp.arguments import Batch, Model
 from lnp.contract import registry
 from lnp.contract.linearization import Array, Linearization
 from lnp.contract.options import Options
 
 
-def record(model: Any, batch: Any, options: Options) -> Linearization:
+def linearize(model: Model, batch: Batch, options: Options) -> Linearization:
     """The record of a batch, with the checks on values made and with Jacobian-vector products.
 
     Raises
@@ -43,38 +44,40 @@ def to_numpy(array: Array) -> np.ndarray:
         return np.asarray(array_api_compat.to_device(array, "cpu"), dtype=np.float64)
 
 
-def once(lin: Linearization, function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """The function as one turn of the record's loop: compiled, and once for all calls, where the framework does that.
+def compile_products(lin: Linearization, function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The function, compiled once for all calls where the framework compiles its loops; shape (N, K) in and out.
 
-    It takes and gives arrays of shape (N, K).
+    It runs as the only turn of the record's loop, which is the one thing that every compiling framework compiles.
     """
 
     def body(state: tuple) -> tuple:
         return state[0] + 1, state[1], function(state[1])
 
-    def going(state: tuple) -> Any:
+    def condition(state: tuple) -> Any:
         return state[0] < 1
 
-    return lambda v: lin.while_loop(going, body, (0, v, lin.xp.zeros_like(lin.outputs)))[2]
+    return lambda v: lin.while_loop(condition, body, (0, v, lin.xp.zeros_like(lin.outputs)))[2]
 
 
-def rows(lin: Linearization, block: int) -> Iterator[tuple[int, np.ndarray]]:
+def kernel_rows(lin: Linearization, block: int) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows of Theta, shape (B, N, K)) for blocks of at most `block` rows, each row J (J^T e)."""
-    assert lin.jvp is not None, "record() looks for it"
-    jvp, xp, (samples, outputs) = lin.jvp, lin.xp, lin.outputs.shape
-    size, device = samples * outputs, getattr(lin.outputs, "device", None)
+    assert lin.jvp is not None, "linearize() looks for it"
+    xp, jvp = lin.xp, lin.jvp
+    samples, outputs = lin.outputs.shape
+    size = samples * outputs
+    device = getattr(lin.outputs, "device", None)
     index = xp.reshape(xp.arange(size, device=device), (samples, outputs))
     within = xp.reshape(xp.arange(block, device=device), (block, 1, 1))
     empty = xp.zeros((block, samples, outputs), dtype=lin.outputs.dtype, device=device)
 
-    def going(state: tuple) -> Any:
+    def condition(state: tuple) -> Any:
         start, i, _ = state
         return (i < block) & (start + i < size)
 
     def body(state: tuple) -> tuple:
-        start, i, found = state
+        start, i, rows = state
         row = jvp(lin.vjp(xp.astype(index == start + i, lin.outputs.dtype)))
-        return start, i + 1, xp.where(within == i, xp.astype(row, found.dtype, copy=False)[None, :, :], found)
+        return start, i + 1, xp.where(within == i, xp.astype(row, rows.dtype, copy=False)[None, :, :], rows)
 
     for start in range(0, size, block):
-        yield start, to_numpy(lin.while_loop(going, body, (start, 0, empty))[2])[: size - start]
+        yield start, to_numpy(lin.while_loop(condition, body, (start, 0, empty))[2])[: size - start]

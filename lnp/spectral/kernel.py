@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
+from lnp.arguments import Batch, Forward, Loss, Model, Parameters
 from lnp.contract.linearization import Linearization
-from lnp.contract.options import Options
+from lnp.contract.options import BatchStatistics, Options
+from lnp.optional import import_optional
 from lnp.spectral import eager
 from lnp.spectral.similarity import effective_rank, entropy, participation_ratio
 
-KINDS = ("full", "per_class", "traced")
+Kind = Literal["full", "per_class", "traced"]
+KINDS: tuple[str, ...] = get_args(Kind)
+Item = TypeVar("Item")
 BLOCK_BYTES = 2**26
 """Memory of the rows that are formed between two steps of the progress bar."""
 
@@ -50,7 +54,7 @@ class Kernel:
     """
 
     matrix: np.ndarray
-    kind: str
+    kind: Kind
     loss_gradient: np.ndarray
     asymmetry: float
     notes: tuple[str, ...] = ()
@@ -80,9 +84,9 @@ class Kernel:
     @property
     def contributions(self) -> np.ndarray:
         """w_i lambda_i / sum_j w_j lambda_j, shape (N K,), of sum 1: each mode's share of the loss decrease."""
-        carried = self.weights * self.eigenvalues
-        total = np.sum(carried)
-        return carried / (total if total else math.nan)
+        decrease = self.weights * self.eigenvalues
+        total = np.sum(decrease)
+        return decrease / (total if total else math.nan)
 
     @property
     def rate(self) -> float:
@@ -117,6 +121,7 @@ class Kernel:
         return participation_ratio(self.matrix)
 
     def _flat_gradient(self) -> np.ndarray:
+        """g in the order of the kernel's rows, shape (N K,); an error for kernels that are not of all outputs."""
         if self.matrix.shape[-1] != self.loss_gradient.size or self.matrix.ndim != 2:
             raise ValueError(
                 f"The kernel is {self.kind}, {self.matrix.shape}, while the loss gradient has "
@@ -127,15 +132,15 @@ class Kernel:
 
 
 def kernel(
-    model: Any,
-    batch: Any,
-    loss: str | Callable | None = None,
+    model: Model,
+    batch: Batch,
+    loss: Loss = None,
     *,
-    kind: str = "full",
-    forward: Callable | None = None,
-    parameters: Any = None,
+    kind: Kind = "full",
+    forward: Forward = None,
+    parameters: Parameters = None,
     loss_terms: int | None = None,
-    batch_statistics: str = "frozen",
+    batch_statistics: BatchStatistics = "frozen",
     max_bytes: int = 2**31,
     progress: bool | None = None,
 ) -> Kernel:
@@ -176,17 +181,25 @@ def kernel(
     """
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of kernel {kind!r}. Expected one of {', '.join(map(repr, KINDS))}.")
-    options = Options(loss, forward, parameters, 0, loss_terms, None, batch_statistics, split=False, population=False)
-    lin = eager.record(model, batch, options)
-    matrix = _formed(lin, kind, max_bytes, progress)
+    options = Options(
+        loss=loss,
+        forward=forward,
+        parameters=parameters,
+        loss_terms=loss_terms,
+        batch_statistics=batch_statistics,
+        split=False,
+        population=False,
+    )
+    lin = eager.linearize(model, batch, options)
+    matrix = _fill_matrix(lin, kind, max_bytes, progress)
     transposed = np.swapaxes(matrix, -1, -2)
     largest = np.max(np.abs(matrix), initial=0.0)
     asymmetry = float(np.max(np.abs(matrix - transposed), initial=0.0) / largest) if largest else 0.0
     return Kernel((matrix + transposed) / 2, kind, eager.to_numpy(lin.loss_gradient), asymmetry, lin.notes)
 
 
-def _formed(lin: Linearization, kind: str, max_bytes: int, progress: bool | None) -> np.ndarray:
-    """The matrix, filled block by block."""
+def _fill_matrix(lin: Linearization, kind: Kind, max_bytes: int, progress: bool | None) -> np.ndarray:
+    """The kernel's matrix, block by block, before it is symmetrised; a ValueError where it takes too much memory."""
     samples, outputs = lin.outputs.shape
     size = samples * outputs
     shape = {"full": (size, size), "per_class": (outputs, samples, samples), "traced": (samples, samples)}[kind]
@@ -199,7 +212,7 @@ def _formed(lin: Linearization, kind: str, max_bytes: int, progress: bool | None
             "max_bytes, or use lnp.spectrum, which forms no matrix."
         )
     matrix = np.zeros(shape)
-    for start, rows in shown(eager.rows(lin, block), math.ceil(size / block), progress):
+    for start, rows in with_progress(eager.kernel_rows(lin, block), math.ceil(size / block), progress):
         for index, row in enumerate(rows, start=start):
             n, k = divmod(index, outputs)
             if kind == "full":
@@ -211,7 +224,7 @@ def _formed(lin: Linearization, kind: str, max_bytes: int, progress: bool | None
     return matrix
 
 
-def shown(items: Iterable, total: int, progress: bool | None) -> Iterable:
+def with_progress(items: Iterable[Item], total: int, progress: bool | None) -> Iterable[Item]:
     """The items, with a progress bar where it was asked for or somebody is looking.
 
     Raises
@@ -219,14 +232,12 @@ def shown(items: Iterable, total: int, progress: bool | None) -> Iterable:
     ImportError
         If it was asked for and tqdm is not installed.
     """
-    if progress is None and not sys.stderr.isatty():
-        return items
-    if progress is False:
+    if progress is False or (progress is None and not sys.stderr.isatty()):
         return items
     try:
-        from tqdm import tqdm
-    except ImportError as error:
+        tqdm = import_optional("tqdm", "progress=True", install="'lnp[spectrum]'").tqdm
+    except ImportError:
         if progress is None:
             return items
-        raise ImportError("progress=True needs tqdm, which is not installed: pip install 'lnp[spectrum]'") from error
+        raise
     return tqdm(items, total=total, desc="kernel", leave=False)

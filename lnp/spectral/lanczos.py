@@ -43,7 +43,7 @@ class Tridiagonal(NamedTuple):
         (m,); entry j couples the directions j and j + 1. The last one of `size` is what the residuals are taken from,
         and zero where the start's Krylov space is spanned.
     size:
-        Steps taken: fewer than m where the start lies in an invariant subspace, which then is spanned.
+        Number of steps taken: fewer than m where the start lies in an invariant subspace, which then is spanned.
     """
 
     diagonal: Array
@@ -78,7 +78,8 @@ def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
         scale = xp.where(entry > scale, entry, scale)
         outside = beta > tolerance * scale
         beta = xp.where(outside, beta, xp.zeros_like(beta))
-        diagonal, off_diagonal = xp.where(rows == j, alpha, diagonal), xp.where(rows == j, beta, off_diagonal)
+        diagonal = xp.where(rows == j, alpha, diagonal)
+        off_diagonal = xp.where(rows == j, beta, off_diagonal)
         return j + 1, outside, _unit(xp, w, beta), basis, diagonal, off_diagonal, scale
 
     first = xp.astype(xp.reshape(start, (-1, 1)), wide, copy=False)
@@ -86,6 +87,7 @@ def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
     q = _unit(xp, first, norm)
     basis = xp.zeros((steps, q.shape[0]), dtype=wide, device=getattr(lin.outputs, "device", None))
     entries = basis[:, 0]
+    # rows[0] == 0 is a True of the framework: compiled loops keep the types of their state
     state = (0, rows[0] == 0, q, basis, entries, entries, xp.zeros_like(norm))
     size, _, _, _, diagonal, off_diagonal, _ = lin.while_loop(lambda s: (s[0] < steps) & s[1], body, state)
     return Tridiagonal(diagonal, off_diagonal, size)

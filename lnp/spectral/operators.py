@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from lnp.arguments import Batch, Forward, Loss, Model, Parameters
 from lnp.contract.linearization import Array, Linearization, Vector, accumulation_dtype
-from lnp.contract.options import Options
-from lnp.spectral.eager import once, record, to_numpy
+from lnp.contract.options import BatchStatistics, Options
+from lnp.optional import import_optional
+from lnp.spectral.eager import compile_products, linearize, to_numpy
 
-KINDS = ("kernel", "jacobian")
+Operator = Literal["kernel", "jacobian"]
+OPERATORS: tuple[str, ...] = get_args(Operator)
 
 
 def linear_operator(
-    model: Any,
-    batch: Any,
-    loss: str | Callable | None = None,
+    model: Model,
+    batch: Batch,
+    loss: Loss = None,
     *,
-    which: str = "kernel",
-    forward: Callable | None = None,
-    parameters: Any = None,
-    batch_statistics: str = "frozen",
+    which: Operator = "kernel",
+    forward: Forward = None,
+    parameters: Parameters = None,
+    batch_statistics: BatchStatistics = "frozen",
 ) -> Any:
     r"""Theta or J of a batch as a `scipy.sparse.linalg.LinearOperator`. Needs SciPy: pip install 'lnp[spectrum]'.
 
@@ -58,29 +60,27 @@ def linear_operator(
     >>> eigsh(theta, k=1, return_eigenvectors=False, v0=numpy.ones(3)).round(9).tolist()
     [9.0]
     """
-    if which not in KINDS:
-        raise ValueError(f"which is {which!r}. Expected one of {', '.join(map(repr, KINDS))}.")
-    try:
-        from scipy.sparse.linalg import LinearOperator
-    except ImportError as error:
-        raise ImportError(
-            "lnp.linear_operator needs SciPy, which is not installed: pip install 'lnp[spectrum]'"
-        ) from error
+    if which not in OPERATORS:
+        raise ValueError(f"which is {which!r}. Expected one of {', '.join(map(repr, OPERATORS))}.")
+    linalg = import_optional("scipy.sparse.linalg", "lnp.linear_operator", install="'lnp[spectrum]'", library="SciPy")
     options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False, population=False)
-    lin = record(model, batch, options)
-    assert lin.jvp is not None, "record() looks for it"
+    lin = linearize(model, batch, options)
+    assert lin.jvp is not None, "linearize() looks for it"
     jvp, size = lin.jvp, math.prod(lin.outputs.shape)
-    if which == "kernel":
-        apply = once(lin, lambda v: jvp(lin.vjp(v)))
-        product = lambda v: to_numpy(apply(_cotangent(lin, v))).reshape(-1)
-        return LinearOperator((size, size), matvec=product, rmatvec=product, dtype=np.float64)
-    space = _Space(lin)
-    return LinearOperator(
-        (size, space.size),
-        matvec=lambda u: to_numpy(jvp(space.vector(u))).reshape(-1),
-        rmatvec=lambda v: space.flat(lin.vjp(_cotangent(lin, v))),
-        dtype=np.float64,
-    )
+    if which == "jacobian":
+        space = _ParameterSpace(lin)
+        return linalg.LinearOperator(
+            (size, space.size),
+            matvec=lambda u: to_numpy(jvp(space.vector(u))).reshape(-1),
+            rmatvec=lambda v: space.flat(lin.vjp(_cotangent(lin, v))),
+            dtype=np.float64,
+        )
+    theta = compile_products(lin, lambda v: jvp(lin.vjp(v)))
+
+    def product(v: np.ndarray) -> np.ndarray:
+        return to_numpy(theta(_cotangent(lin, v))).reshape(-1)
+
+    return linalg.LinearOperator((size, size), matvec=product, rmatvec=product, dtype=np.float64)
 
 
 def _cotangent(lin: Linearization, v: np.ndarray) -> Array:
@@ -89,36 +89,32 @@ def _cotangent(lin: Linearization, v: np.ndarray) -> Array:
 
 
 def _like(lin: Linearization, values: np.ndarray, array: Array) -> Array:
+    """The values as an array of the framework, of the dtype and on the device of another one."""
     # a copy: the array is the framework's own, and may be kept
     return lin.xp.asarray(np.array(values), dtype=array.dtype, device=getattr(array, "device", None))
 
 
-class _Space:
-    """A backend's vectors in parameter space as flat NumPy vectors."""
+class _ParameterSpace:
+    """Vectors in parameter space as flat NumPy vectors, shape (P,)."""
 
     def __init__(self, lin: Linearization) -> None:
-        self._lin, zero = lin, lin.vjp(lin.xp.zeros_like(lin.outputs))
-        self._names = list(lin.inner_products(zero, zero))
-        self._named = isinstance(zero, Mapping)
-        self._parts = [zero[name] for name in self._names] if self._named else list(zero)
-        self._sizes = [math.prod(part.shape) for part in self._parts]
+        self._lin = lin
+        zero = lin.vjp(lin.xp.zeros_like(lin.outputs))
+        self._zero = {name: zero[name] for name in lin.inner_products(zero, zero)}  # in the record's order of names
+        self._sizes = [math.prod(part.shape) for part in self._zero.values()]
         self.size = sum(self._sizes)
 
     def flat(self, vector: Vector) -> np.ndarray:
         """All parts after one another, shape (P,)."""
-        parts = [vector[name] for name in self._names] if self._named else vector
-        return np.concatenate([to_numpy(self._wide(part)).reshape(-1) for part in parts])
-
-    def _wide(self, part: Array) -> Array:
-        """In float32 or better: NumPy has no bfloat16."""
         xp = self._lin.xp
-        return xp.astype(part, accumulation_dtype(xp, part.dtype), copy=False)
+        # NumPy has no bfloat16
+        wide = [xp.astype(vector[n], accumulation_dtype(xp, vector[n].dtype), copy=False) for n in self._zero]
+        return np.concatenate([to_numpy(part).reshape(-1) for part in wide])
 
     def vector(self, flat: np.ndarray) -> Vector:
-        """The backend's vector with these entries."""
+        """{parameter name: array} with these entries."""
         pieces = np.split(np.asarray(flat).reshape(-1), np.cumsum(self._sizes)[:-1])
-        parts = [
-            _like(self._lin, piece.reshape(tuple(part.shape)), part)
-            for piece, part in zip(pieces, self._parts, strict=True)
-        ]
-        return dict(zip(self._names, parts, strict=True)) if self._named else parts
+        return {
+            name: _like(self._lin, piece.reshape(tuple(part.shape)), part)
+            for (name, part), piece in zip(self._zero.items(), pieces, strict=True)
+        }

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-CLIPPED = 1e-12
+ROUNDING = 1e-12
 """Eigenvalues below this share of the largest are rounding, and count as zero."""
+KernelLike = Any
+"""A `lnp.Kernel`, or anything that NumPy makes an array of square matrices of."""
 
 
-def alignment(a: Any, b: Any, *, centered: bool = False) -> Any:
+def alignment(a: KernelLike, b: KernelLike, *, centered: bool = False) -> Any:
     r"""How alike two kernels are, whatever their scale.
 
         A(a, b) = <a, b>_F / (||a||_F ||b||_F)        in [0, 1] for positive semi-definite matrices
@@ -44,7 +46,7 @@ def alignment(a: Any, b: Any, *, centered: bool = False) -> Any:
     return _number(_ratio(_inner(first, second), np.sqrt(_inner(first, first) * _inner(second, second))))
 
 
-def target_alignment(kernel: Any, targets: Any, *, centered: bool = False) -> Any:
+def target_alignment(kernel: KernelLike, targets: Any, *, centered: bool = False) -> Any:
     r"""How well a kernel is suited to the targets: its alignment with Y Y^T.
 
         <Theta, Y Y^T>_F / (||Theta||_F ||Y Y^T||_F)
@@ -60,7 +62,8 @@ def target_alignment(kernel: Any, targets: Any, *, centered: bool = False) -> An
     >>> round(target_alignment(np.array([[1.0, 1.0], [1.0, 1.0]]), [0, 0]), 6)
     1.0
     """
-    matrix, rows = _matrix(kernel), np.asarray(targets)
+    matrix = _matrix(kernel)
+    rows = np.asarray(targets)
     if np.issubdtype(rows.dtype, np.integer) and rows.ndim == 1:
         outputs = max(int(rows.max(initial=0)) + 1, matrix.shape[-1] // max(rows.size, 1))
         rows = (rows[:, None] == np.arange(outputs)).astype(float)
@@ -75,7 +78,7 @@ def target_alignment(kernel: Any, targets: Any, *, centered: bool = False) -> An
     return alignment(matrix, rows @ rows.T, centered=centered)
 
 
-def entropy(kernel: Any) -> Any:
+def entropy(kernel: KernelLike) -> Any:
     r"""Von Neumann entropy of the spectrum, in nats: how many modes share the kernel.
 
         S = -sum_i p_i log p_i,   p_i = lambda_i / tr Theta        in [0, log M]
@@ -90,7 +93,7 @@ def entropy(kernel: Any) -> Any:
     return _number(np.abs(np.sum(terms, axis=-1)))
 
 
-def effective_rank(kernel: Any) -> Any:
+def effective_rank(kernel: KernelLike) -> Any:
     """exp(entropy), between 1 (one mode) and M (all modes alike).
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
@@ -101,7 +104,7 @@ def effective_rank(kernel: Any) -> Any:
     return _number(np.exp(entropy(kernel)))
 
 
-def participation_ratio(kernel: Any) -> Any:
+def participation_ratio(kernel: KernelLike) -> Any:
     """(sum_i lambda_i)^2 / sum_i lambda_i^2 = (tr Theta)^2 / ||Theta||_F^2, between 1 and M. Needs no eigenvalues.
 
     >>> participation_ratio(np.eye(4))
@@ -122,7 +125,7 @@ class KernelVelocity:
     rotation:
         1 - alignment(before, after), in [0, 1]: rotation alone.
     interval:
-        Between the two points, in the user's unit of time.
+        Time or steps between the two points, in the user's unit.
     """
 
     distance: Any
@@ -140,7 +143,7 @@ class KernelVelocity:
         return self.rotation / self.interval
 
 
-def kernel_velocity(before: Any, after: Any, *, interval: float = 1.0) -> KernelVelocity:
+def kernel_velocity(before: KernelLike, after: KernelLike, *, interval: float = 1.0) -> KernelVelocity:
     """How fast the kernel of one batch moves between two points of a run.
 
     Source: Fort, Dziugaite, Paul, Kharaghani, Roy, Ganguli, "Deep learning versus kernel learning", arXiv 2010.15110.
@@ -162,7 +165,8 @@ def kernel_velocity(before: Any, after: Any, *, interval: float = 1.0) -> Kernel
     return KernelVelocity(_number(distance), _number(rotation), interval)
 
 
-def _matrix(kernel: Any) -> np.ndarray:
+def _matrix(kernel: KernelLike) -> np.ndarray:
+    """The kernel's matrix in float64, shape (..., M, M)."""
     matrix = np.asarray(getattr(kernel, "matrix", kernel), dtype=float)
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"The kernel has shape {matrix.shape}. Expected square matrices, or the result of lnp.kernel.")
@@ -172,7 +176,7 @@ def _matrix(kernel: Any) -> np.ndarray:
 def _shares(matrix: np.ndarray) -> np.ndarray:
     """lambda_i / tr Theta, without the eigenvalues that are rounding."""
     values = np.linalg.eigvalsh(matrix)
-    values = np.where(values > CLIPPED * values[..., -1:], values, 0.0)
+    values = np.where(values > ROUNDING * values[..., -1:], values, 0.0)
     return _ratio(values, np.sum(values, axis=-1, keepdims=True))
 
 

@@ -14,19 +14,18 @@ Source: Golub and Meurant, "Matrices, Moments and Quadrature", 2010; Ubaru, Chen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from lnp.arguments import Batch, Forward, Loss, Model, Parameters, Seed, Update
 from lnp.contract.linearization import Linearization, Vector, accumulation_dtype
-from lnp.contract.options import Options
+from lnp.contract.options import BatchStatistics, Options
 from lnp.contract.registry import evaluate
-from lnp.estimators.trace import Settings, splits
+from lnp.estimators.trace import Estimator, Settings, takes_samples_apart
 from lnp.results.decomposition import Decomposition, explained
 from lnp.results.decomposition import decompose as decompose_linearization
-from lnp.results.preconditioner import preconditioned, whole
+from lnp.results.preconditioner import joint_options, preconditioned
 from lnp.spectral.density import Density, density
 from lnp.spectral.lanczos import Quadrature, Tridiagonal, quadrature, tridiagonalize
 
@@ -58,7 +57,7 @@ class Spectrum:
     decomposition:
         The batch's decomposition; its trace makes first_moment the position.
     density:
-        Of all eigenvalues, or None without probes.
+        The density of all eigenvalues, or None without probes.
     notes:
         What the user should know.
     """
@@ -113,22 +112,22 @@ class Spectrum:
 
 
 def spectrum(
-    model: Any,
-    batch: Any,
-    loss: str | Callable | None = None,
+    model: Model,
+    batch: Batch,
+    loss: Loss = None,
     *,
     steps: int = 32,
     probes: int = 0,
-    forward: Callable | None = None,
-    parameters: Any = None,
-    estimator: str = "auto",
+    forward: Forward = None,
+    parameters: Parameters = None,
+    estimator: Estimator = "auto",
     rtol: float = 0.01,
     max_probes: int = 64,
-    seed: Any = 0,
+    seed: Seed = 0,
     loss_terms: int | None = None,
     microbatch: int | None = None,
-    batch_statistics: str = "frozen",
-    preconditioner: Any = None,
+    batch_statistics: BatchStatistics = "frozen",
+    preconditioner: Update = None,
 ) -> Spectrum:
     r"""The distribution of which chi_pos is the mean: where in the kernel's spectrum the loss gradient sits.
 
@@ -146,7 +145,7 @@ def spectrum(
         Random starts for the density of all eigenvalues, `Spectrum.density`; 0 for none, 2 or more for error bars. Each
         costs as much as the measure itself.
     seed:
-        Of the probes, and of the trace's signs.
+        Seed of the probes, and of the trace's signs.
     model, batch, loss, forward, parameters, estimator, rtol, max_probes, loss_terms, microbatch, batch_statistics:
         As for `lnp.decompose`; the estimator is that of tr Theta.
     preconditioner:
@@ -170,12 +169,21 @@ def spectrum(
     >>> round(s.chi_pos, 9), s.exhausted
     (0.5, True)
     """
-    split = splits(estimator, microbatch)
-    options = Options(loss, forward, parameters, seed, loss_terms, microbatch, batch_statistics, split, False)
-    computation = _Measure(estimator, rtol, max_probes, steps, probes)
+    options = Options(
+        loss=loss,
+        forward=forward,
+        parameters=parameters,
+        seed=seed,
+        loss_terms=loss_terms,
+        microbatch=microbatch,
+        batch_statistics=batch_statistics,
+        split=takes_samples_apart(estimator, microbatch),
+        population=False,
+    )
+    computation = RunLanczos(estimator, rtol, max_probes, steps, probes)
     if preconditioner is None:
-        return _spectrum(evaluate(computation, model, (batch,), options))
-    return _spectrum(evaluate(computation, model, (batch,), whole(options), update=preconditioner))
+        return from_lanczos(evaluate(computation, model, (batch,), options))
+    return from_lanczos(evaluate(computation, model, (batch,), joint_options(options), update=preconditioner))
 
 
 @dataclass(frozen=True)
@@ -185,13 +193,13 @@ class LanczosResult:
     Attributes
     ----------
     decomposition:
-        Of the batch.
+        The batch's decomposition.
     gradient:
         T from the loss gradient, its entries as tuples of arrays of shape ().
     probes:
         T from each probe.
     notes:
-        For the backends to add to.
+        What the backends have to say.
     """
 
     decomposition: Decomposition
@@ -201,7 +209,7 @@ class LanczosResult:
 
 
 @dataclass(frozen=True)
-class _Measure(Settings):
+class RunLanczos(Settings):
     """The computation of `spectrum`; equal settings are equal, so that compiled code is found again."""
 
     steps: int
@@ -214,7 +222,7 @@ class _Measure(Settings):
         if not (isinstance(self.probes, int) and self.probes >= 0):
             raise ValueError(f"probes is {self.probes!r}. Expected a number of random starts >= 0, such as 8.")
 
-    def __call__(self, lin: Linearization, update: Vector = None) -> LanczosResult:
+    def __call__(self, lin: Linearization, update: Vector | None = None) -> LanczosResult:
         lin = lin if update is None else preconditioned(lin, update)
         if lin.jvp is None:
             raise TypeError(
@@ -226,26 +234,25 @@ class _Measure(Settings):
         )
         steps = min(self.steps, math.prod(lin.outputs.shape))
         gradient = _entries(tridiagonalize(lin, lin.loss_gradient, steps), steps)
-        return LanczosResult(decomposition, gradient, _probed(lin, steps, self.probes))
+        return LanczosResult(decomposition, gradient, _probe_tridiagonals(lin, steps, self.probes))
 
 
-def _probed(lin: Linearization, steps: int, probes: int) -> tuple[Tridiagonal, ...]:
+def _probe_tridiagonals(lin: Linearization, steps: int, probes: int) -> tuple[Tridiagonal, ...]:
     """T from each probe, in one loop over them: compiled once for any number."""
     if probes == 0:
         return ()
     xp = lin.xp
-    which = xp.arange(probes, device=getattr(lin.outputs, "device", None))
+    device = getattr(lin.outputs, "device", None)
+    index = xp.arange(probes, device=device)[:, None]
 
     def body(state: tuple) -> tuple:
         p, diagonals, off_diagonals = state
         t = tridiagonalize(lin, lin.signs(p), steps)
-        here = which[:, None] == p
-        diagonals = xp.where(here, t.diagonal[None, :], diagonals)
-        off_diagonals = xp.where(here, t.off_diagonal[None, :], off_diagonals)
+        diagonals = xp.where(index == p, t.diagonal[None, :], diagonals)
+        off_diagonals = xp.where(index == p, t.off_diagonal[None, :], off_diagonals)
         return p + 1, diagonals, off_diagonals
 
-    wide = accumulation_dtype(xp, lin.outputs.dtype)
-    empty = xp.zeros((probes, steps), dtype=wide, device=getattr(lin.outputs, "device", None))
+    empty = xp.zeros((probes, steps), dtype=accumulation_dtype(xp, lin.outputs.dtype), device=device)
     _, diagonals, off_diagonals = lin.while_loop(lambda state: state[0] < probes, body, (0, empty, empty))
     # entries beyond a probe's own size are zero: nodes 0 of weight 0
     return tuple(_entries(Tridiagonal(diagonals[p, :], off_diagonals[p, :], steps), steps) for p in range(probes))
@@ -258,38 +265,37 @@ def _entries(t: Tridiagonal, steps: int) -> Tridiagonal:
     )
 
 
-def _spectrum(measured: LanczosResult) -> Spectrum:
-    """The result from the numbers."""
-    d, notes = explained(measured.decomposition), list(measured.notes)
+def from_lanczos(result: LanczosResult) -> Spectrum:
+    """The spectrum from what was computed on the device, brought to the host."""
+    d = explained(result.decomposition)
+    notes = list(result.notes)
     if not isinstance(d.loss, float):
         raise TypeError(
             "lnp.spectrum was called inside a compiled function, where arrays have no values yet. Expected a call "
             "outside of it: its own loops are compiled already."
         )
-    found = quadrature(*measured.gradient)
+    measure = quadrature(*result.gradient)
     rayleigh = d.rate * d.loss_terms / d.chi_loss if d.chi_loss else math.nan  # g^T Theta g / ||g||^2
     if d.chi_loss == 0:
-        found = Quadrature(*(np.full(1, math.nan) for _ in range(3)))
+        measure = Quadrature(*(np.full(1, math.nan) for _ in range(3)))
         notes.append("the loss gradient is zero: it sits nowhere in the spectrum, the measure is nan")
-    carried = found.weights * found.nodes
-    moment = float(np.sum(carried))
+    decrease = measure.weights * measure.nodes
+    moment = float(np.sum(decrease))
     error = abs(moment / rayleigh - 1) if rayleigh else moment
     if error > TOLERATED:
         notes.append(
             f"the measure's mean is off by {error:.1g} from the gradient's own: the backend's Jacobian-vector products "
             "do not belong to its vector-Jacobian products, or lose digits"
         )
-    size = d.samples * d.outputs
-    probes = density([quadrature(*t) for t in measured.probes], size)
     return Spectrum(
-        eigenvalues=found.nodes,
-        weights=found.weights,
-        shares=carried / moment if moment else carried * math.nan,
-        residuals=found.residuals,
-        exhausted=bool(np.all(found.residuals == 0)),
+        eigenvalues=measure.nodes,
+        weights=measure.weights,
+        shares=decrease / moment if moment else decrease * math.nan,
+        residuals=measure.residuals,
+        exhausted=bool(np.all(measure.residuals == 0)),
         first_moment=moment,
         moment_error=error,
         decomposition=d,
-        density=probes,
+        density=density([quadrature(*t) for t in result.probes], d.samples * d.outputs),
         notes=tuple(notes),
     )

@@ -10,7 +10,7 @@ import lnp_numpy
 from lnp.contract import registry
 from lnp.contract.options import Options
 from lnp.spectral import eager
-from lnp.spectral.kernel import shown
+from lnp.spectral.kernel import with_progress
 from lnp.spectral.similarity import effective_rank, entropy, participation_ratio
 
 SAMPLES, OUTPUTS, PARAMETERS = 5, 3, 40
@@ -31,8 +31,8 @@ def psd(size, seed):
 @pytest.mark.parametrize("block", [1, 4, 64])
 def test_rows_of_each_kind(block, monkeypatch):
     """Whatever the size of the blocks they are formed in."""
-    plain = eager.rows
-    monkeypatch.setattr(eager, "rows", lambda lin, most: plain(lin, block))
+    plain = eager.kernel_rows
+    monkeypatch.setattr(eager, "kernel_rows", lambda lin, most: plain(lin, block))
     expected = {
         "full": THETA,
         "per_class": np.stack([BLOCKS[:, k, :, k] for k in range(OUTPUTS)]),
@@ -95,9 +95,9 @@ def test_zero_gradient_and_zero_kernel():
 
 
 def test_asymmetry_is_reported():
-    lin = eager.record(MODEL, BATCH, Options())
+    lin = eager.linearize(MODEL, BATCH, Options())
     skew = type(lin)(**{**vars(lin), "jvp": lambda u: lin.jvp(u) * (1 + 0.5 * np.arange(SAMPLES))[:, None]})
-    wrong = np.concatenate([rows for _, rows in eager.rows(skew, 7)]).reshape(THETA.shape)
+    wrong = np.concatenate([rows for _, rows in eager.kernel_rows(skew, 7)]).reshape(THETA.shape)
     backend = type("B", (), {"linearize": staticmethod(lambda *_: skew)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "find", lambda model: backend)
@@ -112,7 +112,7 @@ def test_bad_options():
     with pytest.raises(ValueError, match="full kernel of 5 samples x 3 outputs"):
         lnp.kernel(MODEL, BATCH, max_bytes=8 * 4 * 15 * 15 - 1)
     assert lnp.kernel(MODEL, BATCH, max_bytes=8 * 4 * 15 * 15).matrix.shape == THETA.shape
-    lin = eager.record(MODEL, BATCH, Options())
+    lin = eager.linearize(MODEL, BATCH, Options())
     for changes, error, words in (
         ({"jvp": None}, TypeError, "no Jacobian-vector products"),
         ({"violations": ((np.asarray(False), "fine"), (np.asarray(True), "a label is 9"))}, ValueError, "a label is 9"),
@@ -127,16 +127,16 @@ def test_bad_options():
 
 def test_progress_is_quiet_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    assert list(shown([1, 2], 2, None)) == list(shown([1, 2], 2, False)) == [1, 2]
+    assert list(with_progress([1, 2], 2, None)) == list(with_progress([1, 2], 2, False)) == [1, 2]
     assert capsys.readouterr().err == ""
 
 
 def test_progress_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(shown([1, 2], 2, None)) == [1, 2]
+    assert list(with_progress([1, 2], 2, None)) == [1, 2]
     with pytest.raises(ImportError, match=r"lnp\[spectrum\]"):
-        shown([1, 2], 2, True)
+        with_progress([1, 2], 2, True)
 
 
 def test_alignment():

@@ -14,7 +14,7 @@ import lnp
 import lnp_numpy
 from core.dense import kernel, network, record
 from lnp.spectral.lanczos import quadrature, tridiagonalize
-from lnp.spectral.spectrum import _Measure, _spectrum
+from lnp.spectral.spectrum import RunLanczos, from_lanczos
 
 SAMPLES, OUTPUTS, PARAMETERS = 8, 3, 40
 SIZE = SAMPLES * OUTPUTS
@@ -177,7 +177,7 @@ def test_the_density_over_all_signs_has_the_kernels_moments():
     theta = kernel(jacobian)
     every = [np.reshape(s, g.shape) for s in itertools.product((-1.0, 1.0), repeat=4)]
     lin = record(jacobian, g, signs=lambda index: every[int(index)])
-    s = _spectrum(_Measure("exact", 0.0, 1, 4, len(every))(lin_as_floats(lin)))
+    s = from_lanczos(RunLanczos("exact", 0.0, 1, 4, len(every))(lin_as_floats(lin)))
     for order in (0, 1, 2, 5):
         expected = np.trace(np.linalg.matrix_power(theta, order)) / 4
         assert s.density.moment(order)[0] == pytest.approx(expected, rel=1e-10)
@@ -275,7 +275,7 @@ def test_a_backend_whose_products_do_not_belong_together_is_noticed():
     jacobian, g = network()
     lin = lin_as_floats(record(jacobian, g))
     wrong = type(lin)(**{**vars(lin), "jvp": lambda u: 1.01 * lin.jvp(u)})
-    s = _spectrum(_Measure("exact", 0.0, 1, 5, 0)(wrong))
+    s = from_lanczos(RunLanczos("exact", 0.0, 1, 5, 0)(wrong))
     assert s.moment_error == pytest.approx(0.01, rel=1e-6)
     assert any("off by 0.01" in note for note in s.notes)
 
@@ -290,9 +290,9 @@ def test_bad_options():
         lnp.spectrum(model, batch, probes=-1)
     jacobian, g = network()
     with pytest.raises(TypeError, match="no Jacobian-vector products"):
-        _Measure("exact", 0.0, 1, 5, 0)(record(jacobian, g, jvp=None))
+        RunLanczos("exact", 0.0, 1, 5, 0)(record(jacobian, g, jvp=None))
     with pytest.raises(TypeError, match="inside a compiled function"):
-        _spectrum(_Measure("exact", 0.0, 1, 5, 0)(record(jacobian, g)))
+        from_lanczos(RunLanczos("exact", 0.0, 1, 5, 0)(record(jacobian, g)))
 
 
 def test_the_array_api_is_enough():
@@ -300,7 +300,7 @@ def test_the_array_api_is_enough():
     jacobian, g = network()
     results = []
     for xp in (array_api_strict, np):
-        measured = _Measure("exact", 0.0, 1, 4, 3)(record(jacobian, g, xp))
+        measured = RunLanczos("exact", 0.0, 1, 4, 3)(record(jacobian, g, xp))
         entries = [*measured.gradient.diagonal, *measured.gradient.off_diagonal]
         entries += [entry for t in measured.probes for entry in (*t.diagonal, *t.off_diagonal)]
         assert all(entry.shape == () for entry in entries)
