@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,25 +11,58 @@ import torch
 from lnp.contract.linearization import Linearization, Subset
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
-from lnp_torch.complex import real
+from lnp.contract.vectors import update_by_name
+from lnp_torch.look import CannotRun, Look
 from lnp_torch.model import Program, accepts
 from lnp_torch.on_a_copy import on_a_copy
-from lnp_torch.pulls import Vector
-from lnp_torch.record import record
+from lnp_torch.outputs import real
+from lnp_torch.record import Vector, record
 from lnp_torch.state_guard import undisturbed
 
 __all__ = ["accepts", "evaluate", "linearize"]
 
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
-    """Run the computation on the linearised batches; tensors of shape () become floats, in one transfer."""
+    """Run the computation on the linearised batches; tensors of shape () become floats, in one transfer.
+
+    Where samples turn out to interact on the way although they were taken apart, that is remembered, and the batches
+    are measured again, jointly.
+    """
+    reasons = [""] * len(batches)
+    while True:
+        result, looks = _once(computation, model, batches, options, reasons, operands)
+        found = {place: look for place, look in enumerate(looks) if look is not None and look.reason}
+        if not found:
+            return result
+        for place, look in found.items():
+            reasons[place] = look.reason
+            look.remember()
+
+
+def _once(
+    computation: Callable, model: Any, batches: tuple, options: Options, reasons: list[str], operands: dict[str, Any]
+) -> tuple[Any, list[Look | None]]:
+    """What the computation returns, and what looked at each batch's samples: with a reason, they interact."""
+    looks: list[Look | None] = []
 
     def measured(prepared: Program) -> Any:
+        looks.clear()
+        given = {name: operand for name, operand in operands.items() if name != "update"}
         if operands.get("update") is not None:
-            operands["update"] = _as_vector(prepared, operands["update"])
-        records = [record(prepared, batch, options) for batch in batches]
-        result = computation(*records, **operands)
-        flags = [violation for record in records for violation in record.violations]
+            given["update"] = _update(prepared, operands["update"])
+        records = []
+        for batch, reason in zip(batches, reasons, strict=True):
+            made, look = record(prepared, batch, options, reason)
+            records.append(made)
+            looks.append(look)
+        try:
+            result = computation(*records, **given)
+            for look in looks:
+                if look is not None:
+                    look.coupled()
+        except CannotRun:
+            return None, [], []
+        flags = [violation for made in records for violation in made.violations]
         return *to_host(result, [flag for flag, _ in flags]), [message for _, message in flags]
 
     (result, violated, messages), prepared = on_a_copy(model, options, measured)
@@ -37,18 +70,20 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     for flag, message in zip(violated, messages, strict=True):
         if flag:
             raise ValueError(message)
-    return result
+    return result, looks
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch. It keeps the graph of the forward pass alive, and the copy of the model."""
-    made, prepared = on_a_copy(model, options, lambda prepared: record(prepared, batch, options))
+    (made, _), prepared = on_a_copy(model, options, lambda prepared: record(prepared, batch, options))
     names = [field.name for field in fields(made) if field.name in OPERATORS and getattr(made, field.name) is not None]
     quiet: dict[str, Any] = {name: _quiet(prepared, getattr(made, name)) for name in names}
     return replace(made, **quiet)
 
 
-OPERATORS = ("vjp", "jvp", "sample_square_norms", "group_square_norms", "subset", "loss_along", "gradient_square_norms")
+OPERATORS = (
+    *("vjp", "jvp", "sample_square_norms", "group_square_norms", "subset", "loss_along", "gradient_pass", "coupled"),
+)
 """What runs the model's code again."""
 
 
@@ -72,35 +107,33 @@ def _quiet(prepared: Program, operator: Callable) -> Callable:
     return run
 
 
-def _as_vector(prepared: Program, update: Any) -> Vector:
+def _update(prepared: Program, update: Any) -> Vector:
     """The user's update as a vector in parameter space, zero for selected parameters that it leaves out."""
-    names = list(prepared.parameters)
-    given = (
-        update
-        if isinstance(update, Mapping)
-        else dict(zip(names, update, strict=False))
-        if len(update) == len(names)
-        else {}
+    parameters = prepared.parameters
+    expected = (
+        f"a dictionary {{parameter name: tensor of its shape}}, or one tensor for each of the {len(parameters)} "
+        "parameters in their order"
     )
-    given = {n: real(d) for n, d in given.items()}
-    wrong = [n for n, d in given.items() if n not in names or d.shape != prepared.parameters[n].shape]
-    if wrong or not given:
-        raise ValueError(
-            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a "
-            f"dictionary {{parameter name: tensor of its shape}}, or one tensor for each of the {len(names)} "
-            "parameters in their order."
-        )
-    return [given[n].detach() if n in given else torch.zeros_like(p) for n, p in prepared.parameters.items()]
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    given = update_by_name(map_leaves(_as_real, update), shapes, list, expected)
+    return {name: given[name].detach() if name in given else torch.zeros_like(p) for name, p in parameters.items()}
+
+
+def _as_real(leaf: Any) -> Any:
+    return real(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def to_host(result: Any, flags: list[torch.Tensor]) -> tuple[Any, list[bool]]:
     """Every tensor of shape () as a Python number, in one transfer."""
-    single = lambda leaf: isinstance(leaf, torch.Tensor) and not leaf.ndim
-    tensors = [leaf for leaf in leaves(result) if single(leaf)] + flags
+    tensors = [leaf for leaf in leaves(result) if _is_number(leaf)] + flags
     if not tensors:
         return result, []
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     values = torch.stack([tensor.detach().to(dtype) for tensor in tensors]).tolist()
     numbers = iter([v if t.is_floating_point() else int(v) for v, t in zip(values, tensors, strict=True)])
-    result = map_leaves(lambda leaf: next(numbers) if single(leaf) else leaf, result)
+    result = map_leaves(lambda leaf: next(numbers) if _is_number(leaf) else leaf, result)
     return result, [bool(number) for number in numbers]
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not leaf.ndim

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
@@ -25,10 +27,13 @@ class Clones:
         Ids of buffers.
     touched:
         Set where memory was handed out that can be written to unseen (`.data`, `.numpy()`).
+    dtype:
+        In which real floating-point tensors are handed out, or None for their own.
     """
 
     def __init__(self, written: frozenset[int] = frozenset()) -> None:
         self.written, self.buffers, self.touched = written, set[int](), False
+        self.dtype: torch.dtype | None = None
         self._originals: dict[int, Tensor] = {}
         self._now: dict[int, tuple[Tensor, int]] = {}
 
@@ -55,7 +60,7 @@ class Clones:
             for x, clone in self._clones(groups[memory]):
                 self._now[id(x)] = clone, clone._version
         self.touched = False
-        return {key: clone for key, (clone, _) in self._now.items()}
+        return {key: cast(clone, self.dtype) for key, (clone, _) in self._now.items()}
 
     def _stale(self, key: int) -> bool:
         if key not in self._now:
@@ -81,11 +86,18 @@ class Clones:
         return not isinstance(x, torch.nn.Parameter) and x.numel() * x.element_size() <= LARGE
 
 
+def cast(x: Any, dtype: torch.dtype | None) -> Any:
+    """A real floating-point tensor in another dtype; anything else as it is."""
+    real = isinstance(x, Tensor) and x.is_floating_point()
+    return x.detach().to(dtype) if real and dtype is not None else x
+
+
 def _clone(x: Tensor) -> Tensor:
     return _leaf(x, x.detach().clone())
 
 
 def _leaf(x: Tensor, made: Tensor) -> Tensor:
+    """What was made of a tensor, a leaf that requires a gradient where that one is."""
     return made.requires_grad_() if x.requires_grad and x.is_leaf else made
 
 

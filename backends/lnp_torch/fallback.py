@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lnp.contract.trees import leaves, map_leaves
+from lnp.per_sample.self_check import Alone
 from lnp_torch.draws import by_sample
 from lnp_torch.float16 import at_scale_one
 from lnp_torch.model import Parameters
@@ -25,14 +26,29 @@ Pull = Callable[[torch.Tensor], Iterator[Chunk]]
 """v (N, K) -> chunks of J_n^T v_n, in the order of the samples."""
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to run single samples.
+
+    Attributes
+    ----------
+    pull:
+        Passes of a batch -> their gradients.
+    outputs:
+        Passes of a batch -> (N, K) outputs, by forward passes alone.
+    """
+
+    pull: Callable[[Passes], Pull]
+    outputs: Callable[[Passes], torch.Tensor]
+
+
 def looped(passes: Passes, size: int = 1) -> Pull:
     """`size` samples at a time, each group with a forward and a backward pass of its own: for any network."""
     parameters = passes.program.parameters
     names, leaves = list(parameters), list(parameters.values())
 
     def pull(v: torch.Tensor) -> Iterator[Chunk]:
-        for start in range(0, passes.samples, size):
-            part = slice(start, start + size)
+        for part in _slices(passes, size):
             parts = passes.part(parameters, part).parts
             grads = gradients(parts, leaves, v[part])
             yield flatten([p.detach() for p in parts]), {n: g[None] for n, g in zip(names, grads, strict=True)}
@@ -40,105 +56,107 @@ def looped(passes: Passes, size: int = 1) -> Pull:
     return pull
 
 
+def looped_outputs(passes: Passes) -> torch.Tensor:
+    """(N, K) outputs of all samples, each by a forward pass of its own."""
+    with torch.no_grad():
+        return torch.cat([passes.part(passes.program.parameters, part).flat() for part in _slices(passes, 1)])
+
+
+def _slices(passes: Passes, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, passes.samples, size)]
+
+
 def vectorized(passes: Passes) -> Pull:
     """As many samples at a time as fit the budget, by `torch.func.vmap`, where the network's operations allow it."""
     parameters = {name: p.detach() for name, p in passes.program.parameters.items()}
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = max(1, min(passes.samples, BUDGET // max(size, 1)))
-    flat, mapped = leaves(passes.inputs), passes.over
-    apart = [by_sample(kind, value, passes.samples) for kind, value in passes.record]
-    masks = [value for value in apart if value is not None]
+    forward = _forward_of_one(passes)
 
     def single(rows: list, masks: list, v: torch.Tensor) -> Chunk:
-        values = iter([leaf[None] if over else leaf for leaf, over in zip(rows, mapped, strict=True)])
-        inputs, drawn = map_leaves(lambda _: next(values), passes.inputs), iter(masks)
-        pairs = zip(passes.record, apart, strict=True)
-        record = [(kind, value if own is None else next(drawn)) for (kind, value), own in pairs]
-
-        def outputs(parameters: Parameters) -> list[torch.Tensor]:
-            with passes.replayed(record):
-                return read(passes.program.call(parameters, inputs)).parts
-
-        parts, pullback = torch.func.vjp(outputs, parameters)
+        parts, pullback = torch.func.vjp(lambda parameters: forward(parameters, rows, masks), parameters)
         backward = lambda vector: list(pullback(split(vector[0], parts))[0].values())
         grads = at_scale_one(backward, [v[None]], [*parts, *parameters.values()])
         return flatten(parts)[0], dict(zip(parameters, grads, strict=True))
 
-    batched = torch.func.vmap(single, in_dims=([0 if over else None for over in mapped], [0] * len(masks), 0))
+    return lambda v: _mapped(passes, single, chunk, v)
 
-    def pull(v: torch.Tensor) -> Iterator[Chunk]:
-        for start in range(0, passes.samples, chunk):
-            part = slice(start, start + chunk)
-            rows = copied([leaf[part] if over else leaf for leaf, over in zip(flat, mapped, strict=True)])
-            with torch.no_grad(), warnings.catch_warnings(), same_randomness(passes.state):
-                warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap falls back to a loop
-                pulled = batched(rows, [mask[part] for mask in masks], v[part])
-                passes.check_draws()
-            yield pulled
 
-    return pull
+def vectorized_outputs(passes: Passes) -> torch.Tensor:
+    """(N, K) outputs of all samples, each run by itself, by `torch.func.vmap`."""
+    parameters, forward = {name: p.detach() for name, p in passes.program.parameters.items()}, _forward_of_one(passes)
+    single = lambda rows, masks, v: flatten(forward(parameters, rows, masks))[0]
+    nothing = torch.zeros(passes.samples, device=passes.program.device)
+    return torch.cat(list(_mapped(passes, single, passes.samples, nothing)))
+
+
+def _forward_of_one(passes: Passes) -> Callable[[Parameters, list, list], list[torch.Tensor]]:
+    """(parameters, one sample's rows of the inputs, its masks) -> the outputs of this sample as a batch of one."""
+    drawn_apart = [by_sample(kind, value, passes.samples) is not None for kind, value in passes.record]
+
+    def forward(parameters: Parameters, rows: list, masks: list) -> list[torch.Tensor]:
+        values = iter([leaf[None] if over else leaf for leaf, over in zip(rows, passes.over, strict=True)])
+        inputs, drawn = map_leaves(lambda _: next(values), passes.inputs), iter(masks)
+        pairs = zip(passes.record, drawn_apart, strict=True)
+        record = [(kind, next(drawn) if apart else value) for (kind, value), apart in pairs]
+        with passes.replayed(record):
+            return read(passes.program.call(parameters, inputs)).parts
+
+    return forward
+
+
+def _mapped(passes: Passes, single: Callable, chunk: int, v: torch.Tensor) -> Iterator:
+    """single(rows, masks, v_n) for all samples, `chunk` of them at a time."""
+    flat, over = leaves(passes.inputs), passes.over
+    masks = [m for kind, value in passes.record if (m := by_sample(kind, value, passes.samples)) is not None]
+    batched = torch.func.vmap(single, in_dims=([0 if along else None for along in over], [0] * len(masks), 0))
+    for part in _slices(passes, chunk):
+        rows = copied([leaf[part] if along else leaf for leaf, along in zip(flat, over, strict=True)])
+        with torch.no_grad(), warnings.catch_warnings(), same_randomness(passes.state):
+            warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap falls back to a loop
+            found = batched(rows, [mask[part] for mask in masks], v[part])
+            passes.check_draws()
+        yield found
+
+
+VECTORIZED, LOOPED = Way(vectorized, vectorized_outputs), Way(looped, looped_outputs)
 
 
 def square_norms(pull: Pull, v: torch.Tensor) -> dict[str, torch.Tensor]:
     """{name: (G,) array of ||J_g^T v_g||^2}, in float32 or better."""
-    chunks = [
-        {name: widened(g).reshape(len(g), -1).square().sum(dim=1) for name, g in grads.items()} for _, grads in pull(v)
-    ]
+    chunks = [_square_norms(grads) for _, grads in pull(v)]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def total(pull: Pull, v: torch.Tensor) -> list[torch.Tensor]:
+def alone(pull: Pull, v: torch.Tensor) -> Alone:
+    """Outputs, squared norms and the sum of the gradients of single samples."""
+    outputs, norms = [], []
+    sums: dict[str, torch.Tensor] = {}
+    for part, grads in pull(v):
+        outputs.append(part)
+        norms.append(_square_norms(grads))
+        _add(sums, grads)
+    return Alone(torch.cat(outputs), sums, {name: torch.cat([part[name] for part in norms]) for name in norms[0]})
+
+
+def total(pull: Pull, v: torch.Tensor) -> dict[str, torch.Tensor]:
     """The sum of the gradients of samples or groups, J^T v where they do not interact."""
-    sums: list[torch.Tensor] = []
+    sums: dict[str, torch.Tensor] = {}
     for _, grads in pull(v):
-        parts = [widened(g).sum(dim=0) for g in grads.values()]
-        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        _add(sums, grads)
     return sums
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What one pull-back of single samples shows.
-
-    Attributes
-    ----------
-    difference:
-        The largest relative difference from the batch, in outputs and in J^T v.
-    square_norms:
-        {name: (N,) array of ||J_n^T v_n||^2}.
-    """
-
-    difference: float
-    square_norms: dict[str, torch.Tensor]
+def _square_norms(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{name: (C,)} of gradients (C, ...), in float32 or better."""
+    return {name: widened(g).reshape(len(g), -1).square().sum(dim=1) for name, g in grads.items()}
 
 
-def compare(pull: Pull, outputs: torch.Tensor, v: torch.Tensor, gradient: list[torch.Tensor]) -> Comparison:
-    """Samples taken apart beside the batch's outputs (N, K) and J^T v. Reads the device."""
-    alone, norms, sums = [], [], None
-    for part, grads in pull(v):
-        wide = {name: widened(g) for name, g in grads.items()}
-        alone.append(part)
-        norms.append({name: g.reshape(len(g), -1).square().sum(dim=1) for name, g in wide.items()})
-        parts = [g.sum(dim=0) for g in wide.values()]
-        sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-    joined = torch.cat(alone)
-    if joined.shape != outputs.shape:
-        return Comparison(float("inf"), {})
-    apart = torch.maximum(_in_gradient(sums or [], gradient), _scalar(_in_outputs(joined, outputs)))
-    return Comparison(apart.item(), {name: torch.cat([part[name] for part in norms]) for name in norms[0]})
-
-
-def _in_outputs(alone: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    return (alone - outputs).abs().max() / outputs.abs().max().clamp_min(torch.finfo(outputs.dtype).tiny)
-
-
-def _in_gradient(sums: list[torch.Tensor], gradient: list[torch.Tensor]) -> torch.Tensor:
-    norms = torch.stack([_scalar(torch.linalg.vector_norm(widened(g))) for g in gradient])
-    missed = [_scalar(torch.linalg.vector_norm(s - widened(g))) for s, g in zip(sums, gradient, strict=True)]
-    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
-    # whole
-    floor = 0.03 * torch.linalg.vector_norm(norms)
-    return (torch.stack(missed) / (norms + floor).clamp_min(torch.finfo(norms.dtype).tiny)).max()
+def _add(sums: dict[str, torch.Tensor], grads: dict[str, torch.Tensor]) -> None:
+    """Add gradients (C, ...), summed over their first axis, to what is there."""
+    for name, g in grads.items():
+        part = widened(g).sum(dim=0)
+        sums[name] = sums[name] + part if name in sums else part
 
 
 def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Tensor) -> list[torch.Tensor]:
@@ -159,8 +177,3 @@ def dense(grads: Iterable[torch.Tensor | None], leaves: list[torch.Tensor]) -> l
     """Gradients of unused parameters are zero, and embeddings can ask for sparse ones."""
     pairs = zip(grads, leaves, strict=True)
     return [torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad for grad, p in pairs]
-
-
-def _scalar(value: torch.Tensor) -> torch.Tensor:
-    """One dtype for parameters of several; Apple's GPUs have no float64."""
-    return value.float() if value.device.type == "mps" else value.double()

@@ -1,40 +1,45 @@
-"""Losses in PyTorch, and the number of terms they average."""
+"""Losses in PyTorch: their values, the number of terms that they average, and whether they are means over samples."""
 
 from __future__ import annotations
 
+import functools
 import math
+import types
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from array_api_compat import torch as xp
+from torch import nn
 from torch.nn import functional as F
 
-from lnp.contract.trees import leaves
-from lnp.losses import kinds
-from lnp_torch.complex import continuous
-from lnp_torch.known import Known, known
+from lnp.contract.trees import leaves, map_leaves
+from lnp.losses import kinds, mean_test
+from lnp.losses.mean_test import Leaf
+from lnp_torch.outputs import Outputs, continuous, flatten, wide
 
-Violations = tuple[tuple[torch.Tensor, str], ...]
-
+Loss = Callable[[Any, Any], torch.Tensor]
+"""(outputs, targets) -> scalar, where both may be of any structure."""
 
 OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
 
 
 def other_terms(loss: torch.Tensor, parts: list[torch.Tensor]) -> bool:
     """Whether any parameter is reached from the loss without passing through the outputs."""
-    ends, stack, seen = {part.grad_fn for part in parts}, [loss.grad_fn], set()
+    ends, stack, visited = {part.grad_fn for part in parts}, [loss.grad_fn], set()
     own = {id(part) for part in parts if part.grad_fn is None}
     while stack:
         node = stack.pop()
-        if node is None or node in ends or node in seen:
+        if node is None or node in ends or node in visited:
             continue
         if hasattr(node, "variable"):  # where a gradient is accumulated
             if id(node.variable) not in own:
                 return True
             continue
-        seen.add(node)
+        visited.add(node)
         stack.extend(following for following, _ in node.next_functions)
     return False
 
@@ -46,66 +51,28 @@ def integer(targets: Any) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A loss that can be called, and what is known of it.
-
-    Attributes
-    ----------
-    function:
-        (outputs, targets) -> scalar, where outputs may be of any structure.
-    terms:
-        Number of terms that its mean averages.
-    separable:
-        Whether it is known to be a mean over samples.
-    violations, notes:
-        As in `lnp.Linearization`.
-    """
-
-    function: Callable
-    terms: Any
-    separable: bool
-    violations: Violations = ()
-    notes: tuple[str, ...] = ()
+def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms: int | None) -> kinds.Prepared:
+    """The loss that the user means; `loss_terms` is the user's own n, or None."""
+    leaf = outputs if isinstance(outputs, torch.Tensor) else next(leaf for leaf in leaves(outputs) if continuous(leaf))
+    given = kinds.Given(_shape(outputs), _shape(targets), integer(targets), tuple(leaf.shape))
+    return kinds.prepare(
+        xp,
+        loss,
+        given,
+        (outputs, targets),
+        elementwise=ELEMENTWISE,
+        cross_entropy=lambda axis, labels: functools.partial(_cross_entropy, axis=axis),
+        known=lambda loss: _prepared_own(loss, given, targets),
+        second_axis=True,
+        loss_terms=loss_terms,
+    )
 
 
-def prepare(loss: str | Callable | None, outputs: Any, targets: Any, given: int | None) -> Prepared:
-    """The loss that the user means. `given` replaces the number of terms, and what would be said about it."""
-    prepared = _prepared(loss, outputs, targets)
-    return prepared if given is None else replace(prepared, terms=given, notes=())
+def _shape(tree: Any) -> tuple[int, ...] | None:
+    return tuple(tree.shape) if isinstance(tree, torch.Tensor) else None
 
 
-def _prepared(loss: str | Callable | None, outputs: Any, targets: Any) -> Prepared:
-    single = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
-    shape = tuple(outputs.shape) if single else ()
-    meant = kinds.resolve(loss, shape, tuple(targets.shape) if single else None, integer(targets))
-    if isinstance(meant, str) and not single:
-        kinds.resolve(None, (), None, False)  # a named loss needs single tensors just as much
-    if isinstance(meant, str) and meant in kinds.ELEMENTWISE:
-        kinds.check_same_shape(shape, targets.shape)
-        return Prepared(ELEMENTWISE[meant], math.prod(shape), separable=True)
-    if meant == "cross_entropy":
-        axis = kinds.class_axis(shape, targets.shape, integer(targets), second_axis=True)
-        terms, violations = _class_terms(shape, axis, targets, kinds.IGNORE_INDEX)
-        value = lambda outputs, targets: _cross_entropy(outputs, targets, axis)
-        return Prepared(value, terms, True, violations)
-    assert callable(meant)
-    stated = kinds.stated_terms(meant, outputs, targets)
-    if stated is not None:
-        return Prepared(meant, stated[0], kinds.separable(meant), notes=stated[1])
-    own = known(meant) if single else None
-    if own is not None and (own.over != "elements" or shape == tuple(targets.shape)):
-        terms, notes = _known_terms(own, shape, targets)
-        # A sum is N times a mean over samples, so its position and noise scale would be the mean's; its rate however is
-        # that of N times the loss, which says nothing about the population until N is divided out.
-        return Prepared(meant, terms, own.reduction in ("mean", "batchmean"), notes=notes)
-    # Also where PyTorch broadcasts one to the other: (N, 1) with (N,) pairs every sample with every other one.
-    leaf = outputs if isinstance(outputs, torch.Tensor) else _first(outputs)
-    terms, note = kinds.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer(targets))
-    return Prepared(meant, terms, kinds.separable(meant), notes=(note,))
-
-
-ELEMENTWISE = {
+ELEMENTWISE: dict[str, Loss] = {
     "mse": lambda outputs, targets: F.mse_loss(outputs, targets.to(outputs.dtype)),
     "huber": lambda outputs, targets: F.huber_loss(outputs, targets.to(outputs.dtype)),
     "binary_cross_entropy": lambda outputs, targets: F.binary_cross_entropy_with_logits(
@@ -124,14 +91,77 @@ def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor, axis: int) -> t
     return F.cross_entropy(rows, labels.where(inside, kinds.IGNORE_INDEX))
 
 
-def _class_terms(shape: tuple, axis: int, targets: torch.Tensor, ignore_index: int) -> tuple[Any, Violations]:
-    if not integer(targets):
-        return math.prod(shape) // shape[axis], ()
-    violation = kinds.labels_out_of_range(xp, targets, shape[axis], ignore_index)
-    return kinds.label_terms(xp, targets, ignore_index), (violation,)
+ELEMENTS = (
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),
+    *(nn.SoftMarginLoss, nn.KLDivLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
+    *(F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.soft_margin_loss, F.kl_div),
+    F.gaussian_nll_loss,  # with its variance bound by functools.partial; the module takes it in every call
+)
+"""Losses whose mean is over all elements of outputs and targets."""
+LABELS = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
+"""Losses whose mean is over class labels."""
+SAMPLES = (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, F.multi_margin_loss, F.multilabel_margin_loss)
+"""Losses whose mean is over samples, however many classes they have."""
 
 
-def _known_terms(own: Known, shape: tuple, targets: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
+@dataclass(frozen=True)
+class OwnLoss:
+    """How one of PyTorch's losses reduces.
+
+    Attributes
+    ----------
+    over:
+        What its mean averages over.
+    reduction:
+        "mean", "sum", "none" or "batchmean".
+    ignore_index:
+        Label that takes no part.
+    weighted:
+        Whether weights are given, for classes or elements.
+    """
+
+    over: Literal["elements", "labels", "samples"]
+    reduction: str
+    ignore_index: int
+    weighted: bool
+
+
+def own_loss(loss: Callable) -> OwnLoss | None:
+    """How a loss of PyTorch's reduces: a module, a function, or either with keywords bound by `functools.partial`."""
+    identity: Any = loss
+    settings: dict[str, Any] = {}
+    if isinstance(identity, functools.partial):
+        settings = identity.keywords
+        identity = None if identity.args else identity.func
+    if isinstance(identity, nn.Module):
+        # by its exact type: a subclass may compute something else
+        identity, settings = type(identity), {**vars(identity), **identity._buffers, **settings}
+    over = next((name for name, losses in REDUCED.items() if any(identity is one for one in losses)), None)
+    if over is None or {"size_average", "reduce"} & settings.keys():  # the old way to say how a function reduces
+        return None
+    ignored = settings.get("ignore_index", kinds.IGNORE_INDEX)
+    return OwnLoss(over, settings.get("reduction", "mean"), ignored, settings.get("weight") is not None)
+
+
+REDUCED: dict[Literal["elements", "labels", "samples"], tuple] = {
+    "elements": ELEMENTS,
+    "labels": LABELS,
+    "samples": SAMPLES,
+}
+
+
+def _prepared_own(loss: Callable, given: kinds.Given, targets: Any) -> kinds.Prepared | None:
+    """One of PyTorch's own losses; None for others, and where it broadcasts: (N, 1) with (N,) pairs all samples."""
+    own = own_loss(loss) if given.single else None
+    if own is None or (own.over == "elements" and given.outputs != given.targets):
+        return None
+    terms, notes = _own_terms(own, given.outputs or (), targets)
+    # A sum is N times a mean over samples, so its position and noise scale would be the mean's; its rate however is
+    # that of N times the loss, which says nothing about the population until N is divided out.
+    return kinds.Prepared(loss, terms, own.reduction in ("mean", "batchmean"), notes=notes)
+
+
+def _own_terms(own: OwnLoss, shape: tuple[int, ...], targets: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
     """`loss_terms` of one of PyTorch's own losses, and notes."""
     terms: Any = {"elements": math.prod(shape), "samples": shape[0]}.get(own.over)
     if own.over == "labels":
@@ -145,15 +175,75 @@ def _known_terms(own: Known, shape: tuple, targets: torch.Tensor) -> tuple[Any, 
     return terms, ()  # other weights scale the terms, and the mean over them stays as it is
 
 
-def _label_terms(own: Known, shape: tuple, targets: torch.Tensor) -> Any:
+def _label_terms(own: OwnLoss, shape: tuple[int, ...], targets: torch.Tensor) -> Any:
+    """How many labels take part, shape (). Those out of range raise ValueError: on a GPU they abort the process."""
     if len(shape) < 2:
         kinds.class_axis(shape, targets.shape, integer(targets))  # says what is wrong
-    terms, violations = _class_terms(shape, 1, targets, own.ignore_index)
+    terms, violations = kinds.class_terms(xp, shape, 1, targets, integer(targets), own.ignore_index)
     for violated, message in violations:
-        if bool(violated):  # before the loss is called: on a GPU it would abort the process
+        if bool(violated):
             raise ValueError(message)
     return terms
 
 
-def _first(tree: Any) -> torch.Tensor:
-    return next(leaf for leaf in leaves(tree) if continuous(leaf))
+def found_mean(loss: Callable, run: Loss, outputs: Outputs, targets: Any) -> bool:
+    """Whether a loss of the user's own is a mean over samples, tried once for each loss, shapes and dtypes.
+
+    `loss` is the user's, by which the answer is remembered; `run` computes it and leaves no trace.
+    """
+    kept = [[leaf for leaf in leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in (outputs.tree, targets)]
+    described = tuple(
+        tuple(_described(leaf, measured) for leaf in some) for some, measured in zip(kept, (True, False), strict=True)
+    )
+    answers = _answers(loss)
+    if described not in answers:
+
+        def gradient(made: list[np.ndarray], wanted: list[np.ndarray]) -> torch.Tensor:
+            """(M, K) loss gradient at stand-ins for the outputs and targets."""
+            tree = Outputs(_filled(outputs.tree, made))
+            parts = [part.to(wide([part])).requires_grad_() for part in tree.parts]
+            with torch.enable_grad():
+                value = run(tree.with_parts(parts), _filled(targets, wanted))
+            grads = torch.autograd.grad(value.sum(), parts, allow_unused=True, materialize_grads=True)
+            return flatten(list(grads))
+
+        answers[described] = mean_test.found_mean(xp, gradient, *described, fatal=(torch.OutOfMemoryError,))
+    return answers[described]
+
+
+def _described(leaf: torch.Tensor, is_output: bool) -> Leaf:
+    """A tensor's shape and dtype as the core's trial draws stand-ins for it."""
+    name = str(leaf.dtype).removeprefix("torch.")
+    try:
+        np.dtype(name)
+    except TypeError:  # bfloat16 and float8, which NumPy does not have
+        name = "float32"
+    return Leaf(tuple(leaf.shape), name, is_output and continuous(leaf))
+
+
+def _filled(tree: Any, arrays: list[np.ndarray]) -> Any:
+    """The structure with these arrays in the place of its tensors, in their dtypes and on their devices."""
+    given = iter(arrays)
+
+    def stand_in(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return torch.as_tensor(next(given)).to(leaf.device, leaf.dtype)
+
+    return map_leaves(stand_in, tree)
+
+
+def _answers(loss: Callable) -> dict[tuple, bool]:
+    """What is known of a loss as long as it lives; nothing of what cannot be referred to weakly.
+
+    A function that depends on nothing but its code is the same one when a loop makes it anew.
+    """
+    plain = isinstance(loss, types.FunctionType) and not (loss.__closure__ or loss.__defaults__ or loss.__kwdefaults__)
+    try:
+        return _MEANS.setdefault(loss.__code__ if plain else loss, {})
+    except TypeError:
+        return {}
+
+
+_MEANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+"""{loss: {shapes and dtypes: whether it is a mean over samples}}."""

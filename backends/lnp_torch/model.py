@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,8 @@ from torch import nn
 
 from lnp.contract.trees import children, map_leaves
 from lnp.contract.validation import select
-from lnp_torch.complex import continuous, like, real
+from lnp_torch.clones import cast
+from lnp_torch.outputs import continuous, like, real
 from lnp_torch.refusals import refuse
 from lnp_torch.replica import Replica, unwrapped
 from lnp_torch.writes import Guard
@@ -53,6 +54,20 @@ class Program:
     modules: tuple[nn.Module, ...] = ()
     owner: Any = None
     trained: frozenset[int] = frozenset()
+
+    def in_float64(self) -> Program:
+        """The same function in float64, as far as its dtypes follow from those of parameters, buffers and inputs."""
+        parameters = {name: p.detach().double().requires_grad_() for name, p in self.parameters.items()}
+        clones = self.replica.clones
+
+        def call(values: Parameters, inputs: Any) -> Any:
+            clones.dtype = torch.float64
+            try:
+                return self.call(values, inputs)
+            finally:
+                clones.dtype = None
+
+        return replace(self, parameters=parameters, call=call)
 
     def rewind(self) -> None:
         """The copy as it was in the beginning, at the parameters as they are."""
@@ -129,20 +144,34 @@ def _on_a_device(made: Program) -> Program:
     return made
 
 
-def named(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a structure by their dotted path.
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a structure by their dotted path; where two have the same one, they are numbered.
 
     >>> named({"layer": [1, 2], "scale": 3})
     {'layer.0': 1, 'layer.1': 2, 'scale': 3}
+    >>> named({"layer": {"w": 1}, "layer.w": 2})
+    {'layer.w': 1, 'layer.w~2': 2}
     """
+    found: dict[str, Any] = {}
+    for path, leaf in _paths(tree, ""):
+        same = sum(other == path or other.rpartition("~")[0] == path for other in found)
+        found[f"{path}~{same + 1}" if path in found else path] = leaf
+    return found
+
+
+def _paths(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted path, leaf) pairs."""
     inner = children(tree)
     if inner is None:
-        return {prefix or "parameters": tree}
-    return {
-        name: leaf
-        for key, child in inner.items()
-        for name, leaf in named(child, f"{prefix}.{key}" if prefix else key).items()
-    }
+        yield prefix or "parameters", tree
+        return
+    if len(inner) < len(tree if isinstance(tree, Mapping) else inner):
+        raise ValueError(
+            f"The parameters have keys that are the same as text: {list(tree)}. Expected keys that differ as text. Name "
+            "them otherwise."
+        )
+    for key, child in inner.items():
+        yield from _paths(child, f"{prefix}.{key}" if prefix else key)
 
 
 _STANDING: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("standing", default=None)
@@ -187,16 +216,15 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
     replica = Replica((model, forward or called, loss), map(id, own.values()), written)
     copy, run, of_outputs = replica.roots
 
+    def stands_for(name: str, p: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        """What a pass has in the place of one of the module's own parameters."""
+        if name in parameters:
+            return like(every[name], parameters[name])
+        fixed = cast(every[name].detach(), replica.clones.dtype)
+        return fixed.clone() if id(p) in written else fixed
+
     def call(parameters: Parameters, inputs: Any) -> Any:
-        standing = {
-            id(p): like(every[name], parameters[name])
-            if name in parameters
-            else every[name].detach().clone()
-            if id(p) in written
-            else every[name].detach()
-            for name, p in own.items()
-        }
-        replica.rewind(standing)
+        replica.rewind(standing := {id(p): stands_for(name, p, parameters) for name, p in own.items()})
         token = _STANDING.set(standing)
         try:
             return run(copy, inputs)
@@ -218,8 +246,11 @@ def _function(function: Callable, tree: Any, parameters: Any, loss: Any, written
 
     def call(parameters: Parameters, inputs: Any) -> Any:
         replica.rewind({})
+        fixed = {
+            name: cast(leaf.detach(), replica.clones.dtype) for name, leaf in own.items() if name not in parameters
+        }
         values = iter(
-            [like(leaf, parameters[name]) if name in parameters else leaf.detach() for name, leaf in own.items()]
+            [like(leaf, parameters[name]) if name in parameters else fixed[name] for name, leaf in own.items()]
         )
         return run(map_leaves(lambda _: next(values), tree), inputs)
 

@@ -13,20 +13,25 @@ from array_api_compat import torch as xp
 from torch.nn import functional as F
 
 from lnp.contract import validation
-from lnp.contract.linearization import Linearization, coupling_tolerance
+from lnp.contract.linearization import GradientPass, Linearization, Subset, coupling_tolerance
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
-from lnp_torch import fallback, losses
-from lnp_torch.huggingface import own_loss_terms, split_batch
+from lnp_torch import fallback, forward_mode
+from lnp_torch.float16 import at_scale_one
+from lnp_torch.huggingface import split_batch
+from lnp_torch.look import Look
+from lnp_torch.loss_gradient import LossAt, loss_at
 from lnp_torch.model import Program
-from lnp_torch.outputs import Outputs, dot, flatten, wide, widened
-from lnp_torch.pulls import Pulls, Vector, jvp, subset
-from lnp_torch.replay import Passes, copied, first_pass
-from lnp_torch.self_check import general_note, judge
-from lnp_torch.separable import found_separable
-from lnp_torch.state_guard import RandomState, same_randomness, undisturbed
-from lnp_torch.taps.backward_pass import Apart, Tapped, Verdict, tapped_groups
+from lnp_torch.outputs import dot, flatten, widened
+from lnp_torch.replay import Passes, first_pass
+from lnp_torch.self_check import Joint, custom_backward, key_of, plan_for, refuse_bent
+from lnp_torch.state_guard import undisturbed
+from lnp_torch.taps.backward_pass import Plan, Samples, Tapped, in_groups, tapped_groups
 from lnp_torch.taps.function_mode import Taps
+from lnp_torch.taps.reader import Reading
+
+Vector = dict[str, torch.Tensor]
+"""{parameter name: tensor of its shape}."""
 
 WORTH = {"cpu": 2**27}
 """Multiplications of a forward pass from which on one over some of the samples pays: below, Python takes as long."""
@@ -34,20 +39,104 @@ WORTH_ELSEWHERE = 2**34
 
 
 @dataclass(frozen=True)
-class Loss:
-    """The loss at the first pass's outputs, and how to compute it at others."""
+class Operators:
+    """Products with the Jacobian of one batch.
 
-    value: torch.Tensor
-    gradient: torch.Tensor
-    terms: Any
-    of: Callable[[Outputs], torch.Tensor]
-    separable: bool
-    violations: tuple = ()
-    notes: tuple[str, ...] = ()
+    Attributes
+    ----------
+    samples:
+        The batch.
+    plan, look:
+        How its samples are taken apart, and what was seen of them since; None where they are not.
+    gradients:
+        v -> J^T v, in the order of the parameters.
+    loss_gradient:
+        g, (N, K).
+    options:
+        What the user asked for.
+    """
+
+    samples: Samples
+    plan: Plan | None
+    look: Look | None
+    gradients: Callable[[torch.Tensor], Vector]
+    loss_gradient: torch.Tensor
+    options: Options
+
+    @property
+    def passes(self) -> Passes:
+        """Of the batch."""
+        return self.samples.passes
+
+    def gradient_pass(self, per_sample: bool, products: int, vector: bool) -> GradientPass:
+        """What one backward pass of the loss gradient yields; of a whole batch one parameter's gradient at a time."""
+        g, every, whole = self.loss_gradient, list(self.passes.program.parameters), self.options.microbatch is None
+        if not (per_sample or whole):
+            gradient = self.gradients(g)
+            return GradientPass({name: dot(part, part) for name, part in gradient.items()}, vector=gradient)
+        index, norms = None, None
+        if per_sample and self.plan is not None and self.look is not None:
+            # the taps have the factors of all parameters at hand, if none takes the general way
+            index = self.drawn(products) if products and whole and not self.plan.general else None
+            kept = vector or not whole or (products > 0 and index is None)
+            with self.look.running():
+                reading = self.plan.reading(gradient_norms=whole, index=index)
+                found, _ = self.samples.pulled(g, self.plan, reading, every if kept else (), self.look.outputs)
+            norms = found.square_norms
+        else:
+            reading = Reading(frozenset(every), gradient_norms=True)
+            found = self.samples.tapped(g, reading, every if vector else ())
+        gradient = found.gradient or None
+        of_gradient = found.gradient_norms or {name: dot(part, part) for name, part in found.gradient.items()}
+        return GradientPass(of_gradient, norms, found.products, index, gradient)
+
+    def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{name: (N,) array of ||J_nl^T v_n||^2}."""
+        assert self.plan is not None, "the record offers this only then"
+        assert self.look is not None, "it comes with a plan"
+        plan, look, first = self.plan, self.look, self.look.first
+        with look.running():
+            reading, general = plan.reading(), list(plan.general) if first else []
+            found, sums = self.samples.pulled(v, plan, reading, general, look.outputs if first else None)
+        if general:
+            look.sums(v, {name: sums[name] for name in general}, found)
+        look.square_norms(None, v, found.square_norms)
+        return found.square_norms
+
+    def subset(self, size: int) -> Subset:
+        """Samples drawn at random, with a forward pass of their own once squared norms are asked for."""
+        assert self.plan is not None, "the record offers this only then"
+        assert self.look is not None, "it comes with a plan"
+        plan, look, index = self.plan, self.look, self.drawn(size)
+        group = min(self.options.microbatch or size, size)
+
+        def square_norms(v: torch.Tensor) -> dict[str, torch.Tensor]:
+            with look.running():
+                some = in_groups(self.passes.some(index), group, self.samples.outputs[index])
+                watch = lambda rows, outputs: look.outputs(index[rows], outputs)
+                found, _ = some.pulled(v, plan, plan.reading(), watch=watch)
+            look.square_norms(index, v, found.square_norms)
+            return found.square_norms
+
+        def forward(u: Vector) -> torch.Tensor:
+            with look.running():
+                some = self.passes.some(index)
+                return torch.cat([jvp(some.some(slice(s, s + group)), u) for s in range(0, some.samples, group)])
+
+        return Subset(index, square_norms, forward)
+
+    def drawn(self, size: int) -> torch.Tensor:
+        """Samples drawn at random, in the batch's order; the same ones at each call."""
+        samples = self.passes.samples
+        order = np.random.default_rng(np.random.SeedSequence((self.options.seed, samples))).permutation(samples)
+        return torch.as_tensor(np.sort(order[:size]), device=self.passes.program.device)
 
 
-def record(prepared: Program, batch: Any, options: Options) -> Linearization:
-    """Linearise a model on a batch."""
+def record(prepared: Program, batch: Any, options: Options, reason: str = "") -> tuple[Linearization, Look | None]:
+    """Linearise a model on a batch; and what looks at its samples, where they are taken apart.
+
+    `reason` is why they are not to be, or "".
+    """
     inputs, targets = split_batch(batch, options.loss)
     # what was made in inference mode can take no part in a derivative
     targets = map_leaves(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, targets)
@@ -60,47 +149,52 @@ def record(prepared: Program, batch: Any, options: Options) -> Linearization:
     flat = flatten([part.detach() for part in parts])
     if isinstance(targets, torch.Tensor):
         validation.check_lengths(flat.shape[0], targets.shape)
-    loss = _loss(prepared, inputs, outputs, targets, options)
+    loss = loss_at(prepared, inputs, outputs, targets, options)
     passes = repeat(flat.shape[0])
-    parameters = list(prepared.parameters.values())
     if whole:
         one = [] if taps is None else [Tapped(slice(0, flat.shape[0]), parts, taps)]
-        apart = Apart(passes, lambda: one, flat)
-        gradients = lambda v: fallback.gradients(parts, parameters, v)
+        samples = Samples(passes, lambda: one, flat, apart=False)
+        gradients = graph_gradients(parts, prepared.parameters)
     else:
-        pull_groups = fallback.looped(passes, options.microbatch or flat.shape[0])
-        apart = Apart(passes, lambda: tapped_groups(passes, options.microbatch or flat.shape[0]), flat)
+        size = options.microbatch or flat.shape[0]
+        pull_groups = fallback.looped(passes, size)
+        samples = in_groups(passes, size, flat)
         gradients = lambda v: fallback.total(pull_groups, v)
-    found, notes = taken_apart(apart, [part.dtype for part in parts], options)
-    cheap = found is not None and not found.general
-    both = options.population if options.population is not None else cheap and loss.separable
-    pulls = Pulls(apart, found, gradients, loss.gradient, both, cheap, options.seed)
-    made = assembled(pulls, loss, options, taps)
+    hooked = passes.hooked
+    plan, look, notes = taken_apart(samples, gradients, parts, options, hooked, reason)
+    made = assembled(Operators(samples, plan, look, gradients, loss.gradient, options), loss, taps)
     if not whole:
         norms = lambda v: fallback.square_norms(pull_groups, v)
-        made = replace(made, group_square_norms=norms, groups=-(-flat.shape[0] // options.microbatch))
-    return replace(made, notes=(*made.notes, *notes))
+        made = replace(made, group_square_norms=norms, groups=-(-flat.shape[0] // size))
+    return replace(made, notes=(*made.notes, *notes)), look
 
 
-def assembled(pulls: Pulls, loss: Loss, options: Options, taps: Taps | None) -> Linearization:
-    """The record of pull-backs and a loss."""
-    apart, passes = pulls.apart, pulls.apart.passes
-    flat, names, independent = apart.outputs, list(passes.program.parameters), pulls.verdict is not None
+def graph_gradients(parts: list[torch.Tensor], parameters: Vector) -> Callable[[torch.Tensor], Vector]:
+    """v -> J^T v by backward passes on a graph that is kept."""
+    names, leaves = list(parameters), list(parameters.values())
+    return lambda v: dict(zip(names, fallback.gradients(parts, leaves, v), strict=True))
+
+
+def assembled(operators: Operators, loss: LossAt, taps: Taps | None) -> Linearization:
+    """The record of products with the Jacobian and a loss."""
+    passes, look, options = operators.passes, operators.look, operators.options
+    flat, apart = operators.samples.outputs, operators.plan is not None
     return Linearization(
         xp=xp,
         outputs=flat,
         loss=loss.value,
         loss_gradient=loss.gradient,
         loss_terms=loss.terms,
-        vjp=pulls.vjp,
-        gradient_square_norms=None if taps is None else pulls.gradient_square_norms,
-        inner_products=lambda u, w: {n: dot(a, b) for n, a, b in zip(names, u, w, strict=True)},
+        vjp=operators.gradients,
+        gradient_pass=operators.gradient_pass if taps is not None or options.microbatch is not None else None,
+        inner_products=lambda u, w: {name: dot(u[name], w[name]) for name in passes.program.parameters},
         signs=_signs(options.seed, flat),
         jvp=lambda u: jvp(passes, u),
-        sample_square_norms=pulls.sample_square_norms if independent else None,
-        subset=(lambda size: subset(pulls, options.microbatch, size)) if independent else None,
+        sample_square_norms=operators.sample_square_norms if apart else None,
+        subset=operators.subset if apart else None,
         subset_pays=taps is None or taps.products > WORTH.get(flat.device.type, WORTH_ELSEWHERE),
-        cheap=pulls.cheap,
+        cheap=operators.plan is not None and not operators.plan.general,
+        coupled=None if look is None else look.coupled,
         loss_along=lambda u, step: _loss_along(passes, loss, u, step),
         separable=loss.separable,
         violations=loss.violations,
@@ -108,116 +202,86 @@ def assembled(pulls: Pulls, loss: Loss, options: Options, taps: Taps | None) -> 
     )
 
 
-def _loss(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, options: Options) -> Loss:
-    """L, g = dL/df and the number of terms."""
-    parts = outputs.parts
-    if targets is None:
-        if outputs.own_loss is None or not outputs.own_loss.requires_grad:
-            raise ValueError(
-                "The batch is a dictionary, but the model returned no loss and logits for it. Expected a model that "
-                "computes its own loss from labels. Pass (inputs, targets), and loss= if it cannot be inferred."
-            )
-        terms, separable, notes = own_loss_terms(prepared.modules, inputs, outputs)
-        terms = terms if options.loss_terms is None else options.loss_terms
-        if outputs.auxiliary_loss is None and losses.other_terms(outputs.own_loss, parts):
-            notes = (*notes, losses.OTHERS)
-        gradient = _own_gradient(outputs.own_loss, parts, terms)
-        return Loss(outputs.own_loss.detach(), gradient, terms, lambda o: o.own_loss, separable, notes=notes)
-    # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
-    detached = [part.detach().to(wide([part])).requires_grad_() for part in parts]
-    tree = outputs.with_parts(detached)
-    loss = losses.prepare(options.loss, tree, targets, options.loss_terms)
-    meant = loss.function if loss.function is not options.loss else prepared.loss
-    run = repeated(meant, RandomState([prepared.device]))
-    with torch.enable_grad():
-        value = run(tree, targets)
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"The loss returned {type(value).__name__}. Expected a tensor of shape ().")
-        validation.check_loss(value.shape)
-        if not value.requires_grad:
-            raise ValueError(
-                "The loss does not depend on the outputs. Expected loss(outputs, targets) to be differentiable: do "
-                "not detach the outputs or convert them to NumPy."
-            )
-        grads = torch.autograd.grad(value.sum(), detached, allow_unused=True, materialize_grads=True)
+def taken_apart(
+    samples: Samples,
+    gradients: Callable[[torch.Tensor], Vector],
+    parts: list[torch.Tensor],
+    options: Options,
+    hooked: bool,
+    reason: str = "",
+) -> tuple[Plan | None, Look | None, tuple[str, ...]]:
+    """How the samples are taken apart and looked at, and notes; None, None and the reason where they are not.
 
-    def of(other: Outputs) -> torch.Tensor:
-        return run(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
-
-    def anew(outputs: Any, targets: Any) -> torch.Tensor:
-        prepared.rewind()
-        return run(outputs, targets)
-
-    wanted = options.split and options.population is not False
-    separable = loss.separable or (wanted and found_separable(loss.function, anew, outputs, targets))
-    notes = (*loss.notes, losses.OTHERS) if losses.other_terms(value, detached) else loss.notes
-    return Loss(value.detach().sum(), flatten(list(grads)), loss.terms, of, separable, loss.violations, notes)
-
-
-def repeated(loss: Callable, state: RandomState) -> Callable[[Any, Any], torch.Tensor]:
-    """The loss, drawing the same numbers at each call, on targets that it may write to."""
-
-    def run(outputs: Any, targets: Any) -> torch.Tensor:
-        with same_randomness(state):
-            return loss(outputs, copied(targets))
-
-    return run
-
-
-def _own_gradient(loss: torch.Tensor, parts: Vector, terms: Any) -> torch.Tensor:
-    """dL/df of the model's own loss, in float32 or better.
-
-    The gradient of a mean over n terms is about 1/n, which float16 outputs would round away: it is taken of n L, as far
-    as float16 goes.
+    Raises
+    ------
+    ValueError
+        For a backward pass that is not linear, and for micro-batches of samples that interact.
     """
-    if not any(part.dtype == torch.float16 for part in parts):
-        return flatten(list(torch.autograd.grad(loss, parts, retain_graph=True)))
-    scale = torch.as_tensor(terms, device=loss.device).float().log2().floor().clamp(0, 15).exp2()
-    return flatten(list(torch.autograd.grad(loss, parts, scale.to(loss.dtype), retain_graph=True))) / scale
-
-
-def taken_apart(apart: Apart, dtypes: list, options: Options) -> tuple[Verdict | None, tuple[str, ...]]:
-    """How the samples are taken apart, or None and the reason."""
-    passes = apart.passes
-    if not options.split:
-        return None, ()
-    if not passes.divisible:
-        return None, (
-            f"no input runs over the {passes.samples} samples along its first axis: they are not taken apart",
-        )
-    if not passes.explained:
-        return _joint(
-            options, "the network draws random numbers, or writes to parameters, in a way that cannot be repeated"
-        )
-    tolerance = coupling_tolerance(xp, _narrowest(passes.program, dtypes))
-    # micro-batches of one sample cannot differ from single samples: pairs can
-    found = judge(apart, (options.forward, options.microbatch), tolerance, pairs=options.microbatch == 1)
-    if not found.reason:
-        return found, general_note(found)
-    return _joint(options, f"the samples interact in this network ({found.reason})")
-
-
-def _joint(options: Options, reason: str) -> tuple[None, tuple[str, ...]]:
-    """Samples that are not taken apart."""
+    passes = samples.passes
+    tolerance = coupling_tolerance(xp, _narrowest(passes.program, [part.dtype for part in parts]))
+    written = hooked or custom_backward(parts) or (options.microbatch is not None and _written(samples))
+    if options.split and not reason:
+        reason = _why_joint(passes)
+        if not reason:
+            first = next(iter(samples.visit()))
+            key = key_of(passes, samples.outputs, (first.parts, first.taps), (options.forward, options.microbatch))
+            plan = plan_for(samples, key, options.microbatch, tolerance, written)
+            reason = plan.verdict.reason
+            if not reason:
+                return plan, Look(samples, plan, key, tolerance), plan.verdict.notes
     if options.microbatch is not None:
         raise ValueError(
             f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
             "microbatch unset, or remove what couples them."
         )
-    return None, (f"{reason}: they are not taken apart",)
+    if written:
+        refuse_bent(Joint(samples.outputs, gradients), tolerance)
+    return None, None, (reason,) if reason else ()
 
 
-def _loss_along(passes: Passes, loss: Loss, u: Vector, step: Any) -> torch.Tensor:
+def _written(samples: Samples) -> bool:
+    """Whether a backward pass that somebody wrote by hand leads to the outputs of a micro-batch."""
+    first = next(iter(samples.visit()))
+    return first.taps.hooked or custom_backward(first.parts)
+
+
+def _why_joint(passes: Passes) -> str:
+    """Why samples are not taken apart, as far as it is known before they are compared; or ""."""
+    if not passes.divisible:
+        return f"no input runs over the {passes.samples} samples along its first axis: they are not taken apart"
+    if not passes.explained:
+        return (
+            "the network draws random numbers, or writes to parameters, in a way that cannot be repeated: they are "
+            "not taken apart"
+        )
+    return ""
+
+
+def jvp(passes: Passes, u: Vector) -> torch.Tensor:
+    """J u, (N, K)."""
+    program = passes.program
+    vector = [u[name] for name in program.parameters]
+    with undisturbed([program.device]):
+        run = lambda p: passes.whole(p).parts
+        forward = lambda vector: [flatten(forward_mode.jvp(run, program.parameters, vector)).detach()]
+        return at_scale_one(forward, vector, program.parameters.values())[0]
+
+
+def _loss_along(passes: Passes, loss: LossAt, u: Vector, step: Any) -> torch.Tensor:
+    """L at the parameters plus step * u, shape ()."""
     program = passes.program
     with undisturbed([program.device]), torch.no_grad():
         moved = {
-            n: (widened(p.detach()) + step * widened(d)).to(p.dtype)
-            for (n, p), d in zip(program.parameters.items(), u, strict=True)
+            name: (widened(p.detach()) + step * widened(u[name])).to(p.dtype) for name, p in program.parameters.items()
         }
-        return loss.of(passes.whole(moved))
+        return loss.at(passes.whole(moved))
 
 
 def _signs(seed: Any, like: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """index -> (N, K) random signs."""
+    table = 1 - 2 * (torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1)
+    table = table.to(like.dtype)  # the eight signs that each byte stands for
+
     def signs(index: int) -> torch.Tensor:
         state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(like.device).manual_seed(int(state >> 1))
@@ -225,21 +289,18 @@ def _signs(seed: Any, like: torch.Tensor) -> Callable[[int], torch.Tensor]:
         words = torch.randint(-(2**31), 2**31, (count,), generator=generator, device=like.device, dtype=torch.int32)
         return F.embedding(words.view(torch.uint8).int(), table).view(-1)[: like.numel()].view(like.shape)
 
-    table = 1 - 2 * (torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1)
-    table = table.to(like.dtype)  # the eight signs that each byte stands for
     return signs
 
 
 def _frozen_notes(passes: Passes) -> tuple[str, ...]:
+    """What the passes of a measurement keep from the first one."""
     kinds = {kind for kind, _ in passes.record}
-    notes = []
-    if "statistics" in kinds:
-        notes.append("batch normalisation in training mode keeps this batch's statistics")
-    if "mask" in kinds:
-        notes.append("dropout keeps one mask for the whole measurement")
-    if "draw" in kinds:
-        notes.append("random numbers that the network draws are the same ones in the whole measurement")
-    return tuple(notes)
+    notes = {
+        "statistics": "batch normalisation in training mode keeps this batch's statistics",
+        "mask": "dropout keeps one mask for the whole measurement",
+        "draw": "random numbers that the network draws are the same ones in the whole measurement",
+    }
+    return tuple(note for kind, note in notes.items() if kind in kinds)
 
 
 def _narrowest(prepared: Program, outputs: list[torch.dtype]) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 
 from lnp.contract.trees import leaves, map_leaves
 from lnp.state.preserve import PLAIN
+from lnp_torch.clones import cast
 from lnp_torch.draws import Record, rows
 from lnp_torch.model import Parameters, Program
 from lnp_torch.outputs import Outputs, read
@@ -46,6 +47,8 @@ class Passes:
         Whether all that PyTorch's generators drew is recorded.
     over:
         Whether each input runs over the samples along its first axis, found out on the whole batch.
+    hooked:
+        Whether hooks were put on activations.
     """
 
     program: Program
@@ -58,6 +61,7 @@ class Passes:
     attention: bool = True
     explained: bool = True
     over: tuple[bool, ...] = ()
+    hooked: bool = False
 
     def __post_init__(self) -> None:
         if not self.over:
@@ -100,6 +104,15 @@ class Passes:
         count = len(range(*part.indices(self.samples))) if isinstance(part, slice) else len(part)
         return replace(self, inputs=inputs, samples=count, record=rows(self.record, self.samples, part))
 
+    def in_float64(self) -> Passes:
+        """The same function in float64, see `Program.in_float64`."""
+        double = lambda leaf: cast(leaf, torch.float64)
+        inputs, record = (
+            map_leaves(double, self.inputs),
+            [(kind, map_leaves(double, value)) for kind, value in self.record],
+        )
+        return replace(self, program=self.program.in_float64(), inputs=inputs, record=record)
+
     def restricted(self, names: Iterable[str]) -> Passes:
         """The same with some of the parameters to differentiate."""
         return replace(self, program=self.program.restricted(names))
@@ -135,5 +148,5 @@ def first_pass(
         outputs = read(program.call(program.parameters, copied(inputs)))
     after, explained = RandomState([program.device]), mode.explained
     return outputs, lambda samples: Passes(
-        program, inputs, samples, mode.record, state, after, statistics, explained=explained
+        program, inputs, samples, mode.record, state, after, statistics, explained=explained, hooked=mode.hooked
     )

@@ -18,6 +18,7 @@ from lnp_torch.draws import (
     ATTENTION,
     DROPOUTS,
     FILLED,
+    HOOKS,
     MADE,
     OPENS,
     Expected,
@@ -45,6 +46,13 @@ class Frozen(TorchFunctionMode):
     attention:
         Whether attention that draws its dropout inside a fused kernel is computed with a mask outside of it, which
         rounds differently.
+
+    Attributes
+    ----------
+    record:
+        What was recorded.
+    hooked:
+        Whether hooks were put on activations: they run in the backward pass.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class Frozen(TorchFunctionMode):
         self._replay = None if record is None else iter(record)
         self._expected = Expected(program.device) if record is None else None
         self.record: Record = []
+        self.hooked = False
 
     @property
     def explained(self) -> bool:
@@ -65,6 +74,7 @@ class Frozen(TorchFunctionMode):
         kwargs = kwargs or {}
         if captured(args, kwargs):
             args, kwargs = replaced(args, kwargs)
+        self.hooked |= func in HOOKS
         if func in HANDED_OUT:
             self._program.replica.clones.touched = True
         self._program.guard.check(func, args, kwargs)

@@ -1,214 +1,336 @@
-"""Whether the samples of a model can be taken apart by taps: found out once, and remembered.
+"""Whether the samples of a model can be taken apart by taps: found out once by the core's self-check, and remembered.
 
-Once per model, sequence of operations and shape, taps are compared with single samples that run on their own. What
-differs takes the general way; where single samples differ from the batch itself, they interact, and none are taken
-apart. The comparison is made twice: at the parameters as they are, and at others, where nothing is zero by chance. What
-neither shows (a gate that opens at a threshold, samples that meet only for some inputs) may show later: the comparison
-is made again at the 16th, 32nd, 64th ... measurement.
+Once per model, sequence of operations and shapes. What happens first at a later step is seen by `lnp_torch.look`.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from array_api_compat import torch as xp
 
-from lnp.contract.trees import leaves as leaves_of
+from lnp.contract.linearization import coupling_tolerance
+from lnp.contract.trees import leaves
+from lnp.per_sample import self_check
+from lnp.per_sample.self_check import Alone, Differences, Pulled, Verdict
 from lnp_torch import fallback
-from lnp_torch.fallback import Comparison
-from lnp_torch.fingerprint import about, settings
-from lnp_torch.outputs import flatten, widened
+from lnp_torch.fallback import Way
+from lnp_torch.loss_gradient import Output
+from lnp_torch.outputs import flatten
 from lnp_torch.replay import Passes
-from lnp_torch.taps.backward_pass import Apart, Norms, Verdict, tapped_groups
+from lnp_torch.taps.backward_pass import Plan, Samples, in_groups
+from lnp_torch.taps.function_mode import Tap, Taps
 from lnp_torch.taps.reader import LAYOUTS, Layouts, Reading
 
-CHECKED = 8
-"""Samples that are compared, spread over the batch."""
-BESIDE = 17
-"""Samples that they are compared beside, at other parameters."""
-AGAIN = 16
-"""Measurements after which the comparison is made again; a power of two, as all that follow are."""
-NAMED = 4
-"""Parameters that a note names."""
+FATAL = (torch.OutOfMemoryError,)
+"""What is not the network's answer to a part of its batch."""
+UNCLEAR = 0.05
+"""Relative difference up to which rounding may be all there is: it is looked at again in float64."""
 REMEMBERED = 64
-"""Verdicts that are kept for each model."""
+"""Plans that are kept for each model."""
 
 
 @dataclass
-class Remembered:
-    """A verdict, and how often it was used."""
+class Operations:
+    """The operations of the core's self-check: a batch, and its samples run in one way.
 
-    verdict: Verdict
-    uses: int = 0
-
-
-def judge(apart: Apart, key: tuple, tolerance: float, pairs: bool) -> Verdict:
-    """What is known of this model, sequence of operations and shape; found out where it is not.
-
-    With `pairs`, single samples are what the batch's gradient is made of: pairs of samples stand in for it.
+    Attributes
+    ----------
+    samples:
+        The batch.
+    before:
+        How its taps are read.
+    way:
+        How single samples are run.
+    pairs:
+        Whether pairs of samples stand in for the batch's gradient: where it is made of single samples.
     """
-    passes = apart.passes
-    first = next(iter(apart.visit()))
-    known, microbatch = _verdicts(passes.program.owner), key[1]
-    ran = first.taps.program, first.taps.recorded(first.parts)
-    key = (*key, *ran, tuple(apart.outputs.shape), *_circumstances(passes))
-    if key not in known:
-        elsewhere, sure = _compared(_moved(apart, microbatch), tolerance, pairs, None)
-        verdict, also = _compared(apart, tolerance, pairs, elsewhere)
-        if not (sure and also):
-            return verdict
-        known[key] = Remembered(verdict)
-        while len(known) > REMEMBERED:
-            known.popitem(last=False)
-    found = known[key]
-    found.uses += 1
-    if found.uses >= AGAIN and found.uses & (found.uses - 1) == 0 and not found.verdict.reason:
-        verdict, sure = _compared(apart, tolerance, pairs, found.verdict)
-        found.verdict = verdict if sure else found.verdict
-    return found.verdict
+
+    samples: Samples
+    before: Plan
+    way: Way
+    pairs: bool = False
+    xp: Any = field(default=xp, init=False)
+    cotangent: torch.Tensor | None = None
+    compared: tuple[Sequence[int], Alone] | None = None
+
+    @property
+    def outputs(self) -> torch.Tensor:
+        """(N, K), those of the batch."""
+        return self.samples.outputs
+
+    @property
+    def custom_backward(self) -> bool:
+        """Whether there is a backward pass that somebody wrote by hand."""
+        return self.before.custom_backward
+
+    def pull(self, v: torch.Tensor) -> Pulled:
+        """One backward pass of the batch."""
+        self.cotangent = v if self.cotangent is None else self.cotangent
+        found = self.samples.tapped(v, self.before.reading(), list(self.samples.passes.program.parameters))
+        missing = {name: self.before.general.get(name) or why for name, why in found.missing.items()}
+        gradient = found.gradient
+        if self.pairs:
+            index = v.abs().amax(dim=1).nonzero()[:, 0]
+            gradient = fallback.total(fallback.looped(self.samples.passes.some(index), 2), v[index])
+        return Pulled(gradient, found.square_norms, missing)
+
+    def alone(self, index: Sequence[int], v: torch.Tensor) -> Alone:
+        """Some samples, one by one."""
+        some = self.samples.passes.some(torch.as_tensor(list(index), device=v.device))
+        found = fallback.alone(self.way.pull(some), v)
+        self.compared = index, found
+        return found
+
+    def outputs_alone(self) -> torch.Tensor:
+        """(N, K) outputs of all samples, each run by itself."""
+        return self.way.outputs(self.samples.passes)
+
+    def layouts(self, general: Mapping[str, str], tolerance: float) -> Layouts:
+        """{parameter: the layout in which its taps say what single samples do} of those that the first axis misses."""
+        assert self.compared is not None, "the comparison has run them"
+        assert self.cotangent is not None, "the comparison has pulled it back"
+        found: dict[str, Any] = {}
+        index, alone = self.compared
+        for layout in LAYOUTS:
+            tried = dict.fromkeys((name for name in general if name not in found), layout)
+            if not tried:
+                break
+            norms = self.samples.tapped(self.cotangent, Reading(layouts=tried)).square_norms
+            chosen = {name: norms[name] for name in tried if name in norms}
+            apart = self_check.square_norms_apart(xp, chosen, alone.square_norms, index)
+            found |= {name: layout for name, value in apart.items() if float(value) <= 2 * tolerance}
+        return found
 
 
-def general_note(verdict: Verdict) -> tuple[str, ...]:
-    """Which parameters take the general way, and why."""
-    if not verdict.general:
-        return ()
-    named = [f"{name} ({why})" for name, why in verdict.general.items()]
-    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    return (f"single samples run on their own, which is slower, for {', '.join(named[:NAMED])}{more}",)
+@dataclass(frozen=True)
+class Key:
+    """What a plan is remembered for.
 
-
-def _moved(apart: Apart, microbatch: int | None) -> Apart:
-    """Some samples at other parameters: what a gate at zero hides now may matter later in the training.
-
-    Not all samples, for the batch's own graph is in memory too; and a number of them that no layer is likely to have.
+    Attributes
+    ----------
+    owner:
+        The user's module or function.
+    shapes:
+        What decides which function it computes, or how: shapes and dtypes, modes, options.
+    program:
+        The sequence of operations.
+    repeats:
+        Whether the same program reads the samples in the same way at the next measurement.
     """
-    passes, program = apart.passes, apart.passes.program
-    if passes.samples > BESIDE:
-        passes = passes.some(_spread(passes.samples, BESIDE, apart.outputs.device))
-    moved = {}
-    for number, (name, p) in enumerate(program.parameters.items()):
-        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(number)).to(p.device, p.dtype)
-        size = 0.1 + 0.1 * widened(p.detach()).square().mean().sqrt().to(p.dtype)
-        moved[name] = (p.detach() + size * noise).requires_grad_()
-    passes = replace(passes, program=replace(program, parameters=moved))
-    visit = lambda: tapped_groups(passes, microbatch or passes.samples)
-    return Apart(passes, visit, torch.cat([flatten([part.detach() for part in group.parts]) for group in visit()]))
+
+    owner: Any
+    shapes: tuple
+    program: tuple
+    repeats: bool
+
+    def recall(self) -> Plan | None:
+        """The plan that is remembered; samples that were found to interact do so in all programs of these shapes."""
+        plans = _plans(self.owner)
+        found = plans.get(self.shapes)
+        return found if found is not None else plans.get((self.shapes, self.program))
+
+    def remember(self, plan: Plan, found_later: bool = False) -> None:
+        """Keep a plan as long as the owner lives, those that are used last."""
+        plans = _plans(self.owner)
+        if self.repeats or found_later:
+            plans[self.shapes if found_later else (self.shapes, self.program)] = plan
+        while len(plans) > REMEMBERED:
+            plans.popitem(last=False)
 
 
-def _compared(apart: Apart, tolerance: float, pairs: bool, elsewhere: Verdict | None) -> tuple[Verdict, bool]:
-    """The verdict at these parameters; with `elsewhere`, what was found at others is confirmed.
-
-    And whether it is to be remembered: what is not finite shows nothing.
-    """
-    passes, outputs = apart.passes, apart.outputs
-    index = _spread(passes.samples, CHECKED, outputs.device)
-    generator = torch.Generator(outputs.device).manual_seed(0)
-    signs = torch.randint(0, 2, outputs[index].shape, generator=generator, device=outputs.device)
-    # of different lengths: signs alone give the biases of all samples the same norm, whichever sample they belong to
-    lengths = torch.linspace(0.5, 1.5, len(index), device=outputs.device)[:, None]
-    v = torch.zeros_like(outputs).index_copy(0, index, ((2 * signs - 1) * lengths).to(outputs.dtype))
-    alone = passes.some(index)
-    before = elsewhere or Verdict()
-    tapped = apart.tapped(v, before.reading(), gradient=True)
-    norms, gradient = tapped.square_norms, tapped.gradient
-    general = {name: before.general.get(name) or why for name, why in tapped.missing.items()}
-    if pairs:
-        gradient = fallback.total(fallback.looped(alone, 2), v[index])
-    reason = ""
-    for pull in (fallback.vectorized, fallback.looped):
-        try:
-            seen = fallback.compare(pull(alone), outputs[index], v[index], gradient)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
-            reason = f"one sample alone fails with {type(error).__name__}: {_first_line(error)}"
-            continue
-        if math.isnan(seen.difference) and all(bool(part.isfinite().all()) for part in (outputs, *gradient)):
-            reason = "one sample alone gives numbers that are not finite"
-        elif not seen.difference > tolerance:
-            general |= _differing(norms, seen, index, tolerance)
-            sure = math.isfinite(seen.difference)
-            if elsewhere is None:
-                return Verdict(*_laid_out(apart, v, index, seen, general, tolerance), pull), sure
-            way = pull if pull is fallback.looped else before.pull
-            return Verdict(general, before.layouts, way, before.reason), sure
-        else:
-            changed = f"{seen.difference:.1g} (relative)"
-            reason = f"a sample's output or gradient changes by {changed} when the others are left out"
-    return Verdict(reason=reason), bool(torch.isfinite(outputs).all())
-
-
-def _spread(samples: int, count: int, device: torch.device) -> torch.Tensor:
-    """Indices of samples, spread over the batch."""
-    return torch.linspace(0, samples - 1, min(count, samples), device=device).round().long()
-
-
-def _laid_out(
-    apart: Apart, v: torch.Tensor, index: torch.Tensor, seen: Comparison, general: dict, tolerance: float
-) -> tuple[dict[str, str], dict[str, str]]:
-    """(parameters that take the general way in every layout, layouts that others were found in)."""
-    layouts: Layouts = {}
-    for layout in LAYOUTS:
-        tried = dict.fromkeys(general, layout)
-        if tried:
-            found = apart.tapped(v, Reading(layouts=tried), gradient=False)
-            wrong = found.missing | _differing(found.square_norms, seen, index, tolerance)
-            layouts |= {name: layout for name in tried if name not in wrong}
-            general = {name: why for name, why in general.items() if name in wrong}
-    return general, layouts
-
-
-def _differing(norms: Norms, seen: Comparison, index: torch.Tensor, tolerance: float) -> dict[str, str]:
-    """Parameters whose taps do not say what single samples do: another value, or anything where nothing went in."""
-    if not norms:
-        return {}
-    others = torch.ones_like(next(iter(norms.values())), dtype=torch.bool).index_fill(0, index, False)
-    total = sum(norm.double() for norm in seen.square_norms.values())
-    found = []
-    for name, norm in norms.items():
-        expected = seen.square_norms[name].double()
-        missed = (norm[index].double() - expected).abs() / (expected + 1e-3 * total).clamp_min(1e-300)
-        leaked = torch.where(others, norm.double(), 0.0).amax() / total.amax().clamp_min(1e-300)
-        found.append(torch.maximum(missed.amax(), leaked))
-    wrong = torch.stack(found).tolist()
-    return {
-        name: "its taps differ from single samples"
-        for name, w in zip(norms, wrong, strict=True)
-        if not w <= 2 * tolerance
-    }
-
-
-def _circumstances(passes: Passes) -> tuple:
-    """What else decides which function a model computes, or how."""
+def key_of(passes: Passes, outputs: torch.Tensor, first: tuple[list[torch.Tensor], Taps] | None, options: tuple) -> Key:
+    """What a plan is remembered for; `first` are the outputs, and taps on the way to them, of the first pass."""
     program, device = passes.program, passes.program.device.type
     described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), about(leaf))
-        for leaf in leaves_of(passes.inputs)
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), _setting(leaf))
+        for leaf in leaves(passes.inputs)
     )
-    return (
+    shapes = (
+        *options,
+        tuple(outputs.shape),
         described,
-        settings(program),
         tuple((name, p.dtype) for name, p in program.parameters.items()),
         tuple(module.training for module in program.modules),
         passes.statistics,
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
     )
+    if first is None:
+        return Key(program.owner, shapes, (), True)
+    parts, taps = first
+    return Key(program.owner, shapes, (taps.program, taps.recorded(parts)), not taps.rerouting)
 
 
-def _verdicts(owner: Any) -> OrderedDict:
+def _setting(value: Any) -> Any:
+    """An input that is no tensor, if it is a word, a switch or an integer: they mostly choose between functions."""
+    return value if isinstance(value, bool | str | int | None) else None
+
+
+def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: float, custom_backward: bool) -> Plan:
+    """How the samples are taken apart: what is remembered, or found out now.
+
+    Raises
+    ------
+    ValueError
+        For a backward pass that is not linear.
+    """
+    plan = key.recall()
+    if plan is None:
+        plan = _found(samples, Plan(custom_backward=custom_backward), microbatch, tolerance)
+        if plan.verdict.sure:
+            key.remember(plan)
+    if plan.verdict.bent:
+        raise ValueError(self_check.BENT)
+    return plan
+
+
+def _found(samples: Samples, before: Plan, microbatch: int | None, tolerance: float) -> Plan:
+    """The plan by comparing samples at other parameters, and at these."""
+    # micro-batches of one sample cannot differ from single samples: pairs can
+    pairs, count = microbatch == 1, samples.passes.samples
+    sizes = [self_check.BESIDE, count] if count > self_check.BESIDE else [count]
+    away, reason = self_check.first_that_runs(
+        [lambda size=size: _compared(_moved(samples, microbatch, size), before, tolerance, pairs) for size in sizes],
+        FATAL,
+    )
+    if away is None or away.verdict.bent or away.verdict.reason:
+        return away or replace(before, verdict=Verdict(reason=reason))
+    here = _compared(samples, away, tolerance, pairs)
+    return replace(here, verdict=here.verdict.joined(away.verdict))
+
+
+def _compared(samples: Samples, before: Plan, tolerance: float, pairs: bool) -> Plan:
+    """The plan at these parameters: by samples that are vectorized or, where that fails or differs, run in a loop.
+
+    A difference that may be rounding is looked at again in float64.
+    """
+    found, unclear = before, False
+    for way in (fallback.VECTORIZED, fallback.LOOPED):
+        if before.way is fallback.LOOPED and way is fallback.VECTORIZED:
+            continue
+        found, worst = _by_one_way(samples, before, way, tolerance, pairs)
+        unclear |= tolerance < worst <= UNCLEAR
+        if not found.verdict.reason:
+            break
+    if not (unclear and (found.verdict.reason or len(found.general) > len(before.general))):
+        return found
+    return _in_float64(samples, before, found, pairs)
+
+
+def _in_float64(samples: Samples, before: Plan, found: Plan, pairs: bool) -> Plan:
+    """The plan in float64, if the network runs in it and keeps its samples apart there; else what was found."""
+    try:
+        wide = in_float64(samples)
+        plan, _ = _by_one_way(wide, before, found.way, coupling_tolerance(xp, torch.float64), pairs)
+    except Exception:  # a network that is bound to its dtype, or too large
+        return found
+    return found if plan.verdict.reason else plan
+
+
+def _by_one_way(samples: Samples, before: Plan, way: Way, tolerance: float, pairs: bool) -> tuple[Plan, float]:
+    """The plan with single samples run in one way, and the largest difference that could be rounding."""
+    operations = Operations(samples, before, way, pairs)
+    compared, reason = self_check.first_that_runs([lambda: self_check.compare(operations)], FATAL)
+    if compared is None:
+        return replace(before, way=way, verdict=Verdict(before.verdict.reason or reason)), 0.0
+    differences, missing = _read(compared[0]), compared[1]
+    verdict = differences.verdict(tolerance, missing)
+    worst = max(differences.outputs, differences.gradient, *(0.5 * value for value in differences.rules.values()), 0.0)
+    plan = replace(before, way=way, verdict=verdict)
+    newly = {name: why for name, why in verdict.general if name not in before.general}
+    if verdict.reason or not newly or before.layouts:
+        return plan, worst
+    layouts = operations.layouts(newly, tolerance)
+    general = tuple((name, why) for name, why in verdict.general if name not in layouts)
+    return replace(plan, layouts=layouts, verdict=replace(verdict, general=general)), worst
+
+
+def _read(differences: Differences) -> Differences:
+    """The same as numbers, in one transfer."""
+    tensors = [differences.outputs, differences.gradient, differences.bend, differences.batch]
+    device = tensors[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    values = [t.detach().to(device, dtype) for t in (*tensors, *differences.rules.values())]
+    outputs, gradient, bend, batch, *rules = torch.stack(values).tolist()
+    return Differences(outputs, gradient, dict(zip(differences.rules, rules, strict=True)), bend, batch)
+
+
+def _moved(samples: Samples, microbatch: int | None, size: int) -> Samples:
+    """Some samples at other parameters: what a gate at zero hides now may matter later in the training.
+
+    Not all samples, for the batch's own graph is in memory too.
+    """
+    passes = samples.passes
+    if passes.samples > size:
+        index = torch.linspace(0, passes.samples - 1, size, device=samples.outputs.device).round().long()
+        passes = passes.some(index)
+    moved = self_check.moved(xp, {name: p.detach() for name, p in passes.program.parameters.items()})
+    parameters = {name: p.requires_grad_() for name, p in moved.items()}
+    return run_anew(replace(passes, program=replace(passes.program, parameters=parameters)), microbatch)
+
+
+def in_float64(samples: Samples) -> Samples:
+    """The batch run in float64, as a whole."""
+    return run_anew(samples.passes.in_float64(), None)
+
+
+def run_anew(passes: Passes, microbatch: int | None) -> Samples:
+    """Samples with a forward pass of their own, kept where it is one."""
+    groups = in_groups(passes, microbatch or passes.samples, torch.empty(0))
+    visited: Iterable = groups.visit() if microbatch else list(groups.visit())
+    if isinstance(visited, list):
+        kept = visited
+        groups = replace(groups, visit=lambda: kept)
+    outputs = torch.cat([flatten([part.detach() for part in group.parts]) for group in groups.visit()])
+    return replace(groups, outputs=outputs)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A batch whose samples are not compared: for the linearity of its backward pass alone."""
+
+    outputs: torch.Tensor
+    gradients: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    xp: Any = xp
+    custom_backward: bool = True
+
+    def pull(self, v: torch.Tensor) -> Pulled:
+        """One backward pass of the batch."""
+        return Pulled(self.gradients(v), {})
+
+
+def refuse_bent(joint: Joint, tolerance: float) -> None:
+    """Raise ValueError for a backward pass that is not linear, of a network whose samples are not taken apart."""
+    if float(self_check.bend_of_batch(joint)) > tolerance:
+        raise ValueError(self_check.BENT)
+
+
+def custom_backward(parts: list[torch.Tensor]) -> bool:
+    """Whether a backward pass that somebody wrote by hand leads to the outputs: in Python, in C++, or as a hook."""
+    stack, visited = [part.grad_fn for part in parts], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        written: Any = getattr(type(node), "_forward_cls", None)
+        if (written is not None and written not in (Tap, Output)) or "CppNode" in node.name():
+            return True
+        stack.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _plans(owner: Any) -> OrderedDict[tuple, Plan]:
     """Those of a module or function, as long as it lives; none of what cannot be referred to weakly."""
     try:
-        return _VERDICTS.setdefault(owner, OrderedDict())
+        return _PLANS.setdefault(owner, OrderedDict())
     except TypeError:
         return OrderedDict()
 
 
-_VERDICTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120]
+_PLANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

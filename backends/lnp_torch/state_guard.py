@@ -123,3 +123,15 @@ class RandomState:
             and self._python == other._python
             and all(np.array_equal(mine, its) for mine, its in legacy)
         )
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """PyTorch's random states, on all devices that are in use, are as before afterwards.
+
+    A `DataLoader` draws the seed of its workers from the global generator each time it is started. One with a generator
+    of its own has to be the tracker's alone.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -12,27 +12,26 @@ import torch
 from torch import nn
 
 import lnp
+from lnp.contract.linearization import GradientPass, Linearization
 from lnp.contract.options import Options
-from lnp.results.decomposition import ByLayer, decompose, explained
+from lnp.losses import kinds
+from lnp.results.decomposition import ByLayer, asked, decompose, explained
 from lnp.state.preserve import SavedState
-from lnp_torch import fallback, losses
+from lnp_torch import losses
 from lnp_torch.backend import to_host
 from lnp_torch.collectives import with_others
-from lnp_torch.draws import Watched
 from lnp_torch.huggingface import own_loss_terms
-from lnp_torch.loss_gradient import loss_gradient, separate_outputs
-from lnp_torch.losses import OTHERS, other_terms
-from lnp_torch.model import Program, program
+from lnp_torch.look import CannotRun
+from lnp_torch.loss_gradient import LossAt, loss_gradient, repeated
+from lnp_torch.model import program
 from lnp_torch.outputs import Outputs, flatten, read
-from lnp_torch.pulls import Pulls
-from lnp_torch.record import Loss, assembled, repeated, taken_apart
+from lnp_torch.record import Operators, assembled, graph_gradients, taken_apart
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
-from lnp_torch.replay import Passes, copied
 from lnp_torch.replica import HOSTS, Replica, unwrapped
-from lnp_torch.separable import found_separable
 from lnp_torch.state_guard import RandomState, finished, no_gradients, undisturbed
-from lnp_torch.taps.backward_pass import Apart, Pullback, Tapped
-from lnp_torch.taps.function_mode import Taps
+from lnp_torch.taps.backward_pass import Samples, Tapped
+from lnp_torch.taps.reader import Reading
+from lnp_torch.watched_pass import WatchedPass, call_with
 
 OTHERS_THAN_TORCH = HOSTS - {"torch"}
 CONSTANT = "what the loss asks of outputs that need no gradient is not seen: chi_loss leaves it out"
@@ -93,61 +92,25 @@ class SharedStep(contextlib.AbstractContextManager):
     """
 
     seconds = 0.0
+    stepped = False
 
     def __init__(self, model: nn.Module, parameters: Any = None) -> None:
         self._module, self._selected = unwrapped(model), parameters
         refuse_compiled(model)
-        prepared = program(self._module, _call, parameters)
+        prepared = program(self._module, call_with, parameters)
         prepared.replica.clear()
         own = dict(self._module.named_parameters())
         self._own, self._device = {name: own[name] for name in prepared.parameters}, prepared.device
-        self._stack = contextlib.ExitStack()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._taps, self._draws = Taps(self._own), Watched(self._device, self._module.parameters())
-        self._taps.watching = False
-        self._given: Any = None
-        self._returned: Any = None
-        self._prepared: Program | None = None
-        self._failure: Exception | None = None
-        self._calls, self.stepped = 0, False
+        self._watched = WatchedPass(self._module, self._own, self._selected)
 
     def __enter__(self) -> SharedStep:
-        self._forget()
-        self.seconds = 0.0
-        with contextlib.ExitStack() as stack:  # which takes everything away again if one of these fails
-            stack.callback(self._module.register_forward_pre_hook(self._called, with_kwargs=True).remove)
-            stack.callback(self._module.register_forward_hook(self._answered).remove)
-            stack.enter_context(self._taps)
-            stack.enter_context(self._draws)
-            self._stack = stack.pop_all()
+        self._watched = WatchedPass(self._module, self._own, self._selected)
+        self._watched.__enter__()
+        self.seconds, self.stepped = 0.0, False
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
-
-    def _called(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._calls, self._taps.watching = self._calls + 1, True
-        self._before = RandomState([self._device])
-        device = self._device.type
-        on = torch.is_autocast_enabled(device)
-        self._autocast = torch.autocast(device, torch.get_autocast_dtype(device), enabled=on)
-        try:  # of the model as it is before the step's own pass; a failure is told by `backward`: the pass goes on
-            self._given = copied((args, kwargs))
-            self._prepared = program(self._module, _call, self._selected)
-        except Exception as error:
-            self._failure = error
-
-    def _answered(self, module: nn.Module, args: tuple, returned: Any) -> Any:
-        self._taps.watching = False  # what the loss does with the parameters is not the model's
-        self._after, self._explained = RandomState([self._device]), self._draws.explained and not self._draws.wrote
-        try:
-            returned = separate_outputs(returned)
-        except Exception as error:
-            self._failure = error
-        self._returned = returned
-        return returned
+        self._watched.__exit__(*exception)
 
     def backward(
         self,
@@ -179,15 +142,7 @@ class SharedStep(contextlib.AbstractContextManager):
 
         Other parameters as for `lnp.decompose`.
         """
-        if self._calls != 1:
-            raise RuntimeError(
-                f"The model was called {self._calls} times inside lnp_torch.shared(model) since the last backward(). "
-                "Expected one call. Compute the loss of one batch inside `with lnp_torch.shared(model) as step:`."
-            )
-        if self._failure is not None:
-            raise self._failure
-        refuse_hooks(self._module, self._draws.hooked)
-        refuse_graph(loss)
+        self._check(loss)
         options = Options(
             loss=criterion,
             seed=seed,
@@ -195,20 +150,31 @@ class SharedStep(contextlib.AbstractContextManager):
             split=estimator in ("auto", "exact", "per_sample"),
             population=population,
         )
+        settings = {"estimator": estimator, "rtol": rtol, "max_probes": max_probes, "population": population}
         try:
             with self._measuring(criterion):
-                seen = self._looked_at(loss, targets, scale, options)
-            trained = self._backward(loss, seen, scale)
-            with self._measuring(criterion), self._no_gradients():
-                found = decompose(
-                    self._assembled(seen, trained, options), estimator=estimator, rtol=rtol, max_probes=max_probes,
-                    by_layer=by_layer, population=population,
-                )  # fmt: skip
-                result, _ = to_host(found, [])
+                step = self._before(loss, targets, scale, options)
+                wish = asked(step.record(), **settings)
+            trained = self._backward(loss, step.operators, scale, **wish)
+            with self._measuring(criterion), no_gradients(dict(self._module.named_parameters())):
+                return explained(_decomposed(step, trained, by_layer=by_layer, **settings))
         finally:
-            if self.stepped:
-                self._let_go()
-        return explained(result)
+            if self.stepped:  # a loop keeps this object until its next step: the activations must not stay with it
+                self._watched.let_go()
+                self._watched = WatchedPass(self._module, self._own, self._selected)
+
+    def _check(self, loss: Any) -> None:
+        """Raise an error for a pass that cannot be shared, before anything has happened."""
+        if self._watched.calls != 1:
+            raise RuntimeError(
+                f"The model was called {self._watched.calls} times inside lnp_torch.shared(model) since the last "
+                "backward(). Expected one call. Compute the loss of one batch inside `with lnp_torch.shared(model) as "
+                "step:`."
+            )
+        if self._watched.failure is not None:
+            raise self._watched.failure
+        refuse_hooks(self._module, self._watched.draws.hooked)
+        refuse_graph(loss)
 
     @contextlib.contextmanager
     def _measuring(self, criterion: Any) -> Iterator[None]:
@@ -217,11 +183,11 @@ class SharedStep(contextlib.AbstractContextManager):
         A backward pass may run code of the user's: a function with a backward of its own, a checkpoint that computes
         its activations again. Each probe would write to the model what the step's own pass writes once.
         """
-        assert self._prepared is not None, "the forward pass has made it"
-        left = self._prepared.replica.as_now(), SavedState((self._module, criterion), OTHERS_THAN_TORCH)
+        assert self._watched.prepared is not None, "the forward pass has made it"
+        left = self._watched.prepared.replica.as_now(), SavedState((self._module, criterion), OTHERS_THAN_TORCH)
         buffers = [(buffer, buffer.detach().clone()) for buffer in self._module.buffers()]
         try:
-            with undisturbed([self._device]), self._autocast:
+            with undisturbed([self._device]), self._watched.autocast():
                 yield
         finally:
             for saved in left:
@@ -229,72 +195,58 @@ class SharedStep(contextlib.AbstractContextManager):
             for buffer, value in buffers:  # all of them: no version tells of what batch normalisation writes
                 buffer.data.copy_(value)
 
-    def _let_go(self) -> None:
-        """A loop keeps this object until its next step: the activations must not stay with it."""
-        if self._prepared is not None:
-            self._prepared.replica.clear()
-        stepped = self.stepped
-        self._forget()
-        self.stepped = stepped
-
-    def _no_gradients(self) -> contextlib.AbstractContextManager:
-        return no_gradients(dict(self._module.named_parameters()))
-
-    def _looked_at(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> _Seen:
+    def _before(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> Step:
         """What is known of a step before its own backward pass."""
-        outputs, own = read(self._returned), list(self._own.values())
-        parts = outputs.parts
-        criterion = None if targets is None else lambda tree: self._criterion(outputs, targets, options)(tree, targets)
+        watched, outputs = self._watched, read(self._watched.returned)
+        parts, criterion = outputs.parts, None
+        if targets is not None:
+            criterion = lambda tree: _on_a_copy(_prepared(outputs, targets, options).function, watched.after)(
+                tree, targets
+            )
         flat = flatten([part.detach() for part in parts])
         g = loss_gradient(loss, outputs, scale, criterion)
-        assert self._prepared is not None, "the forward pass has made it"
-        passes = Passes(
-            self._prepared, self._given, len(flat), self._draws.record, self._before, self._after, False,
-            attention=False, explained=self._explained,
-        )  # fmt: skip
-        apart = Apart(passes, lambda: [Tapped(slice(0, flat.shape[0]), parts, self._taps)], flat)
-        with self._no_gradients():
-            verdict, why = taken_apart(apart, [part.dtype for part in parts], options)
-        cheap = verdict is not None and not verdict.general
+        one = [Tapped(slice(0, len(flat)), parts, watched.taps)]
+        samples = Samples(watched.passes(len(flat)), lambda: one, flat, apart=False)
+        gradients = graph_gradients(parts, self._own)
+        with no_gradients(dict(self._module.named_parameters())):
+            plan, look, why = taken_apart(samples, gradients, parts, options, hooked=False)
         terms, separable, notes = self._terms(outputs, targets, options)
-        others = other_terms(loss, parts)
-        said = [note for note, true in ((OTHERS, others), (CONSTANT, not all(p.requires_grad for p in parts))) if true]
-        both = cheap and (separable if options.population is None else options.population)
-        pulls = Pulls(apart, verdict, lambda v: fallback.gradients(parts, own, v), g, both, cheap, options.seed)
-        meant = Loss(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
-        return _Seen(pulls, meant, others, (*why, *said))
+        others, constant = losses.other_terms(loss, parts), not all(part.requires_grad for part in parts)
+        said = [note for note, true in ((losses.OTHERS, others), (CONSTANT, constant)) if true]
+        meant = LossAt(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
+        return Step(Operators(samples, plan, look, gradients, g, options), meant, others, (*why, *said))
 
-    def _backward(self, loss: torch.Tensor, seen: _Seen, scale: Any) -> Pullback:
-        """The step's own backward pass, with what it says of the gradient and of single samples."""
-        with self._taps.read(seen.pulls.reading(), len(seen.pulls.loss_gradient)) as pulled:
+    def _backward(
+        self, loss: torch.Tensor, operators: Operators, scale: Any, per_sample: bool, products: int, vector: bool
+    ) -> GradientPass:
+        """The step's own backward pass, with what it yields of the gradient and of single samples."""
+        plan, index = operators.plan, None
+        if per_sample and plan is not None:
+            index = operators.drawn(products) if products and not plan.general else None
+            reading = plan.reading(gradient_norms=True, index=index)
+        else:
+            reading = Reading(frozenset(self._own), gradient_norms=True)
+        with self._watched.taps.read(reading, len(operators.loss_gradient)) as pulled:
             started = time.perf_counter()
             self.stepped = True
             with with_others():
                 loss.backward(retain_graph=True)
             self.seconds = time.perf_counter() - started
-        said = pulled(loss.device)
-        found = Pullback(said.square_norms, said.missing, [], said.gradient_norms, said.along)
-        return found if isinstance(scale, float | int) and scale == 1 else found.scaled(scale)
-
-    def _assembled(self, seen: _Seen, trained: Pullback, options: Options) -> lnp.Linearization:
-        if not seen.others:
-            seen.pulls.found = trained
-        made = replace(assembled(seen.pulls, seen.loss, options, self._taps), loss_along=None)
-        if seen.others:  # the step's gradient is not J^T g, and another pass would pull into the user's `.grad`
-            made = replace(made, gradient_square_norms=None)
-        return replace(made, notes=(*made.notes, *seen.notes))
+        found = pulled(loss.device)
+        found = found if isinstance(scale, float | int) and scale == 1 else found.divided(scale)
+        return GradientPass(found.gradient_norms, None if found.missing else found.square_norms, found.products, index)
 
     def _terms(self, outputs: Outputs, targets: Any, options: Options) -> tuple[Any, bool, tuple[str, ...]]:
         """(loss_terms, whether the loss is a mean over samples, notes)."""
         if targets is not None:
-            tree = outputs.with_parts([part.detach() for part in outputs.parts])
-            meant = losses.prepare(options.loss, tree, targets, options.loss_terms)
+            meant = _prepared(outputs, targets, options)
             wanted = options.split and options.population is not False
-            separable = meant.separable or (wanted and self._separable(meant.function, outputs, targets))
+            run = _on_a_copy(meant.function, self._watched.after)
+            separable = meant.separable or (wanted and losses.found_mean(meant.function, run, outputs, targets))
             return meant.terms, separable, meant.notes
         if options.loss_terms is not None:
             return options.loss_terms, False, ()
-        _, kwargs = self._given
+        _, kwargs = self._watched.given
         if "labels" not in kwargs:
             raise ValueError(
                 "backward() received neither targets nor loss_terms, and the model no labels. Expected what the loss "
@@ -302,36 +254,14 @@ class SharedStep(contextlib.AbstractContextManager):
             )
         return own_loss_terms(self._module.modules(), kwargs, outputs)
 
-    def _criterion(self, outputs: Outputs, targets: Any, options: Options) -> Callable[[Any, Any], torch.Tensor]:
-        detached = outputs.with_parts([part.detach() for part in outputs.parts])
-        return self._repeated(losses.prepare(options.loss, detached, targets, options.loss_terms).function)
-
-    def _separable(self, function: Callable, outputs: Outputs, targets: Any) -> bool:
-        """Whether the loss is a mean over samples."""
-        return found_separable(function, self._repeated(function), outputs, targets)
-
-    def _repeated(self, function: Callable) -> Callable[[Any, Any], torch.Tensor]:
-        """The user's loss as it was after the forward pass, on a copy of it at each call."""
-
-        def run(outputs: Any, targets: Any) -> torch.Tensor:
-            replica = Replica((function,))
-            replica.rewind({})
-            try:
-                return repeated(replica.roots[0], self._after)(outputs, targets)
-            finally:
-                replica.restore()
-                replica.clear()
-
-        return run
-
 
 @dataclass(frozen=True)
-class _Seen:
-    """A step before its own backward pass.
+class Step:
+    """A training step before its own backward pass.
 
     Attributes
     ----------
-    pulls, loss:
+    operators, loss:
         As of a measurement with passes of its own.
     others:
         Whether the loss has terms that do not come from the outputs.
@@ -339,12 +269,59 @@ class _Seen:
         On the samples and the loss.
     """
 
-    pulls: Pulls
-    loss: Loss
+    operators: Operators
+    loss: LossAt
     others: bool
     notes: tuple[str, ...]
 
+    def record(self, trained: GradientPass | None = None) -> Linearization:
+        """For the core; with what the step's own backward pass has yielded.
 
-def _call(model: nn.Module, given: tuple) -> Any:
-    args, kwargs = given
-    return model(*args, **kwargs)
+        With other terms in the loss the step's gradient is not J^T g, and another pass would pull into the user's
+        `.grad`.
+        """
+        taps = next(iter(self.operators.samples.visit())).taps
+        yielded = None if trained is None or self.others else lambda *wish: trained
+        made = replace(assembled(self.operators, self.loss, taps), loss_along=None, gradient_pass=yielded)
+        return replace(made, notes=(*made.notes, *self.notes))
+
+    def jointly(self, reason: str) -> Step:
+        """The same with samples that are not taken apart."""
+        return replace(self, operators=replace(self.operators, plan=None, look=None), notes=(reason, *self.notes))
+
+
+def _decomposed(step: Step, trained: GradientPass, **settings: Any) -> lnp.Decomposition:
+    """The decomposition; once more, jointly, if the samples turn out to interact."""
+    look = step.operators.look
+    try:
+        found = decompose(step.record(trained), **settings)
+        if look is not None:
+            look.coupled()
+    except CannotRun:
+        assert look is not None, "which has raised it"
+    if look is None or not look.reason:
+        return to_host(found, [])[0]
+    look.remember()
+    joint = GradientPass(trained.square_norms)
+    return to_host(decompose(step.jointly(look.reason).record(joint), **settings), [])[0]
+
+
+def _prepared(outputs: Outputs, targets: Any, options: Options) -> kinds.Prepared:
+    """The loss that the step was computed with."""
+    tree = outputs.with_parts([part.detach() for part in outputs.parts])
+    return losses.prepare(options.loss, tree, targets, options.loss_terms)
+
+
+def _on_a_copy(function: Callable, state: RandomState) -> losses.Loss:
+    """The user's loss as it was after the forward pass, on a copy of it at each call."""
+
+    def run(outputs: Any, targets: Any) -> torch.Tensor:
+        replica = Replica((function,))
+        replica.rewind({})
+        try:
+            return repeated(replica.roots[0], state)(outputs, targets)
+        finally:
+            replica.restore()
+            replica.clear()
+
+    return run

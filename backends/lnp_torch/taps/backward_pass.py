@@ -1,22 +1,20 @@
-"""Samples taken apart: squared norms of their gradients, from taps where the operations are known."""
+"""Samples after their forward pass, and what a backward pass yields of each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from lnp.per_sample.self_check import Verdict
 from lnp_torch import fallback
-from lnp_torch.fallback import Pull, dense
+from lnp_torch.fallback import Way, dense
 from lnp_torch.float16 import scale_to_one
-from lnp_torch.outputs import split, widened
+from lnp_torch.outputs import flatten, split, widened
 from lnp_torch.replay import Passes
 from lnp_torch.taps.function_mode import Taps
-from lnp_torch.taps.reader import Layouts, Reading
-
-Norms = dict[str, torch.Tensor]
-"""{parameter name: (N,) squared norms}."""
+from lnp_torch.taps.reader import Layouts, Pullback, Reading
 
 
 @dataclass(frozen=True)
@@ -39,129 +37,113 @@ class Tapped:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What comparing taps with single samples has shown.
+class Plan:
+    """How the samples of a model are taken apart, as the self-check has found.
 
     Attributes
     ----------
-    general:
-        {parameter that takes the general way: why}.
+    verdict:
+        Which parameters take the general way.
     layouts:
-        {parameter: where its operations have the samples, of LAYOUTS} where not along the first axis.
-    pull:
-        How single samples are pulled back: `samples.vectorized` or `samples.looped`.
-    reason:
-        Why the samples are not taken apart, or "".
+        Where the operations of others have their samples.
+    way:
+        How single samples are run.
+    custom_backward:
+        Whether the network has a backward pass that somebody wrote by hand.
     """
 
-    general: dict[str, str] = field(default_factory=dict)
+    verdict: Verdict = field(default_factory=Verdict)
     layouts: Layouts = field(default_factory=dict)
-    pull: Callable[[Passes], Pull] = fallback.vectorized
-    reason: str = ""
+    way: Way = fallback.VECTORIZED
+    custom_backward: bool = False
 
-    def reading(self, gradient: bool = False, along: torch.Tensor | None = None) -> Reading:
+    @property
+    def general(self) -> dict[str, str]:
+        """{parameter that takes the general way: why}."""
+        return dict(self.verdict.general)
+
+    def reading(self, gradient_norms: bool = False, index: torch.Tensor | None = None) -> Reading:
         """How taps are read accordingly."""
-        return Reading(frozenset(self.general), self.layouts, gradient, along)
+        return Reading(frozenset(self.general), self.layouts, gradient_norms, index)
+
+
+Watcher = Callable[[slice, torch.Tensor], None]
+"""(which samples, their outputs (C, K)): called with what ran apart from the batch."""
 
 
 @dataclass(frozen=True)
-class Apart:
-    """The samples of a batch.
+class Samples:
+    """The samples of a batch, or some of them.
 
     Attributes
     ----------
     passes:
-        Of the batch.
+        Of these samples.
     visit:
-        The batch after its forward pass, whole or in micro-batches one after the other.
+        The samples after their forward pass, whole or in micro-batches one after the other.
     outputs:
-        (N, K).
+        (N, K), those of the batch's own function.
+    apart:
+        Whether their forward pass is another one than that of the batch.
     """
 
     passes: Passes
     visit: Callable[[], Iterable[Tapped]]
     outputs: torch.Tensor
+    apart: bool = True
 
-    def square_norms(self, v: torch.Tensor, verdict: Verdict) -> Norms:
-        """{name: (N,) array of ||J_nl^T v_n||^2} for every parameter."""
-        return self.pulled(v, verdict, verdict.reading(), gradient=False).square_norms
+    def pulled(
+        self, v: torch.Tensor, plan: Plan, reading: Reading, names: Collection[str] = (), watch: Watcher | None = None
+    ) -> tuple[Pullback, dict[str, torch.Tensor]]:
+        """What a backward pass yields, with the squared norms of all parameters.
 
-    def pulled(self, v: torch.Tensor, verdict: Verdict, reading: Reading, gradient: bool) -> Pullback:
-        """The squared norms, J^T v, and what else the reading asks for, by the same backward pass."""
-        found = self.tapped(v, reading, gradient)
-        names = list(self.passes.program.parameters)
-        missing = [name for name in names if name not in found.square_norms]
-        general = fallback.square_norms(verdict.pull(self.passes.restricted(missing)), v) if missing else {}
-        norms = {name: found.square_norms[name] if name in found.square_norms else general[name] for name in names}
-        return replace(found, square_norms=norms)
+        And {name: sum of single samples' gradients} of the parameters that took the general way.
+        """
+        found = self.tapped(v, reading, names, watch)
+        missing = [name for name in self.passes.program.parameters if name not in found.square_norms]
+        if not missing:
+            return found, {}
+        alone = fallback.alone(plan.way.pull(self.passes.restricted(missing)), v)
+        if watch is not None:
+            watch(slice(0, len(v)), alone.outputs)
+        every = {**found.square_norms, **alone.square_norms}
+        norms = {name: every[name] for name in self.passes.program.parameters}
+        return replace(found, square_norms=norms), dict(alone.gradient)
 
-    def tapped(self, v: torch.Tensor, reading: Reading, gradient: bool) -> Pullback:
-        """What the taps know, and J^T v if it is asked for."""
+    def tapped(
+        self, v: torch.Tensor, reading: Reading, names: Collection[str] = (), watch: Watcher | None = None
+    ) -> Pullback:
+        """What the taps yield, and J^T v of the parameters of these names."""
         found: list[Pullback] = []
-        total: list[torch.Tensor] = []
+        total: dict[str, torch.Tensor] = {}
         for part in self.visit():
-            pull = _pulled(part, v[part.rows], gradient, reading)
+            if watch is not None and self.apart:
+                watch(part.rows, flatten([p.detach() for p in part.parts]))
+            pull = _pulled(part, v[part.rows], reading, names)
             if part.rows == slice(0, len(v)):
                 return pull
-            total = [a + b for a, b in zip(total, pull.gradient, strict=True)] if total else pull.gradient
-            found.append(replace(pull, gradient=[]))  # of micro-batches only the sum is kept
+            total = {name: total[name] + g for name, g in pull.gradient.items()} if total else pull.gradient
+            found.append(replace(pull, gradient={}))  # of micro-batches only the sum is kept
         missing = {name: why for pull in found for name, why in pull.missing.items()}
-        names = [name for name in self.passes.program.parameters if name not in missing]
-        norms = {name: torch.cat([pull.square_norms[name] for pull in found]) for name in names}
-        return Pullback(norms, missing, total)
+        read = [name for name in self.passes.program.parameters if name not in missing]
+        return Pullback({name: torch.cat([pull.square_norms[name] for pull in found]) for name in read}, missing, total)
 
 
-@dataclass(frozen=True)
-class Pullback:
-    """What one pull-back of a cotangent v has shown.
-
-    Attributes
-    ----------
-    square_norms:
-        {name: (N,) array of ||J_nl^T v_n||^2}.
-    missing:
-        {name of any other parameter: why}.
-    gradient:
-        J^T v, or [] if it was not asked for.
-    gradient_norms:
-        {parameter: ||J_l^T v||^2, shape ()}, if they were asked for, of the whole batch.
-    along:
-        <J_m^T v_m, J^T v> for the samples m that were asked for, shape (M,), or None.
-    """
-
-    square_norms: Norms
-    missing: dict[str, str]
-    gradient: list[torch.Tensor]
-    gradient_norms: Norms = field(default_factory=dict)
-    along: torch.Tensor | None = None
-
-    def scaled(self, scale: float | torch.Tensor) -> Pullback:
-        """What would have been seen had the cotangent been divided by `scale`."""
-        divided = lambda norms: {name: norm / scale**2 for name, norm in norms.items()}
-        along = None if self.along is None else self.along / scale**2
-        return replace(
-            self,
-            square_norms=divided(self.square_norms),
-            gradient=[widened(g) / scale for g in self.gradient],
-            gradient_norms=divided(self.gradient_norms),
-            along=along,
-        )
-
-
-def _pulled(part: Tapped, v: torch.Tensor, gradient: bool, reading: Reading) -> Pullback:
-    leaves = list(part.taps.parameters.values()) if gradient else []
-    scale = scale_to_one([v], [*part.parts, *part.taps.parameters.values()])
+def _pulled(part: Tapped, v: torch.Tensor, reading: Reading, names: Collection[str]) -> Pullback:
+    """What one backward pass yields of the samples of one forward pass."""
+    parameters = part.taps.parameters
+    scale = scale_to_one([v], [*part.parts, *parameters.values()])
     cotangents = split(v if scale is None else widened(v) * scale, part.parts)
     used = [(p, w) for p, w in zip(part.parts, cotangents, strict=True) if p.requires_grad]
     if not used:
-        none = torch.zeros(len(v), device=v.device)
-        nowhere = dict.fromkeys(part.taps.parameters, none)
-        zeros = [torch.zeros_like(leaf) for leaf in leaves]
-        return Pullback(nowhere, {}, zeros, {name: norm.sum() for name, norm in nowhere.items()})
-    outputs, given = ([pair[i] for pair in used] for i in (0, 1))
-    found, grads = part.taps.pull(outputs, given, gradient, reading)
-    pulled = Pullback(found.square_norms, found.missing, dense(grads, leaves), found.gradient_norms, found.along)
-    return pulled if scale is None else pulled.scaled(scale)
+        nothing = torch.zeros(len(v), device=v.device)
+        zeros = {name: torch.zeros_like(parameters[name]) for name in names}
+        none = dict.fromkeys(parameters, nothing.sum())
+        return Pullback(dict.fromkeys(parameters, nothing), {}, zeros, none)
+    found, grads = part.taps.pull([p for p, _ in used], [w for _, w in used], reading, names)
+    gradient = dict(zip(names, dense(grads, [parameters[name] for name in names]), strict=True))
+    pulled = replace(found, gradient=gradient)
+    return pulled if scale is None else pulled.divided(scale)
 
 
 def tapped_groups(passes: Passes, size: int) -> Iterator[Tapped]:
@@ -171,3 +153,8 @@ def tapped_groups(passes: Passes, size: int) -> Iterator[Tapped]:
         with Taps(passes.program.parameters) as taps:
             parts = passes.part(passes.program.parameters, rows).parts
         yield Tapped(rows, parts, taps)
+
+
+def in_groups(passes: Passes, size: int, outputs: torch.Tensor) -> Samples:
+    """Samples whose forward pass is made anew at each visit, `size` of them at a time."""
+    return Samples(passes, lambda: tapped_groups(passes, size), outputs)

@@ -1,16 +1,15 @@
 """One forward pass with a tap on every operation that uses a parameter, and pull-backs that read the taps.
 
-A tap is the identity. Its backward pass hands the cotangent on and, while squared norms are wanted, adds what it says
-about the gradients of single samples: nothing of size samples x parameters, and no pass through the weights.
+A tap is the identity. Its backward pass hands the cotangent on and, while squared norms are wanted, adds to those of
+the gradients of single samples: nothing of size samples x parameters, and no pass through the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,20 +17,22 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
 
-from lnp_torch.fingerprint import about
+from lnp_torch.draws import HOOKS
 from lnp_torch.model import Parameters
-from lnp_torch.taps.reader import Lookup, Pulled, Reader, Reading, Site
+from lnp_torch.taps.reader import Frame, Lookup, Pullback, Reader, Reading, Site
 from lnp_torch.taps.rules import Use, recognised
 from lnp_torch.writes import tensors
 
-MOVING = frozenset(
+REROUTING = frozenset(
     {"randperm", "randint", "multinomial", "nonzero", "argwhere", "masked_select", "argsort", "bincount", "unique"}
 )
-"""Operations by which rows may move as chance or values say: in one batch as if none had moved, in another not."""
+"""Operations by which rows move as chance or values decide: in one batch a rule may read them right, in another not."""
+SMALL = 16
+"""Integers up to which each is a setting of its own (an axis, a shift)."""
 
 
 class Taps(TorchFunctionMode):
-    """Watches one forward pass. Afterwards `square_norms` reads what its operations say.
+    """Watches one forward pass. Afterwards `pull` reads what its operations yield.
 
     Attributes
     ----------
@@ -44,7 +45,11 @@ class Taps(TorchFunctionMode):
     products:
         Multiplications of the forward pass, about.
     program:
-        What identifies the sequence of operations: their names, and the shapes at the sites.
+        What identifies the sequence of operations: their names and settings, and the shapes at the sites.
+    rerouting:
+        Whether rows move as chance or values decide.
+    hooked:
+        Whether hooks were put on activations: they run in the backward pass.
     """
 
     def __init__(self, parameters: Parameters) -> None:
@@ -59,8 +64,8 @@ class Taps(TorchFunctionMode):
         self._tables: dict[str, Tensor] = {}  # what was looked up for all samples at once
         self._lookups: dict[str, Lookup] = {}
         self._began: int | None = None
-        self.program: int = 0
-        self.products: int = 0
+        self.program = self.products = 0
+        self.rerouting = self.hooked = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -69,9 +74,9 @@ class Taps(TorchFunctionMode):
             return out
         name = getattr(func, "__name__", "") or str(func)
         if name != "__get__":
-            self.program = hash((self.program, name, *_said(args), *_said(kwargs.values())))
-        if name in MOVING or (name == "__getitem__" and _masked(args)):
-            self.program = hash((self.program, time.perf_counter_ns()))  # other rows next time: never the same program
+            self.program = hash((self.program, name, *_settings(args), *_settings(kwargs.values())))
+        self.rerouting |= name in REROUTING or (name == "__getitem__" and _masked(args))
+        self.hooked |= func in HOOKS
         used = [tensor for tensor in tensors((args, kwargs)) if self._name(tensor) is not None]
         if not used or not _differentiable(out) or self._only_views(out):
             return out
@@ -87,14 +92,7 @@ class Taps(TorchFunctionMode):
         # without their graph, which would otherwise hold itself in memory by way of the taps
         bare = _mapped(lambda t: t if self._name(t) is not None else t.detach(), (args, kwargs))
         uses = recognised(func, *bare) if single else []
-        uses = [use for use in uses if self._name(use.tensor) is not None]
-        known = Counter(id(use.tensor) for use in uses)
-        counts = Counter(id(tensor) for tensor in used)
-        missed = [tensor for tensor in used if known[id(tensor)] != counts[id(tensor)]]
-        for tensor in missed:
-            self.general.setdefault(self._name(tensor) or "", name)
-        uses = [use for use in uses if not any(use.tensor is tensor for tensor in missed)]
-        sites = [site for use in uses if (site := self._site(use)) is not None]
+        sites = self._sites_of([use for use in uses if self._name(use.tensor) is not None], used, name)
         if not sites:
             return out
         self.program = hash((self.program, tuple(out.shape), *((s.name, s.frame, s.flipped) for s in sites)))
@@ -102,13 +100,23 @@ class Taps(TorchFunctionMode):
         self._sites.append(sites)
         if self._anchor is None:
             self._anchor = torch.zeros((), device=out.device, requires_grad=True)
-        tapped = _Tap.apply(out, self._anchor, self, len(self._sites) - 1)
+        tapped = Tap.apply(out, self._anchor, self, len(self._sites) - 1)
         if self._began is None and tapped.grad_fn is not None:
             self._began = tapped.grad_fn._sequence_nr()
         for site in sites:
             if site.use.index is not None:
                 self._watch(tapped, Lookup(site.name, site.frame, site.use.index))
         return tapped
+
+    def _sites_of(self, uses: list[Use], used: list[Tensor], operation: str) -> list[Site]:
+        """The sites of an operation; parameters that it uses in a way without a rule are noted down."""
+        known = Counter(id(use.tensor) for use in uses)
+        counts = Counter(id(tensor) for tensor in used)
+        missed = [tensor for tensor in used if known[id(tensor)] != counts[id(tensor)]]
+        for tensor in missed:
+            self.general.setdefault(self._name(tensor) or "", operation)
+        uses = [use for use in uses if not any(use.tensor is tensor for tensor in missed)]
+        return [site for use in uses if (site := self._site(use)) is not None]
 
     def _watch(self, table: Tensor, lookup: Lookup) -> None:
         """Treat what was looked up as a parameter of its own."""
@@ -125,6 +133,7 @@ class Taps(TorchFunctionMode):
         return None if base is None else self._names.get(id(base))
 
     def _only_views(self, out: Any) -> bool:
+        """Whether an operation's output is nothing but views of parameters."""
         outs = list(tensors(out))
         return bool(outs) and all(self._name(tensor) is not None for tensor in outs)
 
@@ -140,39 +149,46 @@ class Taps(TorchFunctionMode):
             self.general.setdefault(name, "embedding of a transposed weight")
             return None
         whole = self._tables[name] if name in self._tables else self.parameters[name]
+        order = -1 if turned else 1
         start = tensor.storage_offset() - whole.storage_offset()
-        shape, order = tuple(tensor.shape), -1 if turned else 1
-        return Site(name, use, (start, shape[::order], tuple(strides)[::order]), use.transposed != turned)
+        frame: Frame = (start, tuple(tensor.shape)[::order], tuple(strides)[::order])
+        return Site(name, use, frame, use.transposed != turned)
 
     def recorded(self, outputs: list[Tensor]) -> int:
-        """Operations of autograd between the first tap and the outputs: some come from functions that are not seen."""
+        """Operations of autograd between the first tap and the outputs: some come from functions that no mode sees."""
         ends = [out.grad_fn._sequence_nr() for out in outputs if out.grad_fn is not None]
         return max(ends, default=0) - (self._began or 0) if self._began is not None else 0
 
     def pull(
-        self, outputs: list[Tensor], cotangents: list[Tensor], gradient: bool, reading: Reading
-    ) -> tuple[Pulled, tuple]:
-        """What the taps say, and J^T v if it is asked for, by one backward pass."""
-        leaves = list(self.parameters.values())
+        self, outputs: list[Tensor], cotangents: list[Tensor], reading: Reading, names: Collection[str]
+    ) -> tuple[Pullback, tuple[Tensor | None, ...]]:
+        """What the taps yield, and J^T v of the parameters of these names, by one backward pass.
+
+        Without names, the gradient of one parameter is in memory at a time.
+        """
+        # a parameter whose gradient is met on its way has to be asked for
+        leaves = list(self.parameters if reading.gradient_norms else names)
+        inputs = [self.parameters[name] for name in leaves]
         anchor = [] if self._anchor is None else [self._anchor]
-        inputs = [*leaves, *anchor] if gradient or reading.gradient else anchor
+        grads: tuple[Tensor | None, ...] = ()
         with self.read(reading, len(cotangents[0])) as pulled:
-            if reading.gradient and not gradient:
-                with _dropped(leaves):
-                    torch.autograd.backward(outputs, cotangents, retain_graph=True, inputs=inputs)
-                return pulled(outputs[0].device), ()
-            if not inputs:
-                return pulled(outputs[0].device), ()
-            grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
-        return pulled(outputs[0].device), grads[: len(leaves)] if gradient else ()
+            if reading.gradient_norms and not names:
+                with _dropped(inputs):
+                    torch.autograd.backward(outputs, cotangents, retain_graph=True, inputs=[*inputs, *anchor])
+            elif inputs or anchor:
+                grads = torch.autograd.grad(
+                    outputs, [*inputs, *anchor], cotangents, retain_graph=True, allow_unused=True
+                )
+        found = dict(zip(leaves, grads, strict=False))
+        return pulled(outputs[0].device), tuple(found[name] for name in names)
 
     @contextlib.contextmanager
-    def read(self, reading: Reading, samples: int) -> Iterator[Callable[[torch.device], Pulled]]:
-        """During the backward pass inside, the taps are read; afterwards what is yielded tells what they said."""
+    def read(self, reading: Reading, samples: int) -> Iterator[Callable[[torch.device], Pullback]]:
+        """During the backward pass inside, the taps are read; afterwards what is yielded returns what was found."""
         reader = Reader(self._sites, self._lookups, reading, set(self.general), samples)
         self._reader = reader
-        meeting = self.parameters.items() if reading.gradient else []
-        hooks = [p.register_hook(functools.partial(reader.met, name, p.detach())) for name, p in meeting]
+        met = self.parameters.items() if reading.gradient_norms else []
+        hooks = [p.register_hook(functools.partial(reader.meet, name, p.detach())) for name, p in met]
         try:
             yield lambda device: self._pulled(reader, reading, samples, device)
         finally:
@@ -180,16 +196,18 @@ class Taps(TorchFunctionMode):
             for hook in hooks:
                 hook.remove()
 
-    def _pulled(self, reader: Reader, reading: Reading, samples: int, device: torch.device) -> Pulled:
+    def _pulled(self, reader: Reader, reading: Reading, samples: int, device: torch.device) -> Pullback:
+        """What a reader has found, zero for what no cotangent reached."""
         found, unread = reader.result(), {**reader.unread, **self.general}
-        zero = torch.zeros(samples, device=device)  # of what no cotangent reached
+        zeros = torch.zeros(samples, device=device)
         missing = {n: unread.get(n, "") for n in self.parameters if n in unread or n in reading.general}
-        norms = {name: found.get(name, zero) for name in self.parameters if name not in missing}
+        norms = {name: found.get(name, zeros) for name in self.parameters if name not in missing}
         none = torch.zeros((), device=device)
-        of_gradient = {n: reader.gradient_norms.get(n, none) for n in self.parameters} if reading.gradient else {}
-        return Pulled(norms, missing, of_gradient, reader.along)
+        asked = self.parameters if reading.gradient_norms else ()
+        of_gradient = {name: reader.gradient_norms.get(name, none) for name in asked}
+        return Pullback(norms, missing, gradient_norms=of_gradient, products=reader.products)
 
-    def seen(self, index: int, d: Tensor) -> None:
+    def receive(self, index: int, d: Tensor) -> None:
         """Called by a tap with the cotangent of its output."""
         if self._reader is not None:
             self._reader.read(index, d)
@@ -210,7 +228,9 @@ def _dropped(leaves: list[Tensor]) -> Iterator[None]:
             hook.remove()
 
 
-class _Tap(torch.autograd.Function):
+class Tap(torch.autograd.Function):
+    """The identity, whose backward pass shows the cotangent to the taps."""
+
     @staticmethod
     def forward(ctx, y, anchor, taps, index):
         ctx.taps, ctx.index = taps, index
@@ -218,7 +238,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d):
-        ctx.taps.seen(ctx.index, d)
+        ctx.taps.receive(ctx.index, d)
         return d, None, None, None
 
 
@@ -226,16 +246,17 @@ def _masked(args: tuple) -> bool:
     return any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
 
 
-def _said(values: Iterable[Any]) -> Iterator[Any]:
-    """The numbers and words among an operation's arguments, as far as they decide what it does."""
+def _settings(values: Iterable[Any]) -> Iterator[Any]:
+    """The words and small integers among an operation's arguments: an axis, a shift, a mode."""
     for value in values:
         if type(value) in (tuple, list):
-            yield from _said(value)
-        elif not isinstance(value, Tensor):
-            yield about(value)
+            yield from _settings(value)
+        elif isinstance(value, bool | str | None) or (isinstance(value, int) and abs(value) <= SMALL):
+            yield value
 
 
 def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """A value in nested containers with its tensors replaced."""
     if isinstance(value, Tensor):
         return function(value)
     if type(value) in (tuple, list):

@@ -1,0 +1,204 @@
+"""A look at every measurement: what ran apart from the batch is held against the batch's rows.
+
+The plan for a model's samples is made once; a gate may open later, experts fill up, neighbours meet. Outputs of all
+samples that run on their own are compared: those of the pilot, of micro-batches, of the general way. Beside them one
+random sample is run alone, and its gradient's squared norms are compared too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from array_api_compat import torch as xp
+
+from lnp.contract.linearization import coupling_tolerance
+from lnp.per_sample import self_check
+from lnp.per_sample.self_check import NOT_FINITE, SMALLER, Verdict, failing, found_interacting
+from lnp_torch import fallback
+from lnp_torch.outputs import widened
+from lnp_torch.self_check import FATAL, UNCLEAR, Key, in_float64
+from lnp_torch.taps.backward_pass import Plan, Samples, in_groups
+from lnp_torch.taps.reader import Pullback, Reading
+
+SAMPLES = np.random.default_rng(0)
+"""Draws the samples that are looked at, others at each measurement; the user's random states are not touched."""
+
+
+class CannotRun(RuntimeError):
+    """The network raised an error for a part of its batch, although it once ran in parts."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far something that ran apart is from the batch.
+
+    Attributes
+    ----------
+    value:
+        Relative, shape ().
+    again:
+        The batch in float64 -> the same difference there.
+    """
+
+    value: torch.Tensor
+    again: Callable[[Samples], torch.Tensor]
+
+
+class Look:
+    """What one measurement has seen of samples that ran apart from the batch.
+
+    Parameters
+    ----------
+    samples:
+        The batch.
+    plan:
+        How its samples are taken apart.
+    key:
+        What this is remembered for.
+    tolerance:
+        Relative difference from which on samples interact.
+
+    Attributes
+    ----------
+    reason:
+        Why the samples are not to be taken apart after all, or "".
+    """
+
+    def __init__(self, samples: Samples, plan: Plan, key: Key, tolerance: float) -> None:
+        self._samples, self._plan, self._key, self._tolerance = samples, plan, key, tolerance
+        self._differences: list[Difference] = []
+        self._drawn: tuple[int, torch.Tensor, dict[str, torch.Tensor]] | None = None
+        self._pulled = 0
+        self._looked = False
+        self.reason = ""
+
+    @property
+    def first(self) -> bool:
+        """Whether no squared norms have been pulled back yet."""
+        return self._pulled == 0
+
+    def outputs(self, index: torch.Tensor | slice, alone: torch.Tensor) -> None:
+        """Outputs (M, K) of some samples, from a pass that left others out."""
+        again = lambda wide: _outputs_apart(wide, self._plan, index)
+        self._differences.append(Difference(self_check.look(xp, self._samples.outputs[index], alone), again))
+
+    def square_norms(self, index: torch.Tensor | None, v: torch.Tensor, norms: dict[str, torch.Tensor]) -> None:
+        """Squared norms by the rules, {name: (M,)}, of cotangents (M, K). Those of one random sample are kept."""
+        self._pulled += 1
+        if SAMPLES.random() * self._pulled < 1:  # each pass of a measurement is as likely to be the one
+            place = int(SAMPLES.integers(len(v)))
+            sample = place if index is None else int(index[place])
+            self._drawn = sample, v[place : place + 1], {name: norm[place : place + 1] for name, norm in norms.items()}
+            self._looked = False
+
+    def sums(self, v: torch.Tensor, alone: dict[str, torch.Tensor], batch: Pullback) -> None:
+        """{name: sum of single samples' gradients} of parameters that took the general way, beside those of the batch."""
+        value = self_check.sums_apart(xp, alone, batch.gradient, batch.square_norms)
+        names = list(alone)
+
+        def again(wide: Samples) -> torch.Tensor:
+            reading = Reading(frozenset(wide.passes.program.parameters))
+            in_batch = wide.tapped(v.double(), reading, names)
+            found = fallback.alone(self._plan.way.pull(wide.passes.restricted(names)), v.double())
+            return self_check.sums_apart(xp, found.gradient, in_batch.gradient, found.square_norms)
+
+        self._differences.append(Difference(value, again))
+
+    def coupled(self) -> torch.Tensor:
+        """Whether samples have turned out to interact, shape (). Runs one of them alone.
+
+        Raises
+        ------
+        ValueError
+            For a backward pass that is not linear.
+        """
+        if self._drawn is not None and not self._looked:
+            self._looked = True
+            with self.running():
+                bend = self._run_alone(*self._drawn)
+            if bend > self._tolerance:
+                raise ValueError(self_check.BENT)
+        differences, self._differences = self._differences, []
+        if differences and not self.reason:
+            self.reason = self._reason(differences)
+        return torch.tensor(bool(self.reason), device=self._samples.outputs.device)
+
+    def running(self) -> _Running:
+        """Around passes over a part of the batch: whatever the network raises there is a reason not to take it apart."""
+        return _Running(self)
+
+    def remember(self) -> None:
+        """Samples of this model and shapes interact, from now on."""
+        self._key.remember(Plan(Verdict(self.reason), custom_backward=self._plan.custom_backward), found_later=True)
+
+    def _run_alone(self, sample: int, v: torch.Tensor, norms: dict[str, torch.Tensor]) -> float:
+        """Compare a sample that is run by itself, by outputs and squared norms; how far its backward pass is bent."""
+        found, outputs = _alone(self._samples, sample, v)
+        row = self._samples.outputs[sample : sample + 1]
+        value = self_check.look(xp, row, outputs, [(norms, found)])
+        self._differences.append(Difference(value, lambda wide: _sample_apart(wide, self._plan, sample, v)))
+        if not self._plan.custom_backward:
+            return 0.0
+        shorter, _ = _alone(self._samples, sample, v * SMALLER)
+        return float(self_check.look(xp, row, row, [({n: norm / SMALLER**2 for n, norm in shorter.items()}, found)]))
+
+    def _reason(self, differences: list[Difference]) -> str:
+        """Why the samples are not taken apart, or ""; what may be rounding is looked at again in float64."""
+        values = torch.stack([difference.value.float() for difference in differences]).tolist()
+        if any(map(math.isnan, values)) and bool(torch.isfinite(self._samples.outputs).all()):
+            return NOT_FINITE
+        if any(value > UNCLEAR for value in values):
+            return found_interacting()
+        unclear = [d for d, value in zip(differences, values, strict=True) if value > self._tolerance]
+        if not unclear:
+            return ""
+        try:
+            wide = in_float64(self._samples)
+            rounded = all(float(d.again(wide)) <= coupling_tolerance(xp, torch.float64) for d in unclear)
+        except Exception:  # a network that is bound to its dtype, or too large
+            rounded = False
+        return "" if rounded else found_interacting()
+
+
+class _Running:
+    """See `Look.running`."""
+
+    def __init__(self, look: Look) -> None:
+        self._look = look
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (*FATAL, CannotRun)):
+            self._look.reason = failing(error)
+            raise CannotRun(self._look.reason) from error
+
+
+def _alone(samples: Samples, sample: int, v: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """{name: (1,) squared norm of the gradient of one sample}, and its outputs (1, K), run by itself."""
+    ran: list[torch.Tensor] = []
+    passes = samples.passes.some(slice(sample, sample + 1))
+    reading = Reading(frozenset(passes.program.parameters), gradient_norms=True)
+    found = in_groups(passes, 1, v).tapped(v, reading, watch=lambda rows, outputs: ran.append(outputs))
+    return {name: norm.reshape(1) for name, norm in found.gradient_norms.items()}, ran[0]
+
+
+def _outputs_apart(wide: Samples, plan: Plan, index: torch.Tensor | slice) -> torch.Tensor:
+    """How far the outputs of some samples, one by one, are from the batch's."""
+    return self_check.look(xp, wide.outputs[index], plan.way.outputs(wide.passes.some(index)))
+
+
+def _sample_apart(wide: Samples, plan: Plan, sample: int, v: torch.Tensor) -> torch.Tensor:
+    """How far one sample, run by itself, is from the batch: outputs and squared norms by the rules."""
+    v = widened(v).double()
+    alone, outputs = _alone(wide, sample, v)
+    placed = torch.zeros_like(wide.outputs)
+    placed[sample] = v[0]
+    in_batch = wide.tapped(placed, plan.reading()).square_norms
+    own = {name: norm[sample : sample + 1] for name, norm in in_batch.items()}
+    return self_check.look(xp, wide.outputs[sample : sample + 1], outputs, [(own, alone)])
