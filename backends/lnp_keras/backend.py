@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ import keras
 import lnp
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
+from lnp.contract.trees import leaves
+from lnp.contract.vectors import update_by_name
 from lnp_keras import replay
 from lnp_keras.losses import CompiledLoss, adapted, bare, build, compiled_loss, is_ready, overridden
 from lnp_keras.model import (
@@ -46,7 +48,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     with untouched():  # the passes that look for batch statistics draw dropout masks
         handed = _handed(model, batches, options)
     if operands.get("update") is not None:
-        operands["update"] = _by_name(handed.options.parameters, operands["update"])
+        operands["update"] = _update(_plain(model), handed.options.parameters, operands["update"])
     result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
     notes = (*handed.notes, *_notes(_plain(model), options))
     return replace(result, notes=(*result.notes, *notes)) if hasattr(result, "notes") else result
@@ -59,7 +61,15 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
     keep = lambda v: (model, record.vjp(v))[1]  # the function that was handed over refers to the model weakly
     notes = (*record.notes, *handed.notes, *_notes(_plain(model), options))
-    return replace(record, vjp=keep, gradient_square_norms=None, notes=notes)
+    return replace(record, vjp=keep, notes=notes)
+
+
+def _update(model: Any, names: Any, update: Any) -> dict[str, Any]:
+    """The user's update by name, as tensors."""
+    variables = named_variables(model)
+    shapes = {name: tuple(variables[name].shape) for name in names}
+    expected = f"a dictionary {{variable's name: array}}, or one array for each of the {len(shapes)} in their order"
+    return {name: as_tensors(value) for name, value in update_by_name(update, shapes, leaves, expected).items()}
 
 
 def untouched() -> contextlib.AbstractContextManager:
@@ -162,6 +172,12 @@ def _loss(model: Any, loss: Any, parts: list) -> tuple[Any, tuple[str, ...]]:
         return None, (
             "the model is not compiled: its loss is inferred from the targets, and outputs are taken as logits",
         )
+    if model.loss is None and not overridden(model):
+        raise ValueError(
+            "The model is compiled without a loss: what its layers add (add_loss) does not come from the outputs, which "
+            "is what lnp measures. Expected model.compile(loss=...). Pass loss=, a function (outputs, targets) -> "
+            "scalar, for the part that does."
+        )
     return compiled_loss(model), ()
 
 
@@ -170,8 +186,3 @@ def _targets(loss: Any, inputs: Any, targets: Any, weight: Any) -> Any:
     if isinstance(loss, CompiledLoss):
         return {"inputs": inputs, "targets": targets, "sample_weight": as_tensors(weight)}
     return targets if weight is None else {"targets": targets, "sample_weight": as_tensors(weight)}
-
-
-def _by_name(names: Any, update: Any) -> dict[str, Any]:
-    given = dict(update) if isinstance(update, Mapping) else dict(zip(names, update, strict=False))
-    return {name: as_tensors(value) for name, value in given.items()}

@@ -70,7 +70,9 @@ def value_and_grad(
         )
     backend = keras.backend.backend()
     if backend == "tensorflow":
-        _refuse_xla()
+        from lnp_tensorflow.training_step import refuse_xla
+
+        refuse_xla()
     d = lnp.decompose(model, batch, loss, **options)
     sources = _sources(model, options.get("parameters"))
     differentiate = {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}[backend]
@@ -156,14 +158,3 @@ def _on_jax(model: Any, sources: list, run: Callable[[], Any]) -> tuple[Any, lis
     for variable, update in zip(written, new, strict=True):
         variable.assign(update)
     return value, gradients
-
-
-def _refuse_xla() -> None:
-    from lnp_tensorflow.replay import in_xla
-
-    if in_xla():
-        raise ValueError(
-            "value_and_grad was called inside a function that XLA compiles, where the step would be fused with the "
-            "measurement, and its rounding would be another one. Expected a tf.function without jit_compile, or eager "
-            "code. Call it there, and the compiled function for what follows."
-        )

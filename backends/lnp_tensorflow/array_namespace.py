@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from ml_dtypes import finfo as _finfo
 
@@ -19,6 +20,8 @@ float32, float64, int32, bool = tf.float32, tf.float64, tf.int32, tf.bool
 
 def asarray(value: Any, *, dtype: Any = None, device: Any = None) -> tf.Tensor:
     """A tensor; a value of another dtype is converted."""
+    if dtype is not None and not tf.is_tensor(value):
+        value = np.asarray(value)  # Python's numbers would be rounded to float32 on the way
     tensor = tf.convert_to_tensor(value)
     return tensor if dtype is None else tf.cast(tensor, dtype)
 
@@ -50,6 +53,10 @@ def full_like(x: tf.Tensor, value: float) -> tf.Tensor:
     return tf.constant(value, x.dtype, x.shape)
 
 
+def full(shape: Sequence[int], value: float, *, dtype: Any = tf.float32, device: Any = None) -> tf.Tensor:
+    return tf.constant(value, dtype, shape)
+
+
 def arange(stop: int, *, device: Any = None) -> tf.Tensor:
     return tf.range(stop)
 
@@ -63,11 +70,17 @@ def broadcast_to(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
 
 
 def concat(arrays: Sequence[tf.Tensor], *, axis: int = 0) -> tf.Tensor:
-    return tf.concat(arrays, axis)
+    return tf.concat(_promoted(arrays), axis)
 
 
 def stack(arrays: Sequence[tf.Tensor], *, axis: int = 0) -> tf.Tensor:
-    return tf.stack(arrays, axis)
+    return tf.stack(_promoted(arrays), axis)
+
+
+def _promoted(arrays: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """All in the widest of their dtypes, which the standard's functions choose by themselves."""
+    widest = builtins.max((x.dtype for x in arrays), key=lambda dtype: (dtype.is_floating, dtype.size))
+    return [astype(x, widest) for x in arrays]
 
 
 def where(condition: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
@@ -76,6 +89,29 @@ def where(condition: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
 
 def sqrt(x: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(x)
+
+
+def sin(x: tf.Tensor) -> tf.Tensor:
+    return tf.sin(x)
+
+
+def floor(x: tf.Tensor) -> tf.Tensor:
+    return tf.floor(x)
+
+
+def abs(x: tf.Tensor) -> tf.Tensor:
+    return tf.abs(x)
+
+
+def max(x: tf.Tensor) -> tf.Tensor:
+    """Of all elements; nan if one of them is, which XLA would leave out."""
+    return tf.where(tf.reduce_any(tf.math.is_nan(x)), full_like(x[(0,) * len(x.shape)], float("nan")), tf.reduce_max(x))
+
+
+def maximum(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    """Element by element; nan where one of them is, which XLA would leave out."""
+    x, y = _promoted([x, y])
+    return tf.where(tf.math.is_nan(x), x, tf.where(tf.math.is_nan(y), y, tf.maximum(x, y)))
 
 
 def sum(x: tf.Tensor, *, axis: int | tuple[int, ...] | None = None, keepdims: builtins.bool = False) -> tf.Tensor:
@@ -110,6 +146,8 @@ def take_along_axis(x: tf.Tensor, indices: tf.Tensor, *, axis: int) -> tf.Tensor
 
 
 def matmul(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    if len(y.shape) == 2 < len(x.shape):  # oneDNN of TensorFlow 2.21 corrupts memory where it broadcasts one matrix
+        return tf.reshape(tf.matmul(tf.reshape(x, (-1, x.shape[-1])), y), (*x.shape[:-1], y.shape[-1]))
     return tf.matmul(x, y)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
 from lnp.contract.validation import unpack
+from lnp.contract.vectors import update_by_name
 from lnp_tensorflow.compile_cache import CONVERTED, Plan, remember, run, run_inside
 from lnp_tensorflow.model import Arrays, Snapshot, Structure, accepts, is_module, plain_state, separate
 from lnp_tensorflow.record import record
@@ -63,7 +64,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     for violated, message in zip(answer.violated, answer.messages, strict=True):
         if violated:
             raise ValueError(message)
-    if any(answer.coupled):
+    if any(answer.coupled):  # elsewhere such a measurement has been made again, jointly
         raise ValueError(
             f"microbatch={options.microbatch} was asked for, but the samples interact in this network: a sample's "
             "output or gradient changes when the others are left out. Expected independent samples. Leave microbatch "
@@ -85,7 +86,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         if is_module(model):
             structure = replace(structure, static=model)  # the record keeps it alive
         run = forward(structure, tree, arrays, inputs)
-        return record(run, inputs, targets, options.seed, options, ())
+        return record(run, inputs, targets, options.seed, options)
 
 
 def _traced(plan: Plan, *dynamic: Any) -> Any:
@@ -115,20 +116,13 @@ def _tensors(tree: Any) -> Any:
     return map_leaves(lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, known) else leaf, tree)
 
 
-def _as_vector(structure: Structure, arrays: Arrays, update: Any) -> list[tf.Tensor]:
+def _as_vector(structure: Structure, arrays: Arrays, update: Any) -> Arrays:
     """The user's update as a vector in parameter space, zero for selected parameters that it leaves out."""
     sources = structure.sources(arrays)
-    names = list(sources)
-    if isinstance(update, Mapping) and set(update) <= set(names):
-        given = dict(update)
-    else:
-        values = leaves(update)
-        given = dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
-    wrong = [n for n, d in given.items() if tuple(np.shape(d)) != tuple(sources[n].shape)]
-    if wrong or not given:
-        raise ValueError(
-            f"update= does not match the model's parameters{f' at {wrong[:4]}' if wrong else ''}. Expected a "
-            f"dictionary {{parameter name: tensor of its shape}}, or one tensor for each of the {len(names)} "
-            "parameters in their order."
-        )
-    return [tf.cast(given[n], s.dtype) if n in given else tf.zeros(s.shape, s.dtype) for n, s in sources.items()]
+    shapes = {name: tuple(source.shape) for name, source in sources.items()}
+    expected = (
+        f"a dictionary {{parameter name: tensor of its shape}}, or one tensor for each of the {len(shapes)} parameters "
+        "in their order"
+    )
+    given = update_by_name(update, shapes, leaves, expected)
+    return {n: tf.cast(given[n], s.dtype) if n in given else tf.zeros(s.shape, s.dtype) for n, s in sources.items()}

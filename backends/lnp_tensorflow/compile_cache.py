@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +15,14 @@ import tensorflow as tf
 from lnp.contract import validation
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
+from lnp.per_sample.self_check import BENT, Verdict, failing, found_interacting, moved
+from lnp_tensorflow import array_namespace
 from lnp_tensorflow.effects import calls_python, written
+from lnp_tensorflow.fallback import FATAL
 from lnp_tensorflow.model import Arrays, Structure
 from lnp_tensorflow.record import record
 from lnp_tensorflow.replay import Forward, forward
-from lnp_tensorflow.self_check import BENT, Comparison, Verdict, alone_note, compare
+from lnp_tensorflow.self_check import Checked, Comparison, compared
 from lnp_tensorflow.state_guard import undisturbed
 
 REMEMBERED = 64
@@ -34,13 +38,12 @@ class Plan:
     options: Options
     jit_compile: bool = False
     notes: tuple[str, ...] = ()
-    verdicts: tuple[Verdict, ...] = ()
+    checked: tuple[Checked, ...] = ()
     loss_state: tuple = ()
 
-    def whole(self, error: Exception) -> Plan:
-        """The same with no samples taken apart, since that has raised an error."""
-        note = alone_note(error.args[0] if isinstance(error, InParts) else error)
-        return replace(self, options=replace(self.options, split=False), notes=(note,), verdicts=())
+    def jointly(self, reason: str) -> Plan:
+        """The same with no samples taken apart, and why."""
+        return replace(self, options=replace(self.options, split=False), notes=(reason,), checked=())
 
 
 class InParts(Exception):
@@ -68,7 +71,7 @@ class Traced:
     Attributes
     ----------
     function:
-        (arrays, batches' tensors, seed, operands) -> every number of the answer in one float64 vector, and its arrays.
+        (arrays, batches' tensors, seed, number of the measurement, operands) -> every number of the answer in one float64 vector, and its arrays.
     answer:
         The answer with specifications in the places of both.
     written:
@@ -84,111 +87,149 @@ class Traced:
 
 
 _TRACED: OrderedDict[Any, Traced] = OrderedDict()
-_VERDICTS: OrderedDict[Any, tuple[Verdict, ...]] = OrderedDict()
+_CHECKED: OrderedDict[Any, Checked] = OrderedDict()
+_TURNS = itertools.count()
+"""Numbers of measurements. The samples that are looked at are drawn from them, never from the user's random state."""
 CONVERTED: OrderedDict[Any, None] = OrderedDict()
 """Structures that need AutoGraph."""
 
 
 def measure(
-    plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]
+    plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, turn: Any, operands: dict[str, Any]
 ) -> tuple[Answer, list[Forward]]:
     """Linearise the model on each batch and compute. Each pass puts back what the model and the loss write to."""
     given = [validation.unpack(pair) for pair in pairs]
     runs = [forward(plan.structure, tree, arrays, inputs) for inputs, _ in given]
-    verdicts = plan.verdicts or [None] * len(runs)
     records = [
-        record(run, *pair, seed, plan.options, plan.notes, verdict)
-        for run, pair, verdict in zip(runs, given, verdicts, strict=True)
+        record(run, *pair, seed, plan.options, plan.notes, checked, turn)
+        for run, pair, checked in zip(runs, given, plan.checked or [None] * len(runs), strict=True)
     ]
     try:
         result = plan.computation(*records, **operands)
-    except tf.errors.OperatorNotAllowedInGraphError:  # the network needs AutoGraph
+    except FATAL:
         raise
     except Exception as error:
         raise (InParts(error) if plan.options.split and plan.options.microbatch is None else error) from error
     checks = [check for lin in records for check in lin.violations]
-    coupled = tuple(lin.coupled for lin in records if lin.coupled is not None)
+    coupled = tuple(lin.coupled() for lin in records if lin.coupled is not None)
     return Answer(result, tuple(flag for flag, _ in checks), coupled, tuple(message for _, message in checks)), runs
 
 
 def run(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
     """The answer with numbers, in one transfer from the device.
 
-    What has once been compared with single samples is remembered. Samples that interact are not taken apart.
+    What has once been compared with single samples is remembered. Samples that interact are not taken apart; where they
+    are found to do so in this measurement, it is made again.
     """
-    key = _key(plan, arrays, pairs, operands)
-    if plan.options.split:
-        verdicts = _verdicts(key, plan, tree, arrays, pairs)
-        joint = [verdict.coupled for verdict in verdicts if verdict.coupled][:1]
-        if joint and plan.options.microbatch is not None:
-            return Answer(None, (), (True,))
-        change = {"options": replace(plan.options, split=False)} if joint else {"verdicts": verdicts}
-        bent = (BENT,) if any(verdict.bent for verdict in verdicts) else ()
-        plan = replace(plan, notes=(*joint, *bent), **change)
-    given = tree, arrays, pairs, seed, operands
-    try:
+    key, given = _key(plan, arrays, pairs, operands), (tree, arrays, pairs, seed, operands)
+    if not plan.options.split:
         return _run((plan, *key[1:]), measure, plan, *given)
+    models = [_Model(plan, tree, arrays, validation.unpack(pair)[0]) for pair in pairs]
+    checked = tuple(model.checked() for model in models)
+    if any(found.verdict.bent for found in checked):
+        raise ValueError(BENT)
+    reason = next((found.verdict.reason for found in checked if found.verdict.reason), "")
+    apart, refused = replace(plan, checked=checked), Answer(None, (), (True,))
+    if reason:
+        return refused if plan.options.microbatch is not None else _jointly(plan, reason, key, given)
+    try:
+        answer = _run((apart, *key[1:]), measure, apart, *given)
     except (InParts, tf.errors.OpError) as error:
-        if not plan.options.split or plan.options.microbatch is not None:
+        if plan.options.microbatch is not None or isinstance(error, FATAL):
             raise
-        plan = plan.whole(error)
-        return _run((plan, *key[1:]), measure, plan, *given)  # where the batch itself fails, this raises again
+        return _jointly(plan, failing(error.args[0] if isinstance(error, InParts) else error), key, given)
+    for model, interacting in zip(models, answer.coupled, strict=True):
+        if interacting:
+            model.remember(Checked(Verdict(reason=found_interacting())))
+    if any(answer.coupled):
+        return refused if plan.options.microbatch is not None else _jointly(plan, found_interacting(), key, given)
+    return answer
 
 
-def run_inside(plan: Plan, *given: Any) -> Any:
-    """The result in the graph around it, as tensors."""
+def _jointly(plan: Plan, reason: str, key: Any, given: tuple) -> Answer:
+    """The answer with no samples taken apart. Where it is the batch itself that fails, its error is raised again."""
+    plan = plan.jointly(reason)
+    return _run((plan, *key[1:]), measure, plan, *given)
+
+
+def run_inside(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]) -> Any:
+    """The result in the graph around it, as tensors. Whenever that runs, the batch is compared with single samples."""
+    given = (tree, arrays, pairs, seed, None, operands)
     try:
         return separately(lambda: measure(plan, *given)[0].result)
     except InParts as error:
-        whole = plan.whole(error)
-        return separately(lambda: measure(whole, *given)[0].result)
+        joint = plan.jointly(failing(error.args[0]))
+        return separately(lambda: measure(joint, *given)[0].result)
 
 
-def _verdicts(key: Any, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple) -> tuple[Verdict, ...]:
-    """How the samples of each batch are taken apart; found out once for each model and shapes."""
-    known = _VERDICTS.get(key)
-    if known is not None:
-        return known
-    found = [_verdict(plan, tree, arrays, validation.unpack(pair)[0]) for pair in pairs]
-    verdicts = tuple(verdict for verdict, _ in found)
-    if all(lasting for _, lasting in found):
-        remember(_VERDICTS, key, verdicts)
-        _forget_with(plan.structure.static, _VERDICTS, key)
-    return verdicts
+class _Model:
+    """A model on inputs of some shapes, whatever is measured, and how its samples can be taken apart."""
 
+    def __init__(self, plan: Plan, tree: Any, arrays: Arrays, inputs: Any) -> None:
+        options = Options(microbatch=plan.options.microbatch)
+        self._plan, self._given = Plan(_judge, plan.structure, options, plan.jit_compile), (tree, arrays, (inputs,))
+        self._key = _key(self._plan, arrays, inputs, {})
 
-def _verdict(plan: Plan, tree: Any, arrays: Arrays, inputs: Any) -> tuple[Verdict, bool]:
-    """How the samples of one batch are taken apart, whatever is measured, and whether that is remembered."""
-    mine = Plan(compare, plan.structure, Options(microbatch=plan.options.microbatch), plan.jit_compile)
-    key = _key(mine, arrays, inputs, {})
-    if key in _VERDICTS:
-        return _VERDICTS[key][0], True
-    try:
-        seen: Comparison = _run(key, _judge, mine, tree, arrays, (inputs,), 0, {}).result
-    except tf.errors.OpError as error:  # from single samples or from the batch, which will be run again
-        return Verdict(coupled=alone_note(error)), False
-    verdict, lasting = seen.verdict(), all(missed == missed for missed in seen.missed.values())
-    if lasting:  # what is not a number tells nothing
-        remember(_VERDICTS, key, (verdict,))
-        _forget_with(plan.structure.static, _VERDICTS, key)
-    return verdict, lasting
+    def checked(self) -> Checked:
+        """What comparing the batch with single samples shows: at its parameters, and at others."""
+        if self._key in _CHECKED:
+            return _CHECKED[self._key]
+        try:
+            seen: Comparison = self._compared(moving=False)
+        except FATAL:
+            raise
+        except tf.errors.OpError as error:  # from single samples, or from the batch, which will be run again
+            return Checked(Verdict(failing(error), sure=False))
+        found, verdict = Checked(seen.verdict(), seen.expanded), seen.verdict()
+        if verdict.sure and not verdict.reason and not verdict.bent:
+            found = replace(found, verdict=self._at_other_parameters(verdict))
+        if verdict.sure:
+            self.remember(found)
+        return found
+
+    def remember(self, found: Checked) -> None:
+        """For measurements to come."""
+        remember(_CHECKED, self._key, found)
+        _forget_with(self._plan.structure.static, _CHECKED, self._key)
+
+    def _at_other_parameters(self, verdict: Verdict) -> Verdict:
+        """The verdict, with what shows where no gate is closed by chance. Numbers that are not finite show nothing."""
+        try:
+            other = self._compared(moving=True).verdict()
+        except FATAL:
+            raise
+        except tf.errors.OpError:  # such as of an assertion about values
+            return verdict
+        return verdict.joined(other) if other.sure else verdict
+
+    def _compared(self, moving: bool) -> Comparison:
+        return _run(self._key, _judge, self._plan, *self._given, 0, {}, moving=moving).result
 
 
 def _judge(
-    plan: Plan, tree: Any, arrays: Arrays, given: tuple, seed: Any, operands: dict[str, Any]
+    plan: Plan, tree: Any, arrays: Arrays, given: tuple, seed: Any, turn: Any, operands: dict[str, Any]
 ) -> tuple[Answer, list[Forward]]:
-    """Compare taps with single samples."""
+    """Compare a batch with single samples."""
     (inputs,) = given
     run = forward(plan.structure, tree, arrays, inputs)
-    seen = compare(run, inputs, plan.options.microbatch)
-    return Answer(seen, (), ()), [run]
+    return Answer(compared(run, inputs, plan.options.microbatch), (), ()), [run]
 
 
 def _run(
-    key: Any, body: Callable, plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]
+    key: Any,
+    body: Callable,
+    plan: Plan,
+    tree: Any,
+    arrays: Arrays,
+    pairs: tuple,
+    seed: Any,
+    operands: dict[str, Any],
+    moving: bool = False,
 ) -> Answer:
+    """The answer of a traced body with numbers; with `moving` at other values of the trained parameters."""
     tensors = [leaf for leaf in leaves(pairs) if tf.is_tensor(leaf)]
-    dynamic = (arrays, tensors, tf.cast(seed, tf.int64), operands)
+    turn = tf.constant(next(_TURNS), tf.int64)
+    dynamic = (arrays, tensors, tf.cast(seed, tf.int64), turn, operands)
     traced = _TRACED.get(key)
     if traced is None:
         traced, lasting = _trace(body, plan, tree, pairs, dynamic)
@@ -196,9 +237,13 @@ def _run(
             remember(_TRACED, key, traced)
             _forget_with(plan.structure.static, _TRACED, key)
     before = [(variable, variable.read_value()) for variable in traced.written]
+    moved_to = _moved(plan.structure, arrays, traced.function) if moving else contextlib.nullcontext(arrays)
     try:
-        with undisturbed(*plan.structure.roots, plan.options.loss) if traced.calls else contextlib.nullcontext():
-            packed, *made = traced.function(*dynamic)
+        with (
+            undisturbed(*plan.structure.roots, plan.options.loss) if traced.calls else contextlib.nullcontext(),
+            moved_to as arrays,
+        ):
+            packed, *made = traced.function(arrays, *dynamic[1:])
         values = iter(packed.numpy().tolist())
     finally:
         for variable, value in before:
@@ -215,14 +260,35 @@ def _run(
     return map_leaves(number, traced.answer)
 
 
+@contextlib.contextmanager
+def _moved(structure: Structure, arrays: Arrays, function: Any) -> Iterator[Arrays]:
+    """Where a traced function has other trained parameters: arrays with other values, and variables in the places of
+    those that it has captured. The user's are not touched.
+    """
+    sources = structure.sources(arrays)
+    others = moved(array_namespace, {name: tf.convert_to_tensor(source) for name, source in sources.items()})
+    if structure.kind == "function":
+        yield {**arrays, **others}
+        return
+    made = {id(source.handle): tf.Variable(others[name], trainable=False) for name, source in sources.items()}
+    captured = list(function.captured_inputs)
+    function.set_external_captures([made[id(x)].handle if id(x) in made else x for x in captured])
+    try:
+        yield arrays
+    finally:
+        function.set_external_captures(captured)
+
+
 def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> tuple[Traced, bool]:
     """The measurement as a graph, and whether that is one for later measurements too."""
     seen: list[Any] = []
 
-    def graph(arrays: Arrays, tensors: list, seed: tf.Tensor, operands: dict[str, Any]) -> list[tf.Tensor]:
+    def graph(
+        arrays: Arrays, tensors: list, seed: tf.Tensor, turn: tf.Tensor, operands: dict[str, Any]
+    ) -> list[tf.Tensor]:
         given = iter(tensors)
         filled = map_leaves(lambda leaf: next(given) if tf.is_tensor(leaf) else leaf, pairs)
-        answer, runs = body(plan, tree, arrays, filled, seed, operands)
+        answer, runs = body(plan, tree, arrays, filled, seed, turn, operands)
         tensors = [leaf for leaf in leaves(answer) if tf.is_tensor(leaf)]
         numbers = [tf.cast(leaf, tf.float64) for leaf in tensors if not leaf.shape.rank]
         made = [leaf for leaf in tensors if leaf.shape.rank]

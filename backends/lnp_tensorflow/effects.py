@@ -38,6 +38,11 @@ def calls_python(graph: Any) -> bool:
     return any(HOST.fullmatch(node.op) for node in _nodes(graph))
 
 
+def custom_backward(graph: Any) -> bool:
+    """Whether anything in a graph has a backward pass that somebody wrote: a custom gradient leaves an IdentityN."""
+    return any(node.op == "IdentityN" or "_gradient_op_type" in node.attr for node in _nodes(graph))
+
+
 def changing(graph: Any) -> bool:
     """Whether a second call of what was traced may return something else than the first."""
     return any(pattern.fullmatch(node.op) for node in _nodes(graph) for pattern in (WRITES, DRAWS, HOST))

@@ -14,6 +14,10 @@ from lnp_tensorflow.replay import Forward
 
 Gradients = dict[str, Any]
 """{name: tensor or IndexedSlices}."""
+Norms = dict[str, tf.Tensor]
+"""{name: (N,) numbers of single samples}."""
+FATAL = (tf.errors.OperatorNotAllowedInGraphError, tf.errors.ResourceExhaustedError, MemoryError)
+"""Errors that say nothing about samples: AutoGraph is needed, or there is not enough memory."""
 
 
 @dataclass(frozen=True)
@@ -69,49 +73,51 @@ class Groups:
 
         return self._visit(visit, None, [(self.shape[1], self.dtype)])[0][0]
 
-    def square_norms(self, v: tf.Tensor) -> dict[str, tf.Tensor]:
+    def square_norms(self, v: tf.Tensor) -> Norms:
         """{name: (G,) array of ||J_g^T v_g||^2}."""
-        return self.numbers(v, lambda name, gradient: square_norm(gradient))
+        return self.numbers(v, lambda name, gradient: square_norm(gradient))[1]
 
-    def numbers(self, v: tf.Tensor, of: Callable[[str, Any], tf.Tensor]) -> dict[str, tf.Tensor]:
-        """{name: (G,) array of numbers of(name, J_g^T v_g)}."""
+    def numbers(self, v: tf.Tensor, of: Callable[[str, Any], tf.Tensor]) -> tuple[tf.Tensor, Norms]:
+        """The outputs (N, K), and {name: (G,) array of numbers of(name, J_g^T v_g)}."""
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
-            return [_row(pulled(self.forward, inputs, v, self.names)[1], of)], []
+            flat, grads = pulled(self.forward, inputs, v, self.names)
+            return [flat, self._row(grads, of)], []
 
-        return self._by_name(self._visit(visit, v, [(-1, self._norms_dtype)])[0][0])
+        (flat, norms), _ = self._visit(visit, v, [(self.shape[1], self.dtype), (-1, self.dtype)])
+        return flat, self._by_name(norms)
 
     def vjp(self, v: tf.Tensor) -> Gradients:
         """J^T v as the sum over groups."""
-        return self.seen(v)[1]
+        return self.alone(v)[1]
 
-    def seen(self, v: tf.Tensor) -> tuple[tf.Tensor, Gradients, dict[str, tf.Tensor]]:
+    def alone(self, v: tf.Tensor) -> tuple[tf.Tensor, Gradients, Norms]:
         """Outputs, J^T v and {name: (G,) array of ||J_g^T v_g||^2}, by one pass over the groups."""
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
             flat, grads = pulled(self.forward, inputs, v, self.names)
-            return [flat, _row(grads, lambda name, gradient: square_norm(gradient))], [
+            return [flat, self._row(grads, lambda name, gradient: square_norm(gradient))], [
                 tf.convert_to_tensor(grad) for grad in grads.values()
             ]
 
-        (flat, norms), sums = self._visit(visit, v, [(self.shape[1], self.dtype), (-1, self._norms_dtype)])
+        (flat, norms), sums = self._visit(visit, v, [(self.shape[1], self.dtype), (-1, self.dtype)])
         return flat, dict(zip(self.names, sums, strict=True)), self._by_name(norms)
 
-    def each(self, norms: Callable[[Any, tf.Tensor], dict[str, tf.Tensor]], v: tf.Tensor) -> dict[str, tf.Tensor]:
+    def each(self, norms: Callable[[Any, tf.Tensor], Norms], v: tf.Tensor) -> Norms:
         """{name: (N,)} of what `norms(inputs of a group, its rows of v)` returns for its samples."""
-        names, dtype = self.names, self._norms_dtype
+        names = self.names
 
         def visit(inputs: Any, v: tf.Tensor) -> tuple[list, list]:
             found = norms(inputs, v)
-            return [tf.stack([tf.cast(found[name], dtype) for name in names], 1)], []
+            return [tf.stack([tf.cast(found[name], self.dtype) for name in names], 1)], []
 
-        return self._by_name(self._visit(visit, v, [(len(names), dtype)])[0][0])
+        return self._by_name(self._visit(visit, v, [(len(names), self.dtype)])[0][0])
 
-    @property
-    def _norms_dtype(self) -> tf.DType:
-        return wide([self.forward.sources[name] for name in self.names])
+    def _row(self, grads: Gradients, of: Callable[[str, Any], tf.Tensor]) -> tf.Tensor:
+        """Numbers of(name, gradient), shape (1, number of parameters)."""
+        return tf.stack([tf.cast(of(name, gradient), self.dtype) for name, gradient in grads.items()])[None]
 
-    def _by_name(self, norms: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _by_name(self, norms: tf.Tensor) -> Norms:
         return dict(zip(self.names, tf.unstack(norms, axis=1), strict=True))
 
     def _visit(
@@ -174,12 +180,6 @@ def gradients(tape: tf.GradientTape, outputs: list[tf.Tensor], sources: dict[str
     return dict(zip(sources, found, strict=True))
 
 
-def _row(gradients: Gradients, of: Callable[[str, Any], tf.Tensor]) -> tf.Tensor:
-    """Shape (1, number of parameters)."""
-    numbers = [of(name, gradient) for name, gradient in gradients.items()]
-    return tf.stack([tf.cast(number, wide(numbers)) for number in numbers])[None]
-
-
 def dot(a: Any, b: Any) -> tf.Tensor:
     """<a, b> in float32 or better, shape ()."""
     dtype = wide([a, b])
@@ -199,27 +199,9 @@ def square_norm(gradient: Any) -> tf.Tensor:
     return tf.reduce_sum(same * tf.matmul(values, values, transpose_b=True))
 
 
-def difference(flat: tf.Tensor, grads: Gradients, outputs: tf.Tensor, gradient: Gradients) -> tf.Tensor:
-    """The largest relative difference between groups taken apart and the batch, in outputs and in J^T v."""
-    if flat.shape != outputs.shape:
-        return tf.constant(float("inf"), tf.float64)
-    in_outputs = tf.reduce_max(tf.abs(flat - outputs)) / _positive(tf.reduce_max(tf.abs(outputs)))
-    return tf.maximum(tf.cast(in_outputs, tf.float64), difference_of_gradients(grads, gradient))
-
-
-def difference_of_gradients(grads: Gradients, gradient: Gradients) -> tf.Tensor:
-    """The largest relative difference of a parameter's part, shape ()."""
-    alone, whole = ([_wide(tf.convert_to_tensor(given[n])) for n in grads] for given in (grads, gradient))
-    norms = tf.sqrt(_joined([square_norm(g) for g in whole]))
-    missed = tf.sqrt(_joined([square_norm(a - b) for a, b in zip(alone, whole, strict=True)]))
-    # a parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with a share of the
-    # whole
-    floor = 0.03 * tf.norm(norms)
-    return tf.reduce_max(missed / _positive(norms + floor))
-
-
-def _joined(numbers: list[tf.Tensor]) -> tf.Tensor:
-    return tf.stack([tf.cast(number, tf.float64) for number in numbers])
+def cut(inputs: Any, index: Any, samples: int) -> Any:
+    """The inputs of some samples."""
+    return map_leaves(lambda leaf: tf.gather(leaf, index) if has_samples(leaf, samples) else leaf, inputs)
 
 
 def has_samples(leaf: Any, samples: int) -> bool:
@@ -235,7 +217,3 @@ def _cut(tensor: tf.Tensor, start: Any, size: int) -> tf.Tensor:
 
 def _wide(tensor: tf.Tensor) -> tf.Tensor:
     return tf.cast(tensor, wide([tensor]))
-
-
-def _positive(value: tf.Tensor) -> tf.Tensor:
-    return tf.maximum(value, value.dtype.as_numpy_dtype(2.0**-126))

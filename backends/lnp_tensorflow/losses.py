@@ -2,45 +2,60 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+from lnp.contract.trees import leaves, map_leaves
 from lnp.losses import kinds
+from lnp.losses.mean_test import Leaf, found_mean
 from lnp_tensorflow import array_namespace as xp
-from lnp_tensorflow.outputs import parts
+from lnp_tensorflow.fallback import FATAL
+from lnp_tensorflow.outputs import flatten, measured, parts, rebuild
 
 
-def prepare(
-    loss: str | Callable | None, outputs: Any, targets: Any, given: Any
-) -> tuple[Callable, Any, tuple, tuple[str, ...]]:
-    """(loss(outputs, targets) -> scalar, loss_terms, violations, notes), where outputs may be of any structure."""
-    single = tf.is_tensor(outputs) and tf.is_tensor(targets)
-    shape = tuple(outputs.shape) if single else ()
-    integer = single and targets.dtype.is_integer
-    meant = kinds.resolve(loss, shape, tuple(targets.shape) if single else None, integer)
-    if isinstance(meant, str) and not single:
-        kinds.resolve(None, (), None, False)  # a named loss needs single tensors just as much
-    if meant in kinds.ELEMENTWISE:
-        kinds.check_same_shape(shape, tuple(targets.shape))
-        return ELEMENTWISE[meant], math.prod(shape) if given is None else given, (), ()
-    if meant == "cross_entropy":
-        kinds.class_axis(shape, tuple(targets.shape), integer)
-        if not integer:
-            return _soft_cross_entropy, math.prod(shape[:-1]) if given is None else given, (), ()
-        terms = kinds.label_terms(xp, targets) if given is None else given
-        return _cross_entropy, terms, (kinds.labels_out_of_range(xp, targets, shape[-1]),), ()
-    assert callable(meant)
-    if given is not None:
-        return meant, given, (), ()
-    stated = kinds.stated_terms(meant, outputs, targets)
-    if stated is not None:
-        return meant, stated[0], (), stated[1]
-    leaf = outputs if tf.is_tensor(outputs) else parts(outputs)[0]
-    terms, note = kinds.assumed_terms(xp, tuple(leaf.shape), targets if single else None, integer)
-    return meant, terms, (), (note,)
+def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms: Any) -> kinds.Prepared:
+    """The loss(outputs, targets) -> scalar that is meant, where outputs may be of any structure."""
+    shapes = [tuple(leaf.shape) if tf.is_tensor(leaf) else None for leaf in (outputs, targets)]
+    integer = None not in shapes and targets.dtype.is_integer
+    first = shapes[0] if shapes[0] is not None else tuple(parts(outputs)[0].shape)
+    return kinds.prepare(
+        xp,
+        loss,
+        kinds.Given(*shapes, integer, first),
+        (outputs, targets),
+        elementwise=ELEMENTWISE,
+        cross_entropy=lambda axis, labels: _cross_entropy if labels else _soft_cross_entropy,
+        loss_terms=loss_terms,
+    )
+
+
+def is_mean_over_samples(function: Callable, outputs: Any, targets: Any) -> bool:
+    """Whether a loss is a mean over samples, as far as leaving samples out shows, on stand-ins for its arguments."""
+    for leaf in (*leaves(outputs), *leaves(targets)):
+        if not (isinstance(leaf, tf.Tensor) and leaf.shape.rank is not None and leaf.dtype.is_numpy_compatible):
+            return False
+
+    def gradient(outputs_drawn: Sequence[np.ndarray], targets_drawn: Sequence[np.ndarray]) -> tf.Tensor:
+        """The loss gradient (M, K), in a graph of its own: no tape records where graphs that are traced are left."""
+        filled, aims = (iter(map(tf.constant, drawn)) for drawn in (outputs_drawn, targets_drawn))
+        whole, aim = map_leaves(lambda _: next(filled), outputs), map_leaves(lambda _: next(aims), targets)
+
+        def run() -> tf.Tensor:
+            floating = [tf.identity(part) for part in parts(whole)]
+            value = function(rebuild(whole, floating), aim)
+            return flatten(tf.gradients(value, floating, unconnected_gradients=tf.UnconnectedGradients.ZERO))
+
+        return tf.function(run, autograph=False).get_concrete_function()()  # which is no retracing to be warned of
+
+    with tf.init_scope():
+        return found_mean(xp, gradient, [_leaf(x) for x in leaves(outputs)], [_leaf(x) for x in leaves(targets)], FATAL)
+
+
+def _leaf(tensor: tf.Tensor) -> Leaf:
+    return Leaf(tuple(tensor.shape), np.dtype(tensor.dtype.as_numpy_dtype).name, measured(tensor))
 
 
 def _mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:

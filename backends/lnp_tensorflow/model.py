@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from lnp.contract.trees import children, leaves, map_leaves
+from lnp.contract.trees import by_unique_name, children, leaves, map_leaves
 from lnp.contract.validation import select
 from lnp.state.fingerprint import fingerprint
 from lnp_tensorflow.state_guard import FOREIGN, opened
@@ -155,16 +155,19 @@ def called(model: Callable, inputs: Any) -> Any:
     return model(inputs)
 
 
-def named(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a structure by their dotted path."""
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a structure by their dotted path, in their order."""
+    return by_unique_name(_paths(tree, ""))
+
+
+def _paths(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted path, leaf) pairs. Two paths may read the same: {"a": {"w": ...}, "a.w": ...}."""
     inner = children(tree)
     if inner is None:
-        return {prefix or "parameters": tree}
-    return {
-        name: leaf
-        for key, child in inner.items()
-        for name, leaf in named(child, f"{prefix}.{key}" if prefix else key).items()
-    }
+        yield prefix or "parameters", tree
+        return
+    for key, child in inner.items():
+        yield from _paths(child, f"{prefix}.{key}" if prefix else key)
 
 
 def named_variables(module: Any) -> dict[str, tf.Variable]:
@@ -172,14 +175,14 @@ def named_variables(module: Any) -> dict[str, tf.Variable]:
 
     What is not found among the attributes, as in a loaded SavedModel, is known by its own name.
     """
-    found: dict[str, tf.Variable] = {}
+    found: list[tuple[str, tf.Variable]] = []
     seen: set[int] = set()
 
     def visit(value: Any, path: str) -> None:
         if isinstance(value, tf.Variable):
             if id(value) not in seen:
                 seen.add(id(value))
-                found[path] = value
+                found.append((path, value))
             return
         if value is module or isinstance(value, tf.Module):
             inner = {} if id(value) in seen else vars(value)
@@ -193,12 +196,9 @@ def named_variables(module: Any) -> dict[str, tf.Variable]:
 
     visit(module, "")
     own = {id(v): v for v in (getattr(module, "variables", None) or getattr(module, "trainable_variables", None) or ())}
-    reached = {path: v for path, v in found.items() if id(v) in own}
-    for key, v in own.items():
-        if key not in seen:
-            name = v.name.partition(":")[0].replace("/", ".")
-            reached[name if name not in reached else f"{name}.{len(reached)}"] = v
-    return reached
+    reached = [(path, v) for path, v in found if id(v) in own]
+    hidden = [(v.name.partition(":")[0].replace("/", "."), v) for key, v in own.items() if key not in seen]
+    return by_unique_name([*reached, *hidden])
 
 
 def plain_state(*roots: Any) -> tuple:

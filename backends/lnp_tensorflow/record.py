@@ -11,18 +11,20 @@ from typing import Any
 import tensorflow as tf
 
 from lnp.contract import validation
-from lnp.contract.linearization import Linearization, Subset, while_loop
+from lnp.contract.linearization import GradientPass, Linearization, Vector, coupling_tolerance, while_loop
 from lnp.contract.options import Options
-from lnp.losses.kinds import separable
+from lnp.losses.kinds import Prepared
+from lnp.per_sample.self_check import BENT, bend_of_batch
 from lnp_tensorflow import array_namespace, losses
+from lnp_tensorflow.apart import Apart, apart
 from lnp_tensorflow.criterion import Criterion, criterion
-from lnp_tensorflow.fallback import Groups, dot
+from lnp_tensorflow.fallback import Gradients, Groups, dot
 from lnp_tensorflow.outputs import flatten, rebuild, split, wide
 from lnp_tensorflow.replay import Forward, draws_since, in_xla, made_since, moved, operations
-from lnp_tensorflow.self_check import Apart, Verdict, compare, cut, general_note
-from lnp_tensorflow.separable import found_separable
+from lnp_tensorflow.self_check import Checked, Network
+from lnp_tensorflow.single_samples import Samples
 from lnp_tensorflow.state_guard import undisturbed
-from lnp_tensorflow.taps.backward_pass import Norms, Tapped, Uses, recorded
+from lnp_tensorflow.taps.backward_pass import Tapped, recorded
 
 UNROLLED = 16
 """Turns of a loop that are written out where the network pools maxima: in a loop TensorFlow looks for them again,
@@ -37,13 +39,13 @@ ONE = 0x3F800000
 
 @dataclass(frozen=True)
 class _Loss:
+    """The loss at the batch's outputs, and what is known of it: see `lnp.losses.kinds.Prepared`."""
+
     value: tf.Tensor
     gradient: tf.Tensor
     of: Criterion
-    terms: Any
+    prepared: Prepared
     separable: bool
-    violations: tuple
-    notes: tuple[str, ...]
 
 
 def record(
@@ -52,173 +54,118 @@ def record(
     targets: Any,
     seed: Any,
     options: Options,
-    notes: tuple[str, ...],
-    verdict: Verdict | None = None,
+    notes: tuple[str, ...] = (),
+    checked: Checked | None = None,
+    turn: tf.Tensor | None = None,
 ) -> Linearization:
     """Linearise the model on a batch.
 
-    `verdict` says how its samples can be taken apart: without one, that is found out by the record itself. `notes` say
-    what is known already.
+    Parameters
+    ----------
+    notes:
+        What is known already.
+    checked:
+        How its samples can be taken apart; without, that is found out by the record itself.
+    turn:
+        The number of the measurement, shape (): another sample is looked at each time.
     """
     before = operations()
     batch = recorded(run, inputs)
-    drawn, outputs = draws_since(before), batch.outputs
+    drawn = draws_since(before)
     pools = any("MaxPool" in op.type for op in made_since(before))
-    flat = flatten(outputs)
+    flat = flatten(batch.outputs)
     groups = _groups(Groups(run, inputs, tuple(flat.shape), flat.dtype, options.microbatch or 1), options)
     if groups is not None:
         flat = groups.outputs()  # in a graph, the pass over the whole batch is not run if nothing else needs it
-    loss = _loss(flat, outputs, batch.returned, targets, options)
+    loss = _loss(flat, batch, targets, options)
     if loss.of.draws_in_python:
         run.drawing.append("the loss")
-    pulls = _Pulls(batch, groups, loss.gradient)
-    first = batch if groups is None else None
-    apart = Apart(run, inputs, tuple(flat.shape), flat.dtype, batch=first, microbatch=options.microbatch)
-    taken = _taken_apart(apart, pulls, options, verdict)
+    passes = _Passes(batch, groups, loss.gradient)
+    samples = Samples(run, inputs, tuple(flat.shape), flat.dtype, microbatch=options.microbatch)
+    samples = replace(samples, batch=batch if groups is None else None)
+    taken, why = apart(samples, loss.gradient, flat, passes.cotangents, seed, options, checked, turn)
     return Linearization(
         xp=array_namespace,
         outputs=flat,
         loss=loss.value,
         loss_gradient=loss.gradient,
-        loss_terms=loss.terms,
-        vjp=pulls.vjp,
-        inner_products=lambda u, w: {name: dot(a, b) for name, a, b in zip(run.sources, u, w, strict=True)},
+        loss_terms=loss.prepared.terms,
+        vjp=passes.vjp,
+        inner_products=passes.inner_products,
         signs=lambda index: _signs(seed, index, flat),
         # XLA computes the second derivative of max-pooling wrongly in float32
         jvp=None if in_xla() else lambda u: _jvp(batch, u),
-        sample_square_norms=taken.square_norms,
-        subset=_subsets(taken, pulls, seed),
-        cheap=taken.cheap,
-        coupled=taken.coupled,
+        gradient_pass=lambda per_sample, products, vector: _gradient_pass(passes, taken, per_sample, products, vector),
+        sample_square_norms=None if taken is None else taken.square_norms,
+        subset=None if taken is None else taken.subset,
+        cheap=taken is not None and taken.cheap,
+        coupled=None if taken is None else taken.coupled,
         group_square_norms=None if groups is None else groups.square_norms,
         groups=1 if groups is None else groups.count,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
         separable=loss.separable,
-        violations=loss.violations,
-        notes=(*notes, *loss.notes, *taken.notes),
+        violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),
+        notes=(*notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
     )
 
 
-class _Pulls:
-    """Pull-backs; that of the loss gradient is traced once, for the gradient and for single samples."""
+class _Passes:
+    """Pull-backs of a batch. In a graph that of the loss gradient is there from the start: what nobody uses of it is
+    not run.
+    """
 
     def __init__(self, batch: Tapped, groups: Groups | None, g: tf.Tensor) -> None:
-        self._batch, self._groups, self.g = batch, groups, g
-        self._cotangents: list | None = None
-        self._said: dict[tuple[str, ...], Uses] = {}
+        self._batch, self._groups, self._g = batch, groups, g
+        self._gradient: Gradients | None = None
+        self.cotangents: list | None = None
         if groups is None and not tf.executing_eagerly():
-            gradient, self._cotangents = batch.pulled(g)
-            self._gradient = [tf.convert_to_tensor(part) for part in gradient.values()]
+            self._gradient, self.cotangents = batch.pulled(g)
 
-    def vjp(self, v: tf.Tensor) -> list[tf.Tensor]:
+    def vjp(self, v: tf.Tensor) -> dict[str, tf.Tensor]:
         """J^T v."""
-        if v is self.g and self._cotangents is not None:
-            return self._gradient
-        pulled = self._batch.pulled(v)[0] if self._groups is None else self._groups.vjp(v)
-        return [tf.convert_to_tensor(part) for part in pulled.values()]
+        return _dense(self._batch.pulled(v)[0] if self._groups is None else self._groups.vjp(v))
 
-    def square_norms(self, apart: Apart, v: tf.Tensor) -> Norms:
-        """Of single samples' gradients."""
-        return apart.square_norms(v, self.uses(apart) if v is self.g else None)
+    def gradient(self) -> dict[str, tf.Tensor]:
+        """J^T g."""
+        return self.vjp(self._g) if self._gradient is None else _dense(self._gradient)
 
-    def along(self, apart: Apart, some: Apart, index: tf.Tensor, u: dict[str, tf.Tensor]) -> tf.Tensor:
-        """<J_m^T g_m, u> of some of the samples, from taps where they have told it already."""
-        uses = self.uses(apart) or {}
-        found = self._batch.along(uses, u, index)
-        missing = {name: part for name, part in u.items() if name not in uses}
-        if missing:
-            found |= some.along(tf.gather(self.g, index), missing)
-        return tf.add_n([tf.cast(part, self.g.dtype) for part in found.values()])
-
-    def uses(self, apart: Apart) -> Uses | None:
-        """What the taps have said of the loss gradient's samples; first to be asked outside of branches."""
-        if self._cotangents is None or self._batch.samples == 1:
-            return None
-        if apart.general not in self._said:
-            self._said[apart.general] = apart.uses(self._batch, self._cotangents)
-        return self._said[apart.general]
+    def inner_products(self, u: Vector, w: Vector) -> dict[str, tf.Tensor]:
+        """{parameter: <u_l, w_l>} in one dtype, which parameters need not have."""
+        return {name: tf.cast(dot(part, w[name]), self._g.dtype) for name, part in u.items()}
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """How single samples are measured."""
-
-    apart: Apart
-    square_norms: Callable | None = None
-    wrong: tf.Tensor | None = None
-    cheap: bool = False
-    coupled: tf.Tensor | None = None
-    notes: tuple[str, ...] = ()
+def _dense(gradient: Gradients) -> dict[str, tf.Tensor]:
+    return {name: tf.convert_to_tensor(part) for name, part in gradient.items()}
 
 
-def _taken_apart(apart: Apart, pulls: _Pulls, options: Options, verdict: Verdict | None) -> _Taken:
-    if not options.split:
-        return _Taken(apart)
-    if verdict is not None:
-        made = replace(apart, general=tuple(name for name, _ in verdict.general), expanded=verdict.expanded)
-        square_norms = lambda v: pulls.square_norms(made, v)
-        return _Taken(made, square_norms, None, not verdict.general, None, general_note(verdict.general))
-    seen = compare(apart.run, apart.inputs, apart.microbatch, apart.batch)
-    if seen.impossible:
-        return _Taken(apart, notes=(seen.impossible,))
-    made = replace(apart, general=tuple(seen.unread), expanded=seen.expanded)
-    missed = [missed > 2 * seen.tolerance for missed in seen.missed.values()]
-    wrong, _ = tf.reduce_any(missed) if missed else None, pulls.uses(made)
-    general = replace(apart, general=tuple(apart.run.sources))
-
-    def checked(v: tf.Tensor) -> Norms:
-        """Taps where they are right: which is known only when the graph runs."""
-        if wrong is None:
-            return pulls.square_norms(made, v)
-        either = (lambda: list(general.square_norms(v).values())), (lambda: list(pulls.square_norms(made, v).values()))
-        return dict(zip(apart.run.sources, tf.cond(wrong, *either), strict=True))
-
-    coupled = (seen.coupling > seen.tolerance) | (seen.bend > seen.tolerance)
-    notes = general_note(seen.unread.items())
-    return _Taken(made, checked, wrong, not seen.unread, coupled, notes)
+def _gradient_pass(
+    passes: _Passes, taken: Apart | None, per_sample: bool, products: int, vector: bool
+) -> GradientPass:  # fmt: skip
+    """What one backward pass of the loss yields: its cotangents at the taps give what single samples do."""
+    gradient = passes.gradient()
+    found = GradientPass(passes.inner_products(gradient, gradient), vector=gradient if vector else None)
+    if taken is None:
+        return found
+    if per_sample:
+        found = replace(found, sample_square_norms=taken.square_norms_of_gradient())
+    if products:
+        some, index = taken.products(products, gradient)
+        found = replace(found, products=some, index=index)
+    return found
 
 
-def _subsets(taken: _Taken, pulls: _Pulls, seed: Any) -> Callable[[int], Subset] | None:
-    """M -> M samples drawn at random, with a forward pass of their own where one is needed."""
-    if taken.square_norms is None:
-        return None
-    apart, samples, names = taken.apart, taken.apart.shape[0], list(taken.apart.run.sources)
-
-    def subset(size: int) -> Subset:
-        pair = tf.stack([tf.cast(seed, tf.int64), tf.constant(samples, tf.int64)])
-        order = tf.random.stateless_uniform((samples,), pair)
-        index = tf.sort(tf.argsort(order)[:size])
-        inputs = cut(apart.inputs, index, samples)
-        some = replace(apart, inputs=inputs, shape=(size, apart.shape[1]), batch=None)
-
-        def along(u: list[tf.Tensor]) -> tf.Tensor:
-            by_name = dict(zip(names, u, strict=True))
-            by_taps = lambda: pulls.along(apart, some, index, by_name)
-            if taken.wrong is None:
-                return by_taps()
-            general = replace(apart, general=tuple(names))
-            return tf.cond(
-                taken.wrong, lambda: pulls.along(general, replace(some, general=tuple(names)), index, by_name), by_taps
-            )
-
-        return Subset(index, some.square_norms, along=along)
-
-    return subset
-
-
-def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: Options) -> _Loss:
+def _loss(flat: tf.Tensor, batch: Tapped, targets: Any, options: Options) -> _Loss:
     """L and dL/df, in float32 or better."""
     if tf.is_tensor(targets):
         validation.check_lengths(flat.shape[0], tuple(targets.shape))
-    made = [tf.cast(part, wide([part])) for part in split(flat, outputs)]
+    made = [tf.cast(part, wide([part])) for part in split(flat, batch.outputs)]
+    returned = rebuild(batch.returned, made)
     with undisturbed(options.loss):
-        function, terms, violations, notes = losses.prepare(
-            options.loss, rebuild(returned, made), targets, options.loss_terms
-        )
+        prepared = losses.prepare(options.loss, returned, targets, options.loss_terms)
 
     def scalar(outputs: list[tf.Tensor]) -> tf.Tensor:
-        value = tf.convert_to_tensor(function(rebuild(returned, outputs), targets))
+        value = tf.convert_to_tensor(prepared.function(rebuild(returned, outputs), targets))
         validation.check_loss(tuple(value.shape))
         return tf.cast(tf.reshape(value, ()), flat.dtype)
 
@@ -233,18 +180,12 @@ def _loss(flat: tf.Tensor, outputs: list, returned: Any, targets: Any, options: 
             "convert the outputs to NumPy."
         )
     filled = [tf.zeros_like(part) if grad is None else grad for part, grad in zip(made, grads, strict=True)]
-    wanted = options.split and options.population is not False
-    known = separable(options.loss) or (wanted and _tried(of, function, rebuild(returned, made), targets))
     gradient = flatten([tf.convert_to_tensor(grad) for grad in filled])
-    return _Loss(value, gradient, of, terms, known, violations, (*notes, *([CHANGING] if of.changes else [])))
-
-
-def _tried(of: Criterion, function: Callable, outputs: Any, targets: Any) -> bool:
-    """Whether the loss is a mean over samples, where it can be called again and again to find out."""
-    if of.changes:
-        return False
-    with undisturbed(of.loss):
-        return found_separable(function, outputs, targets)
+    separable = prepared.separable
+    if not separable and options.split and options.population is not False and not of.changes:
+        with undisturbed(options.loss):
+            separable = losses.is_mean_over_samples(prepared.function, returned, targets)
+    return _Loss(value, gradient, of, prepared, separable)
 
 
 def _groups(groups: Groups, options: Options) -> Groups | None:
@@ -256,7 +197,15 @@ def _groups(groups: Groups, options: Options) -> Groups | None:
     return None if options.microbatch is None else groups
 
 
-def _jvp(batch: Tapped, u: list[tf.Tensor]) -> tf.Tensor:
+def _bent(run: Forward, inputs: Any, batch: Tapped) -> tuple[tuple[tf.Tensor, str], ...]:
+    """Whether the backward pass of a whole batch is not linear, where somebody wrote it. float16 lacks the digits."""
+    if not run.custom_backward or run.narrow == tf.float16:
+        return ()
+    bend = bend_of_batch(Network(run, inputs, batch))
+    return ((bend > coupling_tolerance(array_namespace, run.narrow), BENT),)
+
+
+def _jvp(batch: Tapped, u: Vector) -> tf.Tensor:
     """J u as the derivative of w -> <J^T w, u>, by a second pass through the first one's backward pass.
 
     Works through every operation that has a second derivative, loops and nested functions among them.
@@ -265,18 +214,20 @@ def _jvp(batch: Tapped, u: list[tf.Tensor]) -> tf.Tensor:
     with tf.GradientTape(watch_accessed_variables=False) as outer:
         w = tf.zeros_like(flat)
         outer.watch(w)
-        dense = [tf.convert_to_tensor(part) for part in batch.pulled(w)[0].values()]
-    seeds = [tf.cast(tangent, grad.dtype) for tangent, grad in zip(u, dense, strict=True)]
-    return outer.gradient(dense, w, seeds, tf.UnconnectedGradients.ZERO)
+        dense = _dense(batch.pulled(w)[0])
+    seeds = [tf.cast(u[name], grad.dtype) for name, grad in dense.items()]
+    return outer.gradient(list(dense.values()), w, seeds, tf.UnconnectedGradients.ZERO)
 
 
 def _loss_along(
-    run: Forward, inputs: Any, drawn: list[tf.Operation], loss: _Loss, u: list[tf.Tensor], step: Any
-) -> tf.Tensor:
+    run: Forward, inputs: Any, drawn: list[tf.Operation], loss: _Loss, u: Vector, step: Any
+) -> tf.Tensor:  # fmt: skip
+    """L at the parameters theta + step u, with the random numbers that the batch's pass has drawn."""
+
     def of() -> tf.Tensor:
         sources = {
-            name: tf.convert_to_tensor(source) + tf.cast(step, source.dtype) * tf.cast(d, source.dtype)
-            for (name, source), d in zip(run.sources.items(), u, strict=True)
+            name: tf.convert_to_tensor(source) + tf.cast(step, source.dtype) * tf.cast(u[name], source.dtype)
+            for name, source in run.sources.items()
         }
         outputs = moved(run, inputs, sources, drawn)
         return loss.of.again([tf.cast(part, wide([part])) for part in outputs])

@@ -13,7 +13,7 @@ from tensorflow.python.ops import control_flow_util  # there is no public way to
 from lnp.contract.trees import leaves, map_leaves
 from lnp.state.fingerprint import random_states
 from lnp_tensorflow import array_namespace
-from lnp_tensorflow.effects import draws, replayed, varying, written
+from lnp_tensorflow.effects import custom_backward, draws, replayed, varying, written
 from lnp_tensorflow.model import Arrays, Structure
 from lnp_tensorflow.outputs import parts
 from lnp_tensorflow.state_guard import FOREIGN, opened, refusing_variables, undisturbed
@@ -37,6 +37,8 @@ class Forward:
     inline:
         Whether the `tf.function`s that the model calls are traced as if they were its own code, which shows what they
         do with its parameters.
+    custom_backward:
+        Whether anything in it has a backward pass that somebody wrote by hand.
     varying:
         Why single samples would see another network than the batch does, whatever a comparison of some shows; or
         nothing.
@@ -51,6 +53,7 @@ class Forward:
     written: tuple[tuple[tf.Variable, tf.Tensor], ...] = ()
     narrow: tf.DType = tf.float64
     inline: bool = False
+    custom_backward: bool = False
     varying: str = ""
     drawing: list[str] = field(default_factory=list)
 
@@ -82,8 +85,8 @@ def forward(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> For
     types = {tensor.dtype for op in graph.get_operations() for tensor in op.outputs if tensor.dtype.is_floating}
     narrow = max(types, key=lambda dtype: array_namespace.finfo(dtype).eps, default=tf.float64)
     values = tuple((variable, variable.read_value()) for variable in written(graph))
-    why = varying(graph, draws_in_python)
-    return Forward(structure, tree, arrays, values, narrow, inline, why, ["the network"] if draws_in_python else [])
+    why, drawing = varying(graph, draws_in_python), ["the network"] if draws_in_python else []
+    return Forward(structure, tree, arrays, values, narrow, inline, custom_backward(graph), why, drawing)
 
 
 def _graph(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> tuple[Any, bool]:

@@ -1,265 +1,254 @@
-"""Samples taken apart: squared norms of their gradients, from taps where the operations are known.
-
-Once per model and shapes, taps are compared with single samples that run on their own. What differs takes the general
-way, one sample at a time; where single samples differ from the batch itself, they interact, and none are taken apart.
-"""
+"""What the core's self-check asks of a network: passes of the batch, and of single samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from lnp.contract.linearization import coupling_tolerance
-from lnp.contract.trees import map_leaves
-from lnp_tensorflow import array_namespace
-from lnp_tensorflow.fallback import (
-    Gradients,
-    Groups,
-    difference,
-    difference_of_gradients,
-    dot,
-    has_samples,
-    square_norm,
+from lnp.contract.linearization import Array, coupling_tolerance
+from lnp.per_sample.self_check import (
+    COMPARED,
+    SMALLER,
+    Alone,
+    Differences,
+    Pulled,
+    Verdict,
+    compare,
+    first_that_runs,
+    gradients_apart,
+    largest,
+    look,
 )
+from lnp_tensorflow import array_namespace as xp
+from lnp_tensorflow.fallback import FATAL, Gradients, Groups, Norms, cut, square_norm
 from lnp_tensorflow.outputs import flatten
-from lnp_tensorflow.replay import Forward, made_since
-from lnp_tensorflow.taps.backward_pass import Norms, Tapped, Uses, recorded
-
-CHECKED = 8
-"""Samples that are compared, spread over the batch."""
-COUPLED = (
-    "the samples interact in this network (a sample's output or gradient changes when the others are left out; "
-    "dropout and batch normalisation in training mode do that too): they are not taken apart"
-)
-BENT = (
-    "the network's backward pass is not linear (a custom gradient that clips or normalises does that): it is not that "
-    "of a Jacobian, which chi_net and chi_pos are about"
-)
-NAMED = 4
-"""Parameters that a note names."""
+from lnp_tensorflow.replay import Forward
+from lnp_tensorflow.single_samples import Samples
+from lnp_tensorflow.taps.backward_pass import Tapped, Uses, recorded
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What comparing taps with single samples has shown.
+class Network:
+    """A network on a batch, as `lnp.per_sample.self_check.Operations`.
 
     Attributes
     ----------
-    general:
-        (parameter that takes the general way, why) pairs.
-    coupled:
-        Why they are not taken apart, or nothing.
-    bent:
-        Whether the backward pass is not linear.
-    expanded:
-        As in `Tapped`, where they were compared.
-    """
-
-    general: tuple[tuple[str, str], ...] = ()
-    coupled: str = ""
-    bent: bool = False
-    expanded: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Taps beside single samples on their own.
-
-    Attributes
-    ----------
-    coupling:
-        Largest relative difference of outputs or gradient between single samples and the batch, shape ().
-    missed:
-        {parameter: relative difference of the squared norms, shape ()}.
-    unread:
-        {parameter that has no taps: why}.
-    tolerance:
-        What coupling may be.
-    expanded:
-        As in `Tapped`.
-    bend:
-        Relative difference between J^T v and 4 J^T (v / 4), shape ().
-    impossible:
-        Why single samples cannot be run, or nothing.
-    """
-
-    coupling: Any
-    missed: dict[str, Any]
-    unread: dict[str, str]
-    tolerance: float
-    expanded: tuple[str, ...]
-    bend: Any
-    impossible: str = ""
-
-    def verdict(self) -> Verdict:
-        """From numbers."""
-        differing = {
-            n: "its taps differ from single samples" for n, m in self.missed.items() if not m <= 2 * self.tolerance
-        }
-        coupled = self.impossible or (COUPLED if self.coupling > self.tolerance else "")
-        return Verdict(tuple((self.unread | differing).items()), coupled, self.bend > self.tolerance, self.expanded)
-
-
-def compare(run: Forward, inputs: Any, microbatch: int | None = None, batch: Tapped | None = None) -> Comparison:
-    """Pull random signs back to a few samples, with zero at the others, by taps and one sample at a time.
-
-    With micro-batches, in one of at least two samples: single ones could not differ from themselves. `batch` is the
-    model on the inputs, if it has run.
-    """
-    if batch is None or microbatch is not None:
-        batch = recorded(run, inputs)
-    if microbatch is not None:
-        samples = batch.samples
-        inputs = cut(inputs, _spread(samples, min(samples, max(2, min(microbatch, CHECKED)))), samples)
-        batch = recorded(run, inputs)
-    few = min(CHECKED, batch.samples) if microbatch is None else -(-batch.samples // 2)
-    index = _spread(batch.samples, few)
-    whole = flatten(batch.outputs)
-    signs = tf.cast(2 * tf.random.stateless_uniform((few, whole.shape[1]), (0, 0), 0, 2, tf.int32) - 1, whole.dtype)
-    # of different lengths: signs alone give the biases of all samples the same norm, whichever sample they belong to
-    signs *= tf.constant(np.linspace(0.5, 1.5, few)[:, None], whole.dtype)
-    v = tf.scatter_nd(tf.constant(index)[:, None], signs, whole.shape)
-    gradient, cotangents = batch.pulled(v)
-    bend, tolerance = _bend(batch, v, gradient), coupling_tolerance(array_namespace, run.narrow)
-    singles = Groups(run, cut(inputs, index, batch.samples), (few, whole.shape[1]), whole.dtype)
-    impossible = partial(Comparison, math.inf, {}, {}, tolerance, batch.expanded, bend)
-    if not Groups(run, inputs, tuple(whole.shape), whole.dtype).possible:
-        return impossible(
-            f"no input runs over the {batch.samples} samples along its first axis: they are not taken apart"
-        )
-    if run.varying:
-        return impossible(run.varying)
-    try:
-        flat, grads, expected = singles.seen(signs)
-    except tf.errors.OperatorNotAllowedInGraphError:  # the network needs AutoGraph
-        raise
-    except Exception as error:  # whatever the user's network raises for a part of its batch
-        return impossible(alone_note(error))
-    uses, unread = batch.uses(cotangents)
-    missed = _missed(batch.square_norms(uses), expected, index)
-    coupling = difference(flat, grads, tf.gather(whole, index), gradient)
-    return Comparison(coupling, missed, unread, tolerance, batch.expanded, bend)
-
-
-def _bend(batch: Tapped, v: tf.Tensor, gradient: Gradients) -> tf.Tensor:
-    """How far the backward pass is from linear, where the network has one of its own."""
-    if not any(op.type == "IdentityN" for op in made_since(0)):  # what custom gradients leave in a graph
-        return tf.constant(0.0, tf.float64)
-    again = {name: 4 * tf.convert_to_tensor(part) for name, part in batch.pulled(v / 4)[0].items()}
-    return difference_of_gradients(again, gradient)
-
-
-def alone_note(error: Exception) -> str:
-    """That some of the samples cannot be run without the others, and why."""
-    first = (str(error).splitlines() or [""])[0][:150]
-    return f"single samples cannot be run, so that they are not taken apart: {type(error).__name__}: {first}"
-
-
-def _missed(found: Norms, expected: Norms, index: list[int]) -> dict[str, tf.Tensor]:
-    """How far taps are from single samples, where nothing may arrive at the others."""
-    if not found:
-        return {}
-    taps = tf.stack([tf.cast(norm, tf.float64) for norm in found.values()])
-    single = {name: tf.cast(norm, tf.float64) for name, norm in expected.items()}
-    total, own = tf.add_n(list(single.values())), tf.stack([single[name] for name in found])
-    missed = tf.abs(tf.gather(taps, index, axis=1) - own) / tf.maximum(own + 1e-3 * total, 1e-300)
-    others = tf.constant([n not in index for n in range(taps.shape[1])])
-    leaked = tf.where(others, taps, tf.zeros_like(taps)) / tf.maximum(tf.reduce_max(total), 1e-300)
-    worst = tf.maximum(tf.reduce_max(missed, 1), tf.reduce_max(leaked, 1))
-    return dict(zip(found, tf.unstack(worst), strict=True))
-
-
-def _spread(samples: int, few: int) -> list[int]:
-    return sorted({round(i * (samples - 1) / max(few - 1, 1)) for i in range(few)})
-
-
-def cut(inputs: Any, index: Any, samples: int) -> Any:
-    """The inputs of some samples."""
-    return map_leaves(lambda leaf: tf.gather(leaf, index) if has_samples(leaf, samples) else leaf, inputs)
-
-
-@dataclass(frozen=True)
-class Apart:
-    """Some samples, each taken by itself.
-
-    Attributes
-    ----------
-    run, inputs:
-        The model and what goes in.
-    shape, dtype:
-        Of the outputs, (N, K).
-    general:
-        Parameters that take the general way.
-    expanded:
-        As in `Tapped`, where taps were compared with single samples: another number of samples, which may happen to be
-        another size in the network, must not be read in another way.
-    batch:
-        The samples after a forward pass, or None to run one when it is needed, in micro-batches of
-    microbatch:
-        samples.
+    run, inputs, batch:
+        The model, what goes in, and its pass over that.
+    size:
+        Samples of a group in which all samples are run apart from the batch: 1, or more where there are none to spare.
     """
 
     run: Forward
     inputs: Any
-    shape: tuple[int, int]
-    dtype: tf.DType
-    general: tuple[str, ...] = ()
-    expanded: tuple[str, ...] = ()
-    batch: Tapped | None = None
-    microbatch: int | None = None
+    batch: Tapped
+    size: int = 1
+    xp: Any = xp
 
     @property
-    def singles(self) -> Groups:
-        """One sample at a time."""
-        return Groups(self.run, self.inputs, self.shape, self.dtype)
+    def outputs(self) -> tf.Tensor:
+        """(N, K)."""
+        return flatten(self.batch.outputs)
 
-    def uses(self, batch: Tapped, cotangents: list) -> Uses:
-        """What taps say, where they are right."""
-        other = () if batch.expanded == self.expanded else (*batch.expanded, *self.expanded)
-        return batch.uses(cotangents, {*self.general, *other})[0]
+    @property
+    def custom_backward(self) -> bool:
+        """Whether anything in it has a backward pass that somebody wrote by hand."""
+        return self.run.custom_backward
 
-    def square_norms(self, v: tf.Tensor, uses: Uses | None = None) -> Norms:
-        """{parameter: (N,) array of ||J_n^T v_n||^2}; the batch's taps may have been asked already."""
-        return self._each(v, uses, lambda batch, uses: batch.square_norms(uses), lambda name, g: square_norm(g))
+    def pull(self, v: Array) -> Pulled:
+        """One backward pass of the whole batch."""
+        gradient, cotangents = self.batch.pulled(v)
+        uses, missing = self.batch.uses(cotangents)
+        return Pulled(_in_one_dtype(gradient, v.dtype), self.batch.square_norms(uses), missing)
 
-    def along(self, v: tf.Tensor, u: Mapping[str, tf.Tensor], uses: Uses | None = None) -> Norms:
-        """{parameter: (N,) array of <J_n^T v_n, u>} of the parameters that u has."""
-        return self._each(v, uses, lambda batch, uses: batch.along(uses, u), lambda name, g: dot(g, u[name]), tuple(u))
+    def alone(self, index: Sequence[int], v: Array) -> Alone:
+        """Some samples, one by one."""
+        some = cut(self.inputs, list(index), self.batch.samples)
+        outputs, gradient, norms = Groups(self.run, some, tuple(v.shape), v.dtype).alone(v)
+        return Alone(outputs, _in_one_dtype(gradient, v.dtype), norms)
 
-    def _each(
-        self, v: tf.Tensor, uses: Uses | None, by_taps: Callable, by_gradient: Callable, wanted: tuple = ()
-    ) -> Norms:
-        """{parameter: (N,)} of what `by_taps(batch, uses)` says, elsewhere of numbers `by_gradient(name, gradient)`."""
-        if self.microbatch is not None and self.microbatch < self.shape[0]:
-            alone = replace(self, batch=None, microbatch=None)
-            part = lambda inputs, v: replace(alone, inputs=inputs, shape=tuple(v.shape))._each(
-                v, None, by_taps, by_gradient, wanted
-            )
-            return replace(self.singles, size=self.microbatch, wanted=wanted or None).each(part, v)
-        names = wanted or tuple(self.run.sources)
-        known: Norms = {}
-        if not set(names) <= set(self.general):
-            batch = self.batch or recorded(self.run, self.inputs)
-            if batch.samples == 1:
-                return {name: by_gradient(name, g)[None] for name, g in batch.pulled(v)[0].items() if name in names}
-            if uses is None:
-                uses = self.uses(batch, batch.pulled(v, gradient=False)[1])
-            known = by_taps(batch, {name: uses[name] for name in names if name in uses})
-        missing = tuple(name for name in names if name not in known)
-        single = replace(self.singles, wanted=missing).numbers(v, by_gradient) if missing else {}
-        return {name: known[name] if name in known else single[name] for name in names}
+    def outputs_alone(self) -> Array:
+        """(N, K) outputs of all samples, apart from the batch."""
+        whole = self.outputs
+        return Groups(self.run, self.inputs, tuple(whole.shape), whole.dtype, self.size).outputs()
 
 
-def general_note(general: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Which parameters take the general way, and why."""
-    named = [f"{name} ({why})" for name, why in general]
-    if not named:
-        return ()
-    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    return (f"single samples run on their own, which is slower, for {', '.join(named[:NAMED])}{more}",)
+def _in_one_dtype(gradient: Gradients, dtype: tf.DType) -> dict[str, tf.Tensor]:
+    """Parameters may have several, which TensorFlow does not add."""
+    return {name: tf.cast(tf.convert_to_tensor(part), dtype) for name, part in gradient.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The batch beside single samples.
+
+    Attributes
+    ----------
+    differences, missing:
+        As `lnp.per_sample.self_check.compare` has them, or None and nothing where single samples cannot be run.
+    reason:
+        Why they cannot, or "".
+    tolerance:
+        What differences may be.
+    expanded:
+        As in `Tapped`.
+    """
+
+    differences: Differences | None
+    missing: dict[str, str]
+    reason: str
+    tolerance: float
+    expanded: tuple[str, ...]
+
+    def verdict(self) -> Verdict:
+        """What follows, once the differences are numbers."""
+        if self.differences is None:
+            return Verdict(self.reason)
+        return self.differences.verdict(self.tolerance, self.missing)
+
+    @property
+    def coupled(self) -> tf.Tensor:
+        """Whether the samples interact, or the backward pass bends. Shape ()."""
+        assert self.differences is not None, "single samples were run"
+        return _any_above(self.tolerance, [self.differences.outputs, self.differences.gradient, self.differences.bend])
+
+    @property
+    def wrong(self) -> tf.Tensor | None:
+        """Whether any rule is wrong, shape (); None where there are none."""
+        assert self.differences is not None, "single samples were run"
+        rules = list(self.differences.rules.values())
+        return tf.logical_not(_all_within(2 * self.tolerance, rules)) if rules else None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is remembered of a comparison: the verdict, and `Tapped.expanded` of the pass that was compared."""
+
+    verdict: Verdict
+    expanded: tuple[str, ...] = ()
+
+
+def compared(
+    run: Forward, inputs: Any, microbatch: int | None = None, batch: Tapped | None = None, *, thorough: bool = True
+) -> Comparison:
+    """Compare a batch, or where it must not be in memory as a whole some of its samples, with single samples.
+
+    Parameters
+    ----------
+    batch:
+        The model on the inputs, if it has run.
+    thorough:
+        Whether all samples are run by themselves. Else they are run in groups: each time that a graph runs, for its
+        verdict is not remembered.
+    """
+    if batch is None or microbatch is not None:
+        batch = recorded(run, inputs)
+    samples, shape = batch.samples, tuple(flatten(batch.outputs).shape)
+    possible = Groups(run, inputs, shape, tf.float32).possible
+    if microbatch is not None:  # at least two: single ones could not differ from themselves
+        inputs = cut(inputs, _spread(samples, max(2, min(microbatch, COMPARED))), samples)
+        batch = recorded(run, inputs)
+    network = Network(run, inputs, batch, 1 if thorough else math.isqrt(batch.samples))
+    failed = None if possible else f"no input runs over the {samples} samples along its first axis"
+    reason = f"{failed}: they are not taken apart" if failed else run.varying
+    found = None
+    if not reason:
+        found, reason = first_that_runs([lambda: compare(network)], FATAL)
+    differences, missing = found or (None, {})
+    tolerance = coupling_tolerance(xp, run.narrow)
+    return Comparison(differences, dict(missing), reason, tolerance, batch.expanded)
+
+
+def _spread(samples: int, few: int) -> list[int]:
+    """At most so many of the samples, spread over the batch."""
+    few = min(few, samples)
+    return sorted({round(i * (samples - 1) / max(few - 1, 1)) for i in range(few)})
+
+
+@dataclass(frozen=True)
+class Look:
+    """One sample run alone, at every measurement: another one each time.
+
+    Attributes
+    ----------
+    apart:
+        How far its outputs and the squared norms of its gradient are from those in the batch, relative. Shape ().
+    bend:
+        How far its backward pass is from linear, where somebody wrote it, or None.
+    """
+
+    apart: tf.Tensor
+    bend: tf.Tensor | None
+
+
+def look_at_one(samples: Samples, g: tf.Tensor, flat: tf.Tensor, uses: Uses | None, turn: tf.Tensor) -> Look:
+    """Run a sample alone whose number is drawn from `turn`, and hold it against the batch.
+
+    Parameters
+    ----------
+    g, flat:
+        Loss gradient and outputs (N, K).
+    uses:
+        What the operations make of the parameters by g; None in micro-batches, where a group of samples with the one in
+        it is run for the purpose.
+    """
+    total = samples.shape[0]
+    number = tf.random.stateless_uniform((), tf.stack([turn, total]), 0, total, tf.int32)
+    row = tf.gather(g, number[None])
+    alone = replace(recorded(samples.run, cut(samples.inputs, number[None], total)), taps=(), sites=())
+    gradient = alone.pulled(row)[0]
+    placed = tf.tensor_scatter_nd_update(flat, number[None, None], tf.cast(flatten(alone.outputs), flat.dtype))
+    own = {name: tf.cast(square_norm(part), flat.dtype)[None] for name, part in gradient.items()}
+    if uses is None:
+        in_batch, outputs = _in_its_group(samples, g, number)
+        index = tf.reshape((number + tf.range(outputs.shape[0])) % total, (-1, 1))
+        apart = xp.maximum(look(xp, flat, placed), look(xp, flat, tf.tensor_scatter_nd_update(flat, index, outputs)))
+    else:
+        in_batch, apart = _in_the_batch(samples, g, uses, number), look(xp, flat, placed)
+    apart = xp.maximum(apart, look(xp, flat, flat, [(in_batch, own)]))
+    return Look(apart, _bend(samples.run, alone, row, gradient))
+
+
+def _in_the_batch(samples: Samples, g: tf.Tensor, uses: Uses, number: tf.Tensor) -> Norms:
+    """{parameter: (1,) squared norm of one sample's gradient in the batch}: by rules, or by a pass of its own."""
+    assert samples.batch is not None, "the batch has run"
+    found = samples.batch.square_norms(samples.batch.of_samples(uses, number[None]), 1)
+    if set(found) == set(samples.run.sources):
+        return found
+    only = tf.where(tf.range(g.shape[0])[:, None] == number, g, tf.zeros_like(g))
+    pulled = samples.batch.pulled(only)[0]
+    return found | {n: tf.cast(square_norm(part), g.dtype)[None] for n, part in pulled.items() if n not in found}
+
+
+def _in_its_group(samples: Samples, g: tf.Tensor, number: tf.Tensor) -> tuple[Norms, tf.Tensor]:
+    """The same in a micro-batch that begins with the sample, whose outputs come too."""
+    total = samples.shape[0]
+    size = min(total, max(2, samples.microbatch or total))
+    index = (number + tf.range(size)) % total
+    inputs, rows = cut(samples.inputs, index, total), tf.gather(g, index)
+    batch = recorded(samples.run, inputs)
+    some = replace(samples, inputs=inputs, shape=tuple(rows.shape), batch=batch, microbatch=None)
+    uses = some.uses(batch, batch.pulled(rows, gradient=False)[1])
+    return _in_the_batch(some, rows, uses, tf.constant(0)), tf.cast(flatten(batch.outputs), g.dtype)
+
+
+def _bend(run: Forward, alone: Tapped, row: tf.Tensor, gradient: Gradients) -> tf.Tensor | None:
+    """How far J^T v of one sample is from J^T (s v) / s. Shape (). float16 has no digits for such v."""
+    if not run.custom_backward or run.narrow == tf.float16:
+        return None
+    again = {n: part / SMALLER for n, part in _in_one_dtype(alone.pulled(row * SMALLER)[0], row.dtype).items()}
+    return largest(xp, list(gradients_apart(xp, again, _in_one_dtype(gradient, row.dtype)).values()))
+
+
+def _any_above(tolerance: float, values: list[tf.Tensor]) -> tf.Tensor:
+    """Whether one of the numbers is larger; not a number is not. Shape ()."""
+    return tf.reduce_any(tf.stack([tf.cast(value, tf.float64) for value in values]) > tolerance)
+
+
+def _all_within(tolerance: float, values: list[tf.Tensor]) -> tf.Tensor:
+    """Whether none of the numbers is larger, or no number. Shape ()."""
+    return tf.reduce_all(tf.stack([tf.cast(value, tf.float64) for value in values]) <= tolerance)

@@ -70,12 +70,7 @@ def value_and_grad(
             f"The model is a {type(model).__name__}. Expected a tf.Module or (function, parameters). For a Keras model "
             "call lnp_keras.value_and_grad."
         )
-    if in_xla():
-        raise ValueError(
-            "value_and_grad was called inside a function that XLA compiles, where the step would be fused with the "
-            "measurement, and its rounding would be another one. Expected a tf.function without jit_compile, or eager "
-            "code. Call it there, and the compiled function for what follows."
-        )
+    refuse_xla()
     from lnp_tensorflow.backend import decompose
 
     d = decompose(model, batch, loss, **options)
@@ -85,6 +80,16 @@ def value_and_grad(
         tape.watch(sources)
         value = _value(loss, run(inputs), targets)
     return (value, d), arrange(tape.gradient(value, sources))
+
+
+def refuse_xla() -> None:
+    """Raise ValueError where XLA compiles what is traced."""
+    if in_xla():
+        raise ValueError(
+            "value_and_grad was called inside a function that XLA compiles, where the step would be fused with the "
+            "measurement, and its rounding would be another one. Expected a tf.function without jit_compile, or eager "
+            "code. Call it there, and the compiled function for what follows."
+        )
 
 
 def _step(model: Any, options: dict[str, Any]) -> tuple[list, Any, Any]:
@@ -122,4 +127,4 @@ def _value(loss: Any, outputs: Any, targets: Any) -> Any:
         return loss(outputs, targets)
     targets = map_leaves(tf.convert_to_tensor, targets)
     made = rebuild(outputs, [tf.cast(part, wide([part])) for part in parts(outputs)])
-    return losses.prepare(loss, made, targets, None)[0](made, targets)
+    return losses.prepare(loss, made, targets, None).function(made, targets)

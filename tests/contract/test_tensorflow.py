@@ -23,7 +23,7 @@ class Network(tf.Module):
 
     def __init__(self, scenario):
         super().__init__()
-        self.scenario = scenario
+        self.apply = scenario.apply
         self.names = tuple(scenario.parameters)
         for name, array in scenario.parameters.items():
             owner = self
@@ -40,7 +40,7 @@ class Network(tf.Module):
         self.calls.assign_add(1)
         self.last = inputs
         self.generator.normal(())
-        return self.scenario.apply(xp, {name: attrgetter(name)(self) for name in self.names}, inputs)
+        return self.apply(xp, {name: attrgetter(name)(self) for name in self.names}, inputs)
 
 
 def batch_of(scenario):

@@ -35,11 +35,12 @@ class Everything:
 
     def __call__(self, lin):
         v, g = lin.signs(3), lin.loss_gradient
-        some, u = lin.subset(max(v.shape[0] - 1, 1)), lin.vjp(lin.signs(4))
+        found = lin.gradient_pass(True, max(v.shape[0] - 1, 1), True)
         return {
             "d": decompose(lin, estimator="exact", by_layer=str),
             **{"norms": lin.sample_square_norms(v), "v": v, "cheap": lin.cheap, "notes": lin.notes},
-            **{"u": u, "g": g, "index": some.index, "along": some.along(u)},
+            **{"of g": found.sample_square_norms, "u": list(found.vector.values()), "g": g},
+            **{"index": found.index, "products": found.products},
         }
 
 
@@ -48,15 +49,15 @@ EVERYTHING = Everything()
 
 def single(model, variables, x, v, u=()):
     """||J_nl^T v_n||^2, (N, number of variables), and <J_n^T v_n, u>, (N,), from one sample at a time."""
-    rows, along = [], []
+    rows, products = [], []
     for n in range(v.shape[0]):
         with tf.GradientTape() as tape:
             out = tf.reshape(model(x[n : n + 1]), (1, -1))
         grads = tape.gradient(out, variables, v[n : n + 1], unconnected_gradients="zero")
         grads = [tf.convert_to_tensor(g).numpy().astype(float) for g in grads]
         rows.append([np.sum(g**2) for g in grads])
-        along.append(sum(np.sum(g * np.asarray(part)) for g, part in zip(grads, u, strict=False)))
-    return np.array(rows), np.array(along)
+        products.append(sum(np.sum(g * np.asarray(part)) for g, part in zip(grads, u, strict=False)))
+    return np.array(rows), np.array(products)
 
 
 def target(out):
@@ -76,13 +77,13 @@ def same(found, model, x, dtype):
     """Equal to single samples, where a parameter's own norm is not rounding noise beside the whole."""
     names = list(model.p)
     variables = [model.p[name] for name in names]
-    expected, _ = single(model, variables, x, found["v"].numpy())
-    norms = np.stack([found["norms"][f"p.{name}"].numpy() for name in names], 1)
-    floor = 1e-3 * expected.sum(1, keepdims=True)
-    assert np.all(np.abs(norms - expected) <= TOLERANCE[dtype] * (expected + floor))
-    _, expected = single(model, variables, x, found["g"].numpy(), found["u"])
-    error = np.abs(found["along"].numpy() - expected[found["index"].numpy()])
-    assert np.all(error <= TOLERANCE[dtype] * np.abs(expected).max())
+    for of, v in (("norms", "v"), ("of g", "g")):
+        expected, products = single(model, variables, x, found[v].numpy(), found["u"])
+        norms = np.stack([found[of][f"p.{name}"].numpy() for name in names], 1)
+        floor = 1e-3 * expected.sum(1, keepdims=True)
+        assert np.all(np.abs(norms - expected) <= TOLERANCE[dtype] * (expected + floor))
+    error = np.abs(found["products"].numpy() - products[found["index"].numpy()])
+    assert np.all(error <= TOLERANCE[dtype] * np.abs(products).max())
 
 
 def wrapped(name, dtype):
@@ -240,7 +241,7 @@ def test_nothing_is_as_large_as_samples_times_parameters(name):
     compile_cache._TRACED.clear()
     d = lnp.decompose(model, (x, tf.zeros_like(model(x))), max_probes=2, rtol=0)
     assert d.population is not None
-    graphs = [traced.function.graph for (plan, *_), traced in compile_cache._TRACED.items() if plan.verdicts]
+    graphs = [traced.function.graph for (plan, *_), traced in compile_cache._TRACED.items() if plan.checked]
     assert graphs
     assert max(size for graph in graphs for size in sizes(graph)) < 16 * largest
 
@@ -251,7 +252,7 @@ def test_maxima_are_pooled_outside_of_loops():
     compile_cache._TRACED.clear()
     d = lnp.decompose(model, (x, tf.zeros_like(model(x))), estimator="exact", population=False)
     assert d.probes > 1
-    (graph,) = [traced.function.graph for (plan, *_), traced in compile_cache._TRACED.items() if plan.verdicts]
+    (graph,) = [traced.function.graph for (plan, *_), traced in compile_cache._TRACED.items() if plan.checked]
     definition = graph.as_graph_def()
     looped = [node.op for function in definition.library.function for node in function.node_def]
     assert [node.op for node in definition.node].count("MaxPoolGrad") > d.probes
@@ -286,8 +287,9 @@ def test_subset_is_drawn_at_random():
         whole = lin.sample_square_norms(v)
         part = some.sample_square_norms(tf.gather(v, index))
         assert all(np.allclose(part[name], whole[name].numpy()[index], rtol=1e-12) for name in whole)
-        u = lin.vjp(lin.loss_gradient)
-        along = np.sum(lin.loss_gradient.numpy() * lin.jvp(u).numpy(), 1)
-        assert np.allclose(some.along(u), along[index], rtol=1e-10)
+        found = lin.gradient_pass(False, 8, True)
+        products = np.sum(lin.loss_gradient.numpy() * lin.jvp(found.vector).numpy(), 1)
+        assert np.array_equal(found.index, index)
+        assert np.allclose(found.products, products[index], rtol=1e-10)
         drawn.append(index.tolist())
     assert drawn[0] != drawn[1]

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import lnp
-from lnp_tensorflow.separable import found_separable
+from lnp_tensorflow.losses import is_mean_over_samples
 
 SAMPLES, CLASSES = 24, 4
 cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits
@@ -44,16 +44,16 @@ def made():
 @pytest.mark.parametrize("name", [*MEANS, *OTHERS])
 def test_by_the_loss_gradient_of_some_samples(name):
     (function, _), (x, y) = made()
-    assert found_separable({**MEANS, **OTHERS}[name], function(x), y) is (name in MEANS)
+    assert is_mean_over_samples({**MEANS, **OTHERS}[name], function(x), y) is (name in MEANS)
 
 
 def test_several_outputs_and_targets():
     outputs = {"a": tf.ones((9, 2)), "b": tf.ones((9, 3))}
     targets = (tf.ones((9, 2)), tf.ones((9,), tf.bool))
     mean = lambda o, t: tf.reduce_mean((o["a"] - t[0]) ** 2) + tf.reduce_mean(tf.where(t[1][:, None], o["b"] ** 2, 0.0))
-    assert found_separable(mean, outputs, targets)
-    assert not found_separable(lambda o, t: mean(o, t) + tf.reduce_mean(o["b"]) ** 2, outputs, targets)
-    assert not found_separable(mean, outputs, (targets[0], tf.ones((4,), tf.bool)))
+    assert is_mean_over_samples(mean, outputs, targets)
+    assert not is_mean_over_samples(lambda o, t: mean(o, t) + tf.reduce_mean(o["b"]) ** 2, outputs, targets)
+    assert not is_mean_over_samples(mean, outputs, (targets[0], tf.ones((4,), tf.bool)))
 
 
 def test_population_values(caplog):

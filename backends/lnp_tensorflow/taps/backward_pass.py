@@ -1,11 +1,12 @@
 """Squared norms of single samples' gradients, from the cotangents where data meet parameters.
 
 Nothing of size samples x parameters, and no pass through the weights: one backward pass to the operations that use
-parameters tells what each of them does, and `lnp.per_sample.norms` does the arithmetic.
+parameters gives what each of them does (`rules`), and `lnp.per_sample.uses` does the arithmetic.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,20 +14,17 @@ from typing import Any
 import tensorflow as tf
 
 from lnp.contract.trees import leaves, map_leaves
-from lnp.per_sample import norms
+from lnp.per_sample.uses import by_frame, inner_products, readable, square_norms
 from lnp_tensorflow import array_namespace as xp
 from lnp_tensorflow import effects
-from lnp_tensorflow.fallback import Gradients, has_samples
+from lnp_tensorflow.fallback import Gradients, Norms, has_samples
 from lnp_tensorflow.outputs import parts, split, wide
 from lnp_tensorflow.replay import Forward, operations
-from lnp_tensorflow.taps.convolution import convolution
-from lnp_tensorflow.taps.frames import along
+from lnp_tensorflow.taps.convolution import along_convolution, convolution
 from lnp_tensorflow.taps.graph import walk
 from lnp_tensorflow.taps.rules import Unread, Use, used
 from lnp_tensorflow.taps.views import Step, origins
 
-Norms = dict[str, tf.Tensor]
-"""{parameter: (N,) squared norms}."""
 Uses = dict[str, list[Use]]
 """{parameter: what the operations make of it}."""
 
@@ -75,7 +73,7 @@ class Tapped:
     sites:
         What they are read for.
     general:
-        {parameter that is not read: the operation that is not known}.
+        {parameter without rules: the operation that has none}.
     expanded:
         Parameters whose rows are taken to become one for each sample somewhere, once for each place.
     """
@@ -102,7 +100,7 @@ class Tapped:
         return grads, found[len(sources) :]
 
     def uses(self, cotangents: list, skip: Iterable[str] = ()) -> tuple[Uses, dict[str, str]]:
-        """({parameter: what it is used for}, {other parameter: why it cannot be read})."""
+        """({parameter: what it is used for}, {other parameter: why there are no rules for it})."""
         unread = {**dict.fromkeys(skip, ""), **self.general}
         uses: Uses = {name: [] for name in self.sources}
         for site in self.sites:
@@ -112,29 +110,48 @@ class Tapped:
                 uses[site.name].append(self._use(site, cotangents[site.tap]))
             except Unread as error:
                 unread[site.name] = str(error)
-        unread |= {n: "several uses" for n, many in uses.items() if n not in unread and not _combine(many)}
+        for name, many in uses.items():
+            if name not in unread and not readable([u.frame for u in many], [u.kind for u in many], _disjoint):
+                unread[name] = "several uses"
         return {name: many for name, many in uses.items() if name not in unread}, unread
 
-    def square_norms(self, uses: Uses) -> Norms:
-        """{parameter: (N,) squared norms}, zero for what is not used."""
-        zero = tf.zeros(self.samples, wide(self.outputs))
-        return {name: _square_norm(many, self.samples) if many else zero for name, many in uses.items()}
+    def square_norms(self, uses: Uses, samples: int | None = None) -> Norms:
+        """{parameter: (N,) squared norms}, zero for what is not used; of uses of other samples, their number."""
+        samples = self.samples if samples is None else samples
+        zero = tf.zeros(samples, wide(self.outputs))
+        return {name: _square_norm(many, zero) for name, many in uses.items()}
 
-    def along(self, uses: Uses, u: Mapping[str, tf.Tensor], index: tf.Tensor | None = None) -> Norms:
-        """{parameter: (N,) inner products with u}, or (M,) of some samples."""
-        zero = tf.zeros(self.samples if index is None else index.shape[0], wide(self.outputs))
+    def inner_products(self, uses: Uses, u: Mapping[str, tf.Tensor], index: tf.Tensor) -> Norms:
+        """{parameter: (M,) inner products of the gradients of some samples, index (M,), with u}."""
+        zero = tf.zeros(index.shape[0], wide(self.outputs))
         return {
-            name: sum((along(use, u[name], index, self.samples) for use in many), start=zero)
-            for name, many in uses.items()
+            name: tf.add_n([zero, *(_inner_product(use, u[name], zero) for use in many)])
+            for name, many in self.of_samples(uses, index).items()
+        }
+
+    def of_samples(self, uses: Uses, index: tf.Tensor) -> Uses:
+        """The uses by some of the samples, index (M,)."""
+
+        def rows(array: Any) -> Any:
+            if not tf.is_tensor(array):
+                return array
+            by_sample = tf.gather(tf.reshape(array, (self.samples, -1, *array.shape[1:])), index)
+            return tf.reshape(by_sample, (-1, *array.shape[1:]))
+
+        return {
+            name: [replace(use, arrays=tuple(map(rows, use.arrays))) for use in many] for name, many in uses.items()
         }
 
     def _use(self, site: Site, d: Any) -> Use:
+        """What the operation of a site makes of the parameter, from the cotangent d of its output."""
         if d is None:
             raise Unread("a gradient of its own")
         use = used(site.op, site.place, tf.convert_to_tensor(d), self.samples)
         for step in site.steps:
             use = step(use, self.samples)
-        return Use(use.kind, tuple(_comparable(factor) for factor in use.factors), use.frame)
+        dtype = wide(self.outputs)
+        floats = lambda array: tf.cast(array, dtype) if tf.is_tensor(array) and array.dtype.is_floating else array
+        return replace(use, arrays=tuple(map(floats, use.arrays)))
 
 
 def recorded(run: Forward, inputs: Any) -> Tapped:
@@ -197,26 +214,12 @@ def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, st
     return replace(plain, taps=tuple(taps), sites=tuple(sites), general=general, expanded=tuple(sorted(expanded)))
 
 
-def _comparable(factor: Any) -> Any:
-    """In float32 or better."""
-    if tf.is_tensor(factor) and factor.dtype.is_floating:
-        return tf.cast(factor, wide([factor]))
-    return factor
+def _disjoint(frames: list[Any]) -> bool:
+    """Whether no two frames share a number of the parameter."""
+    return all(_apart(a, b) for i, a in enumerate(frames) for b in frames[:i])
 
 
-def _combine(uses: list[Use]) -> bool:
-    """Whether the uses of one parameter are of the same numbers, in kinds that can be added, or of different ones."""
-    frames: dict[tuple, list[Use]] = {}
-    for use in uses:
-        frames.setdefault(use.frame, []).append(use)
-    names = list(frames)
-    if not all(_disjoint(a, b) for i, a in enumerate(names) for b in names[:i]):
-        return False
-    kinds = [{use.kind for use in same} for same in frames.values() if len(same) > 1]
-    return all(kind <= {"outer", "rows"} or kind == {"dense"} for kind in kinds)
-
-
-def _disjoint(a: tuple, b: tuple) -> bool:
+def _apart(a: tuple, b: tuple) -> bool:
     """Whether two frames are of different parts of a parameter."""
     for one, other in zip(a, b, strict=False):
         if one == other:
@@ -231,38 +234,52 @@ def _disjoint(a: tuple, b: tuple) -> bool:
     return False
 
 
-def _square_norm(uses: list[Use], samples: int) -> tf.Tensor:
-    """||sum of the uses||^2 for each sample, (N,)."""
-    frames: dict[tuple, list[Use]] = {}
-    for use in uses:
-        frames.setdefault(use.frame, []).append(use)
-    total = None
-    for same in frames.values():
-        value = tf.reduce_sum(tf.reshape(_of_frame(same), (samples, -1)), 1)
-        total = value if total is None else total + value
-    return total
+def _square_norm(uses: list[Use], zero: tf.Tensor) -> tf.Tensor:
+    """||sum of the uses||^2 for each sample, (N,), like `zero`."""
+    found = [zero]
+    for group in by_frame(use.frame for use in uses).values():
+        value = square_norms(xp, [uses[number] for number in group], convolution)  # (N * blocks,) of several matrices
+        found.append(tf.reduce_sum(tf.reshape(value, (*zero.shape, -1)), 1))
+    return tf.add_n(found)
 
 
-def _of_frame(uses: list[Use]) -> tf.Tensor:
-    """(N,), or (N * blocks,) where each sample uses several matrices."""
-    kind = uses[0].kind
-    if kind == "convolution":
-        return convolution(*uses[0].factors)
-    if kind == "dense":
-        return norms.dense(xp, tf.add_n([use.factors[0] for use in uses]))
-    outer = [use.factors for use in uses if use.kind == "outer"]
-    rows = [use.factors for use in uses if use.kind == "rows"]
-    left, right = (_joined(part) for part in zip(*outer, strict=True)) if outer else (None, None)
-    index, values = (_joined(part) for part in zip(*rows, strict=True)) if rows else (None, None)
-    if not rows:
-        return norms.outer(xp, left, right)
-    total = norms.rows(xp, index, values)
-    if outer:
-        total = total + norms.outer(xp, left, right) + 2 * norms.rows_and_outer(xp, index, values, left, right)
-    return total
+def _inner_product(use: Use, u: tf.Tensor, zero: tf.Tensor) -> tf.Tensor:
+    """<gradient of sample n by one use, u> with u of the parameter's shape. (N,), like `zero`."""
+    u = framed(tf.cast(u, zero.dtype), use.frame)
+    if use.kind == "convolution":
+        return along_convolution(*use.arrays, u)
+    if use.kind == "outer" and len(u.shape) == 3:
+        return _blockwise(*use.arrays, u, zero.shape[0])
+    return inner_products(xp, use, u)
 
 
-def _joined(arrays: Iterable[tf.Tensor]) -> tf.Tensor:
-    arrays = list(arrays)
-    dtype = tf.int64 if arrays[0].dtype.is_integer else wide(arrays)
-    return arrays[0] if len(arrays) == 1 else tf.concat([tf.cast(array, dtype) for array in arrays], 1)
+def _blockwise(left: tf.Tensor, right: tf.Tensor, u: tf.Tensor, samples: int) -> tf.Tensor:
+    """sum_s (left u) . right over several matrices u (blocks, p, q), left (N * blocks, S, p), right (N * blocks, S, q).
+
+    Shape (N,). Not by broadcasting the matrices: TensorFlow 2.21's oneDNN kernel for that corrupts memory.
+    """
+    blocks = u.shape[0]
+    left, right = (
+        tf.reshape(
+            tf.transpose(tf.reshape(array, (samples, blocks, *array.shape[1:])), (1, 0, 2, 3)),
+            (blocks, -1, array.shape[2]),
+        )
+        for array in (left, right)
+    )
+    return tf.reduce_sum(tf.reshape(tf.matmul(left, u) * right, (blocks, samples, -1)), (0, 2))
+
+
+def framed(u: tf.Tensor, frame: tuple) -> tf.Tensor:
+    """The numbers of a parameter that a frame shows, in its order: an operation's input, or its matrices."""
+    for kind, *what in frame:
+        if kind == "reshape":
+            u = tf.reshape(u, what[0])
+        elif kind == "transpose":
+            u = tf.transpose(u, what[0])
+        elif kind == "slice":
+            u = u[tuple(slice(a, None if step < 0 and b < 0 else b, step) for a, b, step in what[0])]
+        elif kind == "matrix":
+            order, shared, rows = what
+            u = tf.transpose(u, order)
+            u = tf.reshape(u, (math.prod(u.shape[:shared]), math.prod(u.shape[shared : shared + rows]), -1))
+    return u

@@ -2,12 +2,12 @@
 
 A rule says, for one input of an operation that depends on parameters alone, how to form
 
-    outer      sum_s left[n, s] right[n, s]^T      weights of linear maps
-    rows       sum_s e_index[n, s] values[n, s]^T  embeddings
-    dense      the gradient itself (N, ...)        biases and scales, which are small
-    window     a convolution's weight
+    outer        sum_s left[n, s] right[n, s]^T      weights of linear maps
+    rows         sum_s e_index[n, s] values[n, s]^T  embeddings
+    dense        the gradient itself (N, ...)        biases and scales, which are small
+    convolution  a kernel's
 
-from the cotangent d of the output. What is not here is left to the general way.
+from the cotangent d of the output. What is not here is left to the fallback.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import tensorflow as tf
 
 from lnp.per_sample.norms import Window
+from lnp.per_sample.uses import Factors
 from lnp_tensorflow.outputs import wide
 
 
@@ -28,22 +29,16 @@ class Unread(Exception):
 
 
 @dataclass(frozen=True)
-class Use:
-    """What an operation makes of one input.
+class Use(Factors):
+    """What an operation makes of one input: the factors of its gradient, with left and right of an outer product over
+    the rows and columns of the frame.
 
     Attributes
     ----------
-    kind:
-        "outer", "rows", "dense" or "convolution".
-    factors:
-        What `lnp.per_sample.norms` takes for that kind. Of "outer", left and right run over the rows and columns of the
-        frame.
     frame:
-        How the input is seen: uses of the same frame can be added.
+        Which numbers of the input, in which order: uses of the same frame add.
     """
 
-    kind: str
-    factors: tuple
     frame: tuple = ()
 
 

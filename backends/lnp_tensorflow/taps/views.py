@@ -73,7 +73,7 @@ def _step(op: tf.Operation, place: int, out: tf.Tensor) -> Step | None:
 
 
 def _framed(*frame: tuple) -> Step:
-    return lambda use, samples: Use(use.kind, use.factors, (*frame, *use.frame))
+    return lambda use, samples: Use(use.kind, use.arrays, (*frame, *use.frame))
 
 
 def _part(op: tf.Operation, place: int, which: int) -> Step | None:
@@ -98,8 +98,8 @@ def _reshape(op: tf.Operation, place: int) -> Step | None:
         if before == after:
             return use
         if use.kind == "dense" and not use.frame:
-            return Use("dense", (tf.reshape(use.factors[0], (samples, *before)),))
-        return Use(use.kind, use.factors, (("reshape", after), *use.frame))
+            return Use("dense", (tf.reshape(use.arrays[0], (samples, *before)),))
+        return Use(use.kind, use.arrays, (("reshape", after), *use.frame))
 
     return step
 
@@ -121,10 +121,10 @@ def _transpose(op: tf.Operation, place: int) -> Step | None:
     def step(use: Use, samples: int) -> Use:
         if use.kind == "dense" and not use.frame:
             back = [0, *(1 + order.index(i) for i in range(len(order)))]
-            return Use("dense", (tf.transpose(use.factors[0], back),))
+            return Use("dense", (tf.transpose(use.arrays[0], back),))
         if use.kind == "outer" and not use.frame and order == (1, 0):
-            return Use("outer", use.factors[::-1])
-        return Use(use.kind, use.factors, (("transpose", order), *use.frame))
+            return Use("outer", use.arrays[::-1])
+        return Use(use.kind, use.arrays, (("transpose", order), *use.frame))
 
     return step
 
@@ -140,7 +140,7 @@ def _looked_up(op: tf.Operation, place: int) -> Step | None:
         if use.kind != "dense" or use.frame:
             raise Unread(op.type)
         rows = tf.broadcast_to(index, (samples, index.shape[1]))
-        return Use("rows", (rows, tf.reshape(use.factors[0], (samples, index.shape[1], -1))))
+        return Use("rows", (rows, tf.reshape(use.arrays[0], (samples, index.shape[1], -1))))
 
     return step
 
@@ -159,13 +159,13 @@ def _scaled(use: Use, slope: Any, op: tf.Operation, place: int, samples: int) ->
     """The use of an input, where the output's derivative by it is `slope`, element by element."""
     shape = op.inputs[place].shape
     if use.kind == "dense" and not use.frame:
-        factor = slope if isinstance(slope, int) else tf.cast(slope, use.factors[0].dtype)
-        return Use("dense", (_unbroadcast(use.factors[0] * factor, shape, samples),))
+        factor = slope if isinstance(slope, int) else tf.cast(slope, use.arrays[0].dtype)
+        return Use("dense", (_unbroadcast(use.arrays[0] * factor, shape, samples),))
     single = isinstance(slope, int) or math.prod(slope.shape) == 1
     if not single or use.kind not in ("outer", "rows") or math.prod(shape) != math.prod(op.outputs[0].shape):
         raise Unread(op.type)
     scaled = 0 if use.kind == "outer" else 1
-    factors = list(use.factors)
+    factors = list(use.arrays)
     factor = slope if isinstance(slope, int) else tf.cast(tf.reshape(slope, ()), factors[scaled].dtype)
     factors[scaled] = factors[scaled] * factor
     return Use(use.kind, tuple(factors), use.frame)
@@ -187,7 +187,7 @@ def _product(op: tf.Operation, place: int) -> Step | None:
     def step(use: Use, samples: int) -> Use:
         if use.kind != "outer" or use.frame:
             raise Unread(op.type)
-        left, right = use.factors
+        left, right = use.arrays
         beside = tf.cast(other, left.dtype)
         if place == 0:
             return Use("outer", (left, tf.matmul(right, beside, transpose_b=True)))
