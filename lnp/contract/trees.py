@@ -7,19 +7,33 @@ dataclass instance; everything else is a leaf.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
 def children(tree: Any) -> dict[str, Any] | None:
     """The named children of a container, or None for a leaf."""
     if isinstance(tree, Mapping):
-        return {str(key): value for key, value in tree.items()}
+        return by_unique_name((str(key), value) for key, value in tree.items())
     if isinstance(tree, list | tuple):
         return {str(index): value for index, value in enumerate(tree)}
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
     return None
+
+
+def by_unique_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """{name: value} of all pairs, in their order: a name that is taken gets a mark.
+
+    >>> by_unique_name([("a.w", 1), ("w", 2), ("a.w", 3)])
+    {'a.w': 1, 'w': 2, 'a.w_': 3}
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        while name in found:
+            name += "_"
+        found[name] = value
+    return found
 
 
 def leaves(tree: Any) -> list[Any]:
