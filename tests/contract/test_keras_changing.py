@@ -10,6 +10,8 @@ from contract.test_keras import float64, kit
 from lnp.testing import changing_networks, check_change
 
 __all__ = ["float64"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:lnp compiled again")  # the networks are new functions on purpose
 NAMES = [network.early.name for network in changing_networks(bend=lambda backward: None)]
 
 
