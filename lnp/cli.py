@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lnp import __version__
+
+if TYPE_CHECKING:
+    from lnp.tracking.history import History
 
 RUNS = "files that trackers wrote, or folders of them"
 
@@ -47,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    """Train, and show and write what was found."""
     from lnp.demo import Settings
     from lnp.demo.screen import show
 
@@ -61,6 +65,7 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    """Print the table of the runs, and draw them where a file was named."""
     from lnp.runs.table import compare, to_text
 
     runs = _read(options.runs)
@@ -70,15 +75,15 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read(paths: Sequence[Path]) -> dict[str, Any]:
+def _read(paths: Sequence[Path]) -> dict[str, History]:
     """The runs that have rows, read with a progress bar; a ValueError if there is none."""
     from lnp.progress import bar
-    from lnp.runs.curves import paths_of
+    from lnp.runs.open_runs import named_files
     from lnp.tracking.history import History
 
-    named = paths_of(paths)
-    with bar("reading", sum(path.stat().st_size for path in named.values())) as advance:
-        runs = {name: History.read(path, report=advance) for name, path in named.items()}
+    files = named_files(paths)
+    with bar("reading", sum(path.stat().st_size for path in files.values())) as advance:
+        runs = {name: History.read(path, report=advance) for name, path in files.items()}
     empty = [name for name, run in runs.items() if not len(run)]
     if empty:
         print(f"lnp: nothing has been measured yet in {', '.join(empty)}", file=sys.stderr)
@@ -87,7 +92,8 @@ def _read(paths: Sequence[Path]) -> dict[str, Any]:
     return {name: run for name, run in runs.items() if len(run)}
 
 
-def _draw(runs: dict[str, Any], out: Path, title: str | None = None) -> None:
+def _draw(runs: dict[str, History], out: Path, title: str | None = None) -> None:
+    """Write the page of the runs to a file."""
     from lnp import plot
 
     out.parent.mkdir(parents=True, exist_ok=True)

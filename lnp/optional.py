@@ -30,6 +30,7 @@ def import_optional(module: str, user: str, *, install: str = "", library: str =
     ImportError: to_made_up() needs made_up, which is not installed. Run: pip install 'lnp[made_up]'
     """
     try:
+        importlib.import_module(module.partition(".")[0])  # a submodule may be loaded where its package is blocked
         return importlib.import_module(module)
     except ImportError as error:
         remedy = install or f"'lnp[{module}]'"

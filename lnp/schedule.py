@@ -178,7 +178,7 @@ class budget:
     Parameters
     ----------
     fraction:
-        Of the wall-clock time, in (0, 1).
+        Fraction of the wall-clock time, in (0, 1).
     among:
         A schedule, in any of the forms that `lnp.Tracker` takes; only its steps are considered.
     clock:
@@ -226,7 +226,7 @@ class budget:
         return self._spent + self._cost <= self.fraction * (self._clock() - self._start)
 
     def window(self, step: int) -> int | None:
-        """Of the schedule that it chooses among."""
+        """The window of the schedule that it chooses among."""
         inner = getattr(self.among, "window", None)
         return None if inner is None else inner(step)
 
@@ -243,7 +243,8 @@ class budget:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._start = self._clock() - state["elapsed"]
-        self._spent, self._cost = state["spent"], state["cost"]
+        self._spent = state["spent"]
+        self._cost = state["cost"]
 
     def __repr__(self) -> str:
         return f"budget({self.fraction}" + (")" if self.among is None else f", among={self.among!r})")

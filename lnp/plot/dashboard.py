@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,19 +11,25 @@ from lnp.plot import style
 from lnp.plot.layers import layers
 from lnp.plot.lines import chi_loss, chi_net, chi_pos, curve, loss, noise_scale
 from lnp.plot.runs import position_against_loss, reach_against_size
-from lnp.runs.curves import Runs, runs_of, size, summary
-from lnp.runs.table import measured, number, whole
+from lnp.runs.curves import size, summary
+from lnp.runs.open_runs import Runs, RunSources, open_runs
+from lnp.runs.table import integer, number, with_error
+from lnp.tracking.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PAGE = (11.7, 8.3)
 """A4, landscape, in inches."""
 MOST_LINES = 14
 
 
-def dashboard(runs: Any, title: str | None = None) -> Any:
+def dashboard(runs: RunSources, title: str | None = None) -> Figure:
     """Loss and the three factors over the steps, noise scale, position against loss; and below, for one run, its layers
     and its numbers, for several, reach against size and a table. Returns the figure.
     """
-    named = runs_of(runs)
+    named = open_runs(runs)
     figure = style.figure(*PAGE)
     axes = figure.subplots(3, 3)
     loss(named, axes[0, 0], legend=False)
@@ -36,9 +42,9 @@ def dashboard(runs: Any, title: str | None = None) -> Any:
         curve(named, "rate", axes[1, 1], legend=False)
     position_against_loss(named, axes[1, 2], legend=False)
     if len(named) == 1:
-        _one(next(iter(named.items())), axes[2])
+        _draw_one(next(iter(named.values())), axes[2])
     else:
-        _several(named, axes[2])
+        _draw_several(named, axes[2])
     for letter, ax in zip("abcdefghi", axes.flat, strict=True):
         if ax.axison:
             ax.set_title(letter, loc="left", fontweight="bold", fontsize="medium")
@@ -46,8 +52,8 @@ def dashboard(runs: Any, title: str | None = None) -> Any:
     return figure
 
 
-def _one(named: tuple[str, Any], axes: Any) -> None:
-    _, run = named
+def _draw_one(run: History, axes: np.ndarray) -> None:
+    """The lowest row of the page of one run, three axes: its layers, if it has any, and its numbers."""
     if run.layers:
         layers(run, "chi_pos", axes[0])
         layers(run, "rate_share", axes[1], names=False)
@@ -58,38 +64,41 @@ def _one(named: tuple[str, Any], axes: Any) -> None:
         else:
             axes[1].axis("off")
         axes[1].set_ylabel("seconds per measurement")
-    _text(axes[2], story(run))
+    _draw_lines(axes[2], story(run))
 
 
-def _several(named: Runs, axes: Any) -> None:
+def _draw_several(named: Runs, axes: np.ndarray) -> None:
+    """The lowest row of the page of several runs, three axes: reach against size, and a table."""
     if any(math.isfinite(size(run)) for run in named.values()):
         reach_against_size(named, axes[0], names=len(named) <= 6)
     else:
         curve(named, "rate", axes[0], legend=False)
-    axes[1].axis("off"), axes[2].axis("off")
-    handles = [line for line in axes[0].figure.axes[0].get_lines() if not line.get_label().startswith("_")]
-    rows = [summary(run) for run in named.values()]
+    axes[1].axis("off")
+    axes[2].axis("off")
+    # the page's first axes hold a line for each run that has a loss, without a label where it is no run's
+    lines = [line for line in axes[0].figure.axes[0].get_lines() if not line.get_label().startswith("_")]
+    summaries = [summary(run) for run in named.values()]
     header = ("run", "size", "loss", "reach", "at step")
     cells = [
-        (name, number(s.parameters), number(s.loss), measured(s.reach, s.reach_stderr), whole(s.reach_step))
-        for name, s in zip(named, rows, strict=True)
+        (name, number(s.parameters), number(s.loss), with_error(s.reach, s.reach_stderr), integer(s.reach_step))
+        for name, s in zip(named, summaries, strict=True)
     ]
-    _table(axes[1], header, cells, [line.get_color() for line in handles])
+    _draw_table(axes[1], header, cells, [line.get_color() for line in lines])
 
 
-def story(run: Any) -> list[tuple[str, str]]:
-    """What the page says about a run: (name, value) lines."""
+def story(run: History) -> list[tuple[str, str]]:
+    """(name, value) lines about a run in numbers and words."""
     s = summary(run)
     lines = [
         ("measurements", f"{s.rows}, up to step {s.last_step}"),
         *([("trained parameters", number(s.parameters))] if math.isfinite(s.parameters) else []),
         ("loss", f"{number(s.first_loss)} to {number(s.loss)}"),
-        ("spectral reach", measured(s.reach, s.reach_stderr)),
-        ("reached at step", whole(s.reach_step)),
+        ("spectral reach", with_error(s.reach, s.reach_stderr)),
+        ("reached at step", integer(s.reach_step)),
     ]
     names = {"chi_loss": "loss scale", "chi_net": "network scale", "chi_pos": "position"}
     lines += [
-        (names[name], f"settled at step {whole(at)}" if math.isfinite(at) else "still moving at the end")
+        (names[name], f"settled at step {integer(at)}" if math.isfinite(at) else "still moving at the end")
         for name, at in s.stalled.items()
     ]
     seconds = run.get("seconds")
@@ -99,7 +108,8 @@ def story(run: Any) -> list[tuple[str, str]]:
     return lines
 
 
-def _text(ax: Any, lines: list[tuple[str, str]]) -> None:
+def _draw_lines(ax: Axes, lines: list[tuple[str, str]]) -> None:
+    """(name, value) lines as text in place of the axes."""
     ax.axis("off")
     for index, (name, value) in enumerate(lines):
         y = 1.0 - 0.11 * index
@@ -107,7 +117,7 @@ def _text(ax: Any, lines: list[tuple[str, str]]) -> None:
         _write(ax, 0.47, y, value, fontsize="small")
 
 
-def _table(ax: Any, header: tuple, cells: list[tuple], colours: list) -> None:
+def _draw_table(ax: Axes, header: tuple, cells: list[tuple], colours: list) -> None:
     """The runs' numbers with their colours, over two axes' width."""
     shown = cells if len(cells) <= MOST_LINES else cells[:MOST_LINES]
     columns = (0.06, 1.0, 1.25, 1.75, 2.0)
@@ -124,6 +134,6 @@ def _table(ax: Any, header: tuple, cells: list[tuple], colours: list) -> None:
         _write(ax, 0.06, 0.0, f"and {len(cells) - len(shown)} more", fontsize="small")
 
 
-def _write(ax: Any, x: float, y: float, text: str, **options: Any) -> None:
+def _write(ax: Axes, x: float, y: float, text: str, **options: Any) -> None:
     """Text that the other panels do not make room for."""
     ax.text(x, y, text, transform=ax.transAxes, va="top", **options).set_in_layout(False)

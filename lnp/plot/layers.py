@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lnp.optional import import_optional
 from lnp.plot import style
-from lnp.runs.curves import curve, runs_of
+from lnp.runs.curves import curve
+from lnp.runs.open_runs import RunSources, open_runs
 from lnp.tracking.history import LAYER
 
-VALUES = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Value = Literal["chi_pos", "chi_net", "rate", "rate_share", "chi_net_share"]
+VALUES: dict[str, str] = {
     "chi_pos": r"$\chi_\mathrm{pos}$ of the layer",
     "chi_net": r"$\chi_\mathrm{net}$ of the layer",
     "rate": "rate of the layer",
     "rate_share": "share of the rate",
     "chi_net_share": r"share of $\chi_\mathrm{net}$",
 }
-MOST_LABELS, MOST_LETTERS = 24, 20
+MOST_LABELS = 24
+"""Rows of the heat map that have a name beside them."""
+MOST_LETTERS = 20
+"""Letters of a name."""
 
 
-def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, names: bool = True) -> Any:
+def layers(run: RunSources, value: Value = "chi_pos", ax: Axes | None = None, *, names: bool = True) -> Axes:
     """A heat map: one row for each layer, in the network's order, over the steps.
 
     Parameters
@@ -39,7 +47,7 @@ def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, names: bool = Tr
     ValueError
         For several runs, a run without layers, or a value that layers do not have.
     """
-    named = runs_of(run)
+    named = open_runs(run)
     if len(named) != 1 or not (history := next(iter(named.values()))).layers:
         what = f"{len(named)} runs" if len(named) != 1 else "a run without layers"
         raise ValueError(f"layers() received {what}. Expected one run, tracked with by_layer=True.")
@@ -48,8 +56,8 @@ def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, names: bool = Tr
     import_optional("matplotlib", "lnp.plot", install="'lnp[plot]'")
     from matplotlib.colors import LogNorm, Normalize
 
-    base, share = value.removesuffix("_share"), value.endswith("_share")
-    curves = [curve(history, f"{LAYER}{layer}/{base}") for layer in history.layers]
+    share = value.endswith("_share")
+    curves = [curve(history, f"{LAYER}{layer}/{value.removesuffix('_share')}") for layer in history.layers]
     steps = max((line.step for line in curves), key=len)
     table = np.array([np.interp(steps, line.step, line.mean) if len(line.step) else np.nan * steps for line in curves])
     if share:
@@ -58,7 +66,7 @@ def layers(run: Any, value: str = "chi_pos", ax: Any = None, *, names: bool = Tr
     else:
         table = style.positive(table)
     ax = style.axes(ax)
-    norm = Normalize(0, 1) if share else LogNorm(*_range(table))
+    norm = Normalize(0, 1) if share else LogNorm(*_limits(table))
     mesh = ax.pcolormesh(_edges(steps), np.arange(len(table) + 1), table, norm=norm, cmap="viridis", rasterized=True)
     ax.invert_yaxis()
     every = -(-len(table) // MOST_LABELS)
@@ -86,8 +94,8 @@ def short(names: Sequence[str]) -> list[str]:
     return [name if len(name) <= MOST_LETTERS else f"…{name[1 - MOST_LETTERS :]}" for name in joined]
 
 
-def _colorbar(ax: Any, mesh: Any, label: str) -> None:
-    """Above the axes, so that their width stays that of their neighbours."""
+def _colorbar(ax: Axes, mesh: Any, label: str) -> None:
+    """A colour bar above the axes, so that their width stays that of their neighbours."""
     bar = ax.figure.colorbar(mesh, cax=ax.inset_axes((0.55, 1.04, 0.45, 0.05)), orientation="horizontal")
     bar.ax.xaxis.set_ticks_position("top")
     bar.ax.tick_params(labelsize="x-small", pad=1)
@@ -105,7 +113,8 @@ def _edges(steps: np.ndarray) -> np.ndarray:
     return np.r_[max(2 * steps[0] - middle[0], -0.15), middle, 2 * steps[-1] - middle[-1]]
 
 
-def _range(table: np.ndarray) -> tuple[float, float]:
+def _limits(table: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest finite value of a table, apart where they are equal."""
     finite = table[np.isfinite(table)]
     if not len(finite):
         return 0.1, 1.0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lnp.plot import style
-from lnp.runs.curves import MOST_POINTS, NOISE_SCALE, POSITION, Curve, runs_of
+from lnp.runs.curves import MOST_POINTS, NOISE_SCALE, POSITION, Curve
 from lnp.runs.curves import curve as curve_of
+from lnp.runs.open_runs import RunSources, open_runs
 from lnp.tracking.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LABELS = {
     "loss": "loss",
@@ -21,9 +25,19 @@ LABELS = {
     NOISE_SCALE: "gradient noise scale  (samples)",
 }
 STEP = "training step"
+Colour = Any
+"""A colour as Matplotlib takes them."""
 
 
-def curve(runs: Any, column: str, ax: Any = None, *, label: str | None = None, legend: bool = True, **line: Any) -> Any:
+def curve(
+    runs: RunSources,
+    column: str,
+    ax: Axes | None = None,
+    *,
+    label: str | None = None,
+    legend: bool = True,
+    **line: Any,
+) -> Axes:
     """A column of the history over the steps, on a logarithmic axis if it is positive.
 
     Parameters
@@ -33,7 +47,7 @@ def curve(runs: Any, column: str, ax: Any = None, *, label: str | None = None, l
     column:
         Its name in the history.
     label:
-        In the legend; default: the runs' names.
+        The label in the legend; default: the runs' names.
     line:
         Passed on to `Axes.plot`, such as color= or linestyle=.
 
@@ -42,7 +56,7 @@ def curve(runs: Any, column: str, ax: Any = None, *, label: str | None = None, l
     KeyError
         If no run has the column.
     """
-    named = runs_of(runs)
+    named = open_runs(runs)
     if not any(column in run for run in named.values()):
         columns = next(iter(named.values())).columns if named else ()
         known = ", ".join(name for name in columns if "layer/" not in name)
@@ -51,12 +65,12 @@ def curve(runs: Any, column: str, ax: Any = None, *, label: str | None = None, l
     curves = {name: curve_of(run, column) for name, run in named.items()}
     logarithmic = ax.get_yscale() == "log" or any((c.mean[np.isfinite(c.mean)] > 0).any() for c in curves.values())
     for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
-        _draw(ax, curves[name], logarithmic, len(named) == 1, {"label": label or name, "color": colour, **line})
+        _draw_line(ax, curves[name], logarithmic, len(named) == 1, {"label": label or name, "color": colour, **line})
         if len(named) == 1:
-            _measurements(ax, run, column, curves[name], line.get("color", colour), logarithmic)
+            _draw_measurements(ax, run, column, curves[name], line.get("color", colour), logarithmic)
     if logarithmic:
         ax.set_yscale("log")
-    _open(ax)
+    _make_room(ax)
     style.step_axis(ax)
     style.log_ticks(ax.yaxis)
     style.tidy(ax, STEP, LABELS.get(column, column))
@@ -65,29 +79,28 @@ def curve(runs: Any, column: str, ax: Any = None, *, label: str | None = None, l
     return ax
 
 
-def loss(runs: Any, ax: Any = None, **options: Any) -> Any:
+def loss(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The loss over the steps. Options as for `curve`."""
     return curve(runs, "loss", ax, **options)
 
 
-def chi_loss(runs: Any, ax: Any = None, **options: Any) -> Any:
+def chi_loss(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The loss scale over the steps. Options as for `curve`."""
     return curve(runs, "chi_loss", ax, **options)
 
 
-def chi_net(runs: Any, ax: Any = None, **options: Any) -> Any:
+def chi_net(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The network scale over the steps. Options as for `curve`."""
     return curve(runs, "chi_net", ax, **options)
 
 
-def chi_pos(runs: Any, ax: Any = None, **options: Any) -> Any:
+def chi_pos(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The spectral position over the steps: of the population where it is known, and of the batch for a single run.
 
     Options as for `curve`.
     """
-    named = runs_of(runs)
-    known = {name: run for name, run in named.items() if POSITION in run}
-    if len(known) < len(named):
+    named = open_runs(runs)
+    if not all(POSITION in run for run in named.values()):
         return curve(named, "chi_pos", ax, **options)
     if len(named) == 1:
         batch: dict[str, Any] = {"color": style.BATCH, "linestyle": "--", "label": "of the batch", "legend": False}
@@ -99,12 +112,12 @@ def chi_pos(runs: Any, ax: Any = None, **options: Any) -> Any:
     return curve(named, POSITION, ax, **options)
 
 
-def noise_scale(runs: Any, ax: Any = None, **options: Any) -> Any:
+def noise_scale(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The gradient noise scale over the steps; for a single run with the size of the batch beside it.
 
     Options as for `curve`.
     """
-    named = runs_of(runs)
+    named = open_runs(runs)
     ax = curve(named, NOISE_SCALE, ax, **options)
     samples = next(iter(named.values())).get("samples")
     if len(named) == 1 and len(samples):
@@ -116,35 +129,38 @@ def noise_scale(runs: Any, ax: Any = None, **options: Any) -> Any:
     return ax
 
 
-def _draw(ax: Any, averaged: Curve, logarithmic: bool, single: bool, line: dict[str, Any]) -> None:
+def _draw_line(ax: Axes, averaged: Curve, logarithmic: bool, single: bool, line: dict[str, Any]) -> None:
+    """One run's curve with its band, and marks where a value has no place on the axis."""
     few = {"marker": "o", "markersize": 2.2} if len(averaged.step) < 60 else {}
     visible = (style.positive if logarithmic else style.finite)(averaged.mean)
     if np.isfinite(visible).any():
         ax.plot(averaged.step, visible, **{"linewidth": 1.8 if single else 1.4} | few | line)
-        _band(ax, averaged, line["color"], single, logarithmic)
+        _draw_band(ax, averaged, line["color"], single, logarithmic)
     if logarithmic:
-        _outside(ax, averaged.step[averaged.mean <= 0], 0.02, "v", line["color"])
-    _outside(ax, averaged.step[averaged.mean == np.inf], 0.98, "^", line["color"])
+        _mark_outside(ax, averaged.step[averaged.mean <= 0], 0.02, "v", line["color"])
+    _mark_outside(ax, averaged.step[averaged.mean == np.inf], 0.98, "^", line["color"])
 
 
-def _open(ax: Any) -> None:
+def _make_room(ax: Axes) -> None:
     """Room around a quantity that does not change."""
     low, high = ax.dataLim.y0, ax.dataLim.y1
     if np.isfinite(low) and not high - low > 1e-9 * abs(low):
         ax.set_ylim((low / 2, low * 2) if ax.get_yscale() == "log" else (low - 1, low + 1))
 
 
-def _band(ax: Any, averaged: Curve, colour: Any, single: bool, logarithmic: bool) -> None:
+def _draw_band(ax: Axes, averaged: Curve, colour: Colour, single: bool, logarithmic: bool) -> None:
     """One standard error to each side."""
-    low, high = averaged.mean - averaged.stderr, averaged.mean + averaged.stderr
+    low = averaged.mean - averaged.stderr
+    high = averaged.mean + averaged.stderr
     if logarithmic:
         floor = 0.3 * np.nanmin(style.positive(averaged.mean))
-        low, high = np.maximum(low, floor), np.where(high > floor, high, np.nan)
+        low = np.maximum(low, floor)
+        high = np.where(high > floor, high, np.nan)
     shown = np.isfinite(averaged.mean) & np.isfinite(low) & np.isfinite(high)
     ax.fill_between(averaged.step, low, high, where=shown, color=colour, alpha=0.22 if single else 0.08, linewidth=0)
 
 
-def _measurements(ax: Any, run: History, column: str, averaged: Curve, colour: Any, logarithmic: bool) -> None:
+def _draw_measurements(ax: Axes, run: History, column: str, averaged: Curve, colour: Colour, logarithmic: bool) -> None:
     """The single measurements as dots, and the windows that they were averaged over as bars."""
     visible = style.positive if logarithmic else style.finite
     wide = averaged.last > averaged.first
@@ -155,8 +171,8 @@ def _measurements(ax: Any, run: History, column: str, averaged: Curve, colour: A
         ax.hlines(*bars, color=colour, linewidth=3.0, alpha=0.9)
 
 
-def _outside(ax: Any, step: np.ndarray, height: float, marker: str, colour: Any) -> None:
-    """Values that have no place on the axis are marked at its foot or its top."""
+def _mark_outside(ax: Axes, step: np.ndarray, height: float, marker: str, colour: Colour) -> None:
+    """Marks at the axis's foot or top, for values that have no place on it."""
     if len(step):
         ax.plot(
             step, np.full(len(step), height), marker, color=colour, alpha=0.6, markersize=4, markeredgewidth=0,

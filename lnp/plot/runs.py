@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lnp.plot import style
 from lnp.plot.lines import LABELS
-from lnp.runs.curves import POSITION, reach, runs_of, size, smoothed
+from lnp.runs.curves import POSITION, reach, size, smooth
 from lnp.runs.curves import curve as curve_of
+from lnp.runs.open_runs import RunSources, open_runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def position_against_loss(runs: Any, ax: Any = None, *, legend: bool = True) -> Any:
+def position_against_loss(runs: RunSources, ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Spectral position over loss, both averaged over three windows; training goes from right to left, to the dot."""
-    named = runs_of(runs)
+    named = open_runs(runs)
     ax = style.axes(ax)
     for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
         column = POSITION if POSITION in run else "chi_pos"
-        step, position = smoothed(curve_of(run, column))
-        loss_step, loss = smoothed(curve_of(run, "loss"))
+        step, position = smooth(curve_of(run, column))
+        loss_step, loss = smooth(curve_of(run, "loss"))
         if not (len(step) and len(loss_step)):
             continue
         loss = style.positive(np.interp(step, loss_step, loss))
@@ -37,7 +41,7 @@ def position_against_loss(runs: Any, ax: Any = None, *, legend: bool = True) -> 
     return ax
 
 
-def reach_against_size(runs: Any, ax: Any = None, *, names: bool = True) -> Any:
+def reach_against_size(runs: RunSources, ax: Axes | None = None, *, names: bool = True) -> Axes:
     """Spectral reach of each run, with its standard error, over its number of trained parameters, the tag `parameters`.
 
     Raises
@@ -45,7 +49,7 @@ def reach_against_size(runs: Any, ax: Any = None, *, names: bool = True) -> Any:
     ValueError
         If no run says how many parameters it has.
     """
-    named = runs_of(runs)
+    named = open_runs(runs)
     sizes = [size(run) for run in named.values()]
     if not np.isfinite(sizes).any():
         raise ValueError(

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lnp.optional import import_optional
-from lnp.runs.curves import Runs, size
+from lnp.runs.curves import size
+from lnp.runs.open_runs import Runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 SINGLE = "#1f5a99"
+"""The colour of a run that is alone in its figure."""
 BATCH = "#8a8a8a"
+"""The colour of what belongs to the batch, beside the population's."""
 
 
-def axes(ax: Any = None) -> Any:
+def axes(ax: Axes | None = None) -> Axes:
     """The given axes, or those of a new figure."""
     if ax is not None:
         return ax
     return figure(6.0, 4.0).subplots()
 
 
-def figure(width: float, height: float) -> Any:
+def figure(width: float, height: float) -> Figure:
     """A figure of this size in inches. In a notebook and with a window it is pyplot's, so that it is shown."""
     pyplot = import_optional("matplotlib.pyplot", "lnp.plot", install="'lnp[plot]'", library="matplotlib")
     return pyplot.figure(figsize=(width, height), layout="constrained")
 
 
-def tidy(ax: Any, xlabel: str, ylabel: str) -> None:
+def tidy(ax: Axes, xlabel: str, ylabel: str) -> None:
     """Labels, no frame above and to the right, a faint grid."""
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
 
 
-def step_axis(ax: Any) -> None:
+def step_axis(ax: Axes) -> None:
     """Steps: linear up to 1, so that 0 has a place, and logarithmic above."""
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)
     ax.set_xlim(left=-0.15)
@@ -47,7 +55,7 @@ def step_axis(ax: Any) -> None:
     ax.xaxis.set_minor_locator(FixedLocator(minor))
 
 
-def log_ticks(axis: Any) -> None:
+def log_ticks(axis: Axis) -> None:
     """Ticks of a logarithmic axis that do not run into each other where it spans little."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -62,7 +70,7 @@ def log_ticks(axis: Any) -> None:
 
 
 def colours(runs: Runs) -> list[Any]:
-    """One for each run: by size, darker is larger, where sizes differ; otherwise distinct ones."""
+    """A colour for each run: by size, darker is larger, where sizes differ; otherwise distinct ones."""
     from matplotlib import colormaps
 
     count = len(runs)
@@ -77,8 +85,8 @@ def colours(runs: Runs) -> list[Any]:
     return [colormaps["turbo"](x) for x in np.linspace(0.05, 0.95, count)]
 
 
-def legend(ax: Any, entries: int) -> None:
-    """Names inside the axes where they are few, beside them where they are many."""
+def legend(ax: Axes, entries: int) -> None:
+    """The runs' names, inside the axes where they are few, beside them where they are many."""
     if entries < 2 or not ax.get_legend_handles_labels()[0]:
         return
     if entries <= 4:

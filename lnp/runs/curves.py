@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lnp.runs.spectral_reach import reach as lowest
+from lnp.runs import spectral_reach
 from lnp.tracking.history import History
 
 MOST_POINTS = 400
@@ -23,9 +19,8 @@ STALLED = 1.25
 STALLED_SPAN = 1.5
 """What is left of the run then has to be at least this factor in steps."""
 FACTORS = ("chi_loss", "chi_net", "chi_pos")
-POSITION, NOISE_SCALE = "population/chi_pos", "population/noise_scale"
-
-Runs = Mapping[str, History]
+POSITION = "population/chi_pos"
+NOISE_SCALE = "population/noise_scale"
 
 
 @dataclass(frozen=True)
@@ -37,9 +32,10 @@ class Curve:
     step:
         The middle of each window.
     mean, stderr:
-        Of the window's measurements; the error of a single measurement is its own, nan where it has none.
+        Mean of the window's measurements and its standard error; the error of a single measurement is its own, nan
+        where it has none.
     first, last:
-        The window's steps.
+        The window's first and last step.
     """
 
     step: np.ndarray
@@ -60,7 +56,7 @@ class Summary:
     parameters:
         Trained parameters, nan if the history does not say.
     first_loss, loss:
-        At the first and the last window.
+        The loss in the first and the last window.
     reach, reach_stderr, reach_step:
         The lowest spectral position of the population (of the batch, where the population's is not known), averaged
         over three windows, with its error, and where it is attained.
@@ -89,30 +85,29 @@ def curve(history: History, column: str) -> Curve:
         return _noise_scale(history)
     values = history.get(column).astype(np.float64)
     windows = _windows(history, values)
-    own = history.get(f"{column}_stderr")
-    mean, error = windows.mean(values), windows.error(values)
-    return Curve(windows.middle, mean, np.where(windows.size > 1, error, windows.first_of(own)), *windows.ends)
+    error = windows.error(values, history.get(f"{column}_stderr"))
+    return Curve(windows.middle, windows.mean(values), error, *windows.ends)
 
 
 def _noise_scale(history: History) -> Curve:
-    scale, rate = (history.get(name).astype(np.float64) for name in (NOISE_SCALE, "population/rate"))
-    windows = _windows(history, scale * rate)
+    """The noise scale, averaged as a ratio of means; infinite where its denominator may be zero."""
+    rate = history.get("population/rate").astype(np.float64)
+    trace = history.get(NOISE_SCALE).astype(np.float64) * rate
+    windows = _windows(history, trace)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean_rate = windows.mean(rate)
-        ratio = windows.mean(scale * rate) / mean_rate
-        residual = scale * rate - windows.spread(ratio, len(rate)) * rate
+        ratio = windows.mean(trace) / mean_rate
+        residual = trace - windows.at_rows(ratio, len(rate)) * rate
         error = windows.error(residual) / np.abs(mean_rate)
-        own = windows.first_of(history.get(f"{NOISE_SCALE}_stderr"))
-        known = mean_rate > np.where(
-            windows.size > 1, windows.error(rate), windows.first_of(history.get("population/rate_stderr"))
-        )
-    seen = np.where(known, ratio, np.inf)
-    return Curve(windows.middle, seen, np.where(windows.size > 1, error, own), *windows.ends)
+        significant = mean_rate > windows.error(rate, history.get("population/rate_stderr"))
+    single = windows.first_of(history.get(f"{NOISE_SCALE}_stderr"))
+    mean = np.where(significant, ratio, np.inf)
+    return Curve(windows.middle, mean, np.where(windows.size > 1, error, single), *windows.ends)
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """The rows in which a quantity is known, and where among them each window begins."""
+    """The rows in which a quantity has a value, their steps, and where among them each window begins."""
 
     rows: np.ndarray
     start: np.ndarray
@@ -131,30 +126,35 @@ class _Windows:
         return (self.ends[0] + self.ends[1]) / 2
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        if not len(self.rows):
-            return np.empty(0)
-        return np.add.reduceat(values[self.rows].astype(np.float64), self.start) / self.size
+        """The mean of each window, shape (windows,), of values in all rows."""
+        return self._mean_of_rows(values[self.rows])
 
-    def error(self, values: np.ndarray) -> np.ndarray:
-        """Standard error of the mean; 0 for a single row."""
+    def error(self, values: np.ndarray, stderr: np.ndarray | None = None) -> np.ndarray:
+        """Standard error of each window's mean; of a single row its own `stderr`, or 0."""
         with np.errstate(invalid="ignore"):  # of infinities
-            away = values[self.rows] - np.repeat(self.mean(values), self.size)
-            return np.sqrt(self.mean(self.spread_rows(away**2, len(values))) / np.maximum(self.size - 1, 1))
+            deviation = values[self.rows] - np.repeat(self.mean(values), self.size)
+            error = np.sqrt(self._mean_of_rows(deviation**2) / np.maximum(self.size - 1, 1))
+        return error if stderr is None else np.where(self.size > 1, error, self.first_of(stderr))
 
     def first_of(self, values: np.ndarray) -> np.ndarray:
+        """The value of each window's first row."""
         return values[self.rows][self.start].astype(np.float64)
 
-    def spread(self, of_windows: np.ndarray, rows: int) -> np.ndarray:
-        """A value of each window at each of its rows."""
-        return self.spread_rows(np.repeat(of_windows, self.size), rows)
+    def at_rows(self, of_windows: np.ndarray, rows: int) -> np.ndarray:
+        """A value of each window at each of its rows, nan in the others, shape (rows,)."""
+        values = np.full(rows, np.nan)
+        values[self.rows] = np.repeat(of_windows, self.size)
+        return values
 
-    def spread_rows(self, values: np.ndarray, rows: int) -> np.ndarray:
-        everywhere = np.full(rows, np.nan)
-        everywhere[self.rows] = values
-        return everywhere
+    def _mean_of_rows(self, values: np.ndarray) -> np.ndarray:
+        """The mean of each window of values in the windows' rows."""
+        if not len(self.rows):
+            return np.empty(0)
+        return np.add.reduceat(values.astype(np.float64), self.start) / self.size
 
 
 def _windows(history: History, values: np.ndarray) -> _Windows:
+    """The windows of the rows in which the values are not nan."""
     rows = np.flatnonzero(~np.isnan(values))
     if not len(rows):
         return _Windows(rows, rows, np.empty(0))
@@ -165,8 +165,7 @@ def _windows(history: History, values: np.ndarray) -> _Windows:
 
 def _groups(step: np.ndarray, window: np.ndarray) -> np.ndarray:
     """A number for each row, equal within a window: the schedule's, or else a stretch of steps."""
-    known = ~np.isnan(window)
-    group = np.where(known, window, step).astype(np.float64)
+    group = np.where(np.isnan(window), step, window).astype(np.float64)
     changes = int(np.count_nonzero(np.diff(group)))
     if changes < MOST_POINTS:
         return group
@@ -174,7 +173,7 @@ def _groups(step: np.ndarray, window: np.ndarray) -> np.ndarray:
     return np.floor(position / max(position[-1], 1e-300) * MOST_POINTS)
 
 
-def smoothed(line: Curve) -> tuple[np.ndarray, np.ndarray]:
+def smooth(line: Curve) -> tuple[np.ndarray, np.ndarray]:
     """(steps, means) averaged over three neighbouring points; fewer where there are fewer."""
     width = min(SMOOTHED, len(line.mean))
     if width == 0:
@@ -189,22 +188,23 @@ def reach(history: History) -> tuple[float, float, float]:
     """
     for column in (POSITION, "chi_pos"):
         line = curve(history, column)
-        known = np.isfinite(line.mean)
-        if known.any():
-            errors, width = np.nan_to_num(line.stderr[known]), min(SMOOTHED, int(known.sum()))
-            found = lowest(line.step[known], line.mean[known], errors, window=width)
-            return found.chi_pos, found.stderr, found.step
+        finite = np.isfinite(line.mean)
+        if finite.any():
+            errors = np.nan_to_num(line.stderr[finite])
+            width = min(SMOOTHED, int(finite.sum()))
+            lowest = spectral_reach.reach(line.step[finite], line.mean[finite], errors, window=width)
+            return lowest.chi_pos, lowest.stderr, lowest.step
     return float("nan"), float("nan"), float("nan")
 
 
-def stalled(history: History, column: str) -> float:
+def stall_step(history: History, column: str) -> float:
     """The step from which on a column stays within a factor 1.25 of where it ends; nan if it still moves."""
-    step, value = smoothed(curve(history, column))
+    step, value = smooth(curve(history, column))
     if not len(value) or not 0 < value[-1] < np.inf:
         return float("nan")
     with np.errstate(divide="ignore", invalid="ignore"):
-        away = ~(np.abs(np.log(np.maximum(value, 0) / value[-1])) <= np.log(STALLED))
-    start = int(np.flatnonzero(away)[-1]) + 1 if away.any() else 0
+        moving = ~(np.abs(np.log(np.maximum(value, 0) / value[-1])) <= np.log(STALLED))
+    start = int(np.flatnonzero(moving)[-1]) + 1 if moving.any() else 0
     return float(step[start]) if step[-1] >= STALLED_SPAN * step[start] and len(step) - start > 1 else float("nan")
 
 
@@ -219,19 +219,18 @@ def summary(history: History) -> Summary:
     if not len(history):
         raise ValueError("The history has no rows. Expected at least one measurement.")
     loss = curve(history, "loss").mean
-    lowest, error, where = reach(history)
-    position = POSITION if POSITION in history else "chi_pos"
-    columns = dict(zip(FACTORS, ("chi_loss", "chi_net", position), strict=True))
+    position, error, step = reach(history)
+    columns = {name: name for name in FACTORS} | ({"chi_pos": POSITION} if POSITION in history else {})
     return Summary(
         rows=len(history),
         last_step=int(history["step"][-1]),
         parameters=size(history),
         first_loss=float(loss[0]) if len(loss) else float("nan"),
         loss=float(loss[-1]) if len(loss) else float("nan"),
-        reach=lowest,
+        reach=position,
         reach_stderr=error,
-        reach_step=where,
-        stalled={name: stalled(history, column) for name, column in columns.items()},
+        reach_step=step,
+        stalled={name: stall_step(history, column) for name, column in columns.items()},
     )
 
 
@@ -239,70 +238,3 @@ def size(history: History) -> float:
     """Trained parameters of the run, the tag `parameters`; nan if it has none."""
     values = history.get("parameters")
     return float(values[-1]) if len(values) and isinstance(values[-1], np.number | int | float) else float("nan")
-
-
-def runs_of(given: Any) -> dict[str, History]:
-    """{name: history} from a history, a tracker, a path, a folder, a list of these, or a dictionary of them.
-
-    A folder stands for the `.jsonl` files in it. Names are those of the files, without what they share.
-
-    Raises
-    ------
-    TypeError
-        For anything else.
-    OSError
-        For a path at which there is nothing, or a folder without histories.
-    """
-    if isinstance(given, Mapping):
-        return {str(name): _history(run) for name, run in given.items()}
-    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str | History) else [given]
-    flat: list[Any] = []
-    for run in listed:
-        flat += _files(Path(run)) if isinstance(run, str | os.PathLike) else [run]
-    names = iter(_names([item for item in flat if isinstance(item, Path)]))
-    return {next(names) if isinstance(run, Path) else f"run {i}": _history(run) for i, run in enumerate(flat)}
-
-
-def paths_of(given: Iterable[str | os.PathLike]) -> dict[str, Path]:
-    """{name: file} from files and folders."""
-    files = [file for path in given for file in _files(Path(path))]
-    return dict(zip(_names(files), files, strict=True))
-
-
-def _history(run: Any) -> History:
-    if isinstance(run, History):
-        return run
-    if isinstance(run, str | os.PathLike):
-        return History.read(run)
-    if isinstance(getattr(run, "history", None), History):
-        return run.history
-    raise TypeError(
-        f"A run is of type {type(run).__name__}. Expected a History, a Tracker, the path of a tracker's file, or a "
-        "folder of such files."
-    )
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    found = sorted(path.glob("*.jsonl"), key=_natural)
-    if not found:
-        raise FileNotFoundError(f"{path} holds no .jsonl file. Expected the files that trackers write.")
-    return found
-
-
-def _natural(path: Path) -> tuple:
-    """Sorted as people count: width-8 before width-16."""
-    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name))
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """The files' names; with their folders, as many as it takes, where two would be equal."""
-    if len({path.stem for path in paths}) == len(paths):
-        return [path.stem for path in paths]
-    full = [path.resolve().with_suffix("").parts for path in paths]
-    for depth in range(2, max(map(len, full)) + 1):
-        names = ["/".join(parts[-depth:]) for parts in full]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from lnp.runs.curves import FACTORS, runs_of, summary
+from lnp.runs.curves import FACTORS, summary
+from lnp.runs.open_runs import RunSources, open_runs
+from lnp.tracking.history import History
 
 HEADER = ("run", "size", "last step", "loss", "reach", "at step", *FACTORS)
 ABOUT = """reach: lowest chi_pos over three windows, with its standard error, and the step at which it is attained.
 chi_loss, chi_net, chi_pos: the step from which on the factor stays within 25% of where it ends; - if it moves on."""
 
 
-def compare(runs: Any) -> list[tuple[str, ...]]:
+def compare(runs: RunSources) -> list[tuple[str, ...]]:
     """One line of texts for each run, under `HEADER`. Runs without rows are left out.
 
     Examples
@@ -23,7 +24,7 @@ def compare(runs: Any) -> list[tuple[str, ...]]:
     >>> compare({"a": lnp.History(rows)})
     [('a', '-', '8', '0.111', '0.5', '1', '1', '1', '1')]
     """
-    return [_line(name, run) for name, run in runs_of(runs).items() if len(run)]
+    return [_line(name, run) for name, run in open_runs(runs).items() if len(run)]
 
 
 def to_text(lines: Sequence[tuple[str, ...]]) -> str:
@@ -49,18 +50,19 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.1e}"
 
 
-def whole(value: float) -> str:
-    """A step."""
+def integer(value: float) -> str:
+    """A step with its thousands apart, or "-" if there is none."""
     return f"{value:,.0f}" if math.isfinite(value) else "-"
 
 
-def measured(value: float, error: float) -> str:
+def with_error(value: float, error: float) -> str:
     """A value with its standard error, if it has one."""
     return f"{number(value)} ± {error:.1g}" if error > 0 else number(value)
 
 
-def _line(name: str, run: Any) -> tuple[str, ...]:
+def _line(name: str, run: History) -> tuple[str, ...]:
+    """The cells of one run, under `HEADER`."""
     s = summary(run)
-    reach = measured(s.reach, s.reach_stderr)
-    stalls = (whole(s.stalled[factor]) for factor in FACTORS)
-    return (name, number(s.parameters), whole(s.last_step), number(s.loss), reach, whole(s.reach_step), *stalls)
+    reach = with_error(s.reach, s.reach_stderr)
+    stalls = (integer(s.stalled[factor]) for factor in FACTORS)
+    return (name, number(s.parameters), integer(s.last_step), number(s.loss), reach, integer(s.reach_step), *stalls)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lnp.cli import main
-from lnp.runs.curves import MOST_POINTS, curve, reach, runs_of, stalled, summary
-from lnp.runs.table import compare, measured, number, to_text
+from lnp.runs.curves import MOST_POINTS, curve, reach, stall_step, summary
+from lnp.runs.open_runs import open_runs
+from lnp.runs.table import compare, number, to_text, with_error
 from lnp.tracking.history import History
 
 
@@ -80,13 +81,13 @@ def test_reach_is_the_lowest_window_and_not_a_lucky_point():
 
 def test_a_factor_stalls_where_it_stops_changing():
     moving = np.exp(-np.arange(40) / 2.0)
-    assert math.isnan(stalled(history("chi_loss", moving), "chi_loss"))
+    assert math.isnan(stall_step(history("chi_loss", moving), "chi_loss"))
     settled = np.where(np.arange(40) < 10, moving, moving[10])
     # within 25% of the end from step 10 on; averaged over three points, one step later
-    assert stalled(history("chi_loss", settled), "chi_loss") in (9, 10, 11)
-    assert stalled(history("chi_loss", np.ones(40)), "chi_loss") == 1
-    assert math.isnan(stalled(history("chi_loss", -np.ones(9)), "chi_loss"))
-    assert math.isnan(stalled(history("loss", np.ones(9)), "chi_loss"))
+    assert stall_step(history("chi_loss", settled), "chi_loss") in (9, 10, 11)
+    assert stall_step(history("chi_loss", np.ones(40)), "chi_loss") == 1
+    assert math.isnan(stall_step(history("chi_loss", -np.ones(9)), "chi_loss"))
+    assert math.isnan(stall_step(history("loss", np.ones(9)), "chi_loss"))
 
 
 def test_summary():
@@ -102,8 +103,8 @@ def test_summary():
 def test_numbers_as_people_read_them():
     values = (0.0, 1.5, 1234.5, 2.93e-5, 1e9, -0.25, math.nan, math.inf)
     assert [number(v) for v in values] == ["0", "1.5", "1,234", "2.9e-05", "1.0e+09", "-0.25", "-", "-"]
-    assert measured(0.5, 0.01) == "0.5 ± 0.01"
-    assert measured(0.5, math.nan) == "0.5"
+    assert with_error(0.5, 0.01) == "0.5 ± 0.01"
+    assert with_error(0.5, math.nan) == "0.5"
 
 
 def write(folder, *names):
@@ -119,14 +120,14 @@ def write(folder, *names):
 def test_runs_are_named_after_their_files(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path, "w16.jsonl", "w2.jsonl", "a/run.jsonl", "b/run.jsonl")
-    assert list(runs_of(tmp_path)) == ["w2", "w16"]
-    assert list(runs_of([tmp_path / "a" / "run.jsonl", str(tmp_path / "b")])) == ["a/run", "b/run"]
-    assert list(runs_of({"x": History()})) == ["x"]
-    assert list(runs_of(History())) == ["run 0"]
+    assert list(open_runs(tmp_path)) == ["w2", "w16"]
+    assert list(open_runs([tmp_path / "a" / "run.jsonl", str(tmp_path / "b")])) == ["a/run", "b/run"]
+    assert list(open_runs({"x": History()})) == ["x"]
+    assert list(open_runs(History())) == ["run 0"]
     with pytest.raises(FileNotFoundError, match=r"no .jsonl file"):
-        runs_of(tmp_path / "empty")
+        open_runs(tmp_path / "empty")
     with pytest.raises(TypeError, match="A run is of type int"):
-        runs_of([3])
+        open_runs([3])
 
 
 def test_compare_prints_a_table(tmp_path, capsys):
