@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lnp import plot
 from lnp.demo.run import Ladder
-from lnp.demo.summary import averaged, is_frozen, reach
+from lnp.demo.summary import average_over_seeds, is_frozen, reach
 from lnp.plot import style
 from lnp.runs.curves import POSITION, size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PANELS = ("loss", "chi_net", POSITION)
 
@@ -18,27 +21,28 @@ def draw(ladder: Ladder, path: Path) -> None:
     """Write the figure as PNG: means over seeds with their standard errors."""
     figure = style.figure(9.5, 6.6)
     axes = figure.subplots(2, 2).ravel()
-    lines = _lines(ladder)
+    lines = _line_styles(ladder)
     for network, runs in ladder.items():
-        mean = averaged(runs, *PANELS)
+        mean = average_over_seeds(runs, *PANELS)
         for ax, column in zip(axes, PANELS, strict=False):
             plot.curve(mean, column, ax, label=network, legend=False, **lines[network])
-    _reach(axes[3], ladder, lines)
+    _draw_reach(axes[3], ladder, lines)
     axes[0].legend(title="hidden layer", frameon=False)
     for letter, ax in zip("abcd", axes, strict=True):
         ax.set_title(letter, loc="left", fontweight="bold")
     figure.savefig(path, dpi=160)
 
 
-def _lines(ladder: Ladder) -> dict[str, dict[str, Any]]:
-    """Darker is wider; frozen features are dashed, in another colour."""
+def _line_styles(ladder: Ladder) -> dict[str, dict[str, Any]]:
+    """{network: options of its line}: darker is wider; frozen features are dashed, in another colour."""
     free = {network: runs[0] for network, runs in ladder.items() if not is_frozen(runs)}
     colours = dict(zip(free, style.colours(free), strict=True))
     frozen = {"color": "tab:red", "linestyle": "--"}
     return {network: {"color": colours[network]} if network in free else frozen for network in ladder}
 
 
-def _reach(ax: Any, ladder: Ladder, lines: dict[str, dict[str, Any]]) -> None:
+def _draw_reach(ax: Axes, ladder: Ladder, lines: dict[str, dict[str, Any]]) -> None:
+    """Spectral reach against size, one point with its error for each network."""
     ax.set(xscale="log", yscale="log")
     for network, runs in ladder.items():
         lowest, parameters = reach(runs), size(runs[0])

@@ -1,4 +1,4 @@
-"""Trains the ladder, measures along the way, and writes what was seen."""
+"""Trains the ladder, measures along the way, and writes the measurements."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Settings:
     frozen:
         Width of the network whose hidden layer stays as it was drawn.
     steps, batch, learning_rate:
-        Of the gradient descent.
+        The gradient descent's steps, images in a step, and learning rate.
     measured:
         New images in each measurement.
     points:
@@ -73,8 +73,8 @@ class Settings:
         return list(filter(self.schedule, range(self.steps + 1)))
 
 
-def chosen(framework: str | None) -> str:
-    """The framework asked for, else the first one installed."""
+def choose_framework(framework: str | None) -> str:
+    """The framework asked for, else the first one installed; an ImportError where it is not installed, or none is."""
     if framework is not None:
         if importlib.util.find_spec(framework) is None:
             raise ImportError(
@@ -93,10 +93,10 @@ def run(settings: Settings, folder: Path, advance: Callable[[int], None] = lambd
     """Train and measure everything, with a tracker's file in `folder` for each run. `advance(1)` is called after each
     measurement.
     """
-    backend: Any = lnp.load(chosen(settings.framework))
+    backend: Any = lnp.load(choose_framework(settings.framework))
     trainers = importlib.import_module(f"{backend.__name__}.demo")
     images, labels = data.digits()
-    ladder: dict[str, list[History]] = {name(*run): [] for run in settings.runs}
+    ladder: dict[str, list[History]] = {network_name(*run): [] for run in settings.runs}
     for seed in range(settings.seeds):
         generator = np.random.default_rng(seed)
         drawn = data.draw(images, labels, settings.steps * settings.batch, generator)
@@ -105,14 +105,14 @@ def run(settings: Settings, folder: Path, advance: Callable[[int], None] = lambd
         for width, frozen in settings.runs:
             weights = data.network(width, np.random.default_rng((seed, width)))
             trainer = trainers.Trainer(weights, stream, settings.learning_rate, frozen)
-            network = name(width, frozen)
+            network = network_name(width, frozen)
             tags = dict(zip(TAGS, (network, width, frozen, seed), strict=True))
             path = folder / f"{network.replace(' ', '-')}-seed-{seed}.jsonl"
-            ladder[network].append(watched(trainer, settings, new, tags, path, advance))
+            ladder[network].append(train(trainer, settings, new, tags, path, advance))
     return ladder
 
 
-def watched(
+def train(
     trainer: Any,
     settings: Settings,
     new: Sequence[tuple],
@@ -141,8 +141,8 @@ def watched(
         return tracker.history
 
 
-def name(width: int, frozen: bool) -> str:
-    """Of a run, as tables and figures show it."""
+def network_name(width: int, frozen: bool) -> str:
+    """The name of a network, as tables and figures show it."""
     return f"{width} units" if not frozen else f"{width} frozen"
 
 

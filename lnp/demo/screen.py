@@ -6,14 +6,17 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lnp.demo import summary
 from lnp.demo.figure import draw
-from lnp.demo.run import Ladder, Settings, chosen, run, write_csv
+from lnp.demo.run import Ladder, Settings, choose_framework, run, write_csv
 from lnp.optional import import_optional
 from lnp.progress import bar
 from lnp.runs.curves import POSITION, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COLUMNS = (
     ("loss", "loss", 1.0),
@@ -32,7 +35,7 @@ def show(settings: Settings, out: Path) -> None:
     from rich.console import Console
 
     console = Console()
-    settings = replace(settings, framework=chosen(settings.framework))
+    settings = replace(settings, framework=choose_framework(settings.framework))
     console.print(
         f"Digits, shifted and noisy; one hidden layer; {settings.steps} steps of gradient descent on "
         f"{settings.batch} images each; {settings.seeds} seeds; {settings.framework}."
@@ -52,7 +55,8 @@ def show(settings: Settings, out: Path) -> None:
     console.print(f"Run by run: lnp compare {out / 'runs'}", highlight=False)
 
 
-def _table(ladder: Ladder, settings: Settings) -> Any:
+def _table(ladder: Ladder, settings: Settings) -> Table:
+    """A line for each network: its size, its last values and its reach, averaged over seeds."""
     from rich import box
     from rich.table import Table
 
@@ -64,7 +68,7 @@ def _table(ladder: Ladder, settings: Settings) -> Any:
     for heading in ("size", *(heading for heading, _, _ in COLUMNS), "reach"):
         table.add_column(heading, justify="right", no_wrap=True)
     for network, runs in ladder.items():
-        cells = [_cell(summary.final(runs, column), factor) for _, column, factor in COLUMNS]
+        cells = [_cell(summary.last_value(runs, column), factor) for _, column, factor in COLUMNS]
         cells.append(_cell(summary.reach(runs), 1e6))
         table.add_row(network.removesuffix(" units"), f"{size(runs[0]):.0f}", *cells)
     return table

@@ -21,7 +21,7 @@ class Value:
     stderr: float
 
 
-def averaged(runs: Sequence[History], *columns: str) -> History:
+def average_over_seeds(runs: Sequence[History], *columns: str) -> History:
     """The mean over seeds of each column, (points,), with its standard error as that of the measurement: a history to
     draw curves of.
     """
@@ -33,7 +33,7 @@ def averaged(runs: Sequence[History], *columns: str) -> History:
     return History(dict(zip(table, row, strict=True)) for row in rows)
 
 
-def final(runs: Sequence[History], column: str) -> Value:
+def last_value(runs: Sequence[History], column: str) -> Value:
     """A column at the last step."""
     return _value([curves.curve(run, column).mean[-1] for run in runs])
 
@@ -54,10 +54,10 @@ def reach(runs: Sequence[History]) -> Value:
 
 
 def findings(ladder: Ladder) -> list[str]:
-    """What was found about the paper's three claims, in words, either way."""
+    """A sentence on each of the paper's three claims, whether the runs show it or not."""
     free = {network: runs for network, runs in ladder.items() if not is_frozen(runs)}
     frozen = [runs for runs in ladder.values() if is_frozen(runs)]
-    return [_falls(free), _ladder(free), *(_stall(runs, free) for runs in frozen)]
+    return [_position_falls(free), _reach_grows(free), *(_frozen_stalls(runs, free) for runs in frozen)]
 
 
 def is_frozen(runs: Sequence[History]) -> bool:
@@ -65,8 +65,11 @@ def is_frozen(runs: Sequence[History]) -> bool:
     return bool(runs[0]["frozen"][0])
 
 
-def _falls(free: Ladder) -> str:
-    falls = {n: reach(runs).mean / averaged(runs, curves.POSITION)[curves.POSITION][0] for n, runs in free.items()}
+def _position_falls(free: Ladder) -> str:
+    """Whether learning moves into the tail: the reach is less than half of the position at the start, in every run."""
+    falls = {
+        n: reach(runs).mean / average_over_seeds(runs, curves.POSITION)[curves.POSITION][0] for n, runs in free.items()
+    }
     verdict = (
         "Learning moves into the tail"
         if all(f < 0.5 for f in falls.values())
@@ -79,7 +82,8 @@ def _falls(free: Ladder) -> str:
     )
 
 
-def _ladder(free: Ladder) -> str:
+def _reach_grows(free: Ladder) -> str:
+    """Whether larger networks reach further: beyond two standard errors at every step of the ladder."""
     reaches = {n: reach(runs) for n, runs in free.items()}
     steps = [(a.mean - b.mean, np.hypot(a.stderr, b.stderr)) for a, b in pairwise(reaches.values())]
     shown = ", ".join(f"{r.mean:.2g} ± {r.stderr:.1g} ({n})" for n, r in reaches.items())
@@ -93,16 +97,18 @@ def _ladder(free: Ladder) -> str:
     return f"{verdict}: {shown}."
 
 
-def _stall(runs: Sequence[History], free: Ladder) -> str:
+def _frozen_stalls(runs: Sequence[History], free: Ladder) -> str:
+    """Whether a network with frozen features stalls above the one of the same width with trained features."""
     width = runs[0]["width"][0]
     twin = next((own for own in free.values() if own[0]["width"][0] == width), None)
     if twin is None:
         return f"No network of {width} units with trained features to compare the frozen ones with."
-    here, there = reach(runs), reach(twin)
-    stalls = here.mean - there.mean > 2 * np.hypot(here.stderr, there.stderr)
+    own, other = reach(runs), reach(twin)
+    losses = [last_value(network, "loss").mean for network in (runs, twin)]
+    stalls = own.mean - other.mean > 2 * np.hypot(own.stderr, other.stderr)
     return (
-        f"{'Frozen features stall' if stalls else 'Frozen features do not stall in this run'}: reach {here.mean:.2g} "
-        f"against {there.mean:.2g}, loss {final(runs, 'loss').mean:.3g} against {final(twin, 'loss').mean:.3g}; "
+        f"{'Frozen features stall' if stalls else 'Frozen features do not stall in this run'}: reach {own.mean:.2g} "
+        f"against {other.mean:.2g}, loss {losses[0]:.3g} against {losses[1]:.3g}; "
         f"chi_net grows by {growth(runs, 'chi_net').mean:.2f} against {growth(twin, 'chi_net').mean:.2f}."
     )
 

@@ -14,7 +14,7 @@ import lnp
 import lnp_numpy
 from lnp.cli import main
 from lnp.demo import Settings, data, summary
-from lnp.demo.run import name, watched, write_csv
+from lnp.demo.run import network_name, train, write_csv
 from lnp.runs import curves
 
 
@@ -22,13 +22,19 @@ def ladder(positions: dict[tuple[int, bool], list[float]], spread: float = 0.01,
     found: dict[str, list[lnp.History]] = {}
     for (width, frozen), values in positions.items():
         for seed in range(seeds):
-            run = {"network": name(width, frozen), "width": width, "frozen": frozen, "seed": seed, "parameters": width}
+            run = {
+                "network": network_name(width, frozen),
+                "width": width,
+                "frozen": frozen,
+                "seed": seed,
+                "parameters": width,
+            }
             rows = [
                 {"step": step, "population/chi_pos": value * (1 + spread * (seed - 1)), "loss": 1.0}
                 | {"chi_net": 1.0 + step * (not frozen), **run}
                 for step, value in enumerate(values)
             ]
-            found.setdefault(name(width, frozen), []).append(lnp.History(rows))
+            found.setdefault(network_name(width, frozen), []).append(lnp.History(rows))
     return found
 
 
@@ -64,13 +70,13 @@ def test_reach_is_the_lowest_window_and_not_a_lucky_point():
 
 def test_standard_errors_are_over_seeds():
     runs = ladder({(4, False): FALLING}, spread=0.1)["4 units"]
-    assert summary.final(runs, "population/chi_pos").stderr == pytest.approx(0.01 * 0.1 / np.sqrt(3))
+    assert summary.last_value(runs, "population/chi_pos").stderr == pytest.approx(0.01 * 0.1 / np.sqrt(3))
     assert np.isnan(summary.reach(runs[:1]).stderr)
 
 
 def test_curves_are_means_over_seeds_with_their_errors():
     runs = ladder({(4, False): FALLING}, spread=0.1)["4 units"]
-    line = curves.curve(summary.averaged(runs, "loss", "population/chi_pos"), "population/chi_pos")
+    line = curves.curve(summary.average_over_seeds(runs, "loss", "population/chi_pos"), "population/chi_pos")
     assert line.step.tolist() == list(range(6))
     assert line.mean == pytest.approx(np.array(FALLING))
     assert line.stderr == pytest.approx(0.1 * np.array(FALLING) / np.sqrt(3))
@@ -108,7 +114,7 @@ def test_a_tracker_measures_each_time_on_new_images(tmp_path):
     tags = {"network": "3 units", "width": 3, "frozen": False, "seed": 0}
     path = tmp_path / "runs" / "run.jsonl"
     for _ in range(2):  # the second time in the place of the first
-        history = watched(trainer, settings, new, tags, path, advanced.append)
+        history = train(trainer, settings, new, tags, path, advanced.append)
     assert trainer.taken == [*range(10)] * 2
     assert history["step"].tolist() == settings.measurements == [0, 1, 2, 5, 10]
     expected = [lnp.decompose(trainer.model, batch, population=True) for batch in new]
@@ -145,7 +151,7 @@ def test_runs_are_written_for_the_other_commands(tmp_path, capsys):
     settings = Settings(steps=10, points=4)
     for seed in range(2):
         tags = {"network": "4 units", "width": 4, "frozen": False, "seed": seed}
-        watched(Trainer(), settings, new_images(5), tags, tmp_path / f"4-units-seed-{seed}.jsonl")
+        train(Trainer(), settings, new_images(5), tags, tmp_path / f"4-units-seed-{seed}.jsonl")
     assert main(["compare", str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:3]]
     assert [line[:3] for line in lines] == [["4-units-seed-0", "12", "10"], ["4-units-seed-1", "12", "10"]]
