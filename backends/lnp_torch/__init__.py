@@ -7,8 +7,8 @@ except ImportError as error:
 
 from lnp_torch.backend import accepts, evaluate, linearize
 from lnp_torch.collectives import alone
-from lnp_torch.state_guard import untouched
 from lnp_torch.refusals import refusal
+from lnp_torch.state_guard import untouched
 from lnp_torch.training_step import shared
 from lnp_torch.updates import difference, replayed, snapshot
 

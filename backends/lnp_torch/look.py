@@ -20,8 +20,9 @@ from lnp.per_sample import self_check
 from lnp.per_sample.self_check import NOT_FINITE, SMALLER, Verdict, failing, found_interacting
 from lnp_torch import fallback
 from lnp_torch.outputs import widened
-from lnp_torch.self_check import FATAL, UNCLEAR, Key, in_float64
-from lnp_torch.taps.backward_pass import Plan, Samples, in_groups
+from lnp_torch.plans import Key, Plan
+from lnp_torch.self_check import FATAL, UNCLEAR, in_float64
+from lnp_torch.taps.backward_pass import Samples, in_groups
 from lnp_torch.taps.reader import Pullback, Reading
 
 SAMPLES = np.random.default_rng(0)

@@ -191,34 +191,32 @@ def found_mean(loss: Callable, run: Loss, outputs: Outputs, targets: Any) -> boo
 
     `loss` is the user's, by which the answer is remembered; `run` computes it and leaves no trace.
     """
-    kept = [[leaf for leaf in leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in (outputs.tree, targets)]
-    described = tuple(
-        tuple(_described(leaf, measured) for leaf in some) for some, measured in zip(kept, (True, False), strict=True)
-    )
+    given, wanted = _described(outputs.tree, of_outputs=True), _described(targets, of_outputs=False)
     answers = _answers(loss)
-    if described not in answers:
+    if (given, wanted) not in answers:
 
-        def gradient(made: list[np.ndarray], wanted: list[np.ndarray]) -> torch.Tensor:
+        def gradient(made: list[np.ndarray], labels: list[np.ndarray]) -> torch.Tensor:
             """(M, K) loss gradient at stand-ins for the outputs and targets."""
-            tree = Outputs(_filled(outputs.tree, made))
-            parts = [part.to(wide([part])).requires_grad_() for part in tree.parts]
+            stand_in = Outputs(_filled(outputs.tree, made))
+            parts = [part.to(wide([part])).requires_grad_() for part in stand_in.parts]
             with torch.enable_grad():
-                value = run(tree.with_parts(parts), _filled(targets, wanted))
+                value = run(stand_in.with_parts(parts), _filled(targets, labels))
             grads = torch.autograd.grad(value.sum(), parts, allow_unused=True, materialize_grads=True)
             return flatten(list(grads))
 
-        answers[described] = mean_test.found_mean(xp, gradient, *described, fatal=(torch.OutOfMemoryError,))
-    return answers[described]
+        answers[given, wanted] = mean_test.found_mean(xp, gradient, given, wanted, (torch.OutOfMemoryError,))
+    return answers[given, wanted]
 
 
-def _described(leaf: torch.Tensor, is_output: bool) -> Leaf:
-    """A tensor's shape and dtype as the core's trial draws stand-ins for it."""
-    name = str(leaf.dtype).removeprefix("torch.")
-    try:
-        np.dtype(name)
-    except TypeError:  # bfloat16 and float8, which NumPy does not have
-        name = "float32"
-    return Leaf(tuple(leaf.shape), name, is_output and continuous(leaf))
+def _described(tree: Any, of_outputs: bool) -> tuple[Leaf, ...]:
+    """Shapes and dtypes of the tensors, as the core's trial draws stand-ins for them."""
+    found = []
+    for leaf in leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            name = str(leaf.dtype).removeprefix("torch.")
+            drawn = name if hasattr(np, name) else "float32"  # bfloat16 and float8, which NumPy does not have
+            found.append(Leaf(tuple(leaf.shape), drawn, of_outputs and continuous(leaf)))
+    return tuple(found)
 
 
 def _filled(tree: Any, arrays: list[np.ndarray]) -> Any:

@@ -13,9 +13,10 @@ from torch import nn
 from lnp.contract.trees import children, map_leaves
 from lnp.contract.validation import select
 from lnp_torch.clones import cast
+from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import continuous, like, real
 from lnp_torch.refusals import refuse
-from lnp_torch.replica import Replica, unwrapped
+from lnp_torch.replica import Replica
 from lnp_torch.writes import Guard
 
 Parameters = dict[str, torch.Tensor]

@@ -19,14 +19,16 @@ from lnp.contract.trees import map_leaves
 from lnp_torch import fallback, forward_mode
 from lnp_torch.float16 import at_scale_one
 from lnp_torch.huggingface import split_batch
+from lnp_torch.linear_backward import Joint, custom_backward, refuse_bent
 from lnp_torch.look import Look
 from lnp_torch.loss_gradient import LossAt, loss_at
 from lnp_torch.model import Program
 from lnp_torch.outputs import dot, flatten, widened
+from lnp_torch.plans import Plan, key_of
 from lnp_torch.replay import Passes, first_pass
-from lnp_torch.self_check import Joint, custom_backward, key_of, plan_for, refuse_bent
+from lnp_torch.self_check import plan_for
 from lnp_torch.state_guard import undisturbed
-from lnp_torch.taps.backward_pass import Plan, Samples, Tapped, in_groups, tapped_groups
+from lnp_torch.taps.backward_pass import Samples, Tapped, in_groups
 from lnp_torch.taps.function_mode import Taps
 from lnp_torch.taps.reader import Reading
 

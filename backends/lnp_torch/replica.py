@@ -24,15 +24,10 @@ import torch
 from torch import nn
 
 from lnp.state.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, empty_like, global_names, is_user_module, places
-from lnp.state.preserve import PLAIN, SavedState, is_searched_type
+from lnp.state.preserve import PLAIN, SavedState
 from lnp_torch.clones import Clones
+from lnp_torch.model_parts import HOSTS, may_differ, part_of_a_model, unwrapped
 
-HOSTS = frozenset(
-    {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "deepspeed", "datasets"}
-)
-"""Packages whose objects are no part of a model, unless they are modules."""
-OF_TORCH = ("torch.nn.", "torch.utils.hooks", "torch.utils.weak")
-"""Modules of PyTorch whose objects may be part of a model."""
 FIXED = (type, types.ModuleType, torch.dtype, torch.device, torch.Size, enum.Enum)
 GENERATOR = Part(
     lambda x: [x.get_state()], lambda x, values: x.set_state(values[0]), lambda a, b: a[0].equal(b[0]), refers=False
@@ -76,8 +71,7 @@ class Replica:
         self._standing, self.clones = frozenset(standing), Clones(written)
         self.roots = tuple(self.of(root) for root in roots)
         self._held += [(PARTS[dict], made, PARTS[dict].take(made)) for made in self._globals.values()]
-        changing = lambda part, content: part.refers and any(map(self._changes, content))
-        self._changing = [(part, made, content) for part, made, content in self._held if changing(part, content)]
+        self._changing = [held for held in self._held if held[0].refers and any(map(self._changes, held[2]))]
         found = {id(content) for _, _, content in self._changing}
         self._constant = [held for held in self._held if id(held[2]) not in found]
         self._shared = SavedState(self._restored, HOSTS)
@@ -172,6 +166,7 @@ class Replica:
             self._held.append((part, made, content))
 
     def _module(self, x: nn.Module) -> Any:
+        """The copy of a module; a wrapper that would hook into the backward pass is left out."""
         inner = unwrapped(x)
         if inner is not x:
             return self._keep(x, self.of(inner))
@@ -192,6 +187,7 @@ class Replica:
         return self.clones.constant(x) if isinstance(x, torch.Tensor) and id(x) not in self._standing else self.of(x)
 
     def _method(self, x: types.MethodType) -> Any:
+        """A method, bound to the copy of its object."""
         owner = self.of(x.__self__)
         of_class = getattr(type(x.__self__), x.__func__.__name__, None) is x.__func__
         function = x.__func__ if of_class else self.of(x.__func__)
@@ -203,11 +199,12 @@ class Replica:
         return self._keep(x, made)
 
     def _function(self, x: types.FunctionType) -> Any:
+        """A function that refers to copies, by its closure, its defaults and the globals of the user's own code."""
         written = getattr(x, "_torchdynamo_orig_callable", None)
         if written is not None:  # compiled: it runs as it was written
             return self._keep(x, self.of(written))
         cells, own = x.__closure__ or (), is_user_module(x.__module__)
-        if not own and not any(map(_may_differ, [content for cell in cells for content in CELL.take(cell)])):
+        if not own and not any(map(may_differ, [content for cell in cells for content in CELL.take(cell)])):
             return x
         known = self._globals.setdefault(id(x.__globals__), dict(x.__globals__)) if own else x.__globals__
         fresh = [cell for cell in cells if id(cell) not in self._memo]
@@ -241,6 +238,7 @@ class Replica:
         return self._keep(x, getattr(made, x.__name__))
 
     def _proxy(self, x: Any) -> Any:
+        """A weak proxy of the copy."""
         try:
             target = x.__repr__.__self__  # of the object itself: there is no other way to it
         except ReferenceError:  # there is none any more
@@ -300,35 +298,11 @@ def _maker(kind: type) -> Callable[[Replica, Any], Any] | None:
     make = next((make for base, make in MAKERS.items() if issubclass(kind, base)), None)
     if make is None and hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
         return Replica._iterator
-    return make or (Replica._object if _part_of_a_model(kind) else None)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside data-parallel and compiled wrappers, which would hook into the backward pass."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def _part_of_a_model(kind: type) -> bool:
-    if hasattr(kind, "__del__"):  # something that is opened and closed
-        return False
-    return is_searched_type(kind, HOSTS) or kind.__module__.startswith(OF_TORCH)
-
-
-def _may_differ(content: Any) -> bool:
-    """Whether what a closure of a library holds may have a copy."""
-    links = (nn.Module, torch.Tensor, types.MethodType, functools.partial)
-    return isinstance(content, links) or (
-        isinstance(content, types.FunctionType) and (content.__module__ or "").partition(".")[0] != "torch"
-    )
+    return make or (Replica._object if part_of_a_model(kind) else None)
 
 
 def _copied_iterator(x: Any) -> Any:
+    """An iterator at the same place; ValueError for a generator of Python, which nobody can copy."""
     try:
         return copy.copy(x)
     except TypeError as error:

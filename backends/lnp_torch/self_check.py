@@ -5,9 +5,7 @@ Once per model, sequence of operations and shapes. What happens first at a later
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,24 +13,20 @@ import torch
 from array_api_compat import torch as xp
 
 from lnp.contract.linearization import coupling_tolerance
-from lnp.contract.trees import leaves
 from lnp.per_sample import self_check
 from lnp.per_sample.self_check import Alone, Differences, Pulled, Verdict
 from lnp_torch import fallback
 from lnp_torch.fallback import Way
-from lnp_torch.loss_gradient import Output
 from lnp_torch.outputs import flatten
+from lnp_torch.plans import Key, Plan
 from lnp_torch.replay import Passes
-from lnp_torch.taps.backward_pass import Plan, Samples, in_groups
-from lnp_torch.taps.function_mode import Tap, Taps
+from lnp_torch.taps.backward_pass import Samples, in_groups
 from lnp_torch.taps.reader import LAYOUTS, Layouts, Reading
 
 FATAL = (torch.OutOfMemoryError,)
 """What is not the network's answer to a part of its batch."""
 UNCLEAR = 0.05
 """Relative difference up to which rounding may be all there is: it is looked at again in float64."""
-REMEMBERED = 64
-"""Plans that are kept for each model."""
 
 
 @dataclass
@@ -106,69 +100,6 @@ class Operations:
             apart = self_check.square_norms_apart(xp, chosen, alone.square_norms, index)
             found |= {name: layout for name, value in apart.items() if float(value) <= 2 * tolerance}
         return found
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a plan is remembered for.
-
-    Attributes
-    ----------
-    owner:
-        The user's module or function.
-    shapes:
-        What decides which function it computes, or how: shapes and dtypes, modes, options.
-    program:
-        The sequence of operations.
-    repeats:
-        Whether the same program reads the samples in the same way at the next measurement.
-    """
-
-    owner: Any
-    shapes: tuple
-    program: tuple
-    repeats: bool
-
-    def recall(self) -> Plan | None:
-        """The plan that is remembered; samples that were found to interact do so in all programs of these shapes."""
-        plans = _plans(self.owner)
-        found = plans.get(self.shapes)
-        return found if found is not None else plans.get((self.shapes, self.program))
-
-    def remember(self, plan: Plan, found_later: bool = False) -> None:
-        """Keep a plan as long as the owner lives, those that are used last."""
-        plans = _plans(self.owner)
-        if self.repeats or found_later:
-            plans[self.shapes if found_later else (self.shapes, self.program)] = plan
-        while len(plans) > REMEMBERED:
-            plans.popitem(last=False)
-
-
-def key_of(passes: Passes, outputs: torch.Tensor, first: tuple[list[torch.Tensor], Taps] | None, options: tuple) -> Key:
-    """What a plan is remembered for; `first` are the outputs, and taps on the way to them, of the first pass."""
-    program, device = passes.program, passes.program.device.type
-    described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), _setting(leaf))
-        for leaf in leaves(passes.inputs)
-    )
-    shapes = (
-        *options,
-        tuple(outputs.shape),
-        described,
-        tuple((name, p.dtype) for name, p in program.parameters.items()),
-        tuple(module.training for module in program.modules),
-        passes.statistics,
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-    )
-    if first is None:
-        return Key(program.owner, shapes, (), True)
-    parts, taps = first
-    return Key(program.owner, shapes, (taps.program, taps.recorded(parts)), not taps.rerouting)
-
-
-def _setting(value: Any) -> Any:
-    """An input that is no tensor, if it is a word, a switch or an integer: they mostly choose between functions."""
-    return value if isinstance(value, bool | str | int | None) else None
 
 
 def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: float, custom_backward: bool) -> Plan:
@@ -288,49 +219,3 @@ def run_anew(passes: Passes, microbatch: int | None) -> Samples:
         groups = replace(groups, visit=lambda: kept)
     outputs = torch.cat([flatten([part.detach() for part in group.parts]) for group in groups.visit()])
     return replace(groups, outputs=outputs)
-
-
-@dataclass(frozen=True)
-class Joint:
-    """A batch whose samples are not compared: for the linearity of its backward pass alone."""
-
-    outputs: torch.Tensor
-    gradients: Callable[[torch.Tensor], dict[str, torch.Tensor]]
-    xp: Any = xp
-    custom_backward: bool = True
-
-    def pull(self, v: torch.Tensor) -> Pulled:
-        """One backward pass of the batch."""
-        return Pulled(self.gradients(v), {})
-
-
-def refuse_bent(joint: Joint, tolerance: float) -> None:
-    """Raise ValueError for a backward pass that is not linear, of a network whose samples are not taken apart."""
-    if float(self_check.bend_of_batch(joint)) > tolerance:
-        raise ValueError(self_check.BENT)
-
-
-def custom_backward(parts: list[torch.Tensor]) -> bool:
-    """Whether a backward pass that somebody wrote by hand leads to the outputs: in Python, in C++, or as a hook."""
-    stack, visited = [part.grad_fn for part in parts], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        written: Any = getattr(type(node), "_forward_cls", None)
-        if (written is not None and written not in (Tap, Output)) or "CppNode" in node.name():
-            return True
-        stack.extend(following for following, _ in node.next_functions)
-    return False
-
-
-def _plans(owner: Any) -> OrderedDict[tuple, Plan]:
-    """Those of a module or function, as long as it lives; none of what cannot be referred to weakly."""
-    try:
-        return _PLANS.setdefault(owner, OrderedDict())
-    except TypeError:
-        return OrderedDict()
-
-
-_PLANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -59,18 +59,27 @@ def no_gradients(parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
     for p, _ in kept:
         p.grad = None
     try:
-        yield
-        written = [name for name, p in parameters.items() if p.grad is not None]
-        if written:
-            raise RuntimeError(
-                f"A backward pass inside the model wrote to the gradients of {', '.join(written[:4])}: a function with "
-                "a backward of its own calls .backward() there, and what goes that way is not seen by its caller. "
-                "Expected a backward that returns its gradients. Give it the parameters as arguments, and use "
-                "torch.autograd.grad in it."
-            )
+        try:
+            yield
+        except Exception as error:  # what else went wrong may come from this
+            _refuse_written(parameters, error)
+            raise
+        _refuse_written(parameters, None)
     finally:
         for p, grad in kept:
             p.grad = grad
+
+
+def _refuse_written(parameters: Mapping[str, torch.Tensor], error: Exception | None) -> None:
+    """Raise RuntimeError if something has been added to the parameters' gradients."""
+    written = [name for name, p in parameters.items() if p.grad is not None]
+    if written:
+        raise RuntimeError(
+            f"A backward pass inside the model wrote to the gradients of {', '.join(written[:4])}: a function with "
+            "a backward of its own calls .backward() there, and what goes that way is not seen by its caller. "
+            "Expected a backward that returns its gradients. Give it the parameters as arguments, and use "
+            "torch.autograd.grad in it."
+        ) from error
 
 
 def generator_state(device: torch.device) -> torch.Tensor:

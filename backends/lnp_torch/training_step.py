@@ -24,10 +24,11 @@ from lnp_torch.huggingface import own_loss_terms
 from lnp_torch.look import CannotRun
 from lnp_torch.loss_gradient import LossAt, loss_gradient, repeated
 from lnp_torch.model import program
+from lnp_torch.model_parts import HOSTS, unwrapped
 from lnp_torch.outputs import Outputs, flatten, read
 from lnp_torch.record import Operators, assembled, graph_gradients, taken_apart
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
-from lnp_torch.replica import HOSTS, Replica, unwrapped
+from lnp_torch.replica import Replica
 from lnp_torch.state_guard import RandomState, finished, no_gradients, undisturbed
 from lnp_torch.taps.backward_pass import Samples, Tapped
 from lnp_torch.taps.reader import Reading

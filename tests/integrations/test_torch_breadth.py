@@ -358,20 +358,19 @@ def test_products_of_single_samples_with_the_gradient(name, dtype):
     reference = with_batch_statistics(model, lambda m: called(m, x))
     out = called(reference, x)
     record = lnp.load("torch").linearize(model, (x, torch.randn_like(out)), lnp.Options(population=True))
-    square_norms = record.gradient_square_norms()
+    yielded = record.gradient_pass(True, jackknife_size(len(out)), False)
     named = {name: p for name, p in reference.named_parameters() if p.requires_grad}
     whole, parameters = record.loss_gradient.reshape(out.shape), list(named.values())
     u = torch.autograd.grad(out, parameters, whole, retain_graph=True, allow_unused=True, materialize_grads=True)
     u = [part.to_dense() if part.is_sparse else part for part in u]
     expected = {name: part.abs().square().sum().item() for name, part in zip(named, u, strict=True)}
-    measured = {name: norm.item() for name, norm in square_norms.items()}
+    measured = {name: norm.item() for name, norm in yielded.square_norms.items()}
     assert measured == pytest.approx(expected, rel=1e-10, abs=1e-10 * max(expected.values()))
-    subset = record.subset(jackknife_size(len(out)))
-    assert (subset.along is not None) is record.cheap is (name not in GENERAL), record.notes
-    if subset.along is None:
+    assert (yielded.products is not None) is record.cheap is (name not in GENERAL), record.notes
+    if yielded.products is None:
         return
-    found = subset.along(None)
-    for sample in subset.index.tolist():
+    found = yielded.products
+    for sample in yielded.index.tolist():
         masked = torch.zeros_like(record.outputs)
         masked[sample] = record.loss_gradient[sample]
         grads = torch.autograd.grad(

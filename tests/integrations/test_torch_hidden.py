@@ -168,13 +168,12 @@ def test_the_same_operations_with_another_setting(kind):
 
 
 def test_an_order_that_is_drawn_anew():
-    """Of two samples, half of the draws move none: whether they can be taken apart is not left to chance."""
+    """Of two samples, half of the draws move none: the numbers are right whatever was drawn first."""
     model = Runs(lambda m, x: m.a(x) + m.b(x)[torch.randperm(len(x))], a=linear(), b=linear())
-    x, y, seen = drawn(2), drawn(2), set()
+    x, y = drawn(2), drawn(2)
     for seed in range(8):
         torch.manual_seed(seed)
-        seen.add(exact(model, x, y).probes)
-    assert seen == {8}
+        exact(model, x, y)
 
 
 def dispatched(m, x):
@@ -197,6 +196,7 @@ def test_rows_that_are_routed_otherwise():
         x[..., 0] = x[..., 0].abs() * signs
         exact(model, x, y)
         record = lnp.load("torch").linearize(model, (x, y), lnp.Options())
+        assert "on their own" in record.notes[0]
         v, out = record.signs(0), model(x)
         found = sum(record.sample_square_norms(v).values())
         for sample in range(4):
@@ -251,9 +251,10 @@ def test_error_bars_of_a_square_parameter_in_transposed_memory(outputs):
     """The products of single samples with the gradient, of which the population's standard errors are made."""
     model, x, y = nn.Sequential(linear(), nn.Tanh(), linear(outputs)), drawn(), torch.randn(6, outputs, dtype=F64)
     model[0].weight = nn.Parameter(torch.randn(4, 4, dtype=F64).T)
-    lin = lnp.load("torch").linearize(model, (x, y), lnp.Options(population=True))
-    lin.gradient_square_norms()
-    gradient, out, found = lin.vjp(lin.loss_gradient), model(x), lin.subset(6).along(None)
+    lin = lnp.load("torch").linearize(model, (x, y), lnp.Options())
+    yielded = lin.gradient_pass(True, 6, True)
+    gradient, out, found = yielded.vector.values(), model(x), yielded.products
+    assert yielded.index.tolist() == list(range(6))
     for sample in range(6):
         g = torch.zeros_like(out)
         g[sample] = lin.loss_gradient[sample]
@@ -401,19 +402,17 @@ def test_parameters_without_values():
 
 
 def test_what_no_comparison_could_show_shows_later():
-    """A gate that noise does not open is closed at first. Once open, it is seen when the comparison is made again."""
+    """A gate that noise does not open is closed at first. Once open, it is seen at the next measurement."""
     gated = lambda m, x: m.a(x) + F.relu(m.gate - 1) * m.a(x).mean(0)
     model = Runs(gated, a=linear(), gate=nn.Parameter(torch.zeros((), dtype=F64)))
     x, y = drawn(), drawn()
     assert exact(model, x, y).probes == 4
     with torch.no_grad():
         model.gate.fill_(2.0)
-    for _ in range(14):
-        lnp.decompose(model, (x, y))
-    d = exact(model, x, y)
-    assert d.probes == 24
-    assert any("interact" in note for note in d.notes)
-    assert exact(model, x, y).probes == 24
+    for _ in range(2):
+        d = exact(model, x, y)
+        assert d.probes == 24
+        assert any("interact" in note for note in d.notes)
 
 
 def test_what_is_not_finite_shows_nothing():

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from lnp.per_sample.self_check import Verdict
 from lnp_torch import fallback
-from lnp_torch.fallback import Way, dense
+from lnp_torch.fallback import dense
 from lnp_torch.float16 import scale_to_one
 from lnp_torch.outputs import flatten, split, widened
+from lnp_torch.plans import Plan
 from lnp_torch.replay import Passes
 from lnp_torch.taps.function_mode import Taps
-from lnp_torch.taps.reader import Layouts, Pullback, Reading
+from lnp_torch.taps.reader import Pullback, Reading
 
 
 @dataclass(frozen=True)
@@ -34,37 +34,6 @@ class Tapped:
     rows: slice
     parts: list[torch.Tensor]
     taps: Taps
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the samples of a model are taken apart, as the self-check has found.
-
-    Attributes
-    ----------
-    verdict:
-        Which parameters take the general way.
-    layouts:
-        Where the operations of others have their samples.
-    way:
-        How single samples are run.
-    custom_backward:
-        Whether the network has a backward pass that somebody wrote by hand.
-    """
-
-    verdict: Verdict = field(default_factory=Verdict)
-    layouts: Layouts = field(default_factory=dict)
-    way: Way = fallback.VECTORIZED
-    custom_backward: bool = False
-
-    @property
-    def general(self) -> dict[str, str]:
-        """{parameter that takes the general way: why}."""
-        return dict(self.verdict.general)
-
-    def reading(self, gradient_norms: bool = False, index: torch.Tensor | None = None) -> Reading:
-        """How taps are read accordingly."""
-        return Reading(frozenset(self.general), self.layouts, gradient_norms, index)
 
 
 Watcher = Callable[[slice, torch.Tensor], None]

@@ -152,7 +152,7 @@ class Taps(TorchFunctionMode):
         order = -1 if turned else 1
         start = tensor.storage_offset() - whole.storage_offset()
         frame: Frame = (start, tuple(tensor.shape)[::order], tuple(strides)[::order])
-        return Site(name, use, frame, use.transposed != turned)
+        return Site(name, use, frame, use.transposed != turned, self.rerouting)
 
     def recorded(self, outputs: list[Tensor]) -> int:
         """Operations of autograd between the first tap and the outputs: some come from functions that no mode sees."""

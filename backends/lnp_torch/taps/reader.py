@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from array_api_compat import torch as xp
@@ -36,12 +36,15 @@ class Site:
         Which numbers of the parameter are used, in which order: uses of the same frame can be added.
     flipped:
         Whether left runs over the frame's columns.
+    rerouted:
+        Whether rows have moved before as chance or values decide.
     """
 
     name: str
     use: Use
     frame: Frame
     flipped: bool
+    rerouted: bool = False
 
 
 LayoutName = Literal["second axis", "looked up once"]
@@ -172,7 +175,7 @@ class Reader:
 
     def _read(self, site: Site, d: Tensor) -> None:
         """Form the factors of one use, and square the uses of its frame once all of them are there."""
-        layout = Layout(self._samples, self._layouts.get(site.name) == "second axis")
+        layout = Layout(self._samples, self._layouts.get(site.name) == "second axis", site.rerouted)
         try:
             factors = Factors(site.use.kind, _comparable(site.use.factors(d, layout)))
         except Unread:
@@ -252,7 +255,8 @@ def _readable(sites: list[Site]) -> bool:
 def _disjoint(frames: list[Hashable]) -> bool:
     """Whether the frames fill intervals of the parameter's memory that do not overlap."""
     intervals = []
-    for start, shape, strides in frames:  # type: ignore[misc]
+    for frame in frames:
+        start, shape, strides = cast(Frame, frame)
         extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         intervals.append((start, start + extent))
     intervals.sort()

@@ -1,20 +1,16 @@
 """Operations whose per-sample gradients follow from their input and the cotangent of their output.
 
 Operations are recognised, not layers: `F.linear` in whatever module it is called, a product with a parameter, a
-normalisation's scale. A site says, for each parameter it uses, how to form
-
-    outer      sum_s left[n, s] right[n, s]^T      weights of linear maps
-    rows       sum_s e_index[n, s] values[n, s]^T  embeddings
-    dense      the gradient itself (N, ...)        biases and scales, which are small
-    window     a convolution's weight
-
-from the cotangent d of the output. What is not here is left to the general way.
+normalisation's scale. A rule says, for each parameter that its operation uses, how to form the gradients of single
+samples from the cotangent d of the output, in one of the forms of `lnp.per_sample.uses`. What is not here is left to
+the general way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lnp.per_sample.norms import Window
+from lnp.per_sample.uses import Kind
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,9 @@ class Use:
     tensor:
         The parameter, or the view of it, that the operation received.
     kind:
-        "outer", "rows", "dense" or "convolution".
+        In which form its gradients are.
     factors:
-        (cotangent of the output, layout) -> what `lnp.per_sample.norms` takes for that kind.
+        (cotangent of the output, layout) -> the arrays of `lnp.per_sample.uses.Factors` of that kind.
     transposed:
         Of an "outer" use: whether left runs over the tensor's columns.
     index:
@@ -43,7 +40,7 @@ class Use:
     """
 
     tensor: Tensor
-    kind: str
+    kind: Kind
     factors: Callable[[Tensor, Layout], tuple]
     transposed: bool = False
     index: Tensor | None = None
@@ -79,10 +76,21 @@ class Unread(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the samples are in the arrays of a site: (N, S, ...) and (N * S, ...), or (S, N, ...) and (S * N, ...)."""
+    """Where the samples are in the arrays of a site: (N, S, ...) and (N * S, ...), or (S, N, ...) and (S * N, ...).
+
+    Attributes
+    ----------
+    samples:
+        N.
+    time_major:
+        Whether they are on the second axis.
+    rerouted:
+        Whether rows may have moved before: whose row it is cannot be told by its number, if all are in one axis.
+    """
 
     samples: int
     time_major: bool = False
+    rerouted: bool = False
 
     def first(self, array: Tensor, inner: int) -> Tensor:
         """The array as (N, ..., inner axes).
@@ -96,7 +104,7 @@ class Layout:
         if outer == 1 and array.shape[0] % samples == 0 and (self.time_major or array.shape[0] != samples):
             array = array.unflatten(0, (-1, samples) if self.time_major else (samples, -1))
         axis = 1 if self.time_major else 0
-        if outer < 1 or axis >= array.ndim - inner or array.shape[axis] != samples:
+        if (outer == 1 and self.rerouted) or outer < 1 or axis >= array.ndim - inner or array.shape[axis] != samples:
             raise Unread
         return array.movedim(axis, 0)
 
@@ -217,14 +225,12 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
 def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ):
-    mean, variance = (None, None) if use_input_stats else (running_mean, running_var)
-    normalised = lambda: F.instance_norm(input, mean, variance, None, None, use_input_stats, 0.0, eps)
-    return _channels(weight, bias, normalised)
+    statistics = (None, None) if use_input_stats else (running_mean, running_var)
+    return _channels(weight, bias, lambda: F.instance_norm(input, *statistics, None, None, use_input_stats, 0.0, eps))
 
 
 def _prelu(input, weight):
-    slope = lambda d, at: (at.channels(d * input.clamp(max=0), weight.numel()),)
-    return [Use(weight, "dense", slope)]
+    return [Use(weight, "dense", lambda d, at: (at.channels(d * input.clamp(max=0), weight.numel()),))]
 
 
 def _channels(weight, bias, normalised):
@@ -235,52 +241,70 @@ def _channels(weight, bias, normalised):
     ]
 
 
-def _convolution(dimension: int, transposed: bool) -> Callable:
-    def of(value: Any) -> tuple[int, ...]:
-        return (value,) * dimension if isinstance(value, int) else tuple(value) * (dimension // len(value))
+def _variants_of_convolution(dimension: int) -> dict[Callable, Callable]:
+    """{operation: rule} of the convolution along so many axes, and of its transpose."""
+    forward = getattr(F, f"conv{dimension}d")
+    backward = getattr(F, f"conv_transpose{dimension}d")
+    return {forward: partial(_convolution, dimension), backward: partial(_transposed_convolution, dimension)}
 
-    def rule(input, weight, bias, padding, window):
-        if input.ndim != dimension + 2:
-            raise Unknown  # a single sample
 
-        def factors(d, at):
-            if at.time_major or d.shape[0] != at.samples:
-                raise Unread
-            x = input
-            wide, narrow = (d, x) if transposed else (x, d)
-            return F.pad(wide, padding(wide.shape[2:], narrow.shape[2:])), narrow, window
+def _convolution(dimension, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """A convolution's kernel, from the padded input and the cotangent."""
+    window = _window(dimension, weight, stride, dilation, groups)
+    reach = [step * (size - 1) for step, size in zip(window.dilation, window.kernel, strict=True)]
+    if padding == "same":
+        sides = [(total // 2, total - total // 2) for total in reach]
+    else:
+        sides = [(p, p) for p in _of_each(dimension, 0 if padding == "valid" else padding)]
+    flat = [p for side in reversed(sides) for p in side]
+    return _slid(dimension, input, weight, bias, lambda x, d: (F.pad(x, flat), d, window))
 
-        channels = lambda d, at: (at.channels(d, bias.numel()),)
-        return [Use(weight, "convolution", factors), *([] if bias is None else [Use(bias, "dense", channels)])]
 
-    def window(weight, stride, dilation, groups):
-        return Window(tuple(weight.shape[2:]), of(stride), of(dilation), groups)
+def _transposed_convolution(
+    dimension, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
+    """A transposed convolution's kernel: the input and the padded cotangent change places."""
+    window = _window(dimension, weight, stride, dilation, groups)
 
-    def forward(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        slides = window(weight, stride, dilation, groups)
-        reach = [step * (size - 1) for step, size in zip(slides.dilation, slides.kernel, strict=True)]
-        if padding == "same":
-            sides = [(total // 2, total - total // 2) for total in reach]
-        else:
-            sides = [(p, p) for p in of(0 if padding == "valid" else padding)]
-        flat = [p for side in reversed(sides) for p in side]
-        return rule(input, weight, bias, lambda *_: flat, slides)
+    def arrays(x, d):
+        sides: list[int] = []  # what positions a kernel at each place of x reaches, beyond d on either side
+        axes = zip(
+            *(window.kernel, window.stride, window.dilation, _of_each(dimension, padding), d.shape[2:], x.shape[2:]),
+            strict=True,
+        )
+        for size, step, spread, before, there, places in axes:
+            reach = (places - 1) * step + spread * (size - 1) + 1
+            sides = [before, max(0, reach - before - there), *sides]
+        return F.pad(d, sides), x, window
 
-    def backward(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
-        slides = window(weight, stride, dilation, groups)
+    return _slid(dimension, input, weight, bias, arrays)
 
-        def sides(wide, narrow):
-            """What positions a kernel at each place of the input reaches, beyond the output on either side."""
-            flat: list[int] = []
-            axes = zip(slides.kernel, slides.stride, slides.dilation, of(padding), wide, narrow, strict=True)
-            for size, stride, dilation, before, there, places in axes:
-                reach = (places - 1) * stride + dilation * (size - 1) + 1
-                flat = [before, max(0, reach - before - there), *flat]
-            return flat
 
-        return rule(input, weight, bias, sides, slides)
+def _slid(dimension, input, weight, bias, arrays):
+    """The uses of kernel and bias; `arrays` makes of input and cotangent what the squared norms are taken of."""
+    if input.ndim != dimension + 2:
+        raise Unknown  # a single sample
 
-    return backward if transposed else forward
+    def factors(d, at):
+        if at.time_major or d.shape[0] != at.samples:
+            raise Unread
+        return arrays(input, d)
+
+    kernel = Use(weight, "convolution", factors)
+    if bias is None:
+        return [kernel]
+    return [kernel, Use(bias, "dense", lambda d, at: (at.channels(d, bias.numel()),))]
+
+
+def _window(dimension: int, weight: Tensor, stride: Any, dilation: Any, groups: int) -> Window:
+    """How a kernel slides."""
+    each = partial(_of_each, dimension)
+    return Window(tuple(weight.shape[2:]), each(stride), each(dilation), groups)
+
+
+def _of_each(dimension: int, value: int | tuple[int, ...]) -> tuple[int, ...]:
+    """One number for each axis."""
+    return (value,) * dimension if isinstance(value, int) else tuple(value) * (dimension // len(value))
 
 
 def _variants(*names: str) -> list[Callable]:
@@ -305,10 +329,7 @@ RULES: dict[Callable, Callable] = {
     **dict.fromkeys(_variants("div", "divide", "true_divide", "__truediv__"), _divide),
     **dict.fromkeys(_variants("add", "__add__", "__radd__"), _add),
     **dict.fromkeys(_variants("sub", "subtract", "__sub__"), _subtract),
+    **_variants_of_convolution(1),
+    **_variants_of_convolution(2),
+    **_variants_of_convolution(3),
 }
-for _dimension, _forward, _backward in (
-    (1, F.conv1d, F.conv_transpose1d),
-    (2, F.conv2d, F.conv_transpose2d),
-    (3, F.conv3d, F.conv_transpose3d),
-):
-    RULES[_forward], RULES[_backward] = _convolution(_dimension, False), _convolution(_dimension, True)
