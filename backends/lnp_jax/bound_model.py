@@ -60,10 +60,6 @@ class Network:
         """f, shape (N, K)."""
         return flatten(self.function(parameters, self.inputs))
 
-    def at(self, parameters: Vector) -> Network:
-        """The same network at other parameters."""
-        return replace(self, parameters=parameters)
-
     def some(self, index: Any, size: int) -> Network:
         """The same network on some samples, as a batch of their own."""
         split = self.split.some(index, size)

@@ -190,8 +190,8 @@ def _compared(net: Network, structure: Structure, arrays: Arrays, inputs: Any, h
     """The verdict of comparing the batch with single samples, at the parameters as they are and at moved ones."""
     check_single_samples(net)
     found = []
-    for elsewhere in (False, True):
-        differences, missing = _differences(structure, how, arrays, inputs, elsewhere)
+    for at in (arrays, {**arrays, **_moved(net.parameters)}):
+        differences, missing = _differences(structure, how, at, inputs)
         found.append(jax.device_get(differences).verdict(net.tolerance, dict(missing)))
     return found[0].joined(found[1])
 
@@ -205,18 +205,22 @@ class _Missing(tuple):
 jax.tree_util.register_static(_Missing)
 
 
+@jax.jit
+def _moved(parameters: Vector) -> Vector:
+    """Other parameters, by a program of its own: where devices share the work, XLA computes in several places what a
+    program makes of them, and rounds it there in different ways.
+    """
+    return self_check.moved(jnp, parameters)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _differences(
-    structure: Structure, options: Options, arrays: Arrays, inputs: Any, elsewhere: Any
-) -> tuple[Differences, _Missing]:
-    """What the core's comparison finds, at moved parameters if `elsewhere`; with micro-batches, on one of them."""
+def _differences(structure: Structure, options: Options, arrays: Arrays, inputs: Any) -> tuple[Differences, _Missing]:
+    """What the core's comparison finds; with micro-batches, on one of them."""
     net = bind(structure, arrays, inputs, options)
     if options.microbatch is not None:
         size = min(max(2, options.microbatch), net.split.samples)
         net = net.some(np.arange(size), size)
-    moved = self_check.moved(jnp, net.parameters)
-    at = {name: jnp.where(elsewhere, moved[name], p) for name, p in net.parameters.items()}
-    found, missing = self_check.compare(Apart(net.at(at)))
+    found, missing = self_check.compare(Apart(net))
     return found, _Missing(missing.items())
 
 
