@@ -8,14 +8,34 @@ passed on as it is. Libraries are imported when they are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lnp.optional import import_optional
 
 Logger = Callable[[Mapping[str, float], int], Any]
 
 
-def tensorboard(writer: Any) -> Logger:
+@runtime_checkable
+class ScalarWriter(Protocol):
+    """A TensorBoard writer."""
+
+    def add_scalar(self, name: str, value: float, step: int, /) -> Any:
+        """Write one value."""
+
+
+@runtime_checkable
+class LoggingRun(Protocol):
+    """A run of Weights & Biases or trackio."""
+
+    def log(self, values: dict[str, float], /, *, step: int) -> Any:
+        """Log the values of one step."""
+
+
+LoggerSource = Logger | ScalarWriter | LoggingRun
+LoggerSources = LoggerSource | list[LoggerSource] | tuple[LoggerSource, ...]
+
+
+def tensorboard(writer: ScalarWriter) -> Logger:
     """To a TensorBoard writer (`torch.utils.tensorboard.SummaryWriter`, `tensorboardX`), or to a folder.
 
     A folder needs tensorboardX or PyTorch's writer made by the caller; pass the writer that the run has anyway.
@@ -25,7 +45,7 @@ def tensorboard(writer: Any) -> Logger:
     TypeError
         If the writer has no `add_scalar`.
     """
-    if not hasattr(writer, "add_scalar"):
+    if not isinstance(writer, ScalarWriter):
         raise TypeError(
             f"tensorboard() received a {type(writer).__name__}. Expected a writer with add_scalar(name, value, step), "
             "such as torch.utils.tensorboard.SummaryWriter(folder)."
@@ -38,7 +58,7 @@ def tensorboard(writer: Any) -> Logger:
     return log
 
 
-def wandb(run: Any = None) -> Logger:
+def wandb(run: LoggingRun | None = None) -> Logger:
     """To a Weights & Biases run; without one, to the run that is active.
 
     The service takes steps in rising order only. Values are logged at the run's own step if that is ahead, and carry
@@ -47,7 +67,7 @@ def wandb(run: Any = None) -> Logger:
     return _wandb_like(lambda: run if run is not None else _active("wandb"))
 
 
-def trackio(run: Any = None) -> Logger:
+def trackio(run: LoggingRun | None = None) -> Logger:
     """To a trackio run; without one, to the run that is active."""
     return _wandb_like(lambda: run if run is not None else import_optional("trackio", "lnp.loggers.trackio()"))
 
@@ -59,12 +79,12 @@ def mlflow(run_id: str | None = None) -> Logger:
     return lambda values, step: client.log_metrics(dict(values), step=step, **chosen)
 
 
-def as_loggers(given: Any) -> list[Logger]:
-    """The loggers in a list, or of one that stands alone."""
-    return [as_logger(logger) for logger in (given if isinstance(given, list | tuple) else [given])]
+def as_loggers(loggers: LoggerSources) -> list[Logger]:
+    """A list of loggers, also from one that stands alone."""
+    return [as_logger(logger) for logger in (loggers if isinstance(loggers, list | tuple) else [loggers])]
 
 
-def as_logger(given: Any) -> Logger:
+def as_logger(given: LoggerSource) -> Logger:
     """A logger from what users have: a function, a TensorBoard writer, a Weights & Biases run.
 
     Raises
@@ -72,9 +92,9 @@ def as_logger(given: Any) -> Logger:
     TypeError
         For anything else.
     """
-    if hasattr(given, "add_scalar"):
+    if isinstance(given, ScalarWriter):
         return tensorboard(given)
-    if hasattr(given, "log") and not isinstance(given, type):
+    if isinstance(given, LoggingRun) and not isinstance(given, type):
         return _wandb_like(lambda: given)
     if callable(given):
         return given
@@ -84,14 +104,15 @@ def as_logger(given: Any) -> Logger:
     )
 
 
-def _active(module: str) -> Any:
+def _active(module: str) -> LoggingRun:
+    """The active run of a library; a RuntimeError where there is none."""
     library = import_optional(module, f"lnp.loggers.{module}()")
     if library.run is None:
         raise RuntimeError(f"{module} has no active run. Expected {module}.init() before the first measurement.")
     return library.run
 
 
-def _wandb_like(find: Callable[[], Any]) -> Logger:
+def _wandb_like(find: Callable[[], LoggingRun]) -> Logger:
     """A logger to the run that `find` returns, whose own step may be ahead of the tracker's."""
     first = True
 

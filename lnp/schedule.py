@@ -14,12 +14,14 @@ import math
 import operator
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
 Schedule = Callable[[int], bool]
+ScheduleSource = Schedule | int | Collection[int] | None
+"""A schedule, a number of steps, a list of steps, or None for `log_windows()`."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,9 @@ class budget:
     [0, 8, 12]
     """
 
-    def __init__(self, fraction: float, among: Any = None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, fraction: float, among: ScheduleSource = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         if not 0 < fraction < 1:
             raise ValueError(
                 f"budget({fraction!r}) was asked for. Expected a fraction of the run's time, such as 0.02."
@@ -250,7 +254,7 @@ class budget:
         return f"budget({self.fraction}" + (")" if self.among is None else f", among={self.among!r})")
 
 
-def as_schedule(given: Any) -> Schedule:
+def as_schedule(given: ScheduleSource) -> Schedule:
     """A schedule from what users write: a number of steps, a list of steps, a predicate, None for `log_windows()`.
 
     Raises

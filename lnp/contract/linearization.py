@@ -13,6 +13,9 @@ from typing import Any
 Array = Any
 """An array of the backend's framework; the core uses it through the array API alone."""
 
+Namespace = Any
+"""The array-API namespace of a framework, `xp`."""
+
 Vector = Mapping[str, Array]
 """A vector in parameter space: {parameter name: array of the parameter's shape}."""
 

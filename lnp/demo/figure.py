@@ -45,10 +45,10 @@ def _draw_reach(ax: Axes, ladder: Ladder, lines: dict[str, dict[str, Any]]) -> N
     """Spectral reach against size, one point with its error for each network."""
     ax.set(xscale="log", yscale="log")
     for network, runs in ladder.items():
-        lowest, parameters = reach(runs), size(runs[0])
+        lowest = reach(runs)
         marker = {"marker": "s", "fillstyle": "none"} if is_frozen(runs) else {"marker": "o"}
         colour = lines[network]["color"]
-        at = (parameters, lowest.mean)
+        at = (size(runs[0]), lowest.mean)
         ax.errorbar(*at, lowest.stderr, color=colour, capsize=3, markersize=7, linestyle="none", **marker)
         ax.annotate(network, at, xytext=(9, 3), textcoords="offset points", fontsize=9)
     ax.margins(x=0.3, y=0.15)

@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 import lnp
+from lnp.arguments import Model
 from lnp.demo import data
 from lnp.tracking import data_frames
 from lnp.tracking.history import History
@@ -23,6 +24,24 @@ TAGS = ("network", "width", "frozen", "seed")
 
 Ladder = Mapping[str, Sequence[History]]
 """{network: the histories of its seeds}, in the order in which they were run."""
+
+
+class Trainer(Protocol):
+    """One network, trained on a stream of batches in its framework; the module `demo` of a backend has it."""
+
+    @property
+    def model(self) -> Model:
+        """The model as it is now."""
+
+    @property
+    def trained(self) -> int:
+        """The number of trained parameters."""
+
+    def arrays(self, batch: tuple) -> tuple:
+        """A batch of NumPy arrays as the framework's."""
+
+    def train(self, start: int, stop: int) -> None:
+        """Take the steps from `start` up to `stop`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +132,7 @@ def run(settings: Settings, folder: Path, advance: Callable[[int], None] = lambd
 
 
 def train(
-    trainer: Any,
+    trainer: Trainer,
     settings: Settings,
     new: Sequence[tuple],
     tags: Mapping[str, Any],

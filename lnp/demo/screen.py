@@ -44,7 +44,8 @@ def show(settings: Settings, out: Path) -> None:
     total = settings.seeds * len(settings.runs) * len(settings.measurements)
     with bar("training and measuring", total) as advance:
         ladder = run(settings, out / "runs", advance)
-    history, figure = out / "history.csv", out / "reach.png"
+    history = out / "history.csv"
+    figure = out / "reach.png"
     write_csv(ladder, history)
     draw(ladder, figure)
     console.print(_table(ladder, settings))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lnp.contract.linearization import Array, Linearization, accumulation_dtype
+from lnp.contract.linearization import Array, Linearization, Namespace, accumulation_dtype
 
 DEGREES_OF_FREEDOM = 7
 """A standard error is trusted to stop the probing once this many differences went into it."""
@@ -162,7 +162,7 @@ def _first_probe(lin: Linearization, probe: Probe, rtol: float, max_probes: int)
     return ProbeAverage(values, variance, 1, groups + (size - groups) * xp.astype(enough, xp.int32))
 
 
-def _is_within(xp: Any, mean: Array, variance: Array, rtol: float) -> Array:
+def _is_within(xp: Namespace, mean: Array, variance: Array, rtol: float) -> Array:
     """Whether the first row's error is within the tolerance, or nan: more probes would not help. Shape ()."""
     return xp.logical_not(variance[0] > (rtol * xp.sum(mean[0, :])) ** 2)
 
@@ -176,20 +176,20 @@ def _compute_if(lin: Linearization, condition: Array, compute: Callable[[], Arra
     return lin.while_loop(lambda state: (state[0] < 1) & condition, body, (0, otherwise))[1]
 
 
-def _variance_of_differences(xp: Any, first: Array, second: Array, index: Array) -> Array:
+def _variance_of_differences(xp: Namespace, first: Array, second: Array, index: Array) -> Array:
     """Squared standard error of the first probe's sum from the M samples that have a second, (R,)."""
     difference = second - xp.take(first, index, axis=1)
     return xp.sum(difference * difference, axis=1) * (0.5 * first.shape[1] / second.shape[1])
 
 
-def _fill_with_mean(xp: Any, few: Array, index: Array, samples: int) -> Array:
+def _fill_with_mean(xp: Namespace, few: Array, index: Array, samples: int) -> Array:
     """(R, M) values at their places among N samples, the others filled with their mean. (R, N)."""
     mean = xp.mean(few, axis=1, keepdims=True)
     places = xp.astype(xp.arange(samples, device=getattr(few, "device", None))[None, :] == index[:, None], few.dtype)
     return mean + xp.matmul(few - mean, places)
 
 
-def _variance_across_groups(xp: Any, values: Array) -> Array:
+def _variance_across_groups(xp: Namespace, values: Array) -> Array:
     """Squared standard error from the spread across groups, shape (R,); nan for a single group."""
     groups = values.shape[1]
     if groups == 1:
@@ -197,7 +197,7 @@ def _variance_across_groups(xp: Any, values: Array) -> Array:
     return _square_deviation(xp, values) * (groups / (groups - 1))
 
 
-def _square_deviation(xp: Any, values: Array) -> Array:
+def _square_deviation(xp: Namespace, values: Array) -> Array:
     """sum_g (x_g - mean)^2, (R,)."""
     spread = values - xp.mean(values, axis=1, keepdims=True)
     return xp.sum(spread * spread, axis=1)

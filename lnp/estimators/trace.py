@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lnp.contract.linearization import Array, Linearization, accumulation_dtype
-from lnp.estimators.probing import Pilot, Probe, pilot_size, to_tolerance
+from lnp.estimators.probing import Count, Pilot, Probe, pilot_size, to_tolerance
 
 Estimator = Literal["auto", "exact", "per_sample", "grouped", "joint"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -96,8 +96,8 @@ class TraceEstimate:
     trace: Array
     standard_error: Array
     estimator: str
-    probes: Any
-    probed: Any
+    probes: Count
+    probed: Count
     samples: Array | None = None
 
 
@@ -148,7 +148,8 @@ def per_sample(lin: Linearization, rows: Rows) -> Probe:
     """||J_n^T v_n||^2 for each sample n, whose expectation over signs is tr Theta_nn. Samples must not interact."""
     sample_square_norms = lin.sample_square_norms
     assert sample_square_norms is not None, "choose() takes this estimator only where the record has them"
-    samples, subset = lin.outputs.shape[0], lin.subset
+    samples = lin.outputs.shape[0]
+    subset = lin.subset
 
     def square_norms(v: Array) -> Array:
         return _by_row(lin, rows, sample_square_norms(v))
@@ -196,13 +197,14 @@ def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
 
     K probes where samples do not interact, all N*K rows of J one by one where they do.
     """
-    xp, (samples, outputs) = lin.xp, lin.outputs.shape
+    xp = lin.xp
+    samples, outputs = lin.outputs.shape
     if lin.sample_square_norms is not None:
         probe, count = per_sample(lin, rows), outputs
     else:
         probe, count = joint(lin, rows), samples * outputs
 
-    def unit(index: Any) -> Array:
+    def unit(index: int | Array) -> Array:
         """e_k for every sample at once, or the unit vector of one row of J."""
         one = xp.astype(xp.arange(count, device=_device(lin.outputs)) == index, lin.outputs.dtype)
         return xp.broadcast_to(xp.reshape(one, (-1, outputs)), (samples, outputs))

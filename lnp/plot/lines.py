@@ -122,9 +122,14 @@ def noise_scale(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axe
     samples = next(iter(named.values())).get("samples")
     if len(named) == 1 and len(samples):
         ax.axhline(samples[-1], color=style.BATCH, linewidth=1, linestyle=":")
-        text, at = f"batch of {samples[-1]:.0f}", (1, samples[-1])
         ax.annotate(
-            text, at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small", color="#555"
+            f"batch of {samples[-1]:.0f}",
+            (1, samples[-1]),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize="small",
+            color="#555",
         )
     return ax
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lnp.contract.linearization import GradientPass, Linearization, ratio, valid
-from lnp.results.decomposition import Decomposition
+from lnp.results.decomposition import Decomposition, sum_of
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,24 @@ def cross_response_of(
     sqrt(a^2 + b^2) / 2.
     """
     xp = trained.xp
-    (t, of_t), (m, of_m) = decomposed(trained), decomposed(measured)
-    assert of_t.vector is not None
-    assert of_m.vector is not None
-    products = trained.inner_products(of_t.vector, of_m.vector)
-    values = list(products.values())
-    rate = valid(trained, valid(measured, sum(values[1:], start=values[0])))
+    t, t_pass = decomposed(trained)
+    m, m_pass = decomposed(measured)
+    assert t_pass.vector is not None, "`decomposed` asks for it"
+    assert m_pass.vector is not None, "`decomposed` asks for it"
+    products = trained.inner_products(t_pass.vector, m_pass.vector)
+    rate = valid(trained, valid(measured, sum_of(products, products)))
     chi_loss = xp.sqrt(t.chi_loss) * xp.sqrt(m.chi_loss)
     chi_net = xp.sqrt(t.chi_net) * xp.sqrt(m.chi_net)
     errors = [ratio(xp, d.chi_net_stderr, d.chi_net) for d in (t, m)]
     relative = 0.5 * xp.sqrt(errors[0] ** 2 + errors[1] ** 2)
     chi_pos = ratio(xp, ratio(xp, rate, chi_loss), chi_net)
-    return CrossResponse(rate, chi_loss, chi_net, chi_pos, chi_net * relative, abs(chi_pos) * relative, t, m)
+    return CrossResponse(
+        rate=rate,
+        chi_loss=chi_loss,
+        chi_net=chi_net,
+        chi_pos=chi_pos,
+        chi_net_stderr=chi_net * relative,
+        chi_pos_stderr=abs(chi_pos) * relative,
+        trained=t,
+        measured=m,
+    )

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from lnp.optional import import_optional
 
 if TYPE_CHECKING:
-    from lnp.results.decomposition import Decomposition
+    from lnp.contract.linearization import Array
+    from lnp.estimators.population import Population
+    from lnp.results.decomposition import Decomposition, Layer
 
 WHOLE = (
     "loss",
@@ -99,14 +101,14 @@ def obtained(d: Decomposition) -> str:
     return f"{d.samples} samples x {d.outputs} outputs, {terms} loss terms; trace: {d.estimator}, {probes}"
 
 
-def _count(value: Any) -> str:
+def _count(value: float | Array) -> str:
     return str(int(value)) if isinstance(value, int | float) and value == value else str(value)
 
 
-def _number(value: Any) -> str:
+def _number(value: float | Array) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
-def _error(d: Any, name: str) -> str:
+def _error(d: Decomposition | Population | Layer, name: str) -> str:
     error = getattr(d, f"{name}_stderr", None)
     return "" if error is None or error == 0 else f" ± {error:.1g}" if isinstance(error, int | float) else f" ± {error}"

@@ -26,7 +26,7 @@ class PowerLaw:
     exponent_stderr, prefactor_stderr:
         Standard errors; nan for two points without errors, which a line always meets.
     covariance:
-        Of (log prefactor, exponent), shape (2, 2).
+        Covariance of (log prefactor, exponent), shape (2, 2).
     chi_square:
         Sum of squared residuals in units of the values' errors, nan without errors: about `degrees` for a good fit.
     degrees:
@@ -84,7 +84,8 @@ def power_law(sizes: Sequence[float], values: Sequence[float], stderrs: Sequence
     >>> round(law.exponent, 9), round(law.prefactor, 6)
     (-1.0, 100.0)
     """
-    x, y = np.asarray(sizes, dtype=float), np.asarray(values, dtype=float)
+    x = np.asarray(sizes, dtype=float)
+    y = np.asarray(values, dtype=float)
     e = np.ones_like(y) if stderrs is None else np.asarray(stderrs, dtype=float)
     if not (x.ndim == 1 and x.shape == y.shape == e.shape):
         raise ValueError(f"Received shapes {x.shape}, {y.shape}, {e.shape}. Expected one value for each size.")
@@ -104,11 +105,16 @@ def power_law(sizes: Sequence[float], values: Sequence[float], stderrs: Sequence
     degrees = y.size - 2
     spread = square / degrees if degrees else math.nan
     covariance = covariance * (spread if stderrs is None else max(1.0, spread) if degrees else 1.0)
-    prefactor, exponent = math.exp(solution[0]), float(solution[1])
+    prefactor = math.exp(solution[0])
     errors = np.sqrt(np.diag(covariance))
-    chi_square = math.nan if stderrs is None else square
     return PowerLaw(
-        exponent, prefactor, float(errors[1]), prefactor * float(errors[0]), covariance, chi_square, degrees
+        exponent=float(solution[1]),
+        prefactor=prefactor,
+        exponent_stderr=float(errors[1]),
+        prefactor_stderr=prefactor * float(errors[0]),
+        covariance=covariance,
+        chi_square=math.nan if stderrs is None else square,
+        degrees=degrees,
     )
 
 
@@ -129,7 +135,7 @@ def bootstrap(
     level:
         Share of the refits inside, in (0, 1).
     seed:
-        Of the draws.
+        Seed of the draws.
 
     Raises
     ------

@@ -54,7 +54,7 @@ def reach(
     Parameters
     ----------
     steps, positions:
-        Where was measured, rising, and chi_pos there, or `Decomposition.population.chi_pos`.
+        The steps that were measured, rising, and chi_pos there, or `Decomposition.population.chi_pos`.
     stderrs:
         Standard errors of the positions. The reach's error is then the larger of what they give, sqrt(sum SE^2) / w,
         and of what the scatter within the window gives, std / sqrt(w); without them, or where one in the window is nan,
@@ -73,7 +73,8 @@ def reach(
     >>> round(found.chi_pos, 9), round(found.stderr, 9), round(found.step, 6)
     (0.15, 0.05, 31.622777)
     """
-    x, y = np.asarray(steps, dtype=float), np.asarray(positions, dtype=float)
+    x = np.asarray(steps, dtype=float)
+    y = np.asarray(positions, dtype=float)
     e = np.full_like(y, np.nan) if stderrs is None else np.asarray(stderrs, dtype=float)
     if not (x.ndim == 1 and x.shape == y.shape == e.shape):
         raise ValueError(f"Received shapes {x.shape}, {y.shape}, {e.shape}. Expected one position for each step.")

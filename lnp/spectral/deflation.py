@@ -12,12 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 Products = Callable[[np.ndarray], np.ndarray]
 """Columns (M, k) -> A times each of them."""
+
+
+class SymmetricOperator(Protocol):
+    """A symmetric matrix of shape (M, M) by its products with columns, such as a SciPy `LinearOperator`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(M, M)."""
+
+    def __matmul__(self, columns: Any, /) -> Any:
+        """The products with columns, (M, k)."""
 
 
 class Trace(NamedTuple):
@@ -28,7 +39,7 @@ class Trace(NamedTuple):
     products: int
 
 
-def hutch_plus_plus(operator: Any, products: int = 60, *, seed: int = 0) -> Trace:
+def hutch_plus_plus(operator: SymmetricOperator, products: int = 60, *, seed: int = 0) -> Trace:
     r"""tr A of a symmetric operator, unbiased: a third of the products each for sketch, head and tail.
 
         tr(Q^T A Q) + 1/k sum_j g_j^T (1 - Q Q^T) A (1 - Q Q^T) g_j,   Q = orth(A S),   signs S and g_j
@@ -64,7 +75,7 @@ def hutch_plus_plus(operator: Any, products: int = 60, *, seed: int = 0) -> Trac
     return _estimate(operator, products, 3, traces)
 
 
-def xtrace(operator: Any, products: int = 60, *, seed: int = 0) -> Trace:
+def xtrace(operator: SymmetricOperator, products: int = 60, *, seed: int = 0) -> Trace:
     r"""tr A of a symmetric operator, unbiased: each of k random vectors is the probe of the basis made of the others.
 
         tr_i = tr(Q_i^T A Q_i) + w_i^T (1 - Q_i Q_i^T) A (1 - Q_i Q_i^T) w_i,   Q_i = orth(A W without w_i)
@@ -103,7 +114,9 @@ def xtrace(operator: Any, products: int = 60, *, seed: int = 0) -> Trace:
     return _estimate(operator, products, 2, traces)
 
 
-def _estimate(operator: Any, products: int, rounds: int, traces: Callable[[Products, int, int], np.ndarray]) -> Trace:
+def _estimate(
+    operator: SymmetricOperator, products: int, rounds: int, traces: Callable[[Products, int, int], np.ndarray]
+) -> Trace:
     """The mean of k = products / rounds estimates, whose spread is the error; exact where all M columns cost no more.
 
     `traces(apply, M, k)` makes the k estimates of tr A, each with `rounds` products.

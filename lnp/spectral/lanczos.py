@@ -20,11 +20,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from lnp.contract.linearization import Array, Linearization, accumulation_dtype
+from lnp.contract.linearization import Array, Linearization, Namespace, accumulation_dtype
 
 PASSES = 2
 """Orthogonalisations of each new direction."""
@@ -48,7 +48,7 @@ class Tridiagonal(NamedTuple):
 
     diagonal: Array
     off_diagonal: Array
-    size: Any
+    size: int | Array
 
 
 def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
@@ -57,7 +57,8 @@ def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
     The loop is the record's own, so that it compiles once for any number of steps; memory is that of `steps` outputs.
     """
     assert lin.jvp is not None, "the caller looks for it"
-    jvp, xp, shape = lin.jvp, lin.xp, lin.outputs.shape
+    xp, jvp = lin.xp, lin.jvp
+    shape = lin.outputs.shape
     wide = accumulation_dtype(xp, lin.outputs.dtype)
     rows = xp.arange(steps, device=getattr(lin.outputs, "device", None))
     tolerance = BREAKDOWN * float(xp.finfo(lin.outputs.dtype).eps)
@@ -93,7 +94,7 @@ def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
     return Tridiagonal(diagonal, off_diagonal, size)
 
 
-def _unit(xp: Any, vector: Array, norm: Array) -> Array:
+def _unit(xp: Namespace, vector: Array, norm: Array) -> Array:
     """The vector at length one; zero stays zero."""
     return vector / xp.where(norm == 0, xp.ones_like(norm), norm)
 
@@ -124,7 +125,8 @@ def quadrature(diagonal: Sequence[float], off_diagonal: Sequence[float], size: i
     >>> q.nodes.round(12).tolist(), q.weights.round(12).tolist()
     ([2.0, 0.0], [0.5, 0.5])
     """
-    alpha, beta = np.asarray(diagonal[:size], dtype=float), np.asarray(off_diagonal[:size], dtype=float)
+    alpha = np.asarray(diagonal[:size], dtype=float)
+    beta = np.asarray(off_diagonal[:size], dtype=float)
     if not (np.all(np.isfinite(alpha)) and np.all(np.isfinite(beta))):
         return Quadrature(*(np.full(size, math.nan) for _ in range(3)))
     dense = np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1)

@@ -66,7 +66,8 @@ def linear_operator(
     options = Options(loss, forward, parameters, batch_statistics=batch_statistics, split=False, population=False)
     lin = linearize(model, batch, options)
     assert lin.jvp is not None, "linearize() looks for it"
-    jvp, size = lin.jvp, math.prod(lin.outputs.shape)
+    jvp = lin.jvp
+    size = math.prod(lin.outputs.shape)
     if which == "jacobian":
         space = _ParameterSpace(lin)
         return linalg.LinearOperator(

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from lnp.spectral.kernel import Kernel
 
 ROUNDING = 1e-12
 """Eigenvalues below this share of the largest are rounding, and count as zero."""
-KernelLike = Any
-"""A `lnp.Kernel`, or anything that NumPy makes an array of square matrices of."""
+KernelLike: TypeAlias = "Kernel | ArrayLike"
+"""A kernel, or what NumPy turns into an array of square matrices."""
 
 
 def alignment(a: KernelLike, b: KernelLike, *, centered: bool = False) -> Any:
@@ -46,7 +50,7 @@ def alignment(a: KernelLike, b: KernelLike, *, centered: bool = False) -> Any:
     return _number(_ratio(_inner(first, second), np.sqrt(_inner(first, first) * _inner(second, second))))
 
 
-def target_alignment(kernel: KernelLike, targets: Any, *, centered: bool = False) -> Any:
+def target_alignment(kernel: KernelLike, targets: ArrayLike, *, centered: bool = False) -> Any:
     r"""How well a kernel is suited to the targets: its alignment with Y Y^T.
 
         <Theta, Y Y^T>_F / (||Theta||_F ||Y Y^T||_F)
@@ -194,6 +198,6 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return numerator / np.where(denominator == 0, math.nan, denominator)
 
 
-def _number(values: Any) -> Any:
+def _number(values: np.ndarray | np.number) -> Any:
     """A float where there is one value."""
     return float(values) if np.ndim(values) == 0 else np.asarray(values)

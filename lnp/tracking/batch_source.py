@@ -13,7 +13,7 @@ from lnp.arguments import Batch, Model
 from lnp.contract import registry
 
 
-def batch_source(batches: Any) -> FixedBatch | CyclingBatches:
+def batch_source(batches: Batch | Iterable[Batch]) -> FixedBatch | CyclingBatches:
     """A source of batches from a batch, or from something to iterate over."""
     return FixedBatch(batches) if is_batch(batches) else CyclingBatches(batches)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lnp import api
@@ -53,7 +53,7 @@ class StepMeasurer:
         The tracker's own batches, or None.
     """
 
-    def __init__(self, options: Mapping[str, Any], batch: Any, selection: StepSelection) -> None:
+    def __init__(self, options: Mapping[str, Any], batch: Batch | Iterable[Batch], selection: StepSelection) -> None:
         self.options = dict(options)
         self.source: FixedBatch | CyclingBatches | None = None if batch is None else batch_source(batch)
         self._selection = selection

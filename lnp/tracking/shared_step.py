@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lnp.arguments import Model
+from lnp.arguments import Loss, Model
 from lnp.contract import registry
+from lnp.contract.linearization import Array
 from lnp.results.decomposition import Decomposition
 from lnp.tracking.failures import MISSING_ROW, Failures
 from lnp.tracking.process import refuse, single_process
@@ -49,7 +50,7 @@ class SharedStep(contextlib.AbstractContextManager):
         if self._measurement is not None and not self._measurement.stop(*exception):
             self._measurement = None
 
-    def backward(self, loss: Any, targets: Any = None, criterion: Any = None, **given: Any) -> Decomposition | None:
+    def backward(self, loss: Array, targets: Any = None, criterion: Loss = None, **given: Any) -> Decomposition | None:
         """The loss's own backward pass; where a measurement is due, with the decomposition, which the tracker keeps.
 
         Parameters
@@ -112,7 +113,7 @@ class _SharedMeasurement:
             return True
         return False
 
-    def backward(self, loss: Any, targets: Any, criterion: Any, given: Mapping[str, Any]) -> Decomposition | None:
+    def backward(self, loss: Array, targets: Any, criterion: Loss, given: Mapping[str, Any]) -> Decomposition | None:
         """The step's own backward pass and its decomposition; None where measuring fails.
 
         An error of the step's own pass is the user's: gradients are half accumulated, and no other pass can mend that.

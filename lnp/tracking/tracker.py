@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lnp.arguments import Batch, Model
-from lnp.loggers import as_loggers
+from lnp.loggers import LoggerSources, as_loggers
 from lnp.results.decomposition import Decomposition
 from lnp.results.step_taken import snapshot
-from lnp.schedule import Schedule, as_schedule
+from lnp.schedule import Schedule, ScheduleSource, as_schedule
 from lnp.tracking.failures import MISSING_ROW, Failures, OnError
 from lnp.tracking.history import History, Row
 from lnp.tracking.measurement import ObservedStep, StepMeasurer, python_numbers
@@ -81,11 +81,11 @@ class Tracker:
     def __init__(
         self,
         path: str | os.PathLike | None = None,
-        schedule: Any = None,
+        schedule: ScheduleSource = None,
         *,
-        batch: Any = None,
+        batch: Batch | Iterable[Batch] = None,
         tags: Mapping[str, Any] | None = None,
-        loggers: Any = (),
+        loggers: LoggerSources = (),
         rank: int | Callable[[], int] | None = None,
         fsync: bool = False,
         on_error: OnError = "warn",
@@ -290,7 +290,7 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._close(failing=kind is not None)
 
     def __repr__(self) -> str:
