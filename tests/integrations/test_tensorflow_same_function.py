@@ -27,7 +27,7 @@ def test_a_loss_is_evaluated_again_as_it_was(kind):
     d = lnp.decompose(model, (X, Y), loss)
     if kind != "drawing":  # one measurement's numbers are not those of another
         assert change == pytest.approx(-step * d.rate, rel=1e-4)
-    assert -1e-4 < change < 0
+    assert -1e-3 < change < 0
     assert any("loss draws" in note for note in d.notes) == (kind != "list"), d.notes
     _, gradients = taped(model, Centred(""), X, Y)
     small = [None if g is None else step * g for g in gradients]
@@ -157,7 +157,7 @@ def test_the_seeds_of_eager_operations_are_found(monkeypatch):
 
 def test_comparisons_are_remembered_although_python_draws(monkeypatch):
     runs, run = [], compile_cache._run
-    monkeypatch.setattr(compile_cache, "_run", lambda key, body, *a: runs.append(body) or run(key, body, *a))
+    monkeypatch.setattr(compile_cache, "_run", lambda key, body, *a, **how: runs.append(body) or run(key, body, *a, **how))
     model = Net(("NumPy",))
     for _ in range(3):
         lnp.decompose(model, (X, Y), "mse", population=False)
