@@ -11,7 +11,7 @@ from lnp.estimators.trace import Estimator, takes_samples_apart
 from lnp.results.computations import Decompose, Respond, measured_change, predicted_change
 from lnp.results.cross_response import CrossResponse
 from lnp.results.decomposition import ByLayer, Decomposition, explained
-from lnp.results.preconditioner import Preconditioned, joint_options
+from lnp.results.preconditioner import DecomposePreconditioned, joint_options
 
 
 def decompose(
@@ -124,7 +124,7 @@ def decompose(
     if preconditioner is None:
         computation = Decompose(estimator, rtol, max_probes, by_layer, population)
         return explained(evaluate(computation, model, (batch,), options))
-    preconditioned = Preconditioned(estimator, rtol, max_probes, by_layer, population)
+    preconditioned = DecomposePreconditioned(estimator, rtol, max_probes, by_layer, population)
     return explained(evaluate(preconditioned, model, (batch,), joint_options(options), update=preconditioner))
 
 

@@ -89,7 +89,7 @@ def pilot_size(samples: int) -> int:
     return size if 2 * size <= samples else samples
 
 
-def to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes: int) -> ProbeAverage:
+def probe_to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes: int) -> ProbeAverage:
     """Average probes until the standard error of the first row is below `rtol` times its estimate, or `max_probes` are
     spent.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lnp.contract.linearization import Array, Linearization, accumulation_dtype
-from lnp.estimators.probing import Count, Pilot, Probe, pilot_size, to_tolerance
+from lnp.estimators.probing import Count, Pilot, Probe, pilot_size, probe_to_tolerance
 
 Estimator = Literal["auto", "exact", "per_sample", "grouped", "joint"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -130,9 +130,9 @@ def expected_probes(samples: int, rtol: float, max_probes: int) -> float:
 def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_probes: int) -> TraceEstimate:
     """tr Theta by the named estimator (not "auto"), for each row of parameters. Safe to trace and compile."""
     if estimator == "exact":
-        return exact(lin, rows)
-    probe = {"per_sample": per_sample, "grouped": grouped, "joint": joint}[estimator](lin, rows)
-    average = to_tolerance(lin, probe, rtol, max_probes)
+        return exact_trace(lin, rows)
+    probe = {"per_sample": per_sample_probe, "grouped": grouped_probe, "joint": joint_probe}[estimator](lin, rows)
+    average = probe_to_tolerance(lin, probe, rtol, max_probes)
     independent = estimator == "per_sample"
     return TraceEstimate(
         trace=lin.xp.sum(average.mean, axis=1),
@@ -144,7 +144,7 @@ def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_pr
     )
 
 
-def per_sample(lin: Linearization, rows: Rows) -> Probe:
+def per_sample_probe(lin: Linearization, rows: Rows) -> Probe:
     """||J_n^T v_n||^2 for each sample n, whose expectation over signs is tr Theta_nn. Samples must not interact."""
     sample_square_norms = lin.sample_square_norms
     assert sample_square_norms is not None, "choose() takes this estimator only where the record has them"
@@ -166,7 +166,7 @@ def per_sample(lin: Linearization, rows: Rows) -> Probe:
     return Probe(square_norms, samples, len(rows), pilot if subset is not None and lin.subset_pays else None)
 
 
-def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
+def grouped_probe(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
     """||J_g^T v_g||^2 for groups g of samples; right for any network.
 
     Without micro-batches each group is a cotangent that is zero on the other samples, and costs one pull-back.
@@ -187,12 +187,12 @@ def grouped(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe:
     return Probe(square_norms, groups, len(rows))
 
 
-def joint(lin: Linearization, rows: Rows) -> Probe:
+def joint_probe(lin: Linearization, rows: Rows) -> Probe:
     """||J^T v||^2, whose expectation over signs is tr Theta; right for any network."""
     return Probe(lambda v: _joint_square_norms(lin, rows, v), 1, len(rows))
 
 
-def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
+def exact_trace(lin: Linearization, rows: Rows) -> TraceEstimate:
     """tr Theta = sum over outputs k and samples n of ||J_n^T e_k||^2.
 
     K probes where samples do not interact, all N*K rows of J one by one where they do.
@@ -200,9 +200,9 @@ def exact(lin: Linearization, rows: Rows) -> TraceEstimate:
     xp = lin.xp
     samples, outputs = lin.outputs.shape
     if lin.sample_square_norms is not None:
-        probe, count = per_sample(lin, rows), outputs
+        probe, count = per_sample_probe(lin, rows), outputs
     else:
-        probe, count = joint(lin, rows), samples * outputs
+        probe, count = joint_probe(lin, rows), samples * outputs
 
     def unit(index: int | Array) -> Array:
         """e_k for every sample at once, or the unit vector of one row of J."""

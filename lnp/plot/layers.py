@@ -70,7 +70,7 @@ def layers(run: RunSources, value: Value = "chi_pos", ax: Axes | None = None, *,
     mesh = ax.pcolormesh(_edges(steps), np.arange(len(table) + 1), table, norm=norm, cmap="viridis", rasterized=True)
     ax.invert_yaxis()
     every = -(-len(table) // MOST_LABELS)
-    labels = short(history.layers)[::every] if names else []
+    labels = shorten(history.layers)[::every] if names else []
     ax.set_yticks((np.arange(0, len(table), every) + 0.5)[: len(labels)], labels, fontsize="small")
     style.step_axis(ax)
     ax.set(xlabel="training step", ylabel="layer" if names else "", xlim=_edges(steps)[[0, -1]])
@@ -80,10 +80,10 @@ def layers(run: RunSources, value: Value = "chi_pos", ax: Axes | None = None, *,
     return ax
 
 
-def short(names: Sequence[str]) -> list[str]:
+def shorten(names: Sequence[str]) -> list[str]:
     """Names without the part before a dot that all of them share, of at most 20 letters.
 
-    >>> short(["model.layers.0.attention.query.weight", "model.head"])
+    >>> shorten(["model.layers.0.attention.query.weight", "model.head"])
     ['…ention.query.weight', 'head']
     """
     parts = [name.split(".") for name in names]

@@ -73,7 +73,7 @@ def to_text(d: Decomposition) -> str:
             f"{_number(part.chi_pos):>11}{_error(part, 'chi_pos'):>11}"
             for layer, part in d.layers.items()
         ]
-    return "\n".join([*lines, "", obtained(d), *(f"note: {note}" for note in d.notes)])
+    return "\n".join([*lines, "", provenance(d), *(f"note: {note}" for note in d.notes)])
 
 
 def to_html(d: Decomposition) -> str:
@@ -89,11 +89,11 @@ def to_html(d: Decomposition) -> str:
         f"{_error(part, 'chi_net')}</td><td>chi_pos {_number(part.chi_pos)}{_error(part, 'chi_pos')}</td></tr>"
         for layer, part in (d.layers or {}).items()
     )
-    notes = "".join(f"<br>{html.escape(line)}" for line in (obtained(d), *d.notes))
+    notes = "".join(f"<br>{html.escape(line)}" for line in (provenance(d), *d.notes))
     return f"<table>{rows}{layers}</table><small>{notes[4:]}</small>"
 
 
-def obtained(d: Decomposition) -> str:
+def provenance(d: Decomposition) -> str:
     """One line on the batch and the estimator."""
     probes = "1 probe" if d.probes == 1 else f"{_count(d.probes)} probes"
     probes += "" if d.probed == d.samples else f" of {_count(d.probed)} samples"

@@ -23,7 +23,7 @@ from lnp.results.decomposition import ByLayer, Decomposition
 from lnp.results.decomposition import decompose as decompose_linearization
 
 
-def preconditioned(lin: Linearization, diagonal: Vector) -> Linearization:
+def precondition(lin: Linearization, diagonal: Vector) -> Linearization:
     """The record of the Jacobian J M^{1/2}, for M with this diagonal, a vector in parameter space with entries >= 0.
 
     Where an entry is negative, the core's numbers are nan. Pure, safe to trace and compile.
@@ -67,7 +67,7 @@ def joint_options(options: Options) -> Options:
 
 
 @dataclass(frozen=True)
-class Preconditioned(Settings):
+class DecomposePreconditioned(Settings):
     """The computation of `lnp.decompose(preconditioner=)`.
 
     The diagonal arrives as `update`, a vector of the backend's.
@@ -79,6 +79,6 @@ class Preconditioned(Settings):
     def __call__(self, lin: Linearization, update: Vector) -> Decomposition:
         estimator = "joint" if self.estimator == "per_sample" else self.estimator
         return decompose_linearization(
-            preconditioned(lin, update), estimator=estimator, rtol=self.rtol, max_probes=self.max_probes,
+            precondition(lin, update), estimator=estimator, rtol=self.rtol, max_probes=self.max_probes,
             by_layer=self.by_layer, population=self.population is True,
         )  # fmt: skip

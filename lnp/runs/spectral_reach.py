@@ -87,10 +87,10 @@ def reach(
     if np.all(np.isnan(means)):
         return Reach(math.nan, math.nan, math.nan, window)
     lowest = int(np.nanargmin(means))
-    here = slice(lowest, lowest + window)
-    scatter = float(np.std(y[here], ddof=1)) / math.sqrt(window) if window > 1 else math.nan
-    own = float(np.sqrt(np.sum(e[here] ** 2))) / window
-    return Reach(float(means[lowest]), float(np.fmax(own, scatter)), _middle(x[here]), window)
+    best = slice(lowest, lowest + window)
+    scatter = float(np.std(y[best], ddof=1)) / math.sqrt(window) if window > 1 else math.nan
+    propagated = float(np.sqrt(np.sum(e[best] ** 2))) / window
+    return Reach(float(means[lowest]), float(np.fmax(propagated, scatter)), _middle(x[best]), window)
 
 
 def reach_of_runs(runs: Sequence[Reach]) -> Reach:
@@ -116,9 +116,9 @@ def reach_of_runs(runs: Sequence[Reach]) -> Reach:
     if len(windows) != 1:
         raise ValueError(f"Received {len(runs)} runs with windows {sorted(windows)}. Expected runs of one window.")
     values = np.array([run.chi_pos for run in runs])
-    own = float(np.sqrt(np.sum([run.stderr**2 for run in runs]))) / values.size
-    spread = float(np.std(values, ddof=1)) / math.sqrt(values.size) if values.size > 1 else own
-    stderr = spread if math.isnan(own) else max(own, spread)
+    propagated = float(np.sqrt(np.sum([run.stderr**2 for run in runs]))) / values.size
+    spread = float(np.std(values, ddof=1)) / math.sqrt(values.size) if values.size > 1 else propagated
+    stderr = spread if math.isnan(propagated) else max(propagated, spread)
     return Reach(
         float(np.mean(values)), stderr, _middle(np.array([run.step for run in runs])), windows.pop(), values.size
     )

@@ -25,7 +25,7 @@ from lnp.contract.registry import evaluate
 from lnp.estimators.trace import Estimator, Settings, takes_samples_apart
 from lnp.results.decomposition import Decomposition, explained
 from lnp.results.decomposition import decompose as decompose_linearization
-from lnp.results.preconditioner import joint_options, preconditioned
+from lnp.results.preconditioner import joint_options, precondition
 from lnp.spectral.density import Density, density
 from lnp.spectral.lanczos import Quadrature, Tridiagonal, quadrature, tridiagonalize
 
@@ -223,7 +223,7 @@ class RunLanczos(Settings):
             raise ValueError(f"probes is {self.probes!r}. Expected a number of random starts >= 0, such as 8.")
 
     def __call__(self, lin: Linearization, update: Vector | None = None) -> LanczosResult:
-        lin = lin if update is None else preconditioned(lin, update)
+        lin = lin if update is None else precondition(lin, update)
         if lin.jvp is None:
             raise TypeError(
                 "This model's backend has no Jacobian-vector products, which the spectrum needs beside vector-Jacobian "

@@ -23,9 +23,9 @@ def enumerated_signs_give_trace_and_variance(kit: Kit) -> None:
         samples, outputs = truth.shape
         signs = [np.reshape(s, truth.shape) for s in itertools.product((-1.0, 1.0), repeat=samples * outputs)]
         probes = {
-            "per sample": (trace.per_sample(lin, rows), list(range(samples))),
-            "grouped": (trace.grouped(lin, rows, groups=2), [0, samples // 2]),
-            "joint": (trace.joint(lin, rows), [0]),
+            "per sample": (trace.per_sample_probe(lin, rows), list(range(samples))),
+            "grouped": (trace.grouped_probe(lin, rows, groups=2), [0, samples // 2]),
+            "joint": (trace.joint_probe(lin, rows), [0]),
         }
         for name, (probe, starts) in probes.items():
             case.true(probe.groups == len(starts), f"{name}: {probe.groups} groups, expected {len(starts)}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lnp.tracking import storage
+from lnp.tracking import data_frames, storage
 
 Row = dict[str, Any]
 LAYER = "layer/"
@@ -148,26 +148,18 @@ class History:
 
     def to_pandas(self, by_layer: bool = False) -> Any:
         """A `pandas.DataFrame`; with `by_layer`, one row for each step and layer. Needs pandas."""
-        from lnp.tracking import data_frames
-
         return data_frames.to_pandas(self.table(by_layer))
 
     def to_polars(self, by_layer: bool = False) -> Any:
         """The same as a `polars.DataFrame`. Needs Polars."""
-        from lnp.tracking import data_frames
-
         return data_frames.to_polars(self.table(by_layer))
 
     def to_csv(self, path: str | os.PathLike, by_layer: bool = False) -> None:
         """Write the table as CSV, empty where a value is missing."""
-        from lnp.tracking import data_frames
-
         data_frames.to_csv(self.table(by_layer), path)
 
     def to_parquet(self, path: str | os.PathLike, by_layer: bool = False) -> None:
         """Write the table as Parquet. Needs PyArrow."""
-        from lnp.tracking import data_frames
-
         data_frames.to_parquet(self.table(by_layer), path)
 
     def to_jsonl(self, path: str | os.PathLike) -> None:

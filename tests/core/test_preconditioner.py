@@ -13,7 +13,7 @@ import lnp_numpy
 from core.dense import network, record
 from lnp.contract.linearization import GradientPass
 from lnp.results.decomposition import decompose
-from lnp.results.preconditioner import preconditioned
+from lnp.results.preconditioner import precondition
 
 JACOBIAN, GRADIENT = network()
 GENERATOR = np.random.default_rng(1)
@@ -26,7 +26,7 @@ def kernel(names=None):
 
 
 def test_against_the_dense_kernel():
-    d = decompose(preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL), estimator="exact", by_layer=True)
+    d = decompose(precondition(record(JACOBIAN, GRADIENT), DIAGONAL), estimator="exact", by_layer=True)
     g, theta = GRADIENT.reshape(-1), kernel()
     assert d.rate == pytest.approx(g @ theta @ g, rel=1e-12)
     assert d.chi_net == pytest.approx(np.trace(theta) / 6, rel=1e-12)
@@ -40,19 +40,19 @@ def test_norms_of_the_gradient_are_not_taken_from_the_record():
     lin = replace(
         record(JACOBIAN, GRADIENT), gradient_pass=lambda *_: GradientPass(dict.fromkeys(JACOBIAN, np.asarray(1.0)))
     )
-    known = decompose(preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL), estimator="exact")
-    assert decompose(preconditioned(lin, DIAGONAL), estimator="exact").rate == known.rate
+    known = decompose(precondition(record(JACOBIAN, GRADIENT), DIAGONAL), estimator="exact")
+    assert decompose(precondition(lin, DIAGONAL), estimator="exact").rate == known.rate
 
 
 def test_the_probes_have_the_trace_as_their_mean():
-    lin = preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL)
+    lin = precondition(record(JACOBIAN, GRADIENT), DIAGONAL)
     d = decompose(lin, estimator="joint", rtol=0, max_probes=4000)
     assert d.chi_net == pytest.approx(np.trace(kernel()) / 6, abs=4 * d.chi_net_stderr)
     assert decompose(lin, estimator="auto").estimator in ("exact", "joint")
 
 
 def test_products_are_each_others_transpose():
-    lin = preconditioned(record(JACOBIAN, GRADIENT), DIAGONAL)
+    lin = precondition(record(JACOBIAN, GRADIENT), DIAGONAL)
     u = {name: GENERATOR.standard_normal(d.shape) for name, d in DIAGONAL.items()}
     assert np.sum(lin.jvp(u) * GRADIENT) == pytest.approx(sum(lin.inner_products(lin.vjp(GRADIENT), u).values()))
 

@@ -108,7 +108,7 @@ def test_standard_error_by_hand():
     """Two groups of signs' values 1, 3 and 10, 14: SE^2 = ((1 + 1) + (4 + 4)) / (2 * 1)."""
     values = iter([np.array([[1.0, 10.0]]), np.array([[3.0, 14.0]])])
     probe = probing.Probe(lambda v: next(values), 2)
-    found = probing.to_tolerance(record(JACOBIAN, GRADIENT), probe, 0.0, 2)
+    found = probing.probe_to_tolerance(record(JACOBIAN, GRADIENT), probe, 0.0, 2)
     assert (found.mean.tolist(), found.variance.tolist(), found.probes) == ([[2.0, 12.0]], [5.0], 2)
 
 
@@ -127,7 +127,7 @@ def stopped(request):
         drawn = iter(values)
         probe = probing.Probe(lambda v: np.full((1, groups), next(drawn)), groups)
         lin = record(JACOBIAN, GRADIENT, while_loop=request.param)
-        return probing.to_tolerance(lin, probe, **{"rtol": 0.1, "max_probes": 64, **limits}).probes
+        return probing.probe_to_tolerance(lin, probe, **{"rtol": 0.1, "max_probes": 64, **limits}).probes
 
     return stopped
 
@@ -162,7 +162,7 @@ def test_tolerance_is_that_of_the_whole():
     """The first row decides."""
     drawn = iter([0.9, 1.1] * 32)
     probe = probing.Probe(lambda v: np.array([[1.0], [next(drawn) * 100]]), 1, 2)
-    assert probing.to_tolerance(record(JACOBIAN, GRADIENT), probe, 0.001, 64).probes == 8
+    assert probing.probe_to_tolerance(record(JACOBIAN, GRADIENT), probe, 0.001, 64).probes == 8
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_microbatches_are_the_groups():
     norms = lambda v: {name: array.reshape(2, 3).sum(1) for name, array in plain.sample_square_norms(v).items()}
     lin = record(jacobian, gradient, independent=False, group_square_norms=norms, groups=2)
     assert trace.choose(lin, "auto", 0.01, 64)[0] == "grouped"
-    probe = trace.grouped(lin, [tuple(jacobian)])
+    probe = trace.grouped_probe(lin, [tuple(jacobian)])
     v = lin.signs(0)
     assert probe.groups == 2
     assert probe.square_norms(v)[0] == pytest.approx(sum(norms(v).values()))
@@ -206,7 +206,7 @@ def test_groups_cover_the_batch_once(samples):
     jacobian = {"w": np.ones((samples, 1, 1))}
     parts = []
     lin = record(jacobian, np.ones((samples, 1)), vjp=lambda v: parts.append(v) or {"w": v})
-    probe = trace.grouped(lin, [("w",)])
+    probe = trace.grouped_probe(lin, [("w",)])
     sizes = probe.square_norms(np.ones((samples, 1)))
     assert probe.groups == min(trace.GROUPS, samples) == len(parts)
     assert np.array_equal(sum(parts), np.ones((samples, 1)))
