@@ -16,6 +16,7 @@ from lnp.contract import validation
 from lnp.contract.linearization import GradientPass, Linearization, Subset, coupling_tolerance
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
+from lnp.per_sample.self_check import first_that_runs
 from lnp_torch import fallback, forward_mode
 from lnp_torch.float16 import at_scale_one
 from lnp_torch.huggingface import split_batch
@@ -26,7 +27,7 @@ from lnp_torch.model import Program
 from lnp_torch.outputs import dot, flatten, widened
 from lnp_torch.plans import Plan, key_of
 from lnp_torch.replay import Passes, first_pass
-from lnp_torch.self_check import plan_for
+from lnp_torch.self_check import FATAL, plan_for
 from lnp_torch.state_guard import undisturbed
 from lnp_torch.taps.backward_pass import Samples, Tapped, in_groups
 from lnp_torch.taps.function_mode import Taps
@@ -221,11 +222,13 @@ def taken_apart(
     """
     passes = samples.passes
     tolerance = coupling_tolerance(xp, _narrowest(passes.program, [part.dtype for part in parts]))
-    written = hooked or custom_backward(parts) or (options.microbatch is not None and _written(samples))
+    written = hooked or custom_backward(parts)
     if options.split and not reason:
         reason = _why_joint(passes)
-        if not reason:
-            first = next(iter(samples.visit()))
+        first, failed = (None, reason) if reason else first_that_runs([lambda: next(iter(samples.visit()))], FATAL)
+        reason = reason or failed
+        if first is not None:
+            written = written or first.taps.hooked or custom_backward(first.parts)
             key = key_of(passes, samples.outputs, (first.parts, first.taps), (options.forward, options.microbatch))
             plan = plan_for(samples, key, options.microbatch, tolerance, written)
             reason = plan.verdict.reason
@@ -239,12 +242,6 @@ def taken_apart(
     if written:
         refuse_bent(Joint(samples.outputs, gradients), tolerance)
     return None, None, (reason,) if reason else ()
-
-
-def _written(samples: Samples) -> bool:
-    """Whether a backward pass that somebody wrote by hand leads to the outputs of a micro-batch."""
-    first = next(iter(samples.visit()))
-    return first.taps.hooked or custom_backward(first.parts)
 
 
 def _why_joint(passes: Passes) -> str:

@@ -1,0 +1,419 @@
+"""The self-check and the look at every measurement, in PyTorch: right numbers, or a note, or an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lnp
+import lnp_torch
+from integrations.torch_reference import assert_agrees, dense
+from lnp.per_sample import self_check as core
+from lnp_torch import look
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Runs(nn.Module):
+    """run(self, x) with named parts."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args):
+        return self.run(self, *args)
+
+
+def linear(outputs=4):
+    return nn.Linear(4, outputs, dtype=F64)
+
+
+def drawn(samples=6, width=4):
+    return torch.randn(samples, width, dtype=F64)
+
+
+def measured(model, x, y, way="decompose", **options):
+    """By `lnp.decompose`, or as part of a training step, held against the dense Jacobian."""
+    options = {"estimator": "exact", **options}
+    with torch.random.fork_rng():
+        out = model(*x) if isinstance(x, tuple) else model(x)
+        expected = dense(model, out, F.mse_loss(out, y), y.numel())
+    if way == "decompose":
+        d = lnp.decompose(model, (x, y), **options)
+    else:
+        model.zero_grad()
+        with lnp_torch.shared(model) as step:
+            loss = F.mse_loss(model(*x) if isinstance(x, tuple) else model(x), y)
+        d = step.backward(loss, y, nn.MSELoss(), **options)
+        trained = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        F.mse_loss(model(*x) if isinstance(x, tuple) else model(x), y).backward()
+        for mine, p in zip(trained, model.parameters(), strict=True):
+            assert mine is p.grad is None or torch.equal(mine, p.grad)
+    assert_agrees(d, expected, F64)
+    return d
+
+
+def together(d):
+    """Whether the samples were not taken apart, with a note."""
+    said = any("not taken apart" in note for note in d.notes)
+    assert said == (d.population is None)
+    return said
+
+
+WAYS = ["decompose", "shared"]
+
+
+def raises(error):
+    def run(m, x):
+        if len(x) < 6:
+            raise error
+        return m.a(torch.tanh(x))
+
+    return run
+
+
+ERRORS = {
+    "assert": AssertionError("a batch of six"),
+    "key": KeyError(5),
+    "an error of its own": type("Odd", (Exception,), {})("no"),
+    "recursion": RecursionError("deep"),
+    "nothing to say": ZeroDivisionError(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ERRORS)
+def test_whatever_a_part_of_the_batch_raises_is_in_a_note(name, way):
+    d = measured(Runs(raises(ERRORS[name]), a=linear()), drawn(), drawn(), way)
+    assert together(d)
+    assert any(type(ERRORS[name]).__name__ in note for note in d.notes)
+    with pytest.raises(ValueError, match=type(ERRORS[name]).__name__):
+        lnp.decompose(Runs(raises(ERRORS[name]), a=linear()), (drawn(), drawn()), microbatch=3)
+
+
+class Hidden(nn.Module):
+    """A recurrent network whose first state, of the batch's size, is an input with the samples on its second axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 4, batch_first=True, dtype=F64), linear(2)
+
+    def forward(self, x, h):
+        return self.head(self.rnn(x, h)[0][:, -1])
+
+
+@pytest.mark.parametrize("samples", [5, 18, 20])
+def test_states_of_the_size_of_the_batch(samples):
+    x = torch.randn(samples, 3, 3, dtype=F64), torch.zeros(1, samples, 4, dtype=F64)
+    assert together(measured(Hidden(), x, torch.randn(samples, 2, dtype=F64)))
+
+
+def test_a_network_that_runs_on_single_samples_and_on_whole_batches_alone():
+    """Not on the few that are compared at other parameters, nor on a pilot."""
+
+    def run(m, x):
+        assert len(x) in (1, 24)
+        return m.a(torch.tanh(x))
+
+    model, x, y = Runs(run, a=linear()), drawn(24), drawn(24)
+    assert not together(measured(model, x, y))
+
+
+def test_a_part_that_fails_later():
+    def run(m, x):
+        assert m.whole is None or len(x) == m.whole
+        return m.a(torch.tanh(x))
+
+    for way in WAYS:
+        model, x, y = Runs(run, a=linear(), whole=None), drawn(), drawn()
+        assert not together(measured(model, x, y, way))
+        model.whole = 6
+        for _ in range(2):
+            d = measured(model, x, y, way)
+            assert together(d)
+            assert "AssertionError" in d.notes[0] or "interact" in d.notes[0]
+
+
+def gates():
+    """{name: (network, what opens the gate)}."""
+    mean = lambda h: h.mean(0, keepdim=True)
+    gate = lambda m, v: m.gate.data.fill_(v)
+    threshold = Runs(
+        lambda m, x: m.a(x) + F.relu(m.gate - 1) * mean(m.a(x)),
+        a=linear(),
+        gate=nn.Parameter(torch.zeros((), dtype=F64)),
+    )
+    both = Runs(
+        lambda m, x: m.a(x) + F.relu(m.gate - 1) * F.relu(m.gate - 2) * mean(m.a(x)),
+        a=linear(),
+        gate=nn.Parameter(torch.zeros((), dtype=F64)),
+    )
+    counts = Runs(lambda m, x: m.a(x) + (mean(m.a(x)) if m.steps > 3 else 0), a=linear(), steps=0)
+    held = Runs(lambda m, x: m.a(x) + m.mix["share"] * mean(m.a(x)), a=linear(), mix={"share": 0.0})
+    inside = Runs(lambda m, x: m.b(m.a(x) - m.share * mean(m.a(x))), a=linear(), b=linear(), share=0.0)
+    fixed = Runs(
+        lambda m, x: m.a(x) + m.gate * mean(m.a(x)),
+        a=linear(),
+        gate=nn.Parameter(torch.zeros((), dtype=F64), requires_grad=False),
+    )
+    general = Runs(
+        lambda m, x: torch.einsum("ni,oi->no", x, m.a.weight) + m.share * mean(x),
+        a=nn.Linear(4, 4, bias=False, dtype=F64),
+        share=0.0,
+    )
+    return {
+        "a threshold": (threshold, lambda m: gate(m, 1.5)),
+        "a threshold that is hardly passed": (threshold, lambda m: gate(m, 1 + 1e-5)),
+        "a threshold behind another": (both, lambda m: gate(m, 3.0)),
+        "a counter": (counts, lambda m: setattr(m, "steps", 10)),
+        "a number in a dictionary": (held, lambda m: m.mix.update(share=0.5)),
+        "a small share": (inside, lambda m: setattr(m, "share", 1e-4)),
+        "a frozen parameter": (fixed, lambda m: gate(m, 0.1)),
+        "in a network of the general way": (general, lambda m: setattr(m, "share", 0.5)),
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", gates())
+def test_gates_that_open_later(name, way):
+    """Seen at the very next measurement, and remembered."""
+    model, open_gate = gates()[name]
+    x, y = drawn(), drawn()
+    assert not together(measured(model, x, y, way, population=True))
+    open_gate(model)
+    for _ in range(2):
+        assert together(measured(model, x, y, way, population=True))
+    with pytest.raises(ValueError, match="microbatch=2 was asked for, but"):
+        lnp.decompose(model, (x, y), microbatch=2)
+
+
+def test_micro_batches_and_pilots_are_looked_at(monkeypatch):
+    """All their outputs: here one sample of twenty is another one in its batch."""
+
+    def run(m, x):
+        shift = torch.zeros(len(x), 1, dtype=F64)
+        if m.meets and len(x) > 2:
+            shift[-1] = 1.0
+        return m.a(x) + shift * m.a(x)
+
+    monkeypatch.setitem(__import__("lnp_torch.record").record.WORTH, "cpu", -1)
+    for options in ({"microbatch": 2}, {"rtol": 0.5, "estimator": "per_sample"}):
+        model, x, y = Runs(run, a=linear(), meets=False), drawn(24), drawn(24)
+        lnp.decompose(model, (x, y), **options)
+        model.meets = True
+        if "microbatch" in options:
+            with pytest.raises(ValueError, match="not taken apart"):
+                lnp.decompose(model, (x, y), **options)
+        else:
+            monkeypatch.setattr(look, "SAMPLES", torch.Generator())  # no single sample: the pilot is enough
+            monkeypatch.setattr(look.Look, "square_norms", lambda *args: None)
+            assert lnp.decompose(model, (x, y), **options).estimator == "joint"
+
+
+def test_another_sample_is_looked_at_each_time(monkeypatch):
+    ran, alone = [], look._alone
+    monkeypatch.setattr(look, "_alone", lambda samples, sample, v: (ran.append(sample), alone(samples, sample, v))[1])
+    model, x, y = linear(), drawn(8), drawn(8)
+    before = torch.get_rng_state()
+    for _ in range(30):
+        lnp.decompose(model, (x, y))
+    assert len(ran) == 30
+    assert len(set(ran)) > 4
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class Bends(torch.autograd.Function):
+    """The identity, with another backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, backward):
+        ctx.backward = backward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        return ctx.backward(d), None
+
+
+def hooked(x, backward):
+    x = x.clone()
+    x.register_hook(backward)
+    return x
+
+
+BENDS = {
+    "clipped": lambda d: d.clamp(-0.1, 0.1),
+    "normalised": lambda d: d / d.norm().clamp_min(1e-30),
+    "constant added": lambda d: d + 1e-3,
+    "each sample normalised": lambda d: F.normalize(d, dim=1),
+}
+
+
+@pytest.mark.parametrize("estimator", ["exact", "joint", "grouped"])
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("name", BENDS)
+def test_backward_passes_that_are_not_linear(name, hook, estimator):
+    apply = hooked if hook else Bends.apply
+    model = Runs(lambda m, x: m.b(apply(torch.tanh(m.a(x)), BENDS[name])), a=linear(), b=linear())
+    with pytest.raises(ValueError, match="not linear"):
+        lnp.decompose(model, (drawn(16), drawn(16)), estimator=estimator)
+    coupled = Runs(lambda m, x: m.b(apply(m.a(x) + m.a(x).mean(0), BENDS[name])), a=linear(), b=linear())
+    with pytest.raises(ValueError, match="not linear"):
+        lnp.decompose(coupled, (drawn(16), drawn(16)), estimator=estimator)
+    if not hook:
+        with lnp_torch.shared(model) as step:
+            loss = F.mse_loss(model(drawn(16)), y := drawn(16))
+        with pytest.raises(ValueError, match="not linear"):
+            step.backward(loss, y, nn.MSELoss(), estimator=estimator)
+
+
+@pytest.mark.parametrize("meets", [False, True])
+def test_a_backward_pass_that_bends_later(meets):
+    """A clip that nothing reaches at first."""
+    run = lambda m, x: m.scale * Bends.apply(m.a(x) - (m.a(x).mean(0) if meets else 0), lambda d: d.clamp(-50, 50))
+    model, x, y = Runs(run, a=linear(), scale=1.0), drawn(), drawn()
+    assert together(measured(model, x, y)) == meets
+    model.scale = 1e3
+    with pytest.raises(ValueError, match="not linear"):
+        lnp.decompose(model, (x, y))
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_linear_backward_passes_of_ones_own(hook):
+    """Other gradients than the function's, but J^T v of something: scaled, and reversed."""
+    apply = hooked if hook else Bends.apply
+    model = Runs(lambda m, x: m.b(apply(torch.tanh(m.a(x)), lambda d: -0.3 * d)), a=linear(), b=linear())
+    assert not together(measured(model, drawn(), drawn()))
+
+
+class Cancels(nn.Module):
+    """The difference of two sums that are nearly the same, in which rounding is large beside what is left."""
+
+    def __init__(self, share=0.0, dtype=torch.float32):
+        super().__init__()
+        self.a, self.b, self.share = nn.Linear(300, 8), nn.Linear(300, 8), share
+        with torch.no_grad():
+            self.b.weight.copy_(self.a.weight * (1 + 4e-5 * torch.randn_like(self.a.weight)))
+            self.b.bias.copy_(self.a.bias)
+        self.to(dtype)
+
+    def forward(self, x):
+        f = self.a(x) - self.b(x)
+        return f + self.share * f.mean(0)
+
+
+def test_rounding_is_no_interaction():
+    x, y = torch.randn(40, 300), torch.randn(40, 8)
+    plain, coupled = Cancels(), Cancels(0.02)
+    with torch.no_grad():
+        alone = torch.cat([plain(row[None]) for row in x])
+        rounding = (plain(x) - alone).abs().max() / alone.abs().max()
+    assert rounding > core.coupling_tolerance(torch, torch.float32) if hasattr(core, "coupling_tolerance") else rounding
+    for _ in range(3):
+        d = lnp.decompose(plain, (x, y))
+        assert d.population is not None, d.notes
+        assert lnp.decompose(coupled, (x, y)).estimator == "joint"
+
+
+def test_rounding_in_a_network_that_does_not_run_in_float64():
+    run = lambda m, x: m.inner(x) * torch.ones(8, 8).mm(torch.ones_like(x[:8, :8])).mean() / 8
+    model = Runs(run, inner=Cancels())
+    d = lnp.decompose(model, (torch.randn(40, 300), torch.randn(40, 8)))
+    assert d.estimator == "joint"
+
+
+class StochasticDepth(nn.Module):
+    """Residual blocks that are left out of single samples, beside a parameter of the general way."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.a, self.b, self.head = linear(8), nn.Linear(8, 8, dtype=F64), nn.Linear(8, 3, dtype=F64)
+        self.token, self.draw = nn.Parameter(torch.randn(1, 1, 8, dtype=F64)), draw
+
+    def forward(self, x):
+        h = torch.cat([self.token.expand(len(x), -1, -1), self.a(x).tanh()], 1)
+        h = h + self.draw(h) * self.b(h + h.mean(1, keepdim=True)).tanh()
+        return self.head(h[:, 0])
+
+
+DRAWS = {
+    "bernoulli_": lambda h: torch.empty(len(h), 1, 1, dtype=F64).bernoulli_(0.9) / 0.9,
+    "rand": lambda h: (torch.rand(len(h), 1, 1, dtype=F64) < 0.9).double() / 0.9,
+    "normal_": lambda h: h.new_empty(len(h), 1, 1).normal_(1.0, 0.2),
+    "randint": lambda h: torch.randint(0, 2, (len(h), 1, 1)).double(),
+    "for all at once": lambda h: torch.rand((), dtype=F64) + 0.5,
+    "by NumPy": lambda h: torch.as_tensor(__import__("numpy").random.rand(len(h), 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_is_drawn_at_first_decides_nothing(name):
+    for first in range(4):
+        torch.manual_seed(first)
+        model, x, y = StochasticDepth(DRAWS[name]), torch.randn(6, 3, 4, dtype=F64), drawn(6, 3)
+        for _ in range(3):
+            state = __import__("numpy").random.get_state()
+            with torch.random.fork_rng():
+                out = model(x)
+            __import__("numpy").random.set_state(state)
+            d = lnp.decompose(model, (x, y), estimator="exact")
+            assert_agrees(d, dense(model, out, F.mse_loss(out, y), y.numel()), F64)
+            torch.rand(3)
+            __import__("numpy").random.rand(1)
+
+
+def capacity(m, x):
+    """Experts that leave out what comes when they are full."""
+    chosen, out = (m.route(x)[:, 0] > 0).long(), torch.zeros_like(x)
+    for number, expert in enumerate(m.experts):
+        rows = (chosen == number).nonzero()[:, 0][: m.capacity]
+        out = out.index_add(0, rows, expert(x[rows]))
+    return m.head(torch.tanh(x + out))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("full", [15, 12, 9])
+def test_experts_that_fill_up(full, way):
+    """One sample that is left out of twenty is enough, whichever it is."""
+    parts = {"experts": nn.ModuleList([linear(), linear()]), "head": linear(3), "route": linear(1)}
+    model, x, y = Runs(capacity, capacity=20, **parts), drawn(20), drawn(20, 3)
+    assert not together(measured(model, x, y, way, population=True))
+    model.capacity = full
+    count = int((model.route(x)[:, 0] > 0).sum())
+    assert together(measured(model, x, y, way, population=True)) == (max(count, 20 - count) > full)
+
+
+def test_padding_of_the_first_batch_decides_nothing():
+    """Whether the loss is a mean over samples is asked of stand-ins, not of the batch that happens to come first."""
+    words, labels = torch.randint(0, 11, (16, 7)), torch.randint(0, 11, (16, 7))
+    padded = labels.clone()
+    padded[::2, 3:] = -100
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11)).double()
+    seen = []
+    for order in ((labels, padded), (padded, labels)):
+        loss = lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()) + 0 * len(seen)  # noqa: B023
+        found = {id(y): lnp.decompose(model, (words, y), loss, estimator="exact") for y in order}
+        seen.append([found[id(y)].population is not None for y in (labels, padded)])
+    assert seen[0] == seen[1]
+    assert seen[0][0]
+
+
+def test_parameters_of_one_dotted_name():
+    nested = {"enc": {"w": drawn(4).requires_grad_()}, "enc.w": drawn(4).requires_grad_()}
+    apply = lambda p, x: torch.tanh(x @ p["enc"]["w"]) @ p["enc.w"]
+    x, y = drawn(), drawn()
+    d = lnp.decompose((apply, nested), (x, y), estimator="exact", by_layer=lambda name: name)
+    out = apply(nested, x)
+    grads = torch.autograd.grad(F.mse_loss(out, y), [nested["enc"]["w"], nested["enc.w"]])
+    assert [layer.rate for layer in d.layers.values()] == pytest.approx([float(g.square().sum()) for g in grads])
