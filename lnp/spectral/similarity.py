@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from lnp.spectral.kernel import Kernel
 
 ROUNDING = 1e-12
