@@ -19,6 +19,7 @@ from lnp.results.computations import changes, measured_change, predicted_change
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.inside_jit import share_nothing
 from lnp_jax.model import Arrays, Structure, accepts, separate
+from lnp_jax.python_state import loss_state, with_python_state
 from lnp_jax.record import record
 from lnp_jax.self_check import find_verdict, known_verdict, remember_interacting, traced
 from lnp_jax.state_guard import undisturbed
@@ -54,19 +55,22 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
 
 def _evaluated(computation: Callable, model: Any, batches: tuple, options: Options, operands: dict[str, Any]) -> Any:
     structure, arrays = separate(model, options.forward, options.parameters)
+    inside_jit = traced((arrays, batches, options.seed, operands))
+    structure = with_python_state(structure, model, arrays, batches[0], inside_jit)
     if operands.get("update") is not None:
         operands["update"] = _update_vector(structure, arrays, model, operands["update"])
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
     if computation in OF_THE_GRADIENT:
         plan = replace(plan, verdicts=(Verdict(),) * len(batches))
-    if traced(dynamic):
+    if inside_jit:
         return share_nothing(lambda: measure(_with_known_verdicts(plan, arrays, batches), *dynamic).result)
     check_hashable(plan)
     if plan.verdicts is None:
         found = tuple(find_verdict(structure, arrays, batch, plan.options) for batch in batches)
         _raise_bent(found)
         plan = replace(plan, verdicts=found)
+    plan = replace(plan, losses=tuple(loss_state(options.loss, structure, arrays, batch) for batch in batches))
     answer, notes = _answered(plan, dynamic)
     _raise(answer)
     result = jax.tree.map(_to_number, answer.result)
@@ -94,7 +98,9 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not compiled."""
     with undisturbed(model, options.loss, options.forward):
         structure, arrays = separate(model, options.forward, options.parameters)
-        if traced((arrays, batch, options.seed)):
+        inside_jit = traced((arrays, batch, options.seed))
+        structure = with_python_state(structure, model, arrays, batch, inside_jit)
+        if inside_jit:
             return record(structure, arrays, batch, options.seed, options, None)
         verdict = find_verdict(structure, arrays, batch, options)
         _raise_bent([verdict])

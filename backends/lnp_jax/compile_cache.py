@@ -28,13 +28,14 @@ class Plan:
     """All that is fixed when a measurement is compiled; equal plans share the compiled code.
 
     The verdicts say for each batch how its samples are taken apart; None where that cannot be known yet, inside the
-    user's own compiled function.
+    user's own compiled function. `losses` are digests of the loss's program for each batch.
     """
 
     computation: Callable
     structure: Structure
     options: Options
     verdicts: tuple[Verdict, ...] | None = None
+    losses: tuple[str, ...] = ()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["result", "violated", "coupled"], meta_fields=["messages"])

@@ -36,6 +36,8 @@ class Structure:
         The names that are differentiated.
     forward:
         The user's (model, inputs) -> outputs, or None.
+    program:
+        What else decides which program it is, as a text: what its functions read from Python.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Structure:
     names: tuple[str, ...]
     trained: tuple[str, ...]
     forward: Callable | None
+    program: str = ""
 
     def call(self, arrays: Mapping[str, Any], inputs: Any) -> Any:
         """The outputs of the model that these arrays make; what it changes in itself is dropped."""
