@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +33,8 @@ def to_parquet(table: Table, path: str | os.PathLike) -> None:
 
 def to_csv(table: Table, path: str | os.PathLike) -> None:
     """Write a CSV file with a header line."""
+    import csv  # not needed to track a run
+
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(table)
