@@ -14,7 +14,7 @@ import lnp
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
 from lnp.contract.vectors import update_by_name
-from lnp.per_sample.self_check import BENT, Verdict
+from lnp.per_sample.verdict import BENT, Verdict
 from lnp.results.computations import changes, measured_change, predicted_change
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.inside_jit import share_nothing

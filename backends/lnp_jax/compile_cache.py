@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lnp.contract.options import Options
-from lnp.per_sample.self_check import Verdict
+from lnp.per_sample.verdict import Verdict
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.record import record
 

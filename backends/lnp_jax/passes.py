@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lnp.contract.linearization import Vector
-from lnp.per_sample.self_check import SquareNorms
+from lnp.per_sample.differences import SquareNorms
 from lnp_jax.bound_model import Network
 from lnp_jax.fallback import Micro
 from lnp_jax.loops import run_if_entered

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from lnp.contract import validation
 from lnp.contract.linearization import Array, GradientPass, Linearization, Subset, Vector, coupling_tolerance
 from lnp.contract.options import Options
-from lnp.per_sample import self_check
-from lnp.per_sample.self_check import BENT, Verdict
+from lnp.per_sample import differences, self_check
+from lnp.per_sample.verdict import BENT, Verdict
 from lnp_jax import fallback, loops, losses
 from lnp_jax.bound_model import Network, bind
 from lnp_jax.losses import BoundLoss
@@ -49,7 +49,7 @@ class _Look:
         """The loss gradient pulled back through the samples; of small parameters their sum is held against J^T g."""
         sums, norms = self.samples.loss_gradient(g)
         if sums and self.net.tolerance <= NARROW:
-            found = self_check.sums_apart(jnp, sums, gradient, norms)
+            found = differences.sums_apart(jnp, sums, gradient, norms)
             self.interacting.append(found > self.net.tolerance)
         return GradientPass(of_batch, norms, vector=gradient)
 

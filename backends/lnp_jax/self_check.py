@@ -15,8 +15,9 @@ import numpy as np
 from lnp.contract import validation
 from lnp.contract.linearization import Vector
 from lnp.contract.options import Options
-from lnp.per_sample import self_check
-from lnp.per_sample.self_check import Alone, Differences, Pulled, Verdict
+from lnp.per_sample import differences, self_check
+from lnp.per_sample.self_check import Alone, Differences, Pulled
+from lnp.per_sample.verdict import Verdict, found_interacting
 from lnp_jax import fallback
 from lnp_jax.bound_model import Network, bind
 from lnp_jax.model import Arrays, Structure
@@ -101,7 +102,7 @@ def remember_interacting(structure: Structure, arrays: Arrays, batch: Any, optio
     """The verdict on samples that were found to interact when they were measured. It holds from then on: what couples
     them may be closed again in the next batch's outputs, and still be open in its gradients.
     """
-    verdict = Verdict(self_check.found_interacting())
+    verdict = Verdict(found_interacting())
     _remember(_case(structure, arrays, batch, options)[2], verdict)
     return verdict
 
@@ -182,8 +183,8 @@ def bends(net: Network, v: jax.Array, drawn: jax.Array) -> jax.Array:
     _, pullback = jax.vjp(lambda p: of_one(p, row), dict(net.parameters))
     short: Vector = pullback(v[sample] * self_check.SMALLER)[0]
     scaled = {name: part / self_check.SMALLER for name, part in short.items()}
-    found = self_check.gradients_apart(jnp, scaled, pullback(v[sample])[0])
-    return self_check.largest(jnp, list(found.values())) > net.tolerance
+    found = differences.gradients_apart(jnp, scaled, pullback(v[sample])[0])
+    return differences.largest(jnp, list(found.values())) > net.tolerance
 
 
 def _compared(net: Network, structure: Structure, arrays: Arrays, inputs: Any, how: Options) -> Verdict:

@@ -11,6 +11,7 @@ from array_api_compat import torch as xp
 
 from lnp.per_sample import self_check
 from lnp.per_sample.self_check import Pulled
+from lnp.per_sample.verdict import BENT
 from lnp_torch.loss_gradient import Output
 from lnp_torch.taps.function_mode import Tap
 
@@ -47,4 +48,4 @@ class Joint:
 def refuse_bent(joint: Joint, tolerance: float) -> None:
     """Raise ValueError for a backward pass that is not linear, of a network whose samples are not taken apart."""
     if float(self_check.bend_of_batch(joint)) > tolerance:
-        raise ValueError(self_check.BENT)
+        raise ValueError(BENT)

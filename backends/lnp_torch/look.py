@@ -16,8 +16,9 @@ import torch
 from array_api_compat import torch as xp
 
 from lnp.contract.linearization import coupling_tolerance
-from lnp.per_sample import self_check
-from lnp.per_sample.self_check import NOT_FINITE, SMALLER, Verdict, failing, found_interacting
+from lnp.per_sample import differences, self_check
+from lnp.per_sample.self_check import SMALLER
+from lnp.per_sample.verdict import BENT, NOT_FINITE, Verdict, failing, found_interacting
 from lnp_torch import fallback
 from lnp_torch.outputs import widened
 from lnp_torch.plans import Key, Plan
@@ -98,14 +99,14 @@ class Look:
 
     def sums(self, v: torch.Tensor, alone: dict[str, torch.Tensor], batch: Pullback) -> None:
         """{name: sum of single samples' gradients} of parameters that took the general way, beside those of the batch."""
-        value = self_check.sums_apart(xp, alone, batch.gradient, batch.square_norms)
+        value = differences.sums_apart(xp, alone, batch.gradient, batch.square_norms)
         names = list(alone)
 
         def again(wide: Samples) -> torch.Tensor:
             reading = Reading(frozenset(wide.passes.program.parameters))
             in_batch = wide.tapped(v.double(), reading, names)
             found = fallback.alone(self._plan.way.pull(wide.passes.restricted(names)), v.double())
-            return self_check.sums_apart(xp, found.gradient, in_batch.gradient, found.square_norms)
+            return differences.sums_apart(xp, found.gradient, in_batch.gradient, found.square_norms)
 
         self._differences.append(Difference(value, again))
 
@@ -122,7 +123,7 @@ class Look:
             with self.running():
                 bend = self._run_alone(*self._drawn)
             if bend > self._tolerance:
-                raise ValueError(self_check.BENT)
+                raise ValueError(BENT)
         differences, self._differences = self._differences, []
         if differences and not self.reason:
             self.reason = self._reason(differences)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lnp.contract.trees import leaves
-from lnp.per_sample.self_check import Verdict
+from lnp.per_sample.verdict import Verdict
 from lnp_torch import fallback
 from lnp_torch.fallback import Way
 from lnp_torch.replay import Passes

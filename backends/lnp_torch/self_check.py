@@ -13,8 +13,9 @@ import torch
 from array_api_compat import torch as xp
 
 from lnp.contract.linearization import coupling_tolerance
-from lnp.per_sample import self_check
-from lnp.per_sample.self_check import Alone, Differences, Pulled, Verdict
+from lnp.per_sample import differences, self_check
+from lnp.per_sample.self_check import Alone, Differences, Pulled
+from lnp.per_sample.verdict import BENT, Verdict
 from lnp_torch import fallback
 from lnp_torch.fallback import Way
 from lnp_torch.outputs import flatten
@@ -97,7 +98,7 @@ class Operations:
                 break
             norms = self.samples.tapped(self.cotangent, Reading(layouts=tried)).square_norms
             chosen = {name: norms[name] for name in tried if name in norms}
-            apart = self_check.square_norms_apart(xp, chosen, alone.square_norms, index)
+            apart = differences.square_norms_apart(xp, chosen, alone.square_norms, index)
             found |= {name: layout for name, value in apart.items() if float(value) <= 2 * tolerance}
         return found
 
@@ -116,7 +117,7 @@ def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: floa
         if plan.verdict.sure:
             key.remember(plan)
     if plan.verdict.bent:
-        raise ValueError(self_check.BENT)
+        raise ValueError(BENT)
     return plan
 
 

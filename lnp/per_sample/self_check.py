@@ -21,32 +21,27 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lnp.contract.linearization import Array, Vector, accumulation_dtype
+from lnp.per_sample.differences import (
+    SquareNorms,
+    device_of,
+    finite,
+    gradients_apart,
+    irregular,
+    largest,
+    outputs_apart,
+    rows_at,
+    square_norms_apart,
+    widened,
+)
+from lnp.per_sample.verdict import NOT_FINITE, Verdict, failing, interacting
 
 COMPARED = 8
 """Samples that are compared, spread over the batch."""
 BESIDE = 17
 """Samples among which they are compared at other parameters: a number that no layer is likely to have as its size."""
-SHARE = 0.03
-"""A parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with this share of all."""
 SMALLER = 2.0**-10
 """How much shorter cotangents are pulled back too, to see whether the backward pass is linear: loss gradients of a mean
 over many terms are that much shorter than the signs of a probe."""
-NAMED = 4
-"""Parameters that a note names."""
-BENT = (
-    "The backward pass of this network is not linear (a custom gradient that clips, normalises or adds something does "
-    "that): what it returns is no J^T v, and chi_net and chi_pos are about the Jacobian J. Expected a backward pass "
-    "that is linear in what comes in. Clip the parameters' gradients after the backward pass instead, or pass "
-    "forward=, a function (model, inputs) -> outputs without the custom gradient."
-)
-
-NOT_FINITE = (
-    "single samples give numbers in this network that are not finite, although the batch's are: they are not taken "
-    "apart"
-)
-
-SquareNorms = Mapping[str, Array]
-"""{parameter name: array of squared norms, one for each sample}."""
 
 
 @dataclass(frozen=True)
@@ -165,66 +160,6 @@ class Differences:
         return largest(xp, [self.outputs, self.gradient, self.bend, *rules]) > tolerance
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What comparing the batch with single samples has shown. Equal verdicts are equal, and have one hash.
-
-    Attributes
-    ----------
-    reason:
-        Why the samples are not taken apart, or "".
-    general:
-        (parameter whose single samples are run on their own, why) pairs.
-    bent:
-        Whether the backward pass is not linear.
-    sure:
-        Whether it is to be remembered: what is not finite shows nothing.
-    """
-
-    reason: str = ""
-    general: tuple[tuple[str, str], ...] = ()
-    bent: bool = False
-    sure: bool = True
-
-    def joined(self, other: Verdict) -> Verdict:
-        """Both: of the same samples at other parameters."""
-        general = {**dict(other.general), **dict(self.general)}
-        return Verdict(
-            self.reason or other.reason, tuple(general.items()), self.bent or other.bent, self.sure and other.sure
-        )
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know: which parameters take the general way, and why."""
-        if not self.general:
-            return ()
-        named = [f"{name} ({why})" for name, why in self.general]
-        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-        return (f"single samples run on their own, which is slower, for {', '.join(named[:NAMED])}{more}",)
-
-
-def interacting(difference: float) -> str:
-    """Why samples are not taken apart that differ by so much, relative, when the others are left out."""
-    return (
-        "the samples interact in this network (a sample's output or gradient changes by "
-        f"{difference:.1g} (relative) when the others are left out): they are not taken apart"
-    )
-
-
-def found_interacting() -> str:
-    """Why samples are not taken apart that were found to interact by a look."""
-    return (
-        "the samples interact in this network (in this measurement or one before, a sample's output or gradient was "
-        "not the same when others were left out): they are not taken apart"
-    )
-
-
-def failing(error: BaseException) -> str:
-    """Why samples are not taken apart that cannot be run on their own, whatever the network raised."""
-    first = (str(error).splitlines() or [""])[0][:120]
-    return f"single samples cannot be run in this network ({type(error).__name__}: {first}): they are not taken apart"
-
-
 def compared_samples(samples: int, count: int = COMPARED) -> list[int]:
     """Which samples are compared: at most `count`, spread over the batch, and never all of a batch of several, for
     samples that are all there do not show what happens when others are left out.
@@ -250,12 +185,12 @@ def compare(operations: Operations) -> tuple[Differences, Mapping[str, str]]:
     pulled = operations.pull(v)
     alone = operations.alone(index, some)
     of_outputs = xp.maximum(
-        outputs_apart(xp, alone.outputs, _rows(xp, outputs, index)),
+        outputs_apart(xp, alone.outputs, rows_at(xp, outputs, index)),
         outputs_apart(xp, operations.outputs_alone(), outputs),
     )
     of_gradient = largest(xp, list(gradients_apart(xp, alone.gradient, pulled.gradient).values()))
     rules = square_norms_apart(xp, pulled.square_norms, alone.square_norms, index)
-    bend, batch = _bend(operations, v, pulled.gradient), _finite(xp, [outputs, *pulled.gradient.values()])
+    bend, batch = _bend(operations, v, pulled.gradient), finite(xp, [outputs, *pulled.gradient.values()])
     return Differences(of_outputs, of_gradient, rules, bend, batch), pulled.missing
 
 
@@ -292,85 +227,8 @@ def cotangents(xp: Any, like: Array, count: int) -> Array:
     """(C, K) random signs times lengths from 0.5 on, that are exact in every floating-point format."""
     noise = irregular(xp, count * like.shape[1], 0, like)
     signs = xp.where(noise < 0, -xp.ones_like(noise), xp.ones_like(noise))
-    lengths = xp.asarray([[0.5 + n / 8] for n in range(count)], dtype=signs.dtype, device=_device(like))
+    lengths = xp.asarray([[0.5 + n / 8] for n in range(count)], dtype=signs.dtype, device=device_of(like))
     return xp.astype(xp.reshape(signs, (count, -1)) * lengths, like.dtype)
-
-
-def irregular(xp: Any, count: int, number: int, like: Array) -> Array:
-    """Numbers in [-1, 1] without a pattern that a network could share; drawing random ones takes long to compile."""
-    n = xp.astype(xp.arange(count, device=_device(like)), accumulation_dtype(xp, like.dtype))
-    return xp.sin(78.233 * (n + 1.0) + 12.9898 * (n - 97.0 * xp.floor(n / 97.0)) * (number + 1.0))
-
-
-def outputs_apart(xp: Any, alone: Array, outputs: Array) -> Array:
-    """The largest difference of outputs, relative to the largest of the batch's. Shape ()."""
-    if tuple(alone.shape) != tuple(outputs.shape):
-        return xp.asarray(float("inf"), dtype=accumulation_dtype(xp, outputs.dtype), device=_device(outputs))
-    alone, outputs = _wide(xp, alone), _wide(xp, outputs)
-    return xp.max(xp.abs(alone - outputs)) / _positive(xp, xp.max(xp.abs(outputs)))
-
-
-def gradients_apart(xp: Any, one: Vector, other: Vector) -> dict[str, Array]:
-    """{parameter name: ||a - b|| / ||b||}, where all of b counts a little. Each of shape ()."""
-    norms = {name: _norm(xp, array) for name, array in other.items()}
-    floor = SHARE * _norm(xp, xp.stack(list(norms.values())))
-    return {
-        name: _norm(xp, _wide(xp, one[name]) - _wide(xp, other[name])) / _positive(xp, norms[name] + floor)
-        for name in norms
-    }
-
-
-def sums_apart(xp: Any, alone: Vector, in_batch: Vector, square_norms: SquareNorms) -> Array:
-    """How far sums of single samples' gradients are from the batch's gradient, the largest of some parameters. ().
-
-    Relative to what the sum would be if all samples' gradients pointed the same way, sqrt(N sum_n ||G_n||^2): where
-    they cancel, as at the end of a training, what is left is rounding. All parameters count a little.
-
-    Parameters
-    ----------
-    alone:
-        {name: sum_n J_n^T g_n} of some parameters.
-    in_batch:
-        {name: J^T g} of these, or of all.
-    square_norms:
-        {name: (N,) array of ||J_nl^T g_n||^2} of all.
-    """
-    wide = {name: _wide(xp, norms) for name, norms in square_norms.items()}
-    sizes = {name: xp.sqrt(norms.shape[0] * xp.sum(norms)) for name, norms in wide.items()}
-    floor = SHARE * _norm(xp, xp.stack(list(sizes.values())))
-    found = [
-        _norm(xp, _wide(xp, alone[name]) - _wide(xp, in_batch[name])) / _positive(xp, sizes[name] + floor)
-        for name in alone
-    ]
-    return largest(xp, found)
-
-
-def square_norms_apart(
-    xp: Any, in_batch: SquareNorms, alone: SquareNorms, index: Sequence[int] | None
-) -> dict[str, Array]:
-    """{parameter name: how far squared norms in the batch, (N,), are from those of some samples alone, (C,)}.
-
-    With an index, of the samples whose cotangent is not zero, also what arrives at all others. Each of shape ().
-    """
-    if not in_batch:
-        return {}
-    total = sum((_wide(xp, alone[name]) for name in list(alone)[1:]), start=_wide(xp, alone[next(iter(alone))]))
-    found = {}
-    for name, norms in in_batch.items():
-        norms, expected = _wide(xp, norms), _wide(xp, alone[name])
-        own = norms if index is None else _rows(xp, norms, index)
-        missed = xp.max(xp.abs(own - expected) / _exact_square(xp, expected + SHARE**2 * total))
-        if index is not None:
-            others = xp.asarray([n not in index for n in range(norms.shape[0])], device=_device(norms))
-            leaked = xp.max(xp.where(others, norms, xp.zeros_like(norms)))
-            missed = xp.maximum(missed, leaked / _exact_square(xp, xp.max(total)))
-        found[name] = missed
-    return found
-
-
-def largest(xp: Any, values: Sequence[Array]) -> Array:
-    """The largest of arrays of shape (); nan if one is nan."""
-    return xp.max(xp.stack(list(values)))
 
 
 def first_that_runs(ways: Sequence[Callable[[], Any]], fatal: tuple[type[BaseException], ...]) -> tuple[Any, str]:
@@ -402,48 +260,16 @@ def _bend(operations: BatchOperations, v: Array, gradient: Vector) -> Array:
     """How far the backward pass is from linear, where somebody wrote it: J^T (s v) / s for shorter and longer v."""
     xp, samples = operations.xp, operations.outputs.shape[0]
     longer = 2.0 ** math.ceil(math.log2(2 * math.sqrt(samples / len(compared_samples(samples)))))
-    zero = xp.zeros((), dtype=accumulation_dtype(xp, v.dtype), device=_device(v))
+    zero = xp.zeros((), dtype=accumulation_dtype(xp, v.dtype), device=device_of(v))
     found = [zero]
     for scale in (SMALLER, longer) if operations.custom_backward else ():
-        again = {name: _wide(xp, part) / scale for name, part in operations.pull(v * scale).gradient.items()}
+        again = {name: widened(xp, part) / scale for name, part in operations.pull(v * scale).gradient.items()}
         found += [xp.astype(value, zero.dtype) for value in gradients_apart(xp, again, gradient).values()]
     return largest(xp, found)
 
 
-def _finite(xp: Any, arrays: Sequence[Array]) -> Array:
-    """0 where all numbers are finite, else nan. Shape ()."""
-    return largest(xp, [xp.astype(xp.sum(_wide(xp, array) * 0.0), _wide(xp, arrays[0]).dtype) for array in arrays])
-
-
 def _placed(xp: Any, some: Array, index: Sequence[int], outputs: Array) -> Array:
     """(N, K) of the rows (C, K) at their places, zero elsewhere."""
-    zeros = xp.zeros((1, some.shape[1]), dtype=some.dtype, device=_device(some))
+    zeros = xp.zeros((1, some.shape[1]), dtype=some.dtype, device=device_of(some))
     place = {sample: slot for slot, sample in enumerate(index)}
-    return _rows(xp, xp.concat([some, zeros], axis=0), [place.get(n, len(index)) for n in range(outputs.shape[0])])
-
-
-def _rows(xp: Any, array: Array, index: Sequence[int]) -> Array:
-    return xp.take(array, xp.asarray(list(index), dtype=xp.int32, device=_device(array)), axis=0)
-
-
-def _norm(xp: Any, array: Array) -> Array:
-    wide = _wide(xp, array)
-    return xp.sqrt(xp.sum(wide * wide))
-
-
-def _wide(xp: Any, array: Array) -> Array:
-    return xp.astype(array, accumulation_dtype(xp, array.dtype), copy=False)
-
-
-def _positive(xp: Any, value: Array) -> Array:
-    return xp.maximum(value, xp.full_like(value, float(xp.finfo(value.dtype).smallest_normal)))
-
-
-def _exact_square(xp: Any, value: Array) -> Array:
-    """At least the smallest square whose digits are there: a sample that a loss has done with has gradients near 0."""
-    info = xp.finfo(value.dtype)
-    return xp.maximum(value, xp.full_like(value, float(info.smallest_normal) / float(info.eps) ** 2))
-
-
-def _device(array: Array) -> Any:
-    return getattr(array, "device", None)
+    return rows_at(xp, xp.concat([some, zeros], axis=0), [place.get(n, len(index)) for n in range(outputs.shape[0])])

@@ -8,8 +8,9 @@ import array_api_strict
 import numpy as np
 import pytest
 
-from lnp.per_sample import self_check
-from lnp.per_sample.self_check import Alone, Differences, Pulled, Verdict
+from lnp.per_sample import differences, self_check
+from lnp.per_sample.self_check import Alone, Differences, Pulled
+from lnp.per_sample.verdict import Verdict
 
 SAMPLES, OUTPUTS = 12, 3
 GENERATOR = np.random.default_rng(0)
@@ -205,8 +206,8 @@ def test_sums_of_gradients_are_compared_by_the_size_of_what_they_add():
     """A gate whose gradient comes from the neighbours shows; rounding in a sum that has cancelled does not."""
     norms = {"gate": np.full(4, 1.0), "weight": np.full(4, 9.0)}
     batch = {"gate": np.asarray([1e-9]), "weight": np.zeros(3)}
-    assert self_check.sums_apart(np, {"gate": np.asarray([0.0])}, batch, norms) < 1e-8
-    assert self_check.sums_apart(np, {"gate": np.asarray([0.4])}, batch, norms) == pytest.approx(0.1, rel=0.1)
+    assert differences.sums_apart(np, {"gate": np.asarray([0.0])}, batch, norms) < 1e-8
+    assert differences.sums_apart(np, {"gate": np.asarray([0.4])}, batch, norms) == pytest.approx(0.1, rel=0.1)
 
 
 def test_inside_compiled_code_differences_are_a_flag():

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from lnp.contract.linearization import Vector
 from lnp.per_sample import norms, uses
-from lnp.per_sample.self_check import SquareNorms
+from lnp.per_sample.differences import SquareNorms
 from lnp.per_sample.uses import Factors
 from lnp_jax import fallback
 from lnp_jax.bound_model import Network
