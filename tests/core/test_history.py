@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lnp
+import lnp_numpy
 from lnp.tracking.history import History
 from lnp.tracking.storage import Appender
 
@@ -123,3 +126,20 @@ def test_a_missing_library_is_named_with_its_extra(module, call, monkeypatch, tm
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"pip install 'lnp\[{module}\]'"):
         call(History(ROWS), tmp_path / "x")
+
+
+def test_a_run_recorded_by_an_earlier_version_opens(tmp_path):
+    """Written by lnp 0.1.0 before its files moved: tags, layers, population values, and a restart at step 4."""
+    path = tmp_path / "run.jsonl"
+    path.write_bytes((Path(__file__).parent / "recorded_by_0_1_0.jsonl").read_bytes())
+    history = History.read(path)
+    assert history["step"].tolist() == [0, 1, 2, 3, 4, 6, 7]
+    assert history["loss"][0] == pytest.approx(1.1898245625)
+    assert history["rate"] == pytest.approx(history["chi_loss"] * history["chi_net"] * history["chi_pos"], rel=1e-12)
+    assert np.isfinite(history["population/chi_pos"]).all()
+    assert history["layer/weight/chi_net"][0] == pytest.approx(2.33504025)
+    assert np.isnan(history["accuracy"][4:]).all()
+    assert history.reach().step in history["step"]
+    with lnp.Tracker(path, schedule=lambda step: True) as tracker:
+        tracker.observe(8, lnp_numpy.LinearModel(weight=np.zeros((1, 1))), (np.ones((2, 1)), np.ones((2, 1))))
+    assert len(History.read(path)) == 8
