@@ -110,6 +110,7 @@ def probe_to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes
     enough = xp.zeros_like(first.variance[0], dtype=xp.bool)
     if max_probes == 1 or probe.groups > DEGREES_OF_FREEDOM:
         enough = _is_within(xp, first.mean, first.variance, rtol)
+    # as many probes as give the degrees of freedom: k probes of G groups have G (k - 1)
     least = min(max_probes, 2 + (DEGREES_OF_FREEDOM - 1) // probe.groups)
 
     def body(state: tuple) -> tuple:

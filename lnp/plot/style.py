@@ -44,7 +44,7 @@ def tidy(ax: Axes, xlabel: str, ylabel: str) -> None:
 def step_axis(ax: Axes) -> None:
     """Steps: linear up to 1, so that 0 has a place, and logarithmic above."""
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)
-    ax.set_xlim(left=-0.15)
+    ax.set_xlim(left=-0.15)  # room for the mark at step 0
     from matplotlib.ticker import FixedLocator
 
     top = max(ax.dataLim.x1, 1.0) if np.isfinite(ax.dataLim.x1) else 1.0

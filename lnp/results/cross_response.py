@@ -56,6 +56,7 @@ def cross_response_of(
     assert m_pass.vector is not None, "`decomposed` asks for it"
     products = trained.inner_products(t_pass.vector, m_pass.vector)
     rate = valid(trained, valid(measured, sum_of(products, products)))
+    # the roots and ratios in turn, since products may overflow
     chi_loss = xp.sqrt(t.chi_loss) * xp.sqrt(m.chi_loss)
     chi_net = xp.sqrt(t.chi_net) * xp.sqrt(m.chi_net)
     errors = [ratio(xp, d.chi_net_stderr, d.chi_net) for d in (t, m)]

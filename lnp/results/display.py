@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import TYPE_CHECKING, Any
 
 from lnp.optional import import_optional
@@ -90,7 +91,7 @@ def to_html(d: Decomposition) -> str:
         for layer, part in (d.layers or {}).items()
     )
     notes = "".join(f"<br>{html.escape(line)}" for line in (provenance(d), *d.notes))
-    return f"<table>{rows}{layers}</table><small>{notes[4:]}</small>"
+    return f"<table>{rows}{layers}</table><small>{notes.removeprefix('<br>')}</small>"
 
 
 def provenance(d: Decomposition) -> str:
@@ -102,7 +103,7 @@ def provenance(d: Decomposition) -> str:
 
 
 def _count(value: float | Array) -> str:
-    return str(int(value)) if isinstance(value, int | float) and value == value else str(value)
+    return str(int(value)) if isinstance(value, int | float) and not math.isnan(value) else str(value)
 
 
 def _number(value: float | Array) -> str:

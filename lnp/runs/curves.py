@@ -170,7 +170,7 @@ def _groups(step: np.ndarray, window: np.ndarray) -> np.ndarray:
     if changes < MOST_POINTS:
         return group
     position = np.log1p(step.astype(np.float64))
-    return np.floor(position / max(position[-1], 1e-300) * MOST_POINTS)
+    return np.floor(position / max(position[-1], 1e-300) * MOST_POINTS)  # the last step may be 0
 
 
 def smooth(line: Curve) -> tuple[np.ndarray, np.ndarray]:

@@ -106,6 +106,7 @@ def xtrace(operator: SymmetricOperator, products: int = 60, *, seed: int = 0) ->
         q, r = np.linalg.qr(apply(omega))
         h = q.T @ apply(q)
         w = q.T @ omega
+        # Q_i is Q without one direction, which is orthogonal to R without its column i
         missing = np.stack([_orthogonal(np.delete(r, i, axis=1)) for i in range(count)], axis=1)
         x = w - missing * np.sum(missing * w, axis=0)  # Q^T Q_i Q_i^T w_i
         head = np.trace(h) - np.sum(missing * (h @ missing), axis=0)

@@ -77,6 +77,7 @@ def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
         beta = xp.sqrt(xp.sum(w * w))
         entry = abs(alpha) + beta
         scale = xp.where(entry > scale, entry, scale)
+        # what rounding leaves of a direction inside of the space is no new direction: T ends there
         outside = beta > tolerance * scale
         beta = xp.where(outside, beta, xp.zeros_like(beta))
         diagonal = xp.where(rows == j, alpha, diagonal)

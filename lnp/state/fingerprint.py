@@ -45,6 +45,7 @@ def fingerprint(
         if isinstance(value, np.ndarray):
             return value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()
         if type(value) in PLAIN:
+            # 1 == True == 1.0, 0.0 == -0.0, and nan is not even equal to itself
             return type(value), repr(value) if isinstance(value, float | complex) else value
         return position[id(value)] if id(value) in position else held(value)
 

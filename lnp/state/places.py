@@ -209,7 +209,7 @@ def _put_ordered(x: collections.OrderedDict, values: list) -> None:
 
 
 def _put_dict(x: dict, values: list) -> None:
-    dict.clear(x)
+    dict.clear(x)  # the order of the keys is part of what it held
     dict.update(x, zip(values[::2], values[1::2], strict=True))
 
 

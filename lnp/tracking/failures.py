@@ -74,6 +74,7 @@ class Failures:
 
     def _warn_once(self, reason: str, step: int | None, missing: str) -> None:
         """Warn of a reason, or count it where a warning was given already."""
+        # sizes, steps and addresses differ at each repetition
         key = re.sub(r"0x[0-9a-f]+|\d+", "#", reason)
         failure = self._repetitions.get(key)
         if failure is not None:

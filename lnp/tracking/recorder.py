@@ -55,7 +55,7 @@ class Recorder:
             try:
                 self._history = History.read(self.path)
             except BaseException:
-                file.close()
+                file.close()  # its lock would keep this tracker, too, from trying again
                 raise
             self._file = file
         elif self._history is None:

@@ -130,7 +130,7 @@ class _SharedMeasurement:
                         loss, targets, tracked_loss if criterion is None else criterion, **options
                     )
             except Exception as error:
-                if not (self.step.stepped and not self.step.seconds):
+                if not self.step.stepped or self.step.seconds:  # before or after the step's own pass
                     raise
                 users_error = error
             else:

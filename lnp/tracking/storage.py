@@ -138,7 +138,7 @@ class Appender:
         self._process = os.getpid()
         try:
             self._lock()
-            os.ftruncate(self._file, _end_of_lines(self._file))
+            os.ftruncate(self._file, _end_of_lines(self._file))  # a record that a killed process left torn
         except BaseException:
             os.close(self._file)
             raise
@@ -160,7 +160,7 @@ class Appender:
             )
         line = encode(record)
         size = os.fstat(self._file).st_size
-        if os.write(self._file, line) != len(line):
+        if os.write(self._file, line) != len(line):  # a full disk takes a part without an error
             os.ftruncate(self._file, size)
             raise OSError(errno.ENOSPC, f"{self.path} could not take the whole record: is the disk full?")
         if self._fsync:
