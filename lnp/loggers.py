@@ -36,7 +36,7 @@ LoggerSources = LoggerSource | list[LoggerSource] | tuple[LoggerSource, ...]
 
 
 def tensorboard(writer: ScalarWriter) -> Logger:
-    """To a TensorBoard writer (`torch.utils.tensorboard.SummaryWriter`, `tensorboardX`), or to a folder.
+    """A logger to a TensorBoard writer (`torch.utils.tensorboard.SummaryWriter`, `tensorboardX`), or to a folder.
 
     A folder needs tensorboardX or PyTorch's writer made by the caller; pass the writer that the run has anyway.
 
@@ -59,7 +59,7 @@ def tensorboard(writer: ScalarWriter) -> Logger:
 
 
 def wandb(run: LoggingRun | None = None) -> Logger:
-    """To a Weights & Biases run; without one, to the run that is active.
+    """A logger to a Weights & Biases run; without one, to the run that is active.
 
     The service takes steps in rising order only. Values are logged at the run's own step if that is ahead, and carry
     "lnp/step", against which the charts of "lnp/..." are drawn.
@@ -68,12 +68,12 @@ def wandb(run: LoggingRun | None = None) -> Logger:
 
 
 def trackio(run: LoggingRun | None = None) -> Logger:
-    """To a trackio run; without one, to the run that is active."""
+    """A logger to a trackio run; without one, to the run that is active."""
     return _wandb_like(lambda: run if run is not None else import_optional("trackio", "lnp.loggers.trackio()"))
 
 
 def mlflow(run_id: str | None = None) -> Logger:
-    """To MLflow's active run, or to the run with this id."""
+    """A logger to MLflow's active run, or to the run with this id."""
     client = import_optional("mlflow", "lnp.loggers.mlflow()")
     chosen = {} if run_id is None else {"run_id": run_id}
     return lambda values, step: client.log_metrics(dict(values), step=step, **chosen)

@@ -46,7 +46,7 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo runs.
+    """Settings of the demo.
 
     Attributes
     ----------

@@ -50,7 +50,7 @@ def step_taken(
     loss_terms: int | None = None,
     batch_statistics: BatchStatistics = "frozen",
 ) -> StepTaken:
-    """What the step from one model to the other did to the loss on a batch. Nothing is changed.
+    """The loss change, on a batch, of the step from one model to the other. Nothing is changed.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def step_taken(
 
 
 def _verb(model: Model, name: str) -> Callable:
-    """What the model's backend calls by this name, snapshot or difference; a TypeError where it has none."""
+    """The function of this name, snapshot or difference, of the model's backend; a TypeError where it has none."""
     backend = registry.find(model)
     verb = getattr(backend, name, None)
     if verb is None:

@@ -188,7 +188,7 @@ def spectrum(
 
 @dataclass(frozen=True)
 class LanczosResult:
-    """What is computed on the device: the decomposition, and T for the loss gradient and for each probe.
+    """The numbers that the device computes: the decomposition, and T for the loss gradient and for each probe.
 
     Attributes
     ----------

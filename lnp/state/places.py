@@ -75,7 +75,7 @@ def is_lnp_or_numpy(root: str) -> bool:
 
 
 def references(x: Any) -> list[Any]:
-    """What an object refers to for good: it has no place where another reference could be put."""
+    """The objects that an object refers to for good: it has no place where another reference could be put."""
     if isinstance(x, types.MethodType):
         return [x.__self__, x.__func__]
     if isinstance(x, types.BuiltinMethodType):  # that of a list, say

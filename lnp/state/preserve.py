@@ -28,7 +28,7 @@ LINKS = (types.MethodType, types.BuiltinMethodType, types.FunctionType, types.Ce
 
 @contextlib.contextmanager
 def preserve_state(*roots: Any, foreign: frozenset[str] = frozenset()) -> Iterator[None]:
-    """What can be reached from the roots holds afterwards what it held before, also after an exception.
+    """Around a call that may write: what the roots lead to holds afterwards what it held before, also after an error.
 
     Containers, attributes, closures, the globals that the user's functions name, small arrays of NumPy and random
     states (NumPy's and Python's own, and generators that are found on the way) are put back in place, so that everybody
@@ -61,7 +61,7 @@ def preserve_state(*roots: Any, foreign: frozenset[str] = frozenset()) -> Iterat
 
 
 class SavedState:
-    """What everything that can be reached from the roots holds now, to be put back; without random states."""
+    """The content of every object that the roots lead to, as it is now, to be put back; without random states."""
 
     def __init__(self, roots: Iterable[Any], foreign: frozenset[str] = frozenset()) -> None:
         self._held = [(part, x, part.take(x)) for x in reachable_objects(roots, foreign) for part in places(x)]

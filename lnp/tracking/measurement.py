@@ -84,7 +84,7 @@ class StepMeasurer:
         return row
 
     def loss_change(self, before: Any, after: Model, batch: Batch) -> dict[str, float]:
-        """What an update did to the loss, for the row of its step."""
+        """The loss change of an update, predicted and measured, for the row of its step."""
         own = batch if batch is not None else self.source.last if self.source is not None else None
         options = {name: self.options[name] for name in STEP_OPTIONS if name in self.options}
         with single_process(after):

@@ -39,7 +39,7 @@ class Recorder:
 
     @property
     def history(self) -> History:
-        """What has been measured, also by earlier processes."""
+        """The measurements so far, also those of earlier processes."""
         if self._history is not None:
             return self._history
         return History.read(self.path) if self.path is not None and os.path.exists(self.path) else History()

@@ -73,7 +73,7 @@ class SharedStep(contextlib.AbstractContextManager):
 
 @dataclass
 class _SharedMeasurement:
-    """What a shared step does beside the training step.
+    """The measurement beside a training step, on its own passes.
 
     Attributes
     ----------

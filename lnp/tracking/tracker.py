@@ -121,7 +121,7 @@ class Tracker:
         Returns
         -------
         Decomposition or None
-            Of the training batch, or of the tracker's own without one. None where nothing was measured.
+            The training batch's, or that of the tracker's own batch without one. None where nothing was measured.
         """
         if options:
             check_options(options)
@@ -244,7 +244,7 @@ class Tracker:
 
     @property
     def history(self) -> History:
-        """What has been measured, also by earlier processes."""
+        """The measurements so far, also those of earlier processes."""
         return self._recorder.history
 
     def to_pandas(self, by_layer: bool = False) -> Any:
@@ -256,7 +256,7 @@ class Tracker:
         return self.history.to_polars(by_layer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: numbers and texts. The rows are part of it where there is no file to hold them."""
+        """The state for a checkpoint, of numbers and texts; with the rows where there is no file to hold them."""
         return {
             "version": VERSION,
             **self._selection.state_dict(),
