@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import keras
 
 import lnp
-from lnp.contract.linearization import Linearization
+from lnp.contract.linearization import Linearization, Vector
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves
 from lnp.contract.vectors import update_by_name
@@ -59,9 +60,13 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     with untouched():
         handed = _handed(model, (batch,), options)
     record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
-    keep = lambda v: (model, record.vjp(v))[1]  # the function that was handed over refers to the model weakly
     notes = (*record.notes, *handed.notes, *_notes(_plain(model), options))
-    return replace(record, vjp=keep, notes=notes)
+    return replace(record, vjp=partial(_pulled_back, record, model), notes=notes)
+
+
+def _pulled_back(record: Linearization, model: Any, v: Any) -> Vector:
+    """J^T v. Holds the model, to which the function that was handed over refers weakly."""
+    return record.vjp(v)
 
 
 def _update(model: Any, names: Any, update: Any) -> dict[str, Any]:
@@ -174,8 +179,8 @@ def _loss(model: Any, loss: Any, parts: list) -> tuple[Any, tuple[str, ...]]:
         )
     if model.loss is None and not overridden(model):
         raise ValueError(
-            "The model is compiled without a loss: what its layers add (add_loss) does not come from the outputs, which "
-            "is what lnp measures. Expected model.compile(loss=...). Pass loss=, a function (outputs, targets) -> "
+            "The model is compiled without a loss: what its layers add (add_loss) does not come from the outputs, "
+            "which lnp measures. Expected model.compile(loss=...). Pass loss=, a function (outputs, targets) -> "
             "scalar, for the part that does."
         )
     return compiled_loss(model), ()

@@ -40,5 +40,5 @@ def _trained(model: Any) -> dict[str, Any]:
 
 def _values(model: keras.Layer) -> dict[str, Any]:
     """Copies, since a framework may write over what a variable held, or give its memory away."""
-    copied = lambda variable: keras.ops.stop_gradient(keras.ops.copy(variable.value))
-    return {name: copied(variable) for name, variable in named_variables(model).items()}
+    variables = named_variables(model).items()
+    return {name: keras.ops.stop_gradient(keras.ops.copy(variable.value)) for name, variable in variables}

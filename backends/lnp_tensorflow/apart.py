@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from lnp.contract.linearization import Subset, Vector, coupling_tolerance
 from lnp.contract.options import Options
-from lnp.per_sample.self_check import BENT, Verdict, look
+from lnp.per_sample.self_check import look
+from lnp.per_sample.verdict import BENT, Verdict
 from lnp_tensorflow import array_namespace as xp
 from lnp_tensorflow.fallback import Norms, cut
 from lnp_tensorflow.self_check import Checked, compared, look_at_one

@@ -17,7 +17,8 @@ from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
 from lnp.contract.validation import unpack
 from lnp.contract.vectors import update_by_name
-from lnp_tensorflow.compile_cache import CONVERTED, Plan, remember, run, run_inside
+from lnp_tensorflow.compile_cache import Answer, Given, Plan, remember
+from lnp_tensorflow.measurement import CONVERTED, run, run_inside
 from lnp_tensorflow.model import Arrays, Snapshot, Structure, accepts, is_module, plain_state, separate
 from lnp_tensorflow.record import record
 from lnp_tensorflow.replay import forward
@@ -56,11 +57,12 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     operands = map_leaves(tf.convert_to_tensor, operands)
     pairs = _tensors(batches)
     fixed = replace(options, seed=None, parameters=None, forward=None)
+    given = Given(tree, arrays, pairs, options.seed, operands)
     plan = Plan(computation, structure, fixed, _JIT.get(), loss_state=plain_state(options.loss))
     if tf.inside_function():
         with undisturbed(*structure.roots, options.loss):
-            return run_inside(plan, tree, arrays, pairs, options.seed, operands)
-    answer = _traced(plan, tree, arrays, pairs, options.seed, operands)
+            return run_inside(plan, given)
+    answer = _traced(plan, given)
     for violated, message in zip(answer.violated, answer.messages, strict=True):
         if violated:
             raise ValueError(message)
@@ -89,16 +91,16 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         return record(run, inputs, targets, options.seed, options)
 
 
-def _traced(plan: Plan, *dynamic: Any) -> Any:
+def _traced(plan: Plan, given: Given) -> Answer:
     """The answer; a network with Python control flow over tensors is converted by AutoGraph."""
     converted = replace(plan, structure=replace(plan.structure, autograph=True))
     if plan.structure in CONVERTED:
-        return run(converted, *dynamic)
+        return run(converted, given)
     try:
-        return run(plan, *dynamic)
+        return run(plan, given)
     except tf.errors.OperatorNotAllowedInGraphError:
         remember(CONVERTED, plan.structure, None)
-        return run(converted, *dynamic)
+        return run(converted, given)
 
 
 @contextlib.contextmanager

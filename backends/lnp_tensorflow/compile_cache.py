@@ -7,22 +7,18 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tensorflow as tf
 
-from lnp.contract import validation
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
-from lnp.per_sample.self_check import BENT, Verdict, failing, found_interacting, moved
+from lnp.per_sample.self_check import moved
 from lnp_tensorflow import array_namespace
 from lnp_tensorflow.effects import calls_python, written
-from lnp_tensorflow.fallback import FATAL
 from lnp_tensorflow.model import Arrays, Structure
-from lnp_tensorflow.record import record
-from lnp_tensorflow.replay import Forward, forward
-from lnp_tensorflow.self_check import Checked, Comparison, compared
+from lnp_tensorflow.self_check import Checked
 from lnp_tensorflow.state_guard import undisturbed
 
 REMEMBERED = 64
@@ -46,8 +42,25 @@ class Plan:
         return replace(self, options=replace(self.options, split=False), notes=(reason,), checked=())
 
 
-class InParts(Exception):
-    """The user's code has raised an error after it ran on the whole batch: on a part of it, as far as can be known."""
+@dataclass(frozen=True)
+class Given:
+    """What a measurement is given each time.
+
+    Attributes
+    ----------
+    tree, arrays:
+        Of the model, see `lnp_tensorflow.model`.
+    pairs:
+        The batches; of a comparison the inputs of one.
+    seed, operands:
+        Of the computation.
+    """
+
+    tree: Any
+    arrays: Arrays
+    pairs: Any
+    seed: Any = 0
+    operands: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,8 @@ class Traced:
     Attributes
     ----------
     function:
-        (arrays, batches' tensors, seed, number of the measurement, operands) -> every number of the answer in one float64 vector, and its arrays.
+        (arrays, batches' tensors, seed, number of the measurement, operands) -> every number of the answer in one
+        float64 vector, and its arrays.
     answer:
         The answer with specifications in the places of both.
     written:
@@ -87,177 +101,46 @@ class Traced:
 
 
 _TRACED: OrderedDict[Any, Traced] = OrderedDict()
-_CHECKED: OrderedDict[Any, Checked] = OrderedDict()
 _TURNS = itertools.count()
 """Numbers of measurements. The samples that are looked at are drawn from them, never from the user's random state."""
-CONVERTED: OrderedDict[Any, None] = OrderedDict()
-"""Structures that need AutoGraph."""
 
 
-def measure(
-    plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, turn: Any, operands: dict[str, Any]
-) -> tuple[Answer, list[Forward]]:
-    """Linearise the model on each batch and compute. Each pass puts back what the model and the loss write to."""
-    given = [validation.unpack(pair) for pair in pairs]
-    runs = [forward(plan.structure, tree, arrays, inputs) for inputs, _ in given]
-    records = [
-        record(run, *pair, seed, plan.options, plan.notes, checked, turn)
-        for run, pair, checked in zip(runs, given, plan.checked or [None] * len(runs), strict=True)
-    ]
-    try:
-        result = plan.computation(*records, **operands)
-    except FATAL:
-        raise
-    except Exception as error:
-        raise (InParts(error) if plan.options.split and plan.options.microbatch is None else error) from error
-    checks = [check for lin in records for check in lin.violations]
-    coupled = tuple(lin.coupled() for lin in records if lin.coupled is not None)
-    return Answer(result, tuple(flag for flag, _ in checks), coupled, tuple(message for _, message in checks)), runs
-
-
-def run(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
-    """The answer with numbers, in one transfer from the device.
-
-    What has once been compared with single samples is remembered. Samples that interact are not taken apart; where they
-    are found to do so in this measurement, it is made again.
-    """
-    key, given = _key(plan, arrays, pairs, operands), (tree, arrays, pairs, seed, operands)
-    if not plan.options.split:
-        return _run((plan, *key[1:]), measure, plan, *given)
-    models = [_Model(plan, tree, arrays, validation.unpack(pair)[0]) for pair in pairs]
-    checked = tuple(model.checked() for model in models)
-    if any(found.verdict.bent for found in checked):
-        raise ValueError(BENT)
-    reason = next((found.verdict.reason for found in checked if found.verdict.reason), "")
-    apart, refused = replace(plan, checked=checked), Answer(None, (), (True,))
-    if reason:
-        return refused if plan.options.microbatch is not None else _jointly(plan, reason, key, given)
-    try:
-        answer = _run((apart, *key[1:]), measure, apart, *given)
-    except (InParts, tf.errors.OpError) as error:
-        if plan.options.microbatch is not None or isinstance(error, FATAL):
-            raise
-        return _jointly(plan, failing(error.args[0] if isinstance(error, InParts) else error), key, given)
-    for model, interacting in zip(models, answer.coupled, strict=True):
-        if interacting:
-            model.remember(Checked(Verdict(reason=found_interacting())))
-    if any(answer.coupled):
-        return refused if plan.options.microbatch is not None else _jointly(plan, found_interacting(), key, given)
-    return answer
-
-
-def _jointly(plan: Plan, reason: str, key: Any, given: tuple) -> Answer:
-    """The answer with no samples taken apart. Where it is the batch itself that fails, its error is raised again."""
-    plan = plan.jointly(reason)
-    return _run((plan, *key[1:]), measure, plan, *given)
-
-
-def run_inside(plan: Plan, tree: Any, arrays: Arrays, pairs: tuple, seed: Any, operands: dict[str, Any]) -> Any:
-    """The result in the graph around it, as tensors. Whenever that runs, the batch is compared with single samples."""
-    given = (tree, arrays, pairs, seed, None, operands)
-    try:
-        return separately(lambda: measure(plan, *given)[0].result)
-    except InParts as error:
-        joint = plan.jointly(failing(error.args[0]))
-        return separately(lambda: measure(joint, *given)[0].result)
-
-
-class _Model:
-    """A model on inputs of some shapes, whatever is measured, and how its samples can be taken apart."""
-
-    def __init__(self, plan: Plan, tree: Any, arrays: Arrays, inputs: Any) -> None:
-        options = Options(microbatch=plan.options.microbatch)
-        self._plan, self._given = Plan(_judge, plan.structure, options, plan.jit_compile), (tree, arrays, (inputs,))
-        self._key = _key(self._plan, arrays, inputs, {})
-
-    def checked(self) -> Checked:
-        """What comparing the batch with single samples shows: at its parameters, and at others."""
-        if self._key in _CHECKED:
-            return _CHECKED[self._key]
-        try:
-            seen: Comparison = self._compared(moving=False)
-        except FATAL:
-            raise
-        except tf.errors.OpError as error:  # from single samples, or from the batch, which will be run again
-            return Checked(Verdict(failing(error), sure=False))
-        found, verdict = Checked(seen.verdict(), seen.expanded), seen.verdict()
-        if verdict.sure and not verdict.reason and not verdict.bent:
-            found = replace(found, verdict=self._at_other_parameters(verdict))
-        if verdict.sure:
-            self.remember(found)
-        return found
-
-    def remember(self, found: Checked) -> None:
-        """For measurements to come."""
-        remember(_CHECKED, self._key, found)
-        _forget_with(self._plan.structure.static, _CHECKED, self._key)
-
-    def _at_other_parameters(self, verdict: Verdict) -> Verdict:
-        """The verdict, with what shows where no gate is closed by chance. Numbers that are not finite show nothing."""
-        try:
-            other = self._compared(moving=True).verdict()
-        except FATAL:
-            raise
-        except tf.errors.OpError:  # such as of an assertion about values
-            return verdict
-        return verdict.joined(other) if other.sure else verdict
-
-    def _compared(self, moving: bool) -> Comparison:
-        return _run(self._key, _judge, self._plan, *self._given, 0, {}, moving=moving).result
-
-
-def _judge(
-    plan: Plan, tree: Any, arrays: Arrays, given: tuple, seed: Any, turn: Any, operands: dict[str, Any]
-) -> tuple[Answer, list[Forward]]:
-    """Compare a batch with single samples."""
-    (inputs,) = given
-    run = forward(plan.structure, tree, arrays, inputs)
-    return Answer(compared(run, inputs, plan.options.microbatch), (), ()), [run]
-
-
-def _run(
-    key: Any,
-    body: Callable,
-    plan: Plan,
-    tree: Any,
-    arrays: Arrays,
-    pairs: tuple,
-    seed: Any,
-    operands: dict[str, Any],
-    moving: bool = False,
-) -> Answer:
+def run_traced(body: Callable, plan: Plan, given: Given, moving: bool = False) -> Answer:
     """The answer of a traced body with numbers; with `moving` at other values of the trained parameters."""
-    tensors = [leaf for leaf in leaves(pairs) if tf.is_tensor(leaf)]
+    key = key_of(plan, given)
+    tensors = [leaf for leaf in leaves(given.pairs) if tf.is_tensor(leaf)]
     turn = tf.constant(next(_TURNS), tf.int64)
-    dynamic = (arrays, tensors, tf.cast(seed, tf.int64), turn, operands)
+    dynamic = (given.arrays, tensors, tf.cast(given.seed, tf.int64), turn, given.operands)
     traced = _TRACED.get(key)
     if traced is None:
-        traced, lasting = _trace(body, plan, tree, pairs, dynamic)
+        traced, lasting = _trace(body, plan, given, dynamic)
         if lasting:
-            remember(_TRACED, key, traced)
-            _forget_with(plan.structure.static, _TRACED, key)
+            remember(_TRACED, key, traced, plan.structure.static)
     before = [(variable, variable.read_value()) for variable in traced.written]
-    moved_to = _moved(plan.structure, arrays, traced.function) if moving else contextlib.nullcontext(arrays)
+    unchanged = undisturbed(*plan.structure.roots, plan.options.loss) if traced.calls else contextlib.nullcontext()
+    others = _moved(plan.structure, given.arrays, traced.function) if moving else contextlib.nullcontext(given.arrays)
     try:
-        with (
-            undisturbed(*plan.structure.roots, plan.options.loss) if traced.calls else contextlib.nullcontext(),
-            moved_to as arrays,
-        ):
+        with unchanged, others as arrays:
             packed, *made = traced.function(arrays, *dynamic[1:])
-        values = iter(packed.numpy().tolist())
+        return _filled(traced.answer, packed.numpy().tolist(), made)
     finally:
         for variable, value in before:
             variable.assign(value)
 
+
+def _filled(answer: Answer, numbers: list[float], arrays: list[tf.Tensor]) -> Answer:
+    """An answer with its numbers and arrays in the places of what specifies them."""
+    values = iter(numbers)
+
     def number(spec: Any) -> Any:
         if isinstance(spec, Place):
-            return made[spec]
+            return arrays[spec]
         if not isinstance(spec, tf.DType):
             return spec
         value = next(values)
         return value if spec.is_floating else int(value)
 
-    return map_leaves(number, traced.answer)
+    return map_leaves(number, answer)
 
 
 @contextlib.contextmanager
@@ -279,22 +162,20 @@ def _moved(structure: Structure, arrays: Arrays, function: Any) -> Iterator[Arra
         function.set_external_captures(captured)
 
 
-def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) -> tuple[Traced, bool]:
+def _trace(body: Callable, plan: Plan, given: Given, dynamic: tuple) -> tuple[Traced, bool]:
     """The measurement as a graph, and whether that is one for later measurements too."""
     seen: list[Any] = []
 
     def graph(
         arrays: Arrays, tensors: list, seed: tf.Tensor, turn: tf.Tensor, operands: dict[str, Any]
     ) -> list[tf.Tensor]:
-        given = iter(tensors)
-        filled = map_leaves(lambda leaf: next(given) if tf.is_tensor(leaf) else leaf, pairs)
-        answer, runs = body(plan, tree, arrays, filled, seed, turn, operands)
+        values = iter(tensors)
+        pairs = map_leaves(lambda leaf: next(values) if tf.is_tensor(leaf) else leaf, given.pairs)
+        answer, runs = body(plan, Given(given.tree, arrays, pairs, seed, operands), turn)
         tensors = [leaf for leaf in leaves(answer) if tf.is_tensor(leaf)]
         numbers = [tf.cast(leaf, tf.float64) for leaf in tensors if not leaf.shape.rank]
         made = [leaf for leaf in tensors if leaf.shape.rank]
-        places = map(Place, range(len(made)))
-        shown = lambda leaf: (next(places) if leaf.shape.rank else leaf.dtype) if tf.is_tensor(leaf) else leaf
-        seen[:] = [map_leaves(shown, answer), not any(run.drawing for run in runs)]
+        seen[:] = [_specification(answer), not any(run.drawing for run in runs)]
         return [tf.stack(numbers) if numbers else tf.zeros(0, tf.float64), *made]
 
     function = tf.function(graph, autograph=False, jit_compile=plan.jit_compile or None)
@@ -303,6 +184,18 @@ def _trace(body: Callable, plan: Plan, tree: Any, pairs: tuple, dynamic: tuple) 
         concrete = function.get_concrete_function(*spec)
     answer, lasting = seen
     return Traced(concrete, answer, written(concrete.graph), calls_python(concrete.graph)), lasting
+
+
+def _specification(answer: Answer) -> Answer:
+    """An answer with dtypes in the places of its numbers, and the places of its arrays in theirs."""
+    places = map(Place, itertools.count())
+
+    def shown(leaf: Any) -> Any:
+        if not tf.is_tensor(leaf):
+            return leaf
+        return next(places) if leaf.shape.rank else leaf.dtype
+
+    return map_leaves(shown, answer)
 
 
 def separately(body: Callable[[], Any]) -> Any:
@@ -321,10 +214,10 @@ def separately(body: Callable[[], Any]) -> Any:
     return map_leaves(lambda leaf: next(made) if tf.is_tensor(leaf) else leaf, seen[0])
 
 
-def _key(plan: Plan, arrays: Arrays, pairs: tuple, operands: dict[str, Any]) -> Any:
+def key_of(plan: Plan, given: Given) -> Any:
     """What traced code is found by: the plan, and the shapes and dtypes of everything that is passed to it."""
-    given = map_leaves(_described, (pairs, operands))
-    key = (plan, tuple(map(_described, arrays.values())), str(given))
+    described = map_leaves(_described, (given.pairs, given.operands))
+    key = (plan, tuple(map(_described, given.arrays.values())), str(described))
     try:
         hash(key)
     except TypeError as error:
@@ -341,14 +234,12 @@ def _described(leaf: Any) -> Any:
     return tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf
 
 
-def remember(memory: OrderedDict, key: Any, value: Any) -> None:
-    """Keep the last few."""
+def remember(memory: OrderedDict, key: Any, value: Any, static: Any = None) -> None:
+    """Keep the last few. What belongs to a module goes with it: variables that a graph has captured live as long as the
+    graph does.
+    """
     memory[key] = value
     while len(memory) > REMEMBERED:
         memory.popitem(last=False)
-
-
-def _forget_with(static: Any, memory: OrderedDict, key: Any) -> None:
-    """Variables that a graph has captured live as long as it does: a module's goes with the module."""
     if isinstance(static, weakref.ref):
         weakref.finalize(static(), memory.pop, key, None)

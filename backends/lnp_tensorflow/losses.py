@@ -18,13 +18,13 @@ from lnp_tensorflow.outputs import flatten, measured, parts, rebuild
 
 def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms: Any) -> kinds.Prepared:
     """The loss(outputs, targets) -> scalar that is meant, where outputs may be of any structure."""
-    shapes = [tuple(leaf.shape) if tf.is_tensor(leaf) else None for leaf in (outputs, targets)]
-    integer = None not in shapes and targets.dtype.is_integer
-    first = shapes[0] if shapes[0] is not None else tuple(parts(outputs)[0].shape)
+    shape, aims = (tuple(leaf.shape) if tf.is_tensor(leaf) else None for leaf in (outputs, targets))
+    integer = shape is not None and aims is not None and targets.dtype.is_integer
+    first = tuple(parts(outputs)[0].shape) if shape is None else shape
     return kinds.prepare(
         xp,
         loss,
-        kinds.Given(*shapes, integer, first),
+        kinds.Given(shape, aims, integer, first),
         (outputs, targets),
         elementwise=ELEMENTWISE,
         cross_entropy=lambda axis, labels: _cross_entropy if labels else _soft_cross_entropy,

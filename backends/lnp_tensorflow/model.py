@@ -203,7 +203,10 @@ def named_variables(module: Any) -> dict[str, tf.Variable]:
 
 def plain_state(*roots: Any) -> tuple:
     """What can be reached from a model, a function or a loss and is no variable: traced code holds it as constants."""
-    held = lambda value: value.ref() if isinstance(value, tf.Tensor | tf.Variable) else type(value).__qualname__
+
+    def held(value: Any) -> Any:
+        return value.ref() if isinstance(value, tf.Tensor | tf.Variable) else type(value).__qualname__
+
     return fingerprint(opened(roots), FOREIGN, held)
 
 

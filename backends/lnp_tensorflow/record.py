@@ -14,7 +14,8 @@ from lnp.contract import validation
 from lnp.contract.linearization import GradientPass, Linearization, Vector, coupling_tolerance, while_loop
 from lnp.contract.options import Options
 from lnp.losses.kinds import Prepared
-from lnp.per_sample.self_check import BENT, bend_of_batch
+from lnp.per_sample.self_check import bend_of_batch
+from lnp.per_sample.verdict import BENT
 from lnp_tensorflow import array_namespace, losses
 from lnp_tensorflow.apart import Apart, apart
 from lnp_tensorflow.criterion import Criterion, criterion

@@ -16,13 +16,13 @@ from lnp.per_sample.self_check import (
     Alone,
     Differences,
     Pulled,
-    Verdict,
     compare,
     first_that_runs,
     gradients_apart,
     largest,
     look,
 )
+from lnp.per_sample.verdict import Verdict
 from lnp_tensorflow import array_namespace as xp
 from lnp_tensorflow.fallback import FATAL, Gradients, Groups, Norms, cut, square_norm
 from lnp_tensorflow.outputs import flatten
@@ -31,7 +31,7 @@ from lnp_tensorflow.single_samples import Samples
 from lnp_tensorflow.taps.backward_pass import Tapped, Uses, recorded
 
 
-@dataclass(frozen=True)
+@dataclass
 class Network:
     """A network on a batch, as `lnp.per_sample.self_check.Operations`.
 
@@ -47,17 +47,11 @@ class Network:
     inputs: Any
     batch: Tapped
     size: int = 1
-    xp: Any = xp
 
-    @property
-    def outputs(self) -> tf.Tensor:
-        """(N, K)."""
-        return flatten(self.batch.outputs)
-
-    @property
-    def custom_backward(self) -> bool:
-        """Whether anything in it has a backward pass that somebody wrote by hand."""
-        return self.run.custom_backward
+    def __post_init__(self) -> None:
+        self.xp: Any = xp
+        self.outputs: Array = flatten(self.batch.outputs)
+        self.custom_backward = self.run.custom_backward
 
     def pull(self, v: Array) -> Pulled:
         """One backward pass of the whole batch."""
@@ -73,8 +67,8 @@ class Network:
 
     def outputs_alone(self) -> Array:
         """(N, K) outputs of all samples, apart from the batch."""
-        whole = self.outputs
-        return Groups(self.run, self.inputs, tuple(whole.shape), whole.dtype, self.size).outputs()
+        groups = Groups(self.run, self.inputs, tuple(self.outputs.shape), self.outputs.dtype, self.size)
+        return groups.outputs()
 
 
 def _in_one_dtype(gradient: Gradients, dtype: tf.DType) -> dict[str, tf.Tensor]:
@@ -112,16 +106,17 @@ class Comparison:
 
     @property
     def coupled(self) -> tf.Tensor:
-        """Whether the samples interact, or the backward pass bends. Shape ()."""
+        """Whether the samples interact, or the backward pass bends, unless the batch itself is not finite. Shape ()."""
         assert self.differences is not None, "single samples were run"
-        return _any_above(self.tolerance, [self.differences.outputs, self.differences.gradient, self.differences.bend])
+        found = [self.differences.outputs, self.differences.gradient, self.differences.bend]
+        return tf.equal(self.differences.batch, 0) & tf.logical_not(_within(self.tolerance, found))
 
     @property
     def wrong(self) -> tf.Tensor | None:
         """Whether any rule is wrong, shape (); None where there are none."""
         assert self.differences is not None, "single samples were run"
         rules = list(self.differences.rules.values())
-        return tf.logical_not(_all_within(2 * self.tolerance, rules)) if rules else None
+        return tf.logical_not(_within(2 * self.tolerance, rules)) if rules else None
 
 
 @dataclass(frozen=True)
@@ -244,11 +239,6 @@ def _bend(run: Forward, alone: Tapped, row: tf.Tensor, gradient: Gradients) -> t
     return largest(xp, list(gradients_apart(xp, again, _in_one_dtype(gradient, row.dtype)).values()))
 
 
-def _any_above(tolerance: float, values: list[tf.Tensor]) -> tf.Tensor:
-    """Whether one of the numbers is larger; not a number is not. Shape ()."""
-    return tf.reduce_any(tf.stack([tf.cast(value, tf.float64) for value in values]) > tolerance)
-
-
-def _all_within(tolerance: float, values: list[tf.Tensor]) -> tf.Tensor:
-    """Whether none of the numbers is larger, or no number. Shape ()."""
+def _within(tolerance: float, values: list[tf.Tensor]) -> tf.Tensor:
+    """Whether all are numbers up to the tolerance. Shape ()."""
     return tf.reduce_all(tf.stack([tf.cast(value, tf.float64) for value in values]) <= tolerance)

@@ -62,25 +62,28 @@ class Samples:
 
         `uses` are those of the batch by this v, if they are known.
         """
-        by_rules = lambda batch, uses: batch.square_norms(uses)
-        return self._each(v, tuple(self.run.sources), uses, by_rules, lambda name, g: square_norm(g))
+        names = tuple(self.run.sources)
+        return self._each(v, names, uses, lambda batch, uses: batch.square_norms(uses), lambda name, g: square_norm(g))
 
     def inner_products(self, v: tf.Tensor, u: Mapping[str, tf.Tensor]) -> tuple[Norms, list[tf.Tensor]]:
         """{parameter: (N,) array of <J_n^T v_n, u>} of the parameters that u has, and outputs as above."""
-        every = tf.range(self.shape[0])
-        by_rules = lambda batch, uses: batch.inner_products(uses, u, every[: batch.samples])
+
+        def by_rules(batch: Tapped, uses: Uses) -> Norms:
+            return batch.inner_products(uses, u, tf.range(batch.samples))
+
         return self._each(v, tuple(u), None, by_rules, lambda name, g: dot(g, u[name]))
 
     def _each(
         self, v: tf.Tensor, names: tuple[str, ...], uses: Uses | None, by_rules: Callable, by_gradient: Callable
     ) -> tuple[Norms, list[tf.Tensor]]:
-        """Numbers `by_rules(batch, uses)` where there are rules, elsewhere `by_gradient(name, gradient)`; and outputs."""
+        """Numbers by_rules(batch, uses) where there are rules, elsewhere by_gradient(name, gradient); and outputs."""
         if self.microbatch is not None and self.microbatch < self.shape[0]:
-            part = replace(self, batch=None, microbatch=None)
-            of_group = lambda inputs, v: replace(part, inputs=inputs, shape=tuple(v.shape))._each(
-                v, names, None, by_rules, by_gradient
-            )
-            return replace(self.one_by_one(names), size=self.microbatch).each(lambda *g: of_group(*g)[0], v), []
+
+            def of_group(inputs: Any, v: tf.Tensor) -> Norms:
+                part = replace(self, inputs=inputs, shape=tuple(v.shape), batch=None, microbatch=None)
+                return part._each(v, names, None, by_rules, by_gradient)[0]
+
+            return replace(self.one_by_one(names), size=self.microbatch).each(of_group, v), []
         known: Norms = {}
         passes: list[tf.Tensor] = []
         if not set(names) <= set(self.general):

@@ -13,7 +13,7 @@ from contract.namespaces import tensorflow
 from integrations.tensorflow_reference import dense
 from integrations.test_tensorflow_models import Wrapped, agrees, normal, squared
 from integrations.test_tensorflow_samples import measured, same, wrapped
-from lnp_tensorflow import compile_cache
+from lnp_tensorflow import measurement
 from lnp_tensorflow.taps import rules
 
 tensorflow()
@@ -152,9 +152,9 @@ def test_a_backward_pass_that_is_not_linear_is_an_error(own):
     inside = tf.function(lambda x: lnp.decompose(model, (x, tf.ones_like(x[:, :2])), "mse"), autograph=False)(x)
     assert np.isnan(inside.chi_net.numpy()) == (own in BENT)
     together = Wrapped(averaging(own), {"w": normal(3, 2)})
-    for measured, how in ((model, "auto"), (model, "joint"), (together, "auto")):
+    for network, how in ((model, "auto"), (model, "joint"), (together, "auto")):
         with pytest.raises(ValueError, match="not linear") if own in BENT else contextlib.nullcontext():
-            lnp.decompose(measured, (x, tf.ones_like(model(x))), "mse", estimator=how)
+            lnp.decompose(network, (x, tf.ones_like(model(x))), "mse", estimator=how)
 
 
 def test_a_backward_pass_that_bends_later_is_seen_by_the_sample_that_is_looked_at():
@@ -199,12 +199,12 @@ def compared(monkeypatch):
     """Grows by one with each comparison that is run: whether it was one at other parameters."""
     calls = []
 
-    def run(key, body, *given, moving=False):
-        calls.extend([moving] if body is compile_cache._judge else [])
-        return original(key, body, *given, moving=moving)
+    def run(body, plan, given, moving=False):
+        calls.extend([moving] if body is measurement._judge else [])
+        return original(body, plan, given, moving)
 
-    original = compile_cache._run
-    monkeypatch.setattr(compile_cache, "_run", run)
+    original = measurement.run_traced
+    monkeypatch.setattr(measurement, "run_traced", run)
     return calls
 
 

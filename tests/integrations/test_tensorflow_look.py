@@ -12,7 +12,7 @@ import lnp
 from contract.namespaces import tensorflow
 from integrations.tensorflow_reference import dense
 from integrations.test_tensorflow_models import Wrapped, agrees, gru, normal, squared
-from lnp_tensorflow import apart, compile_cache, self_check
+from lnp_tensorflow import apart, compile_cache, measurement, self_check
 
 tensorflow()
 LATER = "in this measurement or one before"
@@ -84,10 +84,10 @@ def test_a_measurement_is_made_again_and_remembered(monkeypatch):
     right(model, batch, d)
     assert d.probes == 12
     assert any(LATER in note for note in d.notes), d.notes
-    runs, run = [], compile_cache._run
-    monkeypatch.setattr(compile_cache, "_run", lambda *given, **how: runs.append(given[1]) or run(*given, **how))
+    runs, run = [], measurement.run_traced
+    monkeypatch.setattr(measurement, "run_traced", lambda body, *given: runs.append(body) or run(body, *given))
     lnp.decompose(model, batch, "mse", estimator="exact")
-    assert runs == [compile_cache.measure]
+    assert runs == [measurement.measure]
 
 
 def test_a_gate_that_is_hardly_open_shows_in_the_gradient():

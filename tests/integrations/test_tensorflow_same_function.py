@@ -12,7 +12,7 @@ from contract.namespaces import tensorflow
 from integrations.tensorflow_stateful import LOSSES, Centred, Net, described
 from integrations.test_tensorflow_models import Wrapped, normal
 from integrations.test_tensorflow_undisturbed import applied, taped
-from lnp_tensorflow import compile_cache
+from lnp_tensorflow import measurement
 
 tensorflow()
 X, Y = tf.constant(normal(6, 4)), tf.constant(normal(6, 2, seed=1))
@@ -156,9 +156,9 @@ def test_the_seeds_of_eager_operations_are_found(monkeypatch):
 
 
 def test_comparisons_are_remembered_although_python_draws(monkeypatch):
-    runs, run = [], compile_cache._run
-    monkeypatch.setattr(compile_cache, "_run", lambda key, body, *a, **how: runs.append(body) or run(key, body, *a, **how))
+    runs, run = [], measurement.run_traced
+    monkeypatch.setattr(measurement, "run_traced", lambda body, *a: runs.append(body) or run(body, *a))
     model = Net(("NumPy",))
     for _ in range(3):
         lnp.decompose(model, (X, Y), "mse", population=False)
-    assert runs.count(compile_cache._judge) == 1
+    assert runs.count(measurement._judge) == 1

@@ -149,9 +149,10 @@ class Tapped:
         use = used(site.op, site.place, tf.convert_to_tensor(d), self.samples)
         for step in site.steps:
             use = step(use, self.samples)
-        dtype = wide(self.outputs)
-        floats = lambda array: tf.cast(array, dtype) if tf.is_tensor(array) and array.dtype.is_floating else array
-        return replace(use, arrays=tuple(map(floats, use.arrays)))
+        dtype = wide(self.outputs)  # uses in several could not be added
+        floating = [tf.is_tensor(array) and array.dtype.is_floating for array in use.arrays]
+        arrays = zip(use.arrays, floating, strict=True)
+        return replace(use, arrays=tuple(tf.cast(array, dtype) if is_float else array for array, is_float in arrays))
 
 
 def recorded(run: Forward, inputs: Any) -> Tapped:
@@ -247,9 +248,11 @@ def _inner_product(use: Use, u: tf.Tensor, zero: tf.Tensor) -> tf.Tensor:
     """<gradient of sample n by one use, u> with u of the parameter's shape. (N,), like `zero`."""
     u = framed(tf.cast(u, zero.dtype), use.frame)
     if use.kind == "convolution":
-        return along_convolution(*use.arrays, u)
+        x, d, window = use.arrays
+        return along_convolution(x, d, window, u)
     if use.kind == "outer" and len(u.shape) == 3:
-        return _blockwise(*use.arrays, u, zero.shape[0])
+        left, right = use.arrays
+        return _blockwise(left, right, u, zero.shape[0])
     return inner_products(xp, use, u)
 
 
