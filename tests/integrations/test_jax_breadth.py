@@ -16,6 +16,7 @@ import lnp
 import lnp_jax
 from integrations.jax_reference import cross_entropy, dense, factors, linearized
 from lnp.contract.options import Options
+from lnp.results.decomposition import decompose
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
@@ -186,22 +187,21 @@ def check(model, function, parameters, x, dtype):
     """The decomposition of `model` beside that of function(parameters)."""
     out = jax.eval_shape(function, parameters)
     y = jnp.asarray(np.random.default_rng(1).standard_normal(out.shape), dtype)
-    d = lnp.decompose(model, (x, y), estimator="exact")
+    d, v, norms = lnp_jax.evaluate(decomposed_and_probed, model, ((x, y),), Options())
     found = linearized(function, parameters, squared(y))
     agrees(d, factors(*found, y.size), dtype)
     assert d.probes == y[0].size, d.notes  # the samples were taken apart
     assert not [note for note in d.notes if "run on their own" in note]
-    v, norms = lnp_jax.evaluate(probed, model, ((x, y),), Options())
     for of_leaf, columns in zip(norms, found[2], strict=True):
         gradients = np.einsum("nk,nkp->np", v, columns.reshape(*v.shape, -1))  # single samples' own
         expected = np.sum(gradients**2, axis=1)
         np.testing.assert_allclose(of_leaf, expected, TOLERANCE[dtype], TOLERANCE[dtype] * np.max(norms))
 
 
-def probed(lin):
-    """Random signs, and each parameter's squared norms for them, in their order."""
+def decomposed_and_probed(lin):
+    """The decomposition, random signs, and each parameter's squared norms for them, in their order: one program."""
     signs = lin.signs(0)
-    return signs, jnp.stack(list(lin.sample_square_norms(signs).values()))
+    return decompose(lin, estimator="exact"), signs, jnp.stack(list(lin.sample_square_norms(signs).values()))
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,15 @@ from integrations.jax_reference import TOLERANCE, agrees, cast, cross_entropy, d
 from lnp_jax import self_check
 
 
-@pytest.fixture(params=[jnp.float32, jnp.float64], ids=["float32", "float64"], autouse=True)
+@pytest.fixture(autouse=True)
 def dtype(request):
-    with jax.enable_x64(request.param == jnp.float64):
-        yield request.param
+    """float64, unless a test asks for both."""
+    chosen = getattr(request, "param", jnp.float64)
+    with jax.enable_x64(chosen == jnp.float64):
+        yield chosen
+
+
+in_both = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"], indirect=True)
 
 
 def batch(dtype, *shape, classes=3):
@@ -48,6 +53,7 @@ def frozen_reference(model, x):
     return twin
 
 
+@in_both
 @pytest.mark.parametrize("kind", ["group", "batch"])
 def test_nnx_cnn(kind, dtype):
     rngs = nnx.Rngs(0)
@@ -176,6 +182,7 @@ def transformer(parameters, tokens):
     return x @ parameters["embedding"].T
 
 
+@in_both
 def test_transformer_with_tied_head(dtype):
     generator = np.random.default_rng(0)
     shapes = {"embedding": (7, 8), "scale": (8,), "qkv": (3, 8, 2, 4), "out": (2, 4, 8), "up": (8, 16), "down": (16, 8)}

@@ -14,7 +14,7 @@ import pytest
 
 import lnp
 import lnp_jax
-from integrations.jax_reference import agrees, cross_entropy, dense
+from integrations.jax_reference import agrees, dense
 from lnp_jax import self_check
 from lnp_jax.taps import rules
 

@@ -45,8 +45,9 @@ def close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 0, 1e-6 * np.max(np.abs(b))), one, other)
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["inside jit", "outside"])
-@pytest.mark.parametrize("loss", [None, cross_entropy], ids=["inferred", "given"])
+@pytest.mark.parametrize(
+    ("inside", "loss"), [(True, cross_entropy), (False, None)], ids=["inside jit, loss given", "outside, loss inferred"]
+)
 def test_loss_gradient_and_decomposition(inside, loss):
     shared = lnp_jax.value_and_grad(apply, loss, estimator="per_sample", max_probes=2, loss_terms=64)
     (value, d), gradients = (jax.jit(shared) if inside else shared)(parameters(), (X, Y), KEY)
