@@ -30,6 +30,9 @@ from lnp_tensorflow.replay import Forward
 from lnp_tensorflow.single_samples import Samples
 from lnp_tensorflow.taps.backward_pass import Tapped, Uses, recorded
 
+FEW = 32
+"""Samples of a batch whose single samples are all run in one loop: tracing a second one takes longer."""
+
 
 @dataclass
 class Network:
@@ -52,6 +55,7 @@ class Network:
         self.xp: Any = xp
         self.outputs: Array = flatten(self.batch.outputs)
         self.custom_backward = self.run.custom_backward
+        self._outputs_alone: tf.Tensor | None = None
 
     def pull(self, v: Array) -> Pulled:
         """One backward pass of the whole batch."""
@@ -60,13 +64,21 @@ class Network:
         return Pulled(_in_one_dtype(gradient, v.dtype), self.batch.square_norms(uses), missing)
 
     def alone(self, index: Sequence[int], v: Array) -> Alone:
-        """Some samples, one by one."""
+        """Some samples, one by one; of a small batch all, of which the others have a cotangent of zero."""
         some = cut(self.inputs, list(index), self.batch.samples)
-        outputs, gradient, norms = Groups(self.run, some, tuple(v.shape), v.dtype).alone(v)
-        return Alone(outputs, _in_one_dtype(gradient, v.dtype), norms)
+        if self.batch.samples > FEW:
+            outputs, gradient, norms = Groups(self.run, some, tuple(v.shape), v.dtype).alone(v)
+            return Alone(outputs, _in_one_dtype(gradient, v.dtype), norms)
+        placed = tf.scatter_nd([[sample] for sample in index], v, self.outputs.shape)
+        outputs, gradient, norms = Groups(self.run, self.inputs, tuple(placed.shape), v.dtype).alone(placed)
+        self._outputs_alone = outputs
+        own = {name: tf.gather(each, list(index)) for name, each in norms.items()}
+        return Alone(tf.gather(outputs, list(index)), _in_one_dtype(gradient, v.dtype), own)
 
     def outputs_alone(self) -> Array:
         """(N, K) outputs of all samples, apart from the batch."""
+        if self._outputs_alone is not None:
+            return self._outputs_alone
         groups = Groups(self.run, self.inputs, tuple(self.outputs.shape), self.outputs.dtype, self.size)
         return groups.outputs()
 

@@ -12,8 +12,20 @@ import lnp
 from contract.namespaces import tensorflow
 from lnp.testing import CHECKS, COMPILED_CHECKS, Kit, flat, frozen, nested
 from lnp.testing.estimators import auto_chooses
-from lnp.testing.numbers import NUMBER_CHECKS, layers_add_up, parameters_are_selected
-from lnp.testing.record import RECORD_CHECKS
+from lnp.testing.numbers import (
+    NUMBER_CHECKS,
+    exact_factors_are_those_of_the_dense_kernel,
+    layers_add_up,
+    parameters_are_selected,
+)
+from lnp.testing.record import (
+    RECORD_CHECKS,
+    interacting_samples_are_noticed,
+    record_holds_values,
+    sample_square_norms_are_those_of_single_samples,
+    signs_are_independent,
+)
+from lnp.testing.safety import non_finite_values_are_passed_on
 
 xp = tensorflow()
 
@@ -94,7 +106,23 @@ def kit(name, build, **how):
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check):
-    check(kit("module", module))
+    check(kit("module", module, dtypes=("float64",)))
+
+
+IN_FLOAT32 = (
+    record_holds_values,
+    sample_square_norms_are_those_of_single_samples,
+    interacting_samples_are_noticed,
+    signs_are_independent,
+    exact_factors_are_those_of_the_dense_kernel,
+    non_finite_values_are_passed_on,
+)
+"""Where the type of the numbers decides: dtypes, tolerances, what overflows."""
+
+
+@pytest.mark.parametrize("check", IN_FLOAT32, ids=lambda check: check.__name__)
+def test_contract_in_float32(check):
+    check(kit("module", module, dtypes=("float32",)))
 
 
 @pytest.mark.parametrize("check", [*RECORD_CHECKS, *NUMBER_CHECKS], ids=lambda check: check.__name__)

@@ -1,7 +1,7 @@
 """Training loops that are watched, beside the same loops unwatched: bit by bit the same in everything that a loop has.
 
 Models and losses with every kind of state on KERAS_BACKEND's framework, alone and as hypothesis puts them together.
-Each loop makes three steps: the plain step and one that is shared, watched from outside, or within `fit`.
+Each loop makes two steps: the plain step and one that is shared, watched from outside, or within `fit`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from integrations.keras_stateful import (
 from lnp_keras.callback import LNPCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras, on PyTorch
-STEPS = 3
+STEPS = 2
 
 if BACKEND == "tensorflow":
     fixed_order = pytest.fixture(autouse=True, scope="module")(deterministic)

@@ -65,12 +65,13 @@ def test_a_gate_behind_a_gate_is_seen_at_other_parameters(kind):
     assert all(np.array_equal(p, was) for p, was in zip(model.variables, before, strict=True))
 
 
-def test_two_samples_that_meet_although_neither_is_compared():
+@pytest.mark.parametrize("samples", [20, 40])
+def test_two_samples_that_meet_although_neither_is_compared(samples):
     def pair(p, x):
         h = tf.tanh(x @ p["w"])
         return h + tf.tensor_scatter_nd_update(tf.zeros_like(h), [[1]], h[2:3]) if h.shape[0] > 2 else h
 
-    model, batch = Wrapped(pair, {"w": normal(3, 2)}), batch_of(20)
+    model, batch = Wrapped(pair, {"w": normal(3, 2)}), batch_of(samples)
     d = lnp.decompose(model, batch, "mse", estimator="exact")
     assert any("interact" in note and LATER not in note for note in d.notes), d.notes
     right(model, batch, d)
