@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lnp.contract.linearization import Linearization, Subset
+from lnp.contract.linearization import Linearization, Subset, Vector
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
 from lnp.contract.vectors import update_by_name
@@ -16,7 +16,7 @@ from lnp_torch.look import CannotRun, Look
 from lnp_torch.model import Program, accepts
 from lnp_torch.on_a_copy import on_a_copy
 from lnp_torch.outputs import real
-from lnp_torch.record import Vector, record
+from lnp_torch.record import record
 from lnp_torch.state_guard import undisturbed
 
 __all__ = ["accepts", "evaluate", "linearize"]

@@ -75,10 +75,7 @@ class Clones:
         if len(same) == 1:
             return [(same[0], _clone(same[0]))]
         memory = same[0].untyped_storage().clone()
-        where = lambda x: torch.empty(0, dtype=x.dtype, device=x.device).set_(
-            memory, x.storage_offset(), x.size(), x.stride()
-        )
-        return [(x, _leaf(x, where(x))) for x in same]
+        return [(x, _leaf(x, _placed(x, memory))) for x in same]
 
     def _copied(self, x: Tensor) -> bool:
         if id(x) in self.buffers or id(x) in self.written:
@@ -90,6 +87,11 @@ def cast(x: Any, dtype: torch.dtype | None) -> Any:
     """A real floating-point tensor in another dtype; anything else as it is."""
     real = isinstance(x, Tensor) and x.is_floating_point()
     return x.detach().to(dtype) if real and dtype is not None else x
+
+
+def _placed(x: Tensor, memory: torch.UntypedStorage) -> Tensor:
+    """A tensor like this one at the same place of other memory."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(memory, x.storage_offset(), x.size(), x.stride())
 
 
 def _clone(x: Tensor) -> Tensor:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lnp.contract.trees import leaves, map_leaves
 from lnp.per_sample.self_check import Alone
 from lnp_torch.draws import by_sample
-from lnp_torch.float16 import at_scale_one
+from lnp_torch.float16 import at_scale_one, scale_to_one
 from lnp_torch.model import Parameters
-from lnp_torch.outputs import flatten, read, split, widened
+from lnp_torch.outputs import dot, flatten, read, split, widened
 from lnp_torch.replay import Passes, copied
 from lnp_torch.state_guard import same_randomness
 
@@ -75,7 +76,10 @@ def vectorized(passes: Passes) -> Pull:
 
     def single(rows: list, masks: list, v: torch.Tensor) -> Chunk:
         parts, pullback = torch.func.vjp(lambda parameters: forward(parameters, rows, masks), parameters)
-        backward = lambda vector: list(pullback(split(vector[0], parts))[0].values())
+
+        def backward(vector: list[torch.Tensor]) -> list[torch.Tensor]:
+            return list(pullback(split(vector[0], parts))[0].values())
+
         grads = at_scale_one(backward, [v[None]], [*parts, *parameters.values()])
         return flatten(parts)[0], dict(zip(parameters, grads, strict=True))
 
@@ -84,8 +88,12 @@ def vectorized(passes: Passes) -> Pull:
 
 def vectorized_outputs(passes: Passes) -> torch.Tensor:
     """(N, K) outputs of all samples, each run by itself, by `torch.func.vmap`."""
-    parameters, forward = {name: p.detach() for name, p in passes.program.parameters.items()}, _forward_of_one(passes)
-    single = lambda rows, masks, v: flatten(forward(parameters, rows, masks))[0]
+    parameters = {name: p.detach() for name, p in passes.program.parameters.items()}
+    forward = _forward_of_one(passes)
+
+    def single(rows: list, masks: list, v: torch.Tensor) -> torch.Tensor:
+        return flatten(forward(parameters, rows, masks))[0]
+
     nothing = torch.zeros(passes.samples, device=passes.program.device)
     return torch.cat(list(_mapped(passes, single, passes.samples, nothing)))
 
@@ -171,6 +179,31 @@ def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Te
         return dense(grads, leaves)
 
     return at_scale_one(backward, [v], [*parts, *leaves])
+
+
+def gradient_square_norms(
+    parts: list[torch.Tensor], parameters: Parameters, v: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """{name: ||J_l^T v||^2, shape ()} by one backward pass, which frees the graph: one gradient in memory at a time."""
+    found = {name: torch.zeros((), device=v.device) for name in parameters}
+    scale = scale_to_one([v], [*parts, *parameters.values()])
+    cotangents = split(v if scale is None else widened(v) * scale, parts)
+    used = [(part, w) for part, w in zip(parts, cotangents, strict=True) if part.requires_grad]
+
+    def meet(name: str, p: torch.Tensor) -> None:
+        gradient, p.grad = p.grad, None
+        assert gradient is not None, "the hook runs after it was accumulated"
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        found[name] = dot(gradient, gradient) if scale is None else dot(gradient, gradient) / scale**2
+
+    hooks = [p.register_post_accumulate_grad_hook(partial(meet, name)) for name, p in parameters.items()]
+    try:
+        if used:
+            torch.autograd.backward([part for part, _ in used], [w for _, w in used], inputs=list(parameters.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def dense(grads: Iterable[torch.Tensor | None], leaves: list[torch.Tensor]) -> list[torch.Tensor]:

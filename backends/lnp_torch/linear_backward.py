@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from array_api_compat import torch as xp
 
+from lnp.contract.linearization import Vector
 from lnp.per_sample import self_check
 from lnp.per_sample.self_check import Pulled
 from lnp.per_sample.verdict import BENT
@@ -31,12 +32,12 @@ def custom_backward(parts: list[torch.Tensor]) -> bool:
     return False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Joint:
     """A batch whose samples are not compared: for the linearity of its backward pass alone."""
 
     outputs: torch.Tensor
-    gradients: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    gradients: Callable[[torch.Tensor], Vector]
     xp: Any = xp
     custom_backward: bool = True
 

@@ -20,10 +20,10 @@ from lnp.per_sample import differences, self_check
 from lnp.per_sample.self_check import SMALLER
 from lnp.per_sample.verdict import BENT, NOT_FINITE, Verdict, failing, found_interacting
 from lnp_torch import fallback
-from lnp_torch.outputs import widened
+from lnp_torch.outputs import flatten, widened
 from lnp_torch.plans import Key, Plan
 from lnp_torch.self_check import FATAL, UNCLEAR, in_float64
-from lnp_torch.taps.backward_pass import Samples, in_groups
+from lnp_torch.taps.backward_pass import Samples
 from lnp_torch.taps.reader import Pullback, Reading
 
 SAMPLES = np.random.default_rng(0)
@@ -85,8 +85,8 @@ class Look:
 
     def outputs(self, index: torch.Tensor | slice, alone: torch.Tensor) -> None:
         """Outputs (M, K) of some samples, from a pass that left others out."""
-        again = lambda wide: _outputs_apart(wide, self._plan, index)
-        self._differences.append(Difference(self_check.look(xp, self._samples.outputs[index], alone), again))
+        value = self_check.look(xp, self._samples.outputs[index], alone)
+        self._differences.append(Difference(value, lambda wide: _outputs_apart(wide, self._plan, index)))
 
     def square_norms(self, index: torch.Tensor | None, v: torch.Tensor, norms: dict[str, torch.Tensor]) -> None:
         """Squared norms by the rules, {name: (M,)}, of cotangents (M, K). Those of one random sample are kept."""
@@ -98,7 +98,7 @@ class Look:
             self._looked = False
 
     def sums(self, v: torch.Tensor, alone: dict[str, torch.Tensor], batch: Pullback) -> None:
-        """{name: sum of single samples' gradients} of parameters that took the general way, beside those of the batch."""
+        """Sums of single samples' gradients, {name: array}, of parameters that took the general way."""
         value = differences.sums_apart(xp, alone, batch.gradient, batch.square_norms)
         names = list(alone)
 
@@ -130,7 +130,7 @@ class Look:
         return torch.tensor(bool(self.reason), device=self._samples.outputs.device)
 
     def running(self) -> _Running:
-        """Around passes over a part of the batch: whatever the network raises there is a reason not to take it apart."""
+        """Around passes over a part of the batch: whatever the network raises there is a reason."""
         return _Running(self)
 
     def remember(self) -> None:
@@ -183,11 +183,11 @@ class _Running:
 
 def _alone(samples: Samples, sample: int, v: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """{name: (1,) squared norm of the gradient of one sample}, and its outputs (1, K), run by itself."""
-    ran: list[torch.Tensor] = []
-    passes = samples.passes.some(slice(sample, sample + 1))
-    reading = Reading(frozenset(passes.program.parameters), gradient_norms=True)
-    found = in_groups(passes, 1, v).tapped(v, reading, watch=lambda rows, outputs: ran.append(outputs))
-    return {name: norm.reshape(1) for name, norm in found.gradient_norms.items()}, ran[0]
+    parameters = samples.passes.program.parameters
+    parts = samples.passes.part(parameters, slice(sample, sample + 1)).parts
+    outputs = flatten([part.detach() for part in parts])
+    found = fallback.gradient_square_norms(parts, parameters, v)
+    return {name: norm.reshape(1) for name, norm in found.items()}, outputs
 
 
 def _outputs_apart(wide: Samples, plan: Plan, index: torch.Tensor | slice) -> torch.Tensor:

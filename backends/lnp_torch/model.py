@@ -168,8 +168,8 @@ def _paths(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         return
     if len(inner) < len(tree if isinstance(tree, Mapping) else inner):
         raise ValueError(
-            f"The parameters have keys that are the same as text: {list(tree)}. Expected keys that differ as text. Name "
-            "them otherwise."
+            f"The parameters have keys that are the same as text: {list(tree)}. Expected keys that differ as text. "
+            "Give them other names."
         )
     for key, child in inner.items():
         yield from _paths(child, f"{prefix}.{key}" if prefix else key)
@@ -193,8 +193,11 @@ def captured(args: tuple, kwargs: Mapping[str, Any]) -> bool:
 def replaced(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments with what stands in the place of the user's own parameters."""
     standing = _STANDING.get() or {}
-    own = lambda leaf: standing.get(id(leaf), leaf)
-    return tuple(map_leaves(own, value) for value in args), {n: map_leaves(own, v) for n, v in kwargs.items()}
+
+    def in_place(leaf: Any) -> Any:
+        return standing.get(id(leaf), leaf)
+
+    return tuple(map_leaves(in_place, value) for value in args), {n: map_leaves(in_place, v) for n, v in kwargs.items()}
 
 
 def _holds_parameter(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from array_api_compat import torch as xp
 from torch.nn import functional as F
 
 from lnp.contract import validation
-from lnp.contract.linearization import GradientPass, Linearization, Subset, coupling_tolerance
+from lnp.contract.linearization import GradientPass, Linearization, Subset, Vector, coupling_tolerance
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp.per_sample.self_check import first_that_runs
@@ -32,9 +33,6 @@ from lnp_torch.state_guard import undisturbed
 from lnp_torch.taps.backward_pass import Samples, Tapped, in_groups
 from lnp_torch.taps.function_mode import Taps
 from lnp_torch.taps.reader import Reading
-
-Vector = dict[str, torch.Tensor]
-"""{parameter name: tensor of its shape}."""
 
 WORTH = {"cpu": 2**27}
 """Multiplications of a forward pass from which on one over some of the samples pays: below, Python takes as long."""
@@ -89,9 +87,8 @@ class Operators:
         else:
             reading = Reading(frozenset(every), gradient_norms=True)
             found = self.samples.tapped(g, reading, every if vector else ())
-        gradient = found.gradient or None
         of_gradient = found.gradient_norms or {name: dot(part, part) for name, part in found.gradient.items()}
-        return GradientPass(of_gradient, norms, found.products, index, gradient)
+        return GradientPass(of_gradient, norms, found.products, index, found.gradient or None)
 
     def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """{name: (N,) array of ||J_nl^T v_n||^2}."""
@@ -113,10 +110,12 @@ class Operators:
         plan, look, index = self.plan, self.look, self.drawn(size)
         group = min(self.options.microbatch or size, size)
 
+        def watch(rows: slice, outputs: torch.Tensor) -> None:
+            look.outputs(index[rows], outputs)
+
         def square_norms(v: torch.Tensor) -> dict[str, torch.Tensor]:
             with look.running():
                 some = in_groups(self.passes.some(index), group, self.samples.outputs[index])
-                watch = lambda rows, outputs: look.outputs(index[rows], outputs)
                 found, _ = some.pulled(v, plan, plan.reading(), watch=watch)
             look.square_norms(index, v, found.square_norms)
             return found.square_norms
@@ -162,12 +161,11 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
         size = options.microbatch or flat.shape[0]
         pull_groups = fallback.looped(passes, size)
         samples = in_groups(passes, size, flat)
-        gradients = lambda v: fallback.total(pull_groups, v)
-    hooked = passes.hooked
-    plan, look, notes = taken_apart(samples, gradients, parts, options, hooked, reason)
+        gradients = partial(fallback.total, pull_groups)
+    plan, look, notes = taken_apart(samples, gradients, parts, options, passes.hooked, reason)
     made = assembled(Operators(samples, plan, look, gradients, loss.gradient, options), loss, taps)
     if not whole:
-        norms = lambda v: fallback.square_norms(pull_groups, v)
+        norms = partial(fallback.square_norms, pull_groups)
         made = replace(made, group_square_norms=norms, groups=-(-flat.shape[0] // size))
     return replace(made, notes=(*made.notes, *notes)), look
 
@@ -258,12 +256,13 @@ def _why_joint(passes: Passes) -> str:
 
 def jvp(passes: Passes, u: Vector) -> torch.Tensor:
     """J u, (N, K)."""
-    program = passes.program
-    vector = [u[name] for name in program.parameters]
-    with undisturbed([program.device]):
-        run = lambda p: passes.whole(p).parts
-        forward = lambda vector: [flatten(forward_mode.jvp(run, program.parameters, vector)).detach()]
-        return at_scale_one(forward, vector, program.parameters.values())[0]
+    parameters = passes.program.parameters
+
+    def forward(vector: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [flatten(forward_mode.jvp(lambda p: passes.whole(p).parts, parameters, vector)).detach()]
+
+    with undisturbed([passes.program.device]):
+        return at_scale_one(forward, [u[name] for name in parameters], parameters.values())[0]
 
 
 def _loss_along(passes: Passes, loss: LossAt, u: Vector, step: Any) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -65,8 +66,11 @@ class Passes:
 
     def __post_init__(self) -> None:
         if not self.over:
-            runs = lambda leaf: isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
-            object.__setattr__(self, "over", tuple(map(runs, leaves(self.inputs))))
+            over = tuple(
+                isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
+                for leaf in leaves(self.inputs)
+            )
+            object.__setattr__(self, "over", over)
 
     def replayed(self, record: Record) -> Frozen:
         """The mode in which the network repeats what was recorded."""
@@ -106,11 +110,9 @@ class Passes:
 
     def in_float64(self) -> Passes:
         """The same function in float64, see `Program.in_float64`."""
-        double = lambda leaf: cast(leaf, torch.float64)
-        inputs, record = (
-            map_leaves(double, self.inputs),
-            [(kind, map_leaves(double, value)) for kind, value in self.record],
-        )
+        double = partial(cast, dtype=torch.float64)
+        record = [(kind, map_leaves(double, value)) for kind, value in self.record]
+        inputs = map_leaves(double, self.inputs)
         return replace(self, program=self.program.in_float64(), inputs=inputs, record=record)
 
     def restricted(self, names: Iterable[str]) -> Passes:

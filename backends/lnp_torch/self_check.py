@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,22 +52,15 @@ class Operations:
     way: Way
     pairs: bool = False
     xp: Any = field(default=xp, init=False)
-    cotangent: torch.Tensor | None = None
-    compared: tuple[Sequence[int], Alone] | None = None
 
-    @property
-    def outputs(self) -> torch.Tensor:
-        """(N, K), those of the batch."""
-        return self.samples.outputs
-
-    @property
-    def custom_backward(self) -> bool:
-        """Whether there is a backward pass that somebody wrote by hand."""
-        return self.before.custom_backward
+    def __post_init__(self) -> None:
+        self.outputs, self.custom_backward = self.samples.outputs, self.before.custom_backward
+        self._cotangent: torch.Tensor | None = None
+        self._compared: tuple[Sequence[int], Alone] | None = None
 
     def pull(self, v: torch.Tensor) -> Pulled:
         """One backward pass of the batch."""
-        self.cotangent = v if self.cotangent is None else self.cotangent
+        self._cotangent = v if self._cotangent is None else self._cotangent
         found = self.samples.tapped(v, self.before.reading(), list(self.samples.passes.program.parameters))
         missing = {name: self.before.general.get(name) or why for name, why in found.missing.items()}
         gradient = found.gradient
@@ -79,7 +73,7 @@ class Operations:
         """Some samples, one by one."""
         some = self.samples.passes.some(torch.as_tensor(list(index), device=v.device))
         found = fallback.alone(self.way.pull(some), v)
-        self.compared = index, found
+        self._compared = index, found
         return found
 
     def outputs_alone(self) -> torch.Tensor:
@@ -88,15 +82,15 @@ class Operations:
 
     def layouts(self, general: Mapping[str, str], tolerance: float) -> Layouts:
         """{parameter: the layout in which its taps say what single samples do} of those that the first axis misses."""
-        assert self.compared is not None, "the comparison has run them"
-        assert self.cotangent is not None, "the comparison has pulled it back"
+        assert self._compared is not None, "the comparison has run them"
+        assert self._cotangent is not None, "the comparison has pulled it back"
         found: dict[str, Any] = {}
-        index, alone = self.compared
+        index, alone = self._compared
         for layout in LAYOUTS:
             tried = dict.fromkeys((name for name in general if name not in found), layout)
             if not tried:
                 break
-            norms = self.samples.tapped(self.cotangent, Reading(layouts=tried)).square_norms
+            norms = self.samples.tapped(self._cotangent, Reading(layouts=tried)).square_norms
             chosen = {name: norms[name] for name in tried if name in norms}
             apart = differences.square_norms_apart(xp, chosen, alone.square_norms, index)
             found |= {name: layout for name, value in apart.items() if float(value) <= 2 * tolerance}
@@ -127,13 +121,17 @@ def _found(samples: Samples, before: Plan, microbatch: int | None, tolerance: fl
     pairs, count = microbatch == 1, samples.passes.samples
     sizes = [self_check.BESIDE, count] if count > self_check.BESIDE else [count]
     away, reason = self_check.first_that_runs(
-        [lambda size=size: _compared(_moved(samples, microbatch, size), before, tolerance, pairs) for size in sizes],
-        FATAL,
+        [partial(_compared_elsewhere, samples, before, microbatch, size, tolerance) for size in sizes], FATAL
     )
     if away is None or away.verdict.bent or away.verdict.reason:
         return away or replace(before, verdict=Verdict(reason=reason))
     here = _compared(samples, away, tolerance, pairs)
     return replace(here, verdict=here.verdict.joined(away.verdict))
+
+
+def _compared_elsewhere(samples: Samples, before: Plan, microbatch: int | None, size: int, tolerance: float) -> Plan:
+    """The plan at other parameters, by some of the samples."""
+    return _compared(_moved(samples, microbatch, size), before, tolerance, pairs=microbatch == 1)
 
 
 def _compared(samples: Samples, before: Plan, tolerance: float, pairs: bool) -> Plan:

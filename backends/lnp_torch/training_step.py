@@ -151,7 +151,12 @@ class SharedStep(contextlib.AbstractContextManager):
             split=estimator in ("auto", "exact", "per_sample"),
             population=population,
         )
-        settings = {"estimator": estimator, "rtol": rtol, "max_probes": max_probes, "population": population}
+        settings: dict[str, Any] = {
+            "estimator": estimator,
+            "rtol": rtol,
+            "max_probes": max_probes,
+            "population": population,
+        }
         try:
             with self._measuring(criterion):
                 step = self._before(loss, targets, scale, options)
@@ -199,13 +204,9 @@ class SharedStep(contextlib.AbstractContextManager):
     def _before(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> Step:
         """What is known of a step before its own backward pass."""
         watched, outputs = self._watched, read(self._watched.returned)
-        parts, criterion = outputs.parts, None
-        if targets is not None:
-            criterion = lambda tree: _on_a_copy(_prepared(outputs, targets, options).function, watched.after)(
-                tree, targets
-            )
+        parts = outputs.parts
         flat = flatten([part.detach() for part in parts])
-        g = loss_gradient(loss, outputs, scale, criterion)
+        g = loss_gradient(loss, outputs, scale, _criterion(outputs, targets, options, watched.after))
         one = [Tapped(slice(0, len(flat)), parts, watched.taps)]
         samples = Samples(watched.passes(len(flat)), lambda: one, flat, apart=False)
         gradients = graph_gradients(parts, self._own)
@@ -311,6 +312,15 @@ def _prepared(outputs: Outputs, targets: Any, options: Options) -> kinds.Prepare
     """The loss that the step was computed with."""
     tree = outputs.with_parts([part.detach() for part in outputs.parts])
     return losses.prepare(options.loss, tree, targets, options.loss_terms)
+
+
+def _criterion(
+    outputs: Outputs, targets: Any, options: Options, state: RandomState
+) -> Callable[[Any], torch.Tensor] | None:
+    """Outputs -> the loss that the step was computed with, if its targets are known."""
+    if targets is None:
+        return None
+    return lambda tree: _on_a_copy(_prepared(outputs, targets, options).function, state)(tree, targets)
 
 
 def _on_a_copy(function: Callable, state: RandomState) -> losses.Loss:

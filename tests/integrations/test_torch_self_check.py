@@ -402,7 +402,7 @@ def test_padding_of_the_first_batch_decides_nothing():
     model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11)).double()
     seen = []
     for order in ((labels, padded), (padded, labels)):
-        loss = lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()) + 0 * len(seen)  # noqa: B023
+        loss = lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()) + 0 * len(seen)
         found = {id(y): lnp.decompose(model, (words, y), loss, estimator="exact") for y in order}
         seen.append([found[id(y)].population is not None for y in (labels, padded)])
     assert seen[0] == seen[1]
