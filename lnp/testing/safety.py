@@ -85,45 +85,49 @@ def wrong_labels_are_an_error(kit: Kit) -> None:
 def misuse_is_an_error(kit: Kit) -> None:
     """Shapes, losses and options that cannot be meant."""
     for case in kit.cases(scenarios.LINEAR, dtypes=1):
-        s = case.scenario
-        flat = replace(s, targets=s.targets[:, 0])
-        per_sample = Loss(lambda xp, f, y: xp.mean((f - y) ** 2, axis=1), lambda f, y: f - y)
-        model, batch = kit.build(s)
-        wrong: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
-            "a batch that is no pair": (TypeError, lambda: kit.decompose(model, batch[0], "mse")),
-            "targets of another shape": (ValueError, lambda: kit.measure(flat, loss="mse")),
-            "targets that tell no loss": (ValueError, lambda: kit.measure(flat, loss=None)),
-            "fewer targets than samples": (ValueError, lambda: kit.measure(replace(s, targets=s.targets[:2]))),
-            "a loss that is no scalar": (ValueError, lambda: kit.measure(s, loss=kit.loss(per_sample))),
-            "an unknown loss": (ValueError, lambda: kit.measure(s, loss="mean square")),
-            "an unknown estimator": (ValueError, lambda: kit.measure(s, estimator="best")),
-            "unknown batch statistics": (ValueError, lambda: kit.measure(s, batch_statistics="thawed")),
-        }
-        for what, (error, call) in wrong.items():
-            case.raises(what, error, call)
+        for what, call in _misuses(kit, case.scenario).items():
+            case.raises(what, TypeError if "pair" in what else ValueError, call)
+
+
+def _misuses(kit: Kit, s: Scenario) -> dict[str, Callable[[], Any]]:
+    """{what is wrong: a call that is to raise}."""
+    flat = replace(s, targets=s.targets[:, 0])
+    per_sample = Loss(lambda xp, f, y: xp.mean((f - y) ** 2, axis=1), lambda f, y: f - y)
+    model, batch = kit.build(s)
+    return {
+        "a batch that is no pair": lambda: kit.decompose(model, batch[0], "mse"),
+        "targets of another shape": lambda: kit.measure(flat, loss="mse"),
+        "targets that tell no loss": lambda: kit.measure(flat, loss=None),
+        "fewer targets than samples": lambda: kit.measure(replace(s, targets=s.targets[:2])),
+        "a loss that is no scalar": lambda: kit.measure(s, loss=kit.loss(per_sample)),
+        "an unknown loss": lambda: kit.measure(s, loss="mean square"),
+        "an unknown estimator": lambda: kit.measure(s, estimator="best"),
+        "unknown batch statistics": lambda: kit.measure(s, batch_statistics="thawed"),
+    }
 
 
 def no_trace_is_left(kit: Kit) -> None:
     """After every measurement the model, the batch, random state and global flags are what they were."""
     for case in kit.cases(scenarios.LAYERS, scenarios.INTERACTING[0], dtypes=1):
-        loss = case.scenario.loss
-        update = kit.update({name: np.ones_like(p) for name, p in case.scenario.parameters.items()})
-        measurements: dict[str, Callable[[Any, Any], Any]] = {
-            estimator: partial(kit.decompose, loss=loss, estimator=estimator, by_layer=True) for estimator in ESTIMATORS
-        }
-        measurements |= {
-            "microbatch": lambda m, b: kit.decompose(m, b, loss, microbatch=2, estimator="joint"),
-            "cross_response": lambda m, b: lnp.cross_response(m, b, b, loss),
-            "measured_loss_change": lambda m, b: lnp.measured_loss_change(m, b, loss, update=update),
-            "predicted_loss_change": lambda m, b: lnp.predicted_loss_change(m, b, loss, learning_rate=0.1),
-        }
-        for what, measure in measurements.items():
+        for what, measure in _measurements(kit, case.scenario).items():
             if what == "microbatch" and case.scenario.interacts:
                 continue
             model, batch = kit.build(case.scenario)
             before = kit.snapshot(model, batch)
             measure(model, batch)
             _unchanged(case, what, before, kit.snapshot(model, batch))
+
+
+def _measurements(kit: Kit, s: Scenario) -> dict[str, Callable[[Any, Any], Any]]:
+    """{name: (model, batch) -> a measurement}."""
+    update = kit.update({name: np.ones_like(p) for name, p in s.parameters.items()})
+    return {
+        **{name: partial(kit.decompose, loss=s.loss, estimator=name, by_layer=True) for name in ESTIMATORS},
+        "microbatch": partial(kit.decompose, loss=s.loss, microbatch=2, estimator="joint"),
+        "cross_response": lambda m, b: lnp.cross_response(m, b, b, s.loss),
+        "measured_loss_change": partial(lnp.measured_loss_change, loss=s.loss, update=update),
+        "predicted_loss_change": partial(lnp.predicted_loss_change, loss=s.loss, learning_rate=0.1),
+    }
 
 
 def no_trace_is_left_by_an_error(kit: Kit) -> None:
@@ -162,6 +166,7 @@ def _failing(last: int, function: Callable) -> Callable:
 
 
 def _fails(kit: Kit, scenario: Scenario, case: Case, what: str, last: int, loss: Any, estimator: str) -> None:
+    """Raise AssertionError unless the measurement fails with the user's own error, and changes nothing."""
     model, batch = kit.build(scenario)
     before = kit.snapshot(model, batch)
     raised = False
