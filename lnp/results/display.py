@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lnp.contract.linearization import Array
 from lnp.optional import import_optional
 
-if TYPE_CHECKING:
-    from lnp.contract.linearization import Array
-    from lnp.estimators.population import Population
-    from lnp.results.decomposition import Decomposition, Layer
-
+Decomposition = Any
+"""A `lnp.Decomposition`, whose own file imports this one."""
+Values = Any
+"""A decomposition, one of its layers, or its population values."""
 WHOLE = (
     "loss",
     "rate",
@@ -110,6 +110,6 @@ def _number(value: float | Array) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
-def _error(d: Decomposition | Population | Layer, name: str) -> str:
+def _error(d: Values, name: str) -> str:
     error = getattr(d, f"{name}_stderr", None)
     return "" if error is None or error == 0 else f" ± {error:.1g}" if isinstance(error, int | float) else f" ± {error}"

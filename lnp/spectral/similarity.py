@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from lnp.spectral.kernel import Kernel
-
 ROUNDING = 1e-12
 """Eigenvalues below this share of the largest are rounding, and count as zero."""
-KernelLike: TypeAlias = "Kernel | ArrayLike"
+
+
+class HasMatrix(Protocol):
+    """What `lnp.kernel` returns, and anything else with a matrix of shape (..., M, M)."""
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The matrix."""
+
+
+KernelLike: TypeAlias = "HasMatrix | ArrayLike"
 """A kernel, or what NumPy turns into an array of square matrices."""
 
 
