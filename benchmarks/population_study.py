@@ -32,7 +32,10 @@ class Model(nn.Module):
     def __init__(self, characters: int, width: int) -> None:
         super().__init__()
         self.table, self.place = nn.Embedding(characters, width), nn.Embedding(LENGTH, width)
-        layer = lambda: nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True, norm_first=True)
+
+        def layer():
+            return nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True, norm_first=True)
+
         self.blocks = nn.ModuleList([layer(), layer()])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
@@ -80,7 +83,10 @@ def measured(model: nn.Module, tokens: torch.Tensor, samples: int) -> dict[str, 
     assert all(d.population is not None for d in found)
     own, population = np.array([d.chi_pos for d in found]), np.array([d.population.chi_pos for d in found])
     errors = np.array([d.population.chi_pos_stderr for d in found])
-    spread = lambda values: float(values.std(ddof=1) / len(values) ** 0.5)
+
+    def spread(values):
+        return float(values.std(ddof=1) / len(values) ** 0.5)
+
     return {
         "samples": samples, "chi_pos": float(own.mean()), "its standard error": spread(own),
         "chi_pos of the population": float(population.mean()), "standard error": spread(population),

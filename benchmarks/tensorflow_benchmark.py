@@ -209,8 +209,15 @@ def error(name: str, seeds: int, rounds: int) -> list[dict]:
     if len(model.output_shape) == 2:
         run["vectorized_map"] = mapped_of(model, batch)
     seconds = report.interleaved(run, rounds)
-    ratio = lambda times: report.median([t / step for t, step in zip(times, seconds["step"], strict=True)])
-    added = lambda kind: ratio([(b - a) / 4 for a, b in zip(seconds[kind, 1], seconds[kind, 5], strict=True)])
+
+    def ratio(times: list[float]) -> float:
+        """The median of times in training steps."""
+        return report.median([t / step for t, step in zip(times, seconds["step"], strict=True)])
+
+    def added(kind: str) -> float:
+        """What one more probe takes, in training steps."""
+        return ratio([(b - a) / 4 for a, b in zip(seconds[kind, 1], seconds[kind, 5], strict=True)])
+
     times = {"lnp": added("per_sample"), "lnp, joint": added("joint")}
     if "vectorized_map" in run:
         times["vectorized_map"] = ratio(seconds["vectorized_map"])

@@ -178,7 +178,10 @@ def error(name: str, seeds: int, rounds: int) -> list[dict]:
     peers, _ = peers_of(model, batch)
     record = lnp.load("torch").linearize(model, batch, lnp.Options())
     assert record.sample_square_norms is not None
-    total = lambda v: float(sum(norm.sum() for norm in record.sample_square_norms(v).values()))
+
+    def total(v):
+        return float(sum(norm.sum() for norm in record.sample_square_norms(v).values()))
+
     signs = [record.signs(seed) for seed in range(seeds)]
     deviations = {
         "independent signs": _relative([total(v) for v in signs]),
@@ -235,7 +238,9 @@ def peak(name: str, case: str) -> int:
         with torch.no_grad():
             v = torch.ones_like(model(batch[0])).reshape(len(batch[0]), -1)
         one = PER_SAMPLE[case](model, batch[0])
-        run: Callable[[], Any] = lambda: one(v)
+
+        def run() -> Any:
+            return one(v)
     else:
         run = cases_of(name, model, batch)[case]
     for _ in range(2):

@@ -80,7 +80,9 @@ def nngeometry(model: nn.Module, x: torch.Tensor) -> Peer:
     from torch.utils.data import DataLoader, TensorDataset
 
     loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=len(x))
-    outputs = lambda *batch: model(batch[0])
+
+    def outputs(*batch: torch.Tensor) -> torch.Tensor:
+        return model(batch[0])
 
     def trace(v: torch.Tensor) -> torch.Tensor:
         matrix = FIM(model=model, loader=loader, representation=PMatDiag, variant="regression", function=outputs)

@@ -31,7 +31,9 @@ def main(folder: Path, steps: int) -> lnp.Tracker:
     )  # fmt: skip
     trainer = Trainer(ViTForImageClassification(config), arguments, train_dataset=data)
 
-    by_block = lambda name: ".".join(name.split(".")[:4]) if "layer" in name else name.split(".")[0]
+    def by_block(name):
+        return ".".join(name.split(".")[:4]) if "layer" in name else name.split(".")[0]
+
     schedule = lnp.schedule.log_windows(4, last=steps - 1)
     tracker = attach(trainer, folder / "huggingface.jsonl", schedule, log=False, by_layer=by_block, rtol=0.1)
     trainer.train()

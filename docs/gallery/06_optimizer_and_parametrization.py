@@ -28,7 +28,10 @@ class Student(nn.Module):
     def __init__(self, width, ratio, seed):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda a, b, std: nn.Parameter(std * torch.randn(a, b, generator=generator))
+
+        def draw(a, b, std):
+            return nn.Parameter(std * torch.randn(a, b, generator=generator))
+
         self.grow, self.shrink = ratio**0.5, ratio**-0.5
         self.first, self.bias = draw(INPUTS, width, INPUTS**-0.5 * self.shrink), nn.Parameter(torch.zeros(width))
         self.hidden, self.second_bias = draw(width, width, width**-0.5), nn.Parameter(torch.zeros(width))
@@ -61,7 +64,10 @@ def run(optimizer, mu, width, seed=0):
     else:
         updates = torch.optim.Adam(model.adam_rates(RATES["Adam"]))
     probe = teacher.draw(1000, generator)[0]
-    features = lambda: torch.tanh(model.grow * (probe @ model.first + model.bias)).detach()
+
+    def features():
+        return torch.tanh(model.grow * (probe @ model.first + model.bias)).detach()
+
     before, points, found = features(), schedule(STEPS, 12), []
     for step in range(STEPS + 1):
         if step in points:
