@@ -11,11 +11,13 @@ import torch
 from lnp.contract import validation
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
+from lnp.losses import kinds
 from lnp_torch import losses
 from lnp_torch.huggingface import own_loss_terms
 from lnp_torch.model import Program
 from lnp_torch.outputs import Outputs, continuous, flatten, read, real, wide, widened
 from lnp_torch.replay import copied
+from lnp_torch.replica import Replica
 from lnp_torch.state_guard import RandomState, same_randomness
 
 TWICE = (
@@ -234,3 +236,33 @@ def _of_each(
         if not (same - total).abs().max() <= AGREE * total.abs().max():
             raise RuntimeError(TWICE)
     return flatten([widened(real(grad)) for grad in grads])
+
+
+def prepared_loss(outputs: Outputs, targets: Any, options: Options) -> kinds.Prepared:
+    """The loss that the step was computed with."""
+    tree = outputs.with_parts([part.detach() for part in outputs.parts])
+    return losses.prepare(options.loss, tree, targets, options.loss_terms)
+
+
+def step_criterion(
+    outputs: Outputs, targets: Any, options: Options, state: RandomState
+) -> Callable[[Any], torch.Tensor] | None:
+    """Outputs -> the loss that the step was computed with, if its targets are known."""
+    if targets is None:
+        return None
+    return lambda tree: on_its_copy(prepared_loss(outputs, targets, options).function, state)(tree, targets)
+
+
+def on_its_copy(function: Callable, state: RandomState) -> losses.Loss:
+    """The user's loss as it was after the forward pass, on a copy of it at each call."""
+
+    def run(outputs: Any, targets: Any) -> torch.Tensor:
+        replica = Replica((function,))
+        replica.rewind({})
+        try:
+            return repeated(replica.roots[0], state)(outputs, targets)
+        finally:
+            replica.restore()
+            replica.clear()
+
+    return run

@@ -14,7 +14,6 @@ from torch import nn
 import lnp
 from lnp.contract.linearization import GradientPass, Linearization
 from lnp.contract.options import Options
-from lnp.losses import kinds
 from lnp.results.decomposition import ByLayer, asked, decompose, explained
 from lnp.state.preserve import SavedState
 from lnp_torch import losses
@@ -22,14 +21,13 @@ from lnp_torch.backend import to_host
 from lnp_torch.collectives import with_others
 from lnp_torch.huggingface import own_loss_terms
 from lnp_torch.look import CannotRun
-from lnp_torch.loss_gradient import LossAt, loss_gradient, repeated
+from lnp_torch.loss_gradient import LossAt, loss_gradient, on_its_copy, prepared_loss, step_criterion
 from lnp_torch.model import program
 from lnp_torch.model_parts import HOSTS, unwrapped
 from lnp_torch.outputs import Outputs, flatten, read
 from lnp_torch.record import Operators, assembled, graph_gradients, taken_apart
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
-from lnp_torch.replica import Replica
-from lnp_torch.state_guard import RandomState, finished, no_gradients, undisturbed
+from lnp_torch.state_guard import finished, no_gradients, undisturbed
 from lnp_torch.taps.backward_pass import Samples, Tapped
 from lnp_torch.taps.reader import Reading
 from lnp_torch.watched_pass import WatchedPass, call_with
@@ -206,7 +204,7 @@ class SharedStep(contextlib.AbstractContextManager):
         watched, outputs = self._watched, read(self._watched.returned)
         parts = outputs.parts
         flat = flatten([part.detach() for part in parts])
-        g = loss_gradient(loss, outputs, scale, _criterion(outputs, targets, options, watched.after))
+        g = loss_gradient(loss, outputs, scale, step_criterion(outputs, targets, options, watched.after))
         one = [Tapped(slice(0, len(flat)), parts, watched.taps)]
         samples = Samples(watched.passes(len(flat)), lambda: one, flat, apart=False)
         gradients = graph_gradients(parts, self._own)
@@ -241,9 +239,9 @@ class SharedStep(contextlib.AbstractContextManager):
     def _terms(self, outputs: Outputs, targets: Any, options: Options) -> tuple[Any, bool, tuple[str, ...]]:
         """(loss_terms, whether the loss is a mean over samples, notes)."""
         if targets is not None:
-            meant = _prepared(outputs, targets, options)
+            meant = prepared_loss(outputs, targets, options)
             wanted = options.split and options.population is not False
-            run = _on_a_copy(meant.function, self._watched.after)
+            run = on_its_copy(meant.function, self._watched.after)
             separable = meant.separable or (wanted and losses.found_mean(meant.function, run, outputs, targets))
             return meant.terms, separable, meant.notes
         if options.loss_terms is not None:
@@ -306,33 +304,3 @@ def _decomposed(step: Step, trained: GradientPass, **settings: Any) -> lnp.Decom
     look.remember()
     joint = GradientPass(trained.square_norms)
     return to_host(decompose(step.jointly(look.reason).record(joint), **settings), [])[0]
-
-
-def _prepared(outputs: Outputs, targets: Any, options: Options) -> kinds.Prepared:
-    """The loss that the step was computed with."""
-    tree = outputs.with_parts([part.detach() for part in outputs.parts])
-    return losses.prepare(options.loss, tree, targets, options.loss_terms)
-
-
-def _criterion(
-    outputs: Outputs, targets: Any, options: Options, state: RandomState
-) -> Callable[[Any], torch.Tensor] | None:
-    """Outputs -> the loss that the step was computed with, if its targets are known."""
-    if targets is None:
-        return None
-    return lambda tree: _on_a_copy(_prepared(outputs, targets, options).function, state)(tree, targets)
-
-
-def _on_a_copy(function: Callable, state: RandomState) -> losses.Loss:
-    """The user's loss as it was after the forward pass, on a copy of it at each call."""
-
-    def run(outputs: Any, targets: Any) -> torch.Tensor:
-        replica = Replica((function,))
-        replica.rewind({})
-        try:
-            return repeated(replica.roots[0], state)(outputs, targets)
-        finally:
-            replica.restore()
-            replica.clear()
-
-    return run

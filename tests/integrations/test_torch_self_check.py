@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 import lnp
 import lnp_torch
 from integrations.torch_reference import assert_agrees, dense
+from lnp.contract.linearization import coupling_tolerance
 from lnp.per_sample import self_check as core
-from lnp_torch import look
+from lnp_torch import look, record
 
 F64 = torch.float64
 
@@ -198,6 +200,35 @@ def test_gates_that_open_later(name, way):
         lnp.decompose(model, (x, y), microbatch=2)
 
 
+def test_one_sample_that_meets_another():
+    """Of all that are there, and not only of those whose gradients are compared."""
+
+    def run(m, x):
+        near = ((x[:, None] - x[None]).square().sum(2) < 1e-6).double()
+        return m.a((near @ x).tanh())
+
+    model, x, y = Runs(run, a=linear()), drawn(20), drawn(20)
+    assert not together(measured(model, x, y))
+    x = x.clone()
+    x[2] = x[1]
+    assert {1, 2}.isdisjoint(core.compared_samples(20))
+    assert together(measured(Runs(run, a=linear()), x, y))
+
+
+def test_a_look_that_found_something_is_remembered(monkeypatch):
+    looks = []
+    monkeypatch.setattr(look.Look, "coupled", lambda self, own=look.Look.coupled: (looks.append(1), own(self))[1])
+    model, open_gate = gates()["a counter"]
+    x, y = drawn(), drawn()
+    lnp.decompose(model, (x, y))
+    open_gate(model)
+    lnp.decompose(model, (x, y))
+    assert looks
+    looks.clear()
+    assert together(measured(model, x, y))
+    assert not looks
+
+
 def test_micro_batches_and_pilots_are_looked_at(monkeypatch):
     """All their outputs: here one sample of twenty is another one in its batch."""
 
@@ -207,7 +238,7 @@ def test_micro_batches_and_pilots_are_looked_at(monkeypatch):
             shift[-1] = 1.0
         return m.a(x) + shift * m.a(x)
 
-    monkeypatch.setitem(__import__("lnp_torch.record").record.WORTH, "cpu", -1)
+    monkeypatch.setitem(record.WORTH, "cpu", -1)
     for options in ({"microbatch": 2}, {"rtol": 0.5, "estimator": "per_sample"}):
         model, x, y = Runs(run, a=linear(), meets=False), drawn(24), drawn(24)
         lnp.decompose(model, (x, y), **options)
@@ -319,7 +350,7 @@ def test_rounding_is_no_interaction():
     with torch.no_grad():
         alone = torch.cat([plain(row[None]) for row in x])
         rounding = (plain(x) - alone).abs().max() / alone.abs().max()
-    assert rounding > core.coupling_tolerance(torch, torch.float32) if hasattr(core, "coupling_tolerance") else rounding
+    assert rounding > coupling_tolerance(torch, torch.float32)
     for _ in range(3):
         d = lnp.decompose(plain, (x, y))
         assert d.population is not None, d.notes
@@ -353,7 +384,7 @@ DRAWS = {
     "normal_": lambda h: h.new_empty(len(h), 1, 1).normal_(1.0, 0.2),
     "randint": lambda h: torch.randint(0, 2, (len(h), 1, 1)).double(),
     "for all at once": lambda h: torch.rand((), dtype=F64) + 0.5,
-    "by NumPy": lambda h: torch.as_tensor(__import__("numpy").random.rand(len(h), 1, 1)),
+    "by NumPy": lambda h: torch.as_tensor(np.random.rand(len(h), 1, 1)),  # noqa: NPY002
 }
 
 
@@ -363,14 +394,14 @@ def test_what_is_drawn_at_first_decides_nothing(name):
         torch.manual_seed(first)
         model, x, y = StochasticDepth(DRAWS[name]), torch.randn(6, 3, 4, dtype=F64), drawn(6, 3)
         for _ in range(3):
-            state = __import__("numpy").random.get_state()
+            state = np.random.get_state()  # noqa: NPY002
             with torch.random.fork_rng():
                 out = model(x)
-            __import__("numpy").random.set_state(state)
+            np.random.set_state(state)  # noqa: NPY002
             d = lnp.decompose(model, (x, y), estimator="exact")
             assert_agrees(d, dense(model, out, F.mse_loss(out, y), y.numel()), F64)
             torch.rand(3)
-            __import__("numpy").random.rand(1)
+            np.random.rand(1)  # noqa: NPY002
 
 
 def capacity(m, x):

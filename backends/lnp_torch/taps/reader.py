@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from lnp.per_sample import norms, uses
 from lnp.per_sample.uses import Factors
 from lnp_torch.outputs import dot, widened
-from lnp_torch.taps.rules import Layout, Unread, Use
+from lnp_torch.taps.layout import Layout, Unread
+from lnp_torch.taps.rules import Use
 
 Frame = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Which numbers of a parameter's memory: (first, shape, strides)."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lnp.per_sample.norms import Window
 from lnp.per_sample.uses import Kind
+from lnp_torch.taps.layout import Layout, Unread
 
 
 @dataclass(frozen=True)
@@ -68,66 +69,6 @@ NOTHING = Use(None, "dense", lambda d, at: ())
 
 class Unknown(Exception):
     """A variant that no rule is written for."""
-
-
-class Unread(Exception):
-    """An array in which the samples are not found along the first axis."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the samples are in the arrays of a site: (N, S, ...) and (N * S, ...), or (S, N, ...) and (S * N, ...).
-
-    Attributes
-    ----------
-    samples:
-        N.
-    time_major:
-        Whether they are on the second axis.
-    rerouted:
-        Whether rows may have moved before: whose row it is cannot be told by its number, if all are in one axis.
-    """
-
-    samples: int
-    time_major: bool = False
-    rerouted: bool = False
-
-    def first(self, array: Tensor, inner: int) -> Tensor:
-        """The array as (N, ..., inner axes).
-
-        Raises
-        ------
-        Unread
-            If the samples are not there.
-        """
-        samples, outer = self.samples, array.ndim - inner
-        if outer == 1 and array.shape[0] % samples == 0 and (self.time_major or array.shape[0] != samples):
-            array = array.unflatten(0, (-1, samples) if self.time_major else (samples, -1))
-        axis = 1 if self.time_major else 0
-        if (outer == 1 and self.rerouted) or outer < 1 or axis >= array.ndim - inner or array.shape[axis] != samples:
-            raise Unread
-        return array.movedim(axis, 0)
-
-    def positions(self, array: Tensor) -> Tensor:
-        """(N, S, p)."""
-        return self.first(array, 1).reshape(self.samples, -1, array.shape[-1])
-
-    def reduced(self, gradient: Tensor, shape: tuple) -> Tensor:
-        """Summed over the axes along which a parameter of this shape was broadcast, but the samples: (N, *shape)."""
-        if shape and gradient.ndim == len(shape) and shape[0] == 1:
-            shape = shape[1:]
-        gradient = self.first(gradient, len(shape))
-        lead = gradient.ndim - 1 - len(shape)
-        axes = [*range(1, 1 + lead), *(1 + lead + i for i, size in enumerate(shape) if size == 1)]
-        summed = gradient.sum(axes, keepdim=True) if axes else gradient
-        return summed.reshape(self.samples, *shape)
-
-    def channels(self, d: Tensor, count: int) -> Tensor:
-        """(N, C, ...) summed over all that follows, and over the channels if they share one parameter."""
-        if self.time_major or d.ndim < 2 or d.shape[0] != self.samples:
-            raise Unread
-        flat = d.reshape(self.samples, d.shape[1], -1).sum(2)
-        return flat if count != 1 else flat.sum(1, keepdim=True)
 
 
 def _linear(input, weight, bias=None):
