@@ -31,6 +31,7 @@ from lnp.contract.linearization import (
 from lnp.estimators import trace
 from lnp.estimators.population import Population, jackknife_size, possible
 from lnp.estimators.population import population as population_of
+from lnp.results import display
 
 ByLayer = bool | Callable[[str], str]
 
@@ -105,25 +106,17 @@ class Decomposition:
 
     def to_dict(self) -> dict[str, Any]:
         """The values by name, without notes; layers as "layer/<name>/<value>"."""
-        from lnp.results.display import to_dict
-
-        return to_dict(self)
+        return display.to_dict(self)
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with one row for the whole and one for each layer. Needs pandas."""
-        from lnp.results.display import to_pandas
-
-        return to_pandas(self)
+        return display.to_pandas(self)
 
     def __str__(self) -> str:
-        from lnp.results.display import to_text
-
-        return to_text(self)
+        return display.to_text(self)
 
     def _repr_html_(self) -> str:
-        from lnp.results.display import to_html
-
-        return to_html(self)
+        return display.to_html(self)
 
 
 def decompose(lin: Linearization, **settings: Any) -> Decomposition:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import sys
 
 import pytest
 from hypothesis import given
@@ -140,18 +140,20 @@ def test_budget_goes_on_after_a_restart_and_takes_only_steps_among_those_given()
 @pytest.mark.parametrize(
     "schedule", [every(1000), at([5000]), log_windows(8, 5, 1.0, last=10**6), budget(0.02)], ids=lambda s: repr(s)
 )
-def test_a_decision_takes_under_5_microseconds(schedule):
+def test_a_decision_is_a_few_calls(schedule):
+    """However far the run is: it is asked at every step."""
     if isinstance(schedule, budget):
         schedule(0)
         schedule.measured(1e9)
-
-    def once():
-        start = time.perf_counter()
-        for step in range(10_000):
+    calls = []
+    for step in (17, 10**6):
+        schedule(step)  # what is prepared once may take longer
+        sys.setprofile(lambda frame, event, argument: calls.append(event))
+        try:
             schedule(step)
-        return time.perf_counter() - start
-
-    assert min(once() for _ in range(5)) < 10_000 * 5e-6
+        finally:
+            sys.setprofile(None)
+    assert len(calls) <= 150
 
 
 @pytest.mark.parametrize(
