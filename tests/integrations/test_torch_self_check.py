@@ -134,7 +134,7 @@ def test_a_network_that_runs_on_single_samples_and_on_whole_batches_alone():
 
 def test_a_part_that_fails_later():
     def run(m, x):
-        assert m.whole is None or len(x) == m.whole
+        assert m.whole is None or x.shape[0] == m.whole
         return m.a(torch.tanh(x))
 
     for way in WAYS:
@@ -213,6 +213,14 @@ def test_one_sample_that_meets_another():
     x[9] = x[1]
     assert {1, 9}.isdisjoint(core.compared_samples(20))
     assert together(measured(Runs(run, a=linear()), x, y))
+
+
+def test_samples_that_meet_only_at_the_parameters_as_they_are():
+    """Moved ones close the gate."""
+    gated = lambda m, x: m.a(x) + torch.exp(-1e6 * m.gate**2) * m.a(x).mean(0)
+    model = Runs(gated, a=linear(), gate=nn.Parameter(torch.zeros((), dtype=F64)))
+    lin = lnp.load("torch").linearize(model, (drawn(), drawn()), lnp.Options())
+    assert lin.sample_square_norms is None
 
 
 def test_a_look_that_found_something_is_remembered(monkeypatch):
@@ -307,6 +315,13 @@ def test_backward_passes_that_are_not_linear(name, hook, estimator):
             loss = F.mse_loss(model(drawn(16)), y := drawn(16))
         with pytest.raises(ValueError, match="not linear"):
             step.backward(loss, y, nn.MSELoss(), estimator=estimator)
+
+
+def test_a_clip_that_only_long_cotangents_reach():
+    """No sign of a probe does: what the loss hands back may."""
+    model = Runs(lambda m, x: Bends.apply(m.a(x), lambda d: d.clamp(-3, 3)), a=linear())
+    with pytest.raises(ValueError, match="not linear"):
+        lnp.decompose(model, (drawn(16), 100 * drawn(16)), lambda f, y: (f - y).square().sum(), estimator="exact")
 
 
 @pytest.mark.parametrize("meets", [False, True])
