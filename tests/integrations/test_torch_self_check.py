@@ -226,7 +226,7 @@ def test_samples_that_meet_only_at_the_parameters_as_they_are():
 def test_a_look_that_found_something_is_remembered(monkeypatch):
     looks = []
     monkeypatch.setattr(look.Look, "coupled", lambda self, own=look.Look.coupled: (looks.append(1), own(self))[1])
-    model, open_gate = gates()["a counter"]
+    model, open_gate = gates()["a number in a dictionary"]
     x, y = drawn(), drawn()
     lnp.decompose(model, (x, y))
     open_gate(model)
