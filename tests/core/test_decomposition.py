@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from core.dense import kernel, network, record
-from lnp.contract.linearization import accumulation_dtype, coupling_tolerance, ratio, square_norm
+from lnp.contract.linearization import GradientPass, accumulation_dtype, coupling_tolerance, ratio, square_norm
 from lnp.results.cross_response import cross_response_of
-from lnp.results.decomposition import Decomposition, decompose, decomposed, layer_names
+from lnp.results.decomposition import Decomposition, asked, decompose, decomposed, layer_names
 
 JACOBIAN, GRADIENT = network()
 
@@ -36,6 +36,22 @@ def test_against_the_dense_kernel():
         assert part.rate == pytest.approx(g @ own @ g, rel=1e-13)
         assert part.chi_net == pytest.approx(np.trace(own) / 6, rel=1e-13)
         assert part.chi_pos == pytest.approx(g @ own @ g / (g @ g * np.trace(own)), rel=1e-13)
+
+
+@pytest.mark.parametrize("population", [None, True, False])
+@pytest.mark.parametrize("estimator", ["auto", "exact", "joint"])
+@pytest.mark.parametrize("cheap", [True, False])
+def test_what_is_asked_of_the_backward_pass_can_be_told_beforehand(population, estimator, cheap):
+    wishes, settings = [], {"estimator": estimator, "rtol": 0.01, "max_probes": 2, "population": population}
+
+    def gradient_pass(per_sample, products, vector):
+        wishes.append({"per_sample": per_sample, "products": products, "vector": vector})
+        return GradientPass({name: np.ones(()) for name in JACOBIAN})
+
+    lin = record(JACOBIAN, GRADIENT, separable=True, cheap=cheap, gradient_pass=gradient_pass)
+    decompose(lin, **settings)
+    assert wishes == [asked(lin, **settings)]
+    assert wishes[0]["per_sample"] == (population or (population is None and cheap)) * (estimator != "joint")
 
 
 def test_layers_of_an_estimate_add_up():
