@@ -24,8 +24,6 @@ import report
 
 import lnp
 import lnp_jax
-from lnp_jax.model import separate
-from lnp_jax.self_check import judged
 
 
 @dataclass(frozen=True)
@@ -171,9 +169,12 @@ def step(problem: Problem) -> Callable:
 
 def decomposed(problem: Problem, **options: Any) -> Callable:
     """`lnp.decompose` as it runs from the second call on: what was compared at the first is known."""
-    structure, arrays = separate((problem.apply, problem.parameters), None, None)
-    judged(structure, arrays, problem.batch, lnp.Options())
+    lnp_jax.evaluate(_loss_of, (problem.apply, problem.parameters), (problem.batch,), lnp.Options())
     return lambda p, batch, key: lnp.decompose((problem.apply, p), batch, seed=key, **options)
+
+
+def _loss_of(lin: lnp.Linearization) -> Any:
+    return lin.loss
 
 
 def shared(problem: Problem, **options: Any) -> Callable:
@@ -220,7 +221,10 @@ def by_matfree(problem: Problem) -> Callable:
 
     def function(p: Any, batch: Any, key: Any) -> Any:
         out, pullback = jax.vjp(lambda p: problem.apply(p, batch[0]).reshape(-1), p)
-        push = lambda u: jax.jvp(lambda p: problem.apply(p, batch[0]).reshape(-1), (p,), (u,))[1]
+
+        def push(u):
+            return jax.jvp(lambda p: problem.apply(p, batch[0]).reshape(-1), (p,), (u,))[1]
+
         sampler = stochtrace.sampler_signs(jnp.zeros_like(out), num=1)
         estimate = stochtrace.estimator_monte_carlo(stochtrace.monte_carlo_trace(), sampler)
         return estimate(lambda v: push(pullback(v)[0]), key)

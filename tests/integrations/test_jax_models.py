@@ -86,10 +86,45 @@ def test_nnx_dropout_goes_joint_and_leaves_the_random_state():
     d = lnp.decompose(model, (x, y), estimator="exact")
     assert int(model.dropout.rngs.count[...]) == before
     assert d.probes == 18
-    assert any("dropout" in note for note in d.notes)
+    assert any("interact" in note for note in d.notes)
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     expected = dense(lambda p: nnx.merge(graph, p, rest, copy=True)(x), parameters, cross_entropy(y), 6)
     agrees(d, expected, jnp.float32)
+
+
+NAMED = {
+    "a collection beside its entry": ({"params": {"w": 3}, "w": 4}, ["params.w", "w"]),
+    "nested beside dotted": ({"enc": {"w": 3}, "enc.w": 4}, ["['enc']['w']", "['enc.w']"]),
+    "a list entry beside dotted": ({"a": [3], "a.0": 4}, ["['a'][0]", "['a.0']"]),
+    "as JAX writes it": ({"['a']": 3, "a": 4}, ["['a']", "a"]),
+    "all of them": (
+        {"['a']['b']": 2, "a": {"b": 3}, "a.b": 4, "params": {"a.b": 5}},
+        ["['a']['b'] #0", "['a']['b'] #1", "['a.b']", "params.a.b"],
+    ),
+}  # fmt: skip
+"""Trees of parameters whose names are the same when written with dots, by their numbers of columns; and their names."""
+
+
+def chained(p, x):
+    return jnp.concatenate([jnp.tanh(x @ w) for w in jax.tree.leaves(p)], axis=1)
+
+
+def by_parameter(name):
+    return name
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_parameters_are_told_apart_by_their_paths(case):
+    columns, names = NAMED[case]
+    draw = np.random.default_rng(1).standard_normal
+    p = jax.tree.map(lambda size: jnp.asarray(draw((4, size))), columns)
+    x, y = batch(jnp.float64, 5, 4)
+    d = lnp.decompose((chained, p), (x, y), estimator="exact", by_layer=by_parameter)
+    agrees(d, dense(lambda p: chained(p, x), p, cross_entropy(y), 5), jnp.float64)
+    assert sorted(d.layers) == sorted(names)
+    gradient = jax.grad(lambda p: cross_entropy(y)(chained(p, x)))(p)
+    for update in (gradient, dict(zip(names, jax.tree.leaves(gradient), strict=True))):
+        assert lnp.predicted_loss_change((chained, p), (x, y), update=update) == pytest.approx(d.rate, rel=1e-10)
 
 
 class Perceptron(linen.Module):
