@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import tensorflow as tf
 
@@ -64,9 +65,10 @@ class Apart:
         return Verdict(general=self.general).notes
 
     @property
-    def cheap(self) -> bool:
-        """Whether all parameters have rules."""
-        return not self.general
+    def offered(self) -> dict[str, Any]:
+        """What `lnp.Linearization` has of single samples: they are cheap where all parameters have rules."""
+        norms, subset, coupled = self.square_norms, self.subset, self.coupled
+        return {"sample_square_norms": norms, "subset": subset, "coupled": coupled, "cheap": not self.general}
 
     def coupled(self) -> tf.Tensor:
         """Whether the samples have turned out to interact so far, shape ()."""

@@ -97,17 +97,13 @@ def record(
         # XLA computes the second derivative of max-pooling wrongly in float32
         jvp=None if in_xla() else lambda u: _jvp(batch, u),
         gradient_pass=lambda per_sample, products, vector: _gradient_pass(passes, taken, per_sample, products, vector),
-        sample_square_norms=None if taken is None else taken.square_norms,
-        subset=None if taken is None else taken.subset,
-        cheap=taken is not None and taken.cheap,
-        coupled=None if taken is None else taken.coupled,
-        group_square_norms=None if groups is None else groups.square_norms,
-        groups=1 if groups is None else groups.count,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
         separable=loss.separable,
         violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),
         notes=(*notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
+        **({} if taken is None else taken.offered),
+        **({} if groups is None else {"group_square_norms": groups.square_norms, "groups": groups.count}),
     )
 
 
