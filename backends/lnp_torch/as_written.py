@@ -83,6 +83,8 @@ def _unchecked() -> Iterator[None]:
 
 
 def _reentrant(original: Any) -> type:
+    """The class that stands for reentrant checkpoints: it only calls their function while this thread measures."""
+
     class Either:
         @staticmethod
         def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:

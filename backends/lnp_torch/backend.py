@@ -30,7 +30,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     """
     reasons = [""] * len(batches)
     while True:
-        result, looks = _once(computation, model, batches, options, reasons, operands)
+        result, looks = _measurement(computation, model, batches, options, reasons, operands)
         found = {place: look for place, look in enumerate(looks) if look is not None and look.reason}
         if not found:
             return result
@@ -39,7 +39,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
             look.remember()
 
 
-def _once(
+def _measurement(
     computation: Callable, model: Any, batches: tuple, options: Options, reasons: list[str], operands: dict[str, Any]
 ) -> tuple[Any, list[Look | None]]:
     """What the computation returns, and what looked at each batch's samples: with a reason, they interact."""

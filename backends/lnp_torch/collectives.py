@@ -50,6 +50,7 @@ def with_others() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _switched(on: bool) -> Iterator[None]:
+    """Whether collective operations of this thread raise an error."""
     before, _ALONE.on = _ALONE.on, on
     try:
         yield
@@ -59,6 +60,7 @@ def _switched(on: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _refused() -> Iterator[None]:
+    """All methods by which processes talk, replaced by ones that look at the thread first."""
     group: Any = dist.ProcessGroup
     saved = {name: vars(group)[name] for name in NAMES if name in vars(group)}  # not bound: what is put back binds
     try:
@@ -71,6 +73,8 @@ def _refused() -> Iterator[None]:
 
 
 def _either(name: str, original: Callable) -> Callable:
+    """A method that raises an error in a thread that measures alone, and is the original in all others."""
+
     def talk(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _ALONE.on:
             raise RuntimeError(TALKS.format(name))

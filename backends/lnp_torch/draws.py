@@ -143,6 +143,7 @@ class Watched(TorchFunctionMode):
         return out
 
     def _dropout(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        """The operation as it is, with what its mask can be drawn from again."""
         input, p, training = dropout_arguments(*args, **kwargs)
         if not training or p == 0:
             return func(*args, **kwargs)

@@ -39,6 +39,7 @@ def _load() -> None:
 
 
 def _forward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
+    """J u by dual numbers."""
     _load()
     with torch.no_grad(), forward_ad.dual_level():
         duals = {
@@ -50,6 +51,7 @@ def _forward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[to
 
 
 def _double_backward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
+    """J u as the derivative of w -> <J^T w, u>."""
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
         leaves = [p.detach().requires_grad_() for p in parameters.values()]
         parts = run(dict(zip(parameters, leaves, strict=True)))

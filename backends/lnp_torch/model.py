@@ -136,6 +136,7 @@ def program(
 
 
 def _on_a_device(made: Program) -> Program:
+    """The program, unless its parameters have no values."""
     if made.device.type == "meta":
         raise ValueError(
             f"The parameter {next(iter(made.parameters))} is on the meta device, where numbers have shapes but no "
@@ -206,6 +207,7 @@ def _holds_parameter(value: Any) -> bool:
 
 
 def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: Any, written: frozenset[int]) -> Program:
+    """A module as a program: its copy is called with aliases in the place of its parameters."""
     own = dict(model.named_parameters())
     uninitialized = [name for name, p in own.items() if isinstance(p, nn.parameter.UninitializedParameter)]
     if uninitialized:
@@ -241,6 +243,7 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
 
 
 def _function(function: Callable, tree: Any, parameters: Any, loss: Any, written: frozenset[int]) -> Program:
+    """A function of a structure of parameters as a program."""
     leaves = named(tree)
     chosen = select([name for name, leaf in leaves.items() if continuous(leaf)], parameters)
     own = {name: leaf.detach().clone() if id(leaf) in written else leaf for name, leaf in leaves.items()}

@@ -162,8 +162,8 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
         pull_groups = fallback.looped(passes, size)
         samples = in_groups(passes, size, flat)
         gradients = partial(fallback.total, pull_groups)
-    plan, look, notes = taken_apart(samples, gradients, parts, options, passes.hooked, reason)
-    made = assembled(Operators(samples, plan, look, gradients, loss.gradient, options), loss, taps)
+    plan, look, notes = plan_and_look(samples, gradients, parts, options, passes.hooked, reason)
+    made = linearization(Operators(samples, plan, look, gradients, loss.gradient, options), loss, taps)
     if not whole:
         norms = partial(fallback.square_norms, pull_groups)
         made = replace(made, group_square_norms=norms, groups=-(-flat.shape[0] // size))
@@ -176,7 +176,7 @@ def graph_gradients(parts: list[torch.Tensor], parameters: Vector) -> Callable[[
     return lambda v: dict(zip(names, fallback.gradients(parts, leaves, v), strict=True))
 
 
-def assembled(operators: Operators, loss: LossAt, taps: Taps | None) -> Linearization:
+def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Linearization:
     """The record of products with the Jacobian and a loss."""
     passes, look, options = operators.passes, operators.look, operators.options
     flat, apart = operators.samples.outputs, operators.plan is not None
@@ -203,7 +203,7 @@ def assembled(operators: Operators, loss: LossAt, taps: Taps | None) -> Lineariz
     )
 
 
-def taken_apart(
+def plan_and_look(
     samples: Samples,
     gradients: Callable[[torch.Tensor], Vector],
     parts: list[torch.Tensor],

@@ -131,6 +131,7 @@ def copied(inputs: Any) -> Any:
 
 
 def _copied(leaf: Any) -> Any:
+    """An input in new memory; what is no tensor is copied with all that it holds."""
     if isinstance(leaf, torch.Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
     if type(leaf) in PLAIN:

@@ -117,6 +117,7 @@ class Frozen(TorchFunctionMode):
         return self._drawn("mask", like.device, lambda: draw(torch.ones_like(like)))
 
     def _dropout(self, func, *args, inplace=False, **kwargs):
+        """The input times the recorded mask."""
         input, p, training = dropout_arguments(*args[:3], **kwargs)
         inplace = inplace or args[3:] == (True,)
         if not training or p == 0:
@@ -134,6 +135,7 @@ class Frozen(TorchFunctionMode):
     def _batch_norm(
         self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
     ):
+        """Batch normalisation with the statistics of the first pass."""
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         axes = [axis for axis in range(input.ndim) if axis != 1]

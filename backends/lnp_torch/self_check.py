@@ -107,7 +107,7 @@ def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: floa
     """
     plan = key.recall()
     if plan is None:
-        plan = _found(samples, Plan(custom_backward=custom_backward), microbatch, tolerance)
+        plan = _plan_by_comparison(samples, Plan(custom_backward=custom_backward), microbatch, tolerance)
         if plan.verdict.sure:
             key.remember(plan)
     if plan.verdict.bent:
@@ -115,26 +115,30 @@ def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: floa
     return plan
 
 
-def _found(samples: Samples, before: Plan, microbatch: int | None, tolerance: float) -> Plan:
+def _plan_by_comparison(samples: Samples, before: Plan, microbatch: int | None, tolerance: float) -> Plan:
     """The plan by comparing samples at other parameters, and at these."""
     # micro-batches of one sample cannot differ from single samples: pairs can
     pairs, count = microbatch == 1, samples.passes.samples
     sizes = [self_check.BESIDE, count] if count > self_check.BESIDE else [count]
     away, reason = self_check.first_that_runs(
-        [partial(_compared_elsewhere, samples, before, microbatch, size, tolerance) for size in sizes], FATAL
+        [partial(_plan_at_moved_parameters, samples, before, microbatch, size, tolerance) for size in sizes], FATAL
     )
     if away is None or away.verdict.bent or away.verdict.reason:
         return away or replace(before, verdict=Verdict(reason=reason))
-    here = _compared(samples, away, tolerance, pairs)
+    here = _plan_at_parameters(samples, away, tolerance, pairs)
     return replace(here, verdict=here.verdict.joined(away.verdict))
 
 
-def _compared_elsewhere(samples: Samples, before: Plan, microbatch: int | None, size: int, tolerance: float) -> Plan:
+def _plan_at_moved_parameters(
+    samples: Samples, before: Plan, microbatch: int | None, size: int, tolerance: float
+) -> Plan:
     """The plan at other parameters, by some of the samples."""
-    return _compared(_moved(samples, microbatch, size), before, tolerance, pairs=microbatch == 1)
+    return _plan_at_parameters(
+        _at_moved_parameters(samples, microbatch, size), before, tolerance, pairs=microbatch == 1
+    )
 
 
-def _compared(samples: Samples, before: Plan, tolerance: float, pairs: bool) -> Plan:
+def _plan_at_parameters(samples: Samples, before: Plan, tolerance: float, pairs: bool) -> Plan:
     """The plan at these parameters: by samples that are vectorized or, where that fails or differs, run in a loop.
 
     A difference that may be rounding is looked at again in float64.
@@ -143,32 +147,32 @@ def _compared(samples: Samples, before: Plan, tolerance: float, pairs: bool) -> 
     for way in (fallback.VECTORIZED, fallback.LOOPED):
         if before.way is fallback.LOOPED and way is fallback.VECTORIZED:
             continue
-        found, worst = _by_one_way(samples, before, way, tolerance, pairs)
+        found, worst = _plan_by_one_way(samples, before, way, tolerance, pairs)
         unclear |= tolerance < worst <= UNCLEAR
         if not found.verdict.reason:
             break
     if not (unclear and (found.verdict.reason or len(found.general) > len(before.general))):
         return found
-    return _in_float64(samples, before, found, pairs)
+    return _plan_in_float64(samples, before, found, pairs)
 
 
-def _in_float64(samples: Samples, before: Plan, found: Plan, pairs: bool) -> Plan:
+def _plan_in_float64(samples: Samples, before: Plan, found: Plan, pairs: bool) -> Plan:
     """The plan in float64, if the network runs in it and keeps its samples apart there; else what was found."""
     try:
         wide = in_float64(samples)
-        plan, _ = _by_one_way(wide, before, found.way, coupling_tolerance(xp, torch.float64), pairs)
+        plan, _ = _plan_by_one_way(wide, before, found.way, coupling_tolerance(xp, torch.float64), pairs)
     except Exception:  # a network that is bound to its dtype, or too large
         return found
     return found if plan.verdict.reason else plan
 
 
-def _by_one_way(samples: Samples, before: Plan, way: Way, tolerance: float, pairs: bool) -> tuple[Plan, float]:
+def _plan_by_one_way(samples: Samples, before: Plan, way: Way, tolerance: float, pairs: bool) -> tuple[Plan, float]:
     """The plan with single samples run in one way, and the largest difference that could be rounding."""
     operations = Operations(samples, before, way, pairs)
     compared, reason = self_check.first_that_runs([lambda: self_check.compare(operations)], FATAL)
     if compared is None:
         return replace(before, way=way, verdict=Verdict(before.verdict.reason or reason)), 0.0
-    differences, missing = _read(compared[0]), compared[1]
+    differences, missing = _as_numbers(compared[0]), compared[1]
     verdict = differences.verdict(tolerance, missing)
     worst = max(differences.outputs, differences.gradient, *(0.5 * value for value in differences.rules.values()), 0.0)
     plan = replace(before, way=way, verdict=verdict)
@@ -180,7 +184,7 @@ def _by_one_way(samples: Samples, before: Plan, way: Way, tolerance: float, pair
     return replace(plan, layouts=layouts, verdict=replace(verdict, general=general)), worst
 
 
-def _read(differences: Differences) -> Differences:
+def _as_numbers(differences: Differences) -> Differences:
     """The same as numbers, in one transfer."""
     tensors = [differences.outputs, differences.gradient, differences.bend, differences.batch]
     device = tensors[0].device
@@ -190,7 +194,7 @@ def _read(differences: Differences) -> Differences:
     return Differences(outputs, gradient, dict(zip(differences.rules, rules, strict=True)), bend, batch)
 
 
-def _moved(samples: Samples, microbatch: int | None, size: int) -> Samples:
+def _at_moved_parameters(samples: Samples, microbatch: int | None, size: int) -> Samples:
     """Some samples at other parameters: what a gate at zero hides now may matter later in the training.
 
     Not all samples, for the batch's own graph is in memory too.

@@ -25,7 +25,7 @@ from lnp_torch.loss_gradient import LossAt, loss_gradient, on_its_copy, prepared
 from lnp_torch.model import program
 from lnp_torch.model_parts import HOSTS, unwrapped
 from lnp_torch.outputs import Outputs, flatten, read
-from lnp_torch.record import Operators, assembled, graph_gradients, taken_apart
+from lnp_torch.record import Operators, graph_gradients, linearization, plan_and_look
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
 from lnp_torch.state_guard import finished, no_gradients, undisturbed
 from lnp_torch.taps.backward_pass import Samples, Tapped
@@ -209,7 +209,7 @@ class SharedStep(contextlib.AbstractContextManager):
         samples = Samples(watched.passes(len(flat)), lambda: one, flat, apart=False)
         gradients = graph_gradients(parts, self._own)
         with no_gradients(dict(self._module.named_parameters())):
-            plan, look, why = taken_apart(samples, gradients, parts, options, hooked=False)
+            plan, look, why = plan_and_look(samples, gradients, parts, options, hooked=False)
         terms, separable, notes = self._terms(outputs, targets, options)
         others, constant = losses.other_terms(loss, parts), not all(part.requires_grad for part in parts)
         said = [note for note, true in ((losses.OTHERS, others), (CONSTANT, constant)) if true]
@@ -282,7 +282,7 @@ class Step:
         """
         taps = next(iter(self.operators.samples.visit())).taps
         yielded = None if trained is None or self.others else lambda *wish: trained
-        made = replace(assembled(self.operators, self.loss, taps), loss_along=None, gradient_pass=yielded)
+        made = replace(linearization(self.operators, self.loss, taps), loss_along=None, gradient_pass=yielded)
         return replace(made, notes=(*made.notes, *self.notes))
 
     def jointly(self, reason: str) -> Step:

@@ -442,6 +442,21 @@ def test_experts_that_fill_up(full, way):
     assert together(measured(model, x, y, way, population=True)) == (max(count, 20 - count) > full)
 
 
+def test_an_order_by_value():
+    """In the first batch it is that of the samples, as if none moved; later the rules for what follows read others."""
+
+    def run(m, x):
+        order = x[:, 0, 0].argsort()
+        return m.a(x[order].tanh())[order.argsort()]
+
+    model, x, y = Runs(run, a=linear()), torch.randn(8, 3, 4, dtype=F64), torch.randn(8, 3, 4, dtype=F64)
+    x = x[x[:, 0, 0].argsort()]
+    assert not together(measured(model, x, y, population=True))
+    d = measured(model, x.flip(0), y, population=True)
+    assert not together(d)
+    assert "on their own" in d.notes[0]
+
+
 def test_padding_of_the_first_batch_decides_nothing():
     """Whether the loss is a mean over samples is asked of stand-ins, not of the batch that happens to come first."""
     words, labels = torch.randint(0, 11, (16, 7)), torch.randint(0, 11, (16, 7))
