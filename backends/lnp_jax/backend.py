@@ -22,7 +22,7 @@ from lnp_jax.model import Arrays, Structure, accepts, separate
 from lnp_jax.python_state import loss_state, with_python_state
 from lnp_jax.record import record
 from lnp_jax.self_check import find_verdict, known_verdict, remember_interacting, traced
-from lnp_jax.state_guard import undisturbed
+from lnp_jax.state_guard import leave_no_trace
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]
 
@@ -49,11 +49,12 @@ def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options:
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation compiled; numbers come back in one transfer. Inside a compiled function: as arrays."""
-    with undisturbed(model, options.loss, options.forward):
+    with leave_no_trace(model, options.loss, options.forward):
         return _evaluated(computation, model, batches, options, operands)
 
 
 def _evaluated(computation: Callable, model: Any, batches: tuple, options: Options, operands: dict[str, Any]) -> Any:
+    """What `evaluate` returns, while what the model holds in Python is kept."""
     structure, arrays = separate(model, options.forward, options.parameters)
     inside_jit = traced((arrays, batches, options.seed, operands))
     structure = with_python_state(structure, model, arrays, batches[0], inside_jit)
@@ -71,13 +72,13 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
         _raise_bent(found)
         plan = replace(plan, verdicts=found)
     plan = replace(plan, losses=tuple(loss_state(options.loss, structure, arrays, batch) for batch in batches))
-    answer, notes = _answered(plan, dynamic)
+    answer, notes = _run_checked(plan, dynamic)
     _raise(answer)
     result = jax.tree.map(_to_number, answer.result)
     return replace(result, notes=(*result.notes, *notes)) if notes and hasattr(result, "notes") else result
 
 
-def _answered(plan: Plan, dynamic: tuple) -> tuple[Answer, tuple[str, ...]]:
+def _run_checked(plan: Plan, dynamic: tuple) -> tuple[Answer, tuple[str, ...]]:
     """The answer on the host, and notes. Samples that turn out to interact, whatever was found before, are measured
     jointly, now and later.
     """
@@ -96,7 +97,7 @@ def _answered(plan: Plan, dynamic: tuple) -> tuple[Answer, tuple[str, ...]]:
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not compiled."""
-    with undisturbed(model, options.loss, options.forward):
+    with leave_no_trace(model, options.loss, options.forward):
         structure, arrays = separate(model, options.forward, options.parameters)
         inside_jit = traced((arrays, batch, options.seed))
         structure = with_python_state(structure, model, arrays, batch, inside_jit)

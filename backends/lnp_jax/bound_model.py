@@ -75,7 +75,7 @@ def bind(structure: Structure, arrays: Arrays, inputs: Any, options: Options) ->
     """The model with its trained parameters apart, and batch statistics held if they are to be."""
     notes: tuple[str, ...] = ()
     if options.batch_statistics == "frozen":
-        structure, arrays, notes = replay.frozen(structure, arrays, inputs)
+        structure, arrays, notes = replay.freeze_statistics(structure, arrays, inputs)
     parameters = {name: jnp.asarray(arrays[name]) for name in structure.trained}
     rest = {name: value for name, value in arrays.items() if name not in parameters}
 

@@ -85,7 +85,7 @@ class Micro:
 
     def outputs(self, parameters: Mapping) -> jax.Array:
         """f, shape (N, K)."""
-        return self.visited(lambda rows: ((), self._flat(parameters, rows)), self.split.rows)[1]
+        return self.visit(lambda rows: ((), self._flat(parameters, rows)), self.split.rows)[1]
 
     def pulled(self, parameters: Mapping, v: jax.Array) -> Mapping:
         """J^T v."""
@@ -94,7 +94,7 @@ class Micro:
             *rows, v = arrays
             return jax.vjp(lambda p: self._flat(p, rows), dict(parameters))[1](v)[0], ()
 
-        return self.visited(gradient, [*self.split.rows, v])[0]
+        return self.visit(gradient, [*self.split.rows, v])[0]
 
     def square_norms(self, parameters: Mapping, v: jax.Array) -> Mapping:
         """{name: (G,) array of ||J_g^T v_g||^2}."""
@@ -104,9 +104,9 @@ class Micro:
             (pulled,) = jax.vjp(lambda p: self._flat(p, rows), dict(parameters))[1](v)
             return (), {name: jnp.sum(wide(u) ** 2)[None] for name, u in pulled.items()}
 
-        return self.visited(squares, [*self.split.rows, v])[1]
+        return self.visit(squares, [*self.split.rows, v])[1]
 
-    def visited(self, function: Callable[[list], tuple[Any, Any]], arrays: list) -> tuple[Any, Any]:
+    def visit(self, function: Callable[[list], tuple[Any, Any]], arrays: list) -> tuple[Any, Any]:
         """(sum, concatenation) over micro-batches of the two trees of arrays that the function returns."""
         count = self.split.samples // self.size
         head = count * self.size

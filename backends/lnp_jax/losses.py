@@ -17,8 +17,8 @@ from lnp.losses import kinds, mean_test
 from lnp.losses.kinds import Given, Prepared
 from lnp.losses.mean_test import Leaf
 from lnp_jax.bound_model import Network
-from lnp_jax.outputs import flatten, measured, parts, rebuild
-from lnp_jax.state_guard import replayed
+from lnp_jax.outputs import flatten, is_measured, parts, rebuild
+from lnp_jax.state_guard import restoring_state
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def bind(options: Options, net: Network, outputs: Array, targets: Any) -> BoundL
     if hasattr(targets, "shape"):
         validation.check_lengths(outputs.shape[0], targets.shape)
     made = rebuild(outputs, tree)
-    prepared = replayed(prepare, options.loss)(options.loss, made, targets, options.loss_terms)
-    function = replayed(prepared.function)
+    prepared = restoring_state(prepare, options.loss)(options.loss, made, targets, options.loss_terms)
+    function = restoring_state(prepared.function)
 
     def of(flat: Array) -> Array:
         value = jnp.asarray(function(rebuild(flat, tree), targets))
@@ -85,7 +85,7 @@ def step_value(loss: str | Callable | None, outputs: Any, targets: Any) -> Array
     targets = jax.tree.map(jnp.asarray, targets)
 
     def wide(leaf: Any) -> Any:
-        return leaf.astype(jnp.result_type(jnp.float32, leaf.dtype)) if measured(leaf) else leaf
+        return leaf.astype(jnp.result_type(jnp.float32, leaf.dtype)) if is_measured(leaf) else leaf
 
     outputs = jax.tree.map(wide, outputs)
     return prepare(loss, outputs, targets, None).function(outputs, targets)
@@ -97,7 +97,7 @@ def found_mean(function: Callable, outputs: Any, targets: Any) -> bool:
     of_targets, targets_treedef = jax.tree.flatten(targets)
     if not all(_drawable(leaf) for leaf in (*of_outputs, *of_targets)):
         return False
-    floating = [n for n, leaf in enumerate(of_outputs) if measured(leaf)]
+    floating = [n for n, leaf in enumerate(of_outputs) if is_measured(leaf)]
 
     def gradient(outputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
         leaves, others = (
@@ -114,7 +114,7 @@ def found_mean(function: Callable, outputs: Any, targets: Any) -> bool:
         return np.asarray(found)  # compared by NumPy, which compiles nothing
 
     with jax.ensure_compile_time_eval():
-        drawn = [_leaf(leaf, measured(leaf)) for leaf in of_outputs], [_leaf(leaf, False) for leaf in of_targets]
+        drawn = [_leaf(leaf, is_measured(leaf)) for leaf in of_outputs], [_leaf(leaf, False) for leaf in of_targets]
         return mean_test.found_mean(np, gradient, drawn[0], drawn[1])
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lnp.contract.validation import select
-from lnp_jax.state_guard import replayed
+from lnp_jax.state_guard import restoring_state
 
 Arrays = dict[str, jax.Array]
 
@@ -56,14 +56,14 @@ class Structure:
             values.insert(position, value)
         tree = jax.tree.unflatten(self.treedef, values)
         if self.kind == "function":
-            return replayed(self.static)(tree, inputs)
+            return restoring_state(self.static)(tree, inputs)
         if self.kind == "nnx":
             model = sys.modules["flax.nnx"].merge(self.static, *tree, copy=True)
         elif self.kind == "linen":
             model = self.static.bind(tree, mutable=[name for name in tree if name != "params"])
         else:
             model = tree
-        return replayed(self.forward or called, model)(model, inputs)
+        return restoring_state(self.forward or call_model, model)(model, inputs)
 
 
 def accepts(model: Any) -> bool:
@@ -95,7 +95,7 @@ def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Str
     return Structure(kind, static, treedef, fixed, tuple(names), trained, forward), arrays
 
 
-def called(model: Callable, inputs: Any) -> Any:
+def call_model(model: Callable, inputs: Any) -> Any:
     """model(x), model(*tuple) or model(**dict)."""
     if isinstance(inputs, Mapping):
         return model(**inputs)

@@ -12,7 +12,7 @@ from lnp.contract.validation import check_outputs
 
 def parts(tree: Any) -> list[jax.Array]:
     """The floating-point leaves."""
-    return [leaf for leaf in jax.tree.leaves(tree) if measured(leaf)]
+    return [leaf for leaf in jax.tree.leaves(tree) if is_measured(leaf)]
 
 
 def flatten(tree: Any) -> jax.Array:
@@ -28,12 +28,12 @@ def rebuild(flat: jax.Array, tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     at, made = 0, []
     for leaf in leaves:
-        size = leaf.size // leaf.shape[0] if measured(leaf) else 0
+        size = leaf.size // leaf.shape[0] if is_measured(leaf) else 0
         made.append(flat[:, at : at + size].reshape(leaf.shape) if size else leaf)
         at += size
     return jax.tree.unflatten(treedef, made)
 
 
-def measured(leaf: Any) -> bool:
+def is_measured(leaf: Any) -> bool:
     """Whether it is an array of floating-point numbers."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)

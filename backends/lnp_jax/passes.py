@@ -89,7 +89,7 @@ class SamplePasses:
             def forward(rows: list) -> tuple[tuple, jax.Array]:
                 return ((), self.taps.forward(rows)[0])
 
-            self._outputs = self._micro.visited(forward, self.net.split.rows)[1]
+            self._outputs = self._micro.visit(forward, self.net.split.rows)[1]
         return self._outputs
 
     def square_norms(self, v: jax.Array) -> SquareNorms:
@@ -144,5 +144,5 @@ class SamplePasses:
             gradient, norms = pull(arrays[-1])
             return {name: gradient[name] for name in self.taps.summed}, (outputs, norms)
 
-        sums, (outputs, norms) = self._micro.visited(part, [*self.net.split.rows, v])
+        sums, (outputs, norms) = self._micro.visit(part, [*self.net.split.rows, v])
         return sums, outputs, norms

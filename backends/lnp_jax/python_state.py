@@ -23,7 +23,7 @@ import numpy as np
 from lnp.contract import validation
 from lnp.state.fingerprint import fingerprint
 from lnp_jax.model import Arrays, Structure
-from lnp_jax.state_guard import FOREIGN, replayed
+from lnp_jax.state_guard import FOREIGN, restoring_state
 
 REMEMBERED = 256
 CONSTANT = 2**22
@@ -55,7 +55,7 @@ def loss_state(loss: Any, structure: Structure, arrays: Arrays, batch: Any) -> s
 
     def program() -> Any:
         outputs = jax.eval_shape(structure.call, arrays, inputs)
-        return jax.make_jaxpr(replayed(loss))(outputs, jax.tree.map(jnp.asarray, targets))
+        return jax.make_jaxpr(restoring_state(loss))(outputs, jax.tree.map(jnp.asarray, targets))
 
     return _digest((loss, structure, _shapes((arrays, inputs, targets))), [loss], program)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from lnp_jax.model import Arrays, Structure, called
-from lnp_jax.state_guard import replayed
+from lnp_jax.model import Arrays, Structure, call_model
+from lnp_jax.state_guard import restoring_state
 
 
-def frozen(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[Structure, Arrays, tuple[str, ...]]:
+def freeze_statistics(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[Structure, Arrays, tuple[str, ...]]:
     """The model with the statistics that its layers see on this batch, if it is an NNX module that has such layers.
 
     A forward pass with momentum 0 leaves the batch's mean and biased variance as the layers' running statistics,
@@ -32,10 +32,10 @@ def frozen(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[Structure
         layer.momentum = 0.0
 
     def statistics() -> list[tuple[Any, Any]]:
-        (structure.forward or called)(seen, inputs)
+        (structure.forward or call_model)(seen, inputs)
         return [(layer.mean[...], layer.var[...]) for layer in watched]
 
-    for layer, (mean, var) in zip(layers, replayed(statistics, structure.forward)(), strict=True):
+    for layer, (mean, var) in zip(layers, restoring_state(statistics, structure.forward)(), strict=True):
         layer.mean, layer.var = nnx.BatchStat(mean), nnx.BatchStat(var)
         layer.use_running_average = True
     definition, parameters, rest = nnx.split(model, nnx.Param, ...)

@@ -20,7 +20,7 @@ _traces_for: Callable = getattr(jax, "make_user_context", lambda _: lambda _: co
 
 
 @contextlib.contextmanager
-def undisturbed(*roots: Any) -> Iterator[None]:
+def leave_no_trace(*roots: Any) -> Iterator[None]:
     """For a whole measurement: what can be reached from models and functions holds afterwards what it held before.
 
     JAX remembers what it has traced. The next call of the user would find what was traced here, and its Python code
@@ -32,7 +32,7 @@ def undisturbed(*roots: Any) -> Iterator[None]:
         jax.effects_barrier()
 
 
-def replayed(function: Callable, *roots: Any) -> Callable:
+def restoring_state(function: Callable, *roots: Any) -> Callable:
     """The function from the same Python state at each call, random states included, so that all passes of a measurement
     are one function.
     """

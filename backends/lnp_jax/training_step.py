@@ -95,6 +95,7 @@ def _step(apply: Callable, loss: str | Callable | None, parameters: Any, batch: 
 
 
 def _check_trained(apply: Callable, parameters: Any) -> None:
+    """Raise ValueError unless all leaves of the parameters can be trained, as `jax.grad` demands."""
     structure, _ = separate((apply, parameters), None, None)
     if set(structure.trained) != set(structure.names) or structure.fixed:
         other = [name for name in structure.names if name not in structure.trained]

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from lnp_jax.taps import convolution, rules
-from lnp_jax.taps.pooling import pooled
+from lnp_jax.taps.pooling import max_pool
 
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 CONVOLUTIONS = {
@@ -52,7 +52,7 @@ def test_convolutions(name, advantage, budget, monkeypatch):
         x, w = normal(SAMPLES, *shape), normal(*kernel, seed=1)
         convolve = lambda w, x: lax.conv_general_dilated(x, w, dimension_numbers=axes, **how)
         (eqn,) = jax.make_jaxpr(convolve)(w, x[0]).eqns
-        use = rules.recognised(eqn, 1, rules.View("w", axes=tuple(range(w.ndim))))
+        use = rules.use_of(eqn, 1, rules.View("w", axes=tuple(range(w.ndim))))
         d = normal(SAMPLES, *eqn.outvars[0].aval.shape, seed=2)
         assert (use.gradient is None) == (advantage == 0)
         assert (use.back is None) == ("feature_group_count" in how)
@@ -95,14 +95,14 @@ def test_pooling_hands_back_to_the_first_of_the_largest(name):
     pool = lambda x: lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding)
     (eqn,) = jax.make_jaxpr(pool)(x).eqns
     y, pullback = jax.vjp(pool, x)
-    made, other = jax.vjp(lambda x: pooled(eqn, x), x)
+    made, other = jax.vjp(lambda x: max_pool(eqn, x), x)
     d = jnp.asarray(np.random.default_rng(1).integers(-9, 9, y.shape), jnp.float32)
     assert jnp.array_equal(made, y)
     assert jnp.array_equal(other(d)[0], pullback(d)[0])
-    assert jnp.array_equal(jax.vmap(lambda x: pooled(eqn, x))(x[None])[0], y)
+    assert jnp.array_equal(jax.vmap(lambda x: max_pool(eqn, x))(x[None])[0], y)
 
 
 def test_large_windows_are_left_alone():
     pool = lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (5, 5), (1, 1), "VALID")
     (eqn,) = jax.make_jaxpr(pool)(jnp.ones((9, 9))).eqns
-    assert pooled(eqn, jnp.ones((9, 9))) is None
+    assert max_pool(eqn, jnp.ones((9, 9))) is None

@@ -99,7 +99,7 @@ NAMED = {
     "as JAX writes it": ({"['a']": 3, "a": 4}, ["['a']", "a"]),
     "all of them": (
         {"['a']['b']": 2, "a": {"b": 3}, "a.b": 4, "params": {"a.b": 5}},
-        ["['a']['b'] #0", "['a']['b'] #1", "['a.b']", "params.a.b"],
+        ["['a']['b']", "['a']['b'] #1", "['a.b']", "params.a.b"],
     ),
 }  # fmt: skip
 """Trees of parameters whose names are the same when written with dots, by their numbers of columns; and their names."""

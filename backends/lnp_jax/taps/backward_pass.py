@@ -26,7 +26,7 @@ from lnp.per_sample.uses import Factors
 from lnp_jax import fallback
 from lnp_jax.bound_model import Network
 from lnp_jax.taps import rules
-from lnp_jax.taps.interpreter import Group, Path, Seen, Site, Value, Walk
+from lnp_jax.taps.interpreter import FoundUses, Group, Path, Site, Value, Walk
 from lnp_jax.taps.primitives import chunked
 from lnp_jax.taps.rules import View
 
@@ -152,6 +152,7 @@ class Tapped:
         return {name: sum(values, start=jnp.zeros(samples)) for name, values in found.items()}
 
     def _on_their_own(self, rows: list, v: jax.Array) -> SquareNorms:
+        """{name: (N,) squared norms} of the parameters without taps, by pulling single samples back."""
         if not self.plan.general:
             return {}
         own = {name: self.net.parameters[name] for name in self.plan.general}
@@ -171,15 +172,15 @@ def tap(net: Network, samples: int, general: Mapping[str, str]) -> Tapped:
     shapes = {name: shaped(net.parameters[name]) for name in sorted(net.parameters)}
     rows = [jax.ShapeDtypeStruct(row.shape[1:], row.dtype) for row in net.split.rows]
     program = jax.make_jaxpr(fallback.single(net.function, net.split))(shapes, rows)
-    seen = Seen()
+    found_uses = FoundUses()
 
     def walk(shapes: Mapping, rows: list) -> list:
         given = [Value(shapes[name], _whole(name, shapes[name])) for name in sorted(shapes)]
-        outs, _ = Walk(seen=seen).run(program, [*given, *(Value(row, None, True) for row in rows)])
+        outs, _ = Walk(found_uses=found_uses).run(program, [*given, *(Value(row, None, True) for row in rows)])
         return [out.array for out in outs]
 
     jax.eval_shape(walk, shapes, rows)
-    return Tapped(net, program, _plan(seen, shapes, samples, general))
+    return Tapped(net, program, _plan(found_uses, shapes, samples, general))
 
 
 def _joined_square_norms(
@@ -219,18 +220,22 @@ def _whole(name: str, array: Any) -> View:
     return View(name, axes=tuple(range(len(array.shape))))
 
 
-def _plan(seen: Seen, shapes: Shapes, samples: int, excluded: Mapping[str, str]) -> Plan:
+def _plan(found_uses: FoundUses, shapes: Shapes, samples: int, excluded: Mapping[str, str]) -> Plan:
     """How each parameter is tapped, from what a walk has found; those that are `excluded` are on their own."""
     sites: dict[Group, list[Site]] = {}
-    for site in seen.sites.values():
+    for site in found_uses.sites.values():
         sites.setdefault(site.view.group, []).append(site)
     lone: list[Group] = []
     joined: dict[Group, tuple[Site, ...]] = {}
     copies: dict[Group, jax.ShapeDtypeStruct] = {}
     general = dict(excluded)
     for name in [name for name in shapes if name not in excluded]:
-        groups = [group for group in {**sites, **seen.general} if group[0] == name]
-        own = _plan_of_pieces(groups, sites, seen, samples) if rules.disjoint([piece for _, piece in groups]) else None
+        groups = [group for group in {**sites, **found_uses.general} if group[0] == name]
+        own = (
+            _plan_of_pieces(groups, sites, found_uses, samples)
+            if rules.disjoint([piece for _, piece in groups])
+            else None
+        )
         if own is not None:
             lone += own.lone
             joined |= own.joined
@@ -238,23 +243,27 @@ def _plan(seen: Seen, shapes: Shapes, samples: int, excluded: Mapping[str, str])
         elif _small(shapes[name], samples):
             copies[name, ()] = shapes[name]
         else:
-            general[name] = next((seen.general[g] for g in groups if g in seen.general), "used in several ways")
+            general[name] = next(
+                (found_uses.general[g] for g in groups if g in found_uses.general), "used in several ways"
+            )
     return Plan(tuple(lone), joined, copies, general)
 
 
-def _plan_of_pieces(groups: list[Group], sites: dict[Group, list[Site]], seen: Seen, samples: int) -> Plan | None:
+def _plan_of_pieces(
+    groups: list[Group], sites: dict[Group, list[Site]], found_uses: FoundUses, samples: int
+) -> Plan | None:
     """The taps of one parameter's pieces, or None if one cannot be tapped."""
     lone: list[Group] = []
     joined: dict[Group, tuple[Site, ...]] = {}
     copies: dict[Group, jax.ShapeDtypeStruct] = {}
     for group in groups:
         found = sites.get(group, [])
-        if group not in seen.general and _fits_norm_tap(found):
+        if group not in found_uses.general and _fits_norm_tap(found):
             lone.append(group)
-        elif group not in seen.general and _addable(found):
+        elif group not in found_uses.general and _addable(found):
             joined[group] = tuple(found)
-        elif group in seen.pieces and _small(seen.pieces[group], samples):
-            copies[group] = seen.pieces[group]
+        elif group in found_uses.pieces and _small(found_uses.pieces[group], samples):
+            copies[group] = found_uses.pieces[group]
         else:
             return None
     return Plan(tuple(lone), joined, copies)

@@ -10,9 +10,9 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from lnp_jax.taps.pooling import pooled
+from lnp_jax.taps.pooling import max_pool
 from lnp_jax.taps.primitives import tapped_use
-from lnp_jax.taps.rules import Use, View, cut, recognised, viewed
+from lnp_jax.taps.rules import Use, View, pieces_of, use_of, view_after
 
 Path = tuple[int, ...]
 """Where in the program an operation is: its number, in each of the programs around it."""
@@ -72,7 +72,7 @@ class Site:
 
 
 @dataclass
-class Seen:
+class FoundUses:
     """What a walk has found.
 
     Attributes
@@ -102,7 +102,7 @@ class Walk:
         {path of a site whose output is tapped: zeros of its shape}; inside a scan, of this step.
     copies:
         {piece that is tapped itself: zeros of its shape}.
-    seen:
+    found_uses:
         Is filled on the way, or None.
     path, scans, lone:
         Where the walk is.
@@ -111,7 +111,7 @@ class Walk:
     z: Mapping[Group, Any] = field(default_factory=dict)
     outputs: Mapping[Path, Any] = field(default_factory=dict)
     copies: Mapping[Group, Any] = field(default_factory=dict)
-    seen: Seen | None = None
+    found_uses: FoundUses | None = None
     path: Path = ()
     scans: tuple[int, ...] = ()
     lone: bool = False
@@ -134,6 +134,7 @@ class Walk:
         return [read(atom) for atom in jaxpr.outvars], kept
 
     def _step(self, eqn: Any, values: list[Value], jaxpr: Any) -> tuple[list[Value], dict[Path, Any]]:
+        """(outputs, what stood beside tapped weights) of one operation, by what it does with views of parameters."""
         name, at = eqn.primitive.name, [position for position, value in enumerate(values) if value.view]
         if not at:
             return _bound(eqn, values, jaxpr), {}
@@ -147,10 +148,10 @@ class Walk:
             return self._branch(eqn, values), {}
         view = values[0].view
         if view is not None and at == [0]:
-            after = viewed(view, eqn)
+            after = view_after(view, eqn)
             if after is not None:
                 return [replace(out, view=after) for out in _bound(eqn, values, jaxpr)], {}
-            pieces = None if self.scans else cut(view, eqn)
+            pieces = None if self.scans else pieces_of(view, eqn)
             if pieces is not None:
                 return [self._piece(*pair) for pair in zip(_bound(eqn, values, jaxpr), pieces, strict=True)], {}
         return self._used(eqn, values, jaxpr, at)
@@ -158,15 +159,15 @@ class Walk:
     def _used(self, eqn: Any, values: list[Value], jaxpr: Any, at: list[int]) -> tuple[list[Value], dict[Path, Any]]:
         """A use of a view: with a tap, where it is recognised."""
         position, view = at[0], values[at[0]].view
-        use = recognised(eqn, position, view) if len(at) == 1 and view is not None else None
+        use = use_of(eqn, position, view) if len(at) == 1 and view is not None else None
         outs = _bound(eqn, values, jaxpr)
         if use is None or view is None:
             self._general([values[position] for position in at], eqn.primitive.name)
             return outs, {}
         (out,) = outs
-        if self.seen is not None:
+        if self.found_uses is not None:
             y = jax.ShapeDtypeStruct(out.array.shape, out.array.dtype)
-            self.seen.sites[self.path] = Site(self.path, view, use, self.scans, self.lone, out.batched, y)
+            self.found_uses.sites[self.path] = Site(self.path, view, use, self.scans, self.lone, out.batched, y)
         if self.path in self.outputs:
             beside = lax.stop_gradient(values[use.operand].array)
             return [Value(out.array + self.outputs[self.path], None, True)], {self.path: beside}
@@ -178,16 +179,16 @@ class Walk:
 
     def _piece(self, out: Value, view: View) -> Value:
         """What was cut out of a parameter: tapped itself, or followed."""
-        if self.seen is not None:
-            self.seen.pieces[view.group] = jax.ShapeDtypeStruct(out.array.shape, out.array.dtype)
+        if self.found_uses is not None:
+            self.found_uses.pieces[view.group] = jax.ShapeDtypeStruct(out.array.shape, out.array.dtype)
         if view.group in self.copies:
             return Value(out.array + self.copies[view.group], None, True)
         return replace(out, view=view)
 
     def _general(self, values: Sequence[Value], why: str) -> None:
         for value in values:
-            if self.seen is not None and value.view is not None:
-                self.seen.general.setdefault(value.view.group, why)
+            if self.found_uses is not None and value.view is not None:
+                self.found_uses.general.setdefault(value.view.group, why)
 
     def _scan(self, eqn: Any, values: list[Value]) -> tuple[list[Value], dict[Path, Any]]:
         """Over its leading axis a parameter is used in pieces; otherwise again at each step."""
@@ -216,6 +217,8 @@ class Walk:
         return [Value(array, None, batched) for array in (*carry, *ys)], kept
 
     def _checkpoint(self, eqn: Any, values: list[Value]) -> tuple[list[Value], dict[Path, Any]]:
+        """A part that is recomputed in the backward pass, with its taps in it."""
+
         def recomputed(arrays: list) -> tuple[list, dict[Path, Any]]:
             given = [replace(value, array=array) for value, array in zip(values, arrays, strict=True)]
             outs, kept = self.run(_closed(eqn.params["jaxpr"]), given)
@@ -227,6 +230,8 @@ class Walk:
         return _values(outs, values), kept
 
     def _branch(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """A choice among programs: norm taps work inside, outputs cannot be tapped there."""
+
         def branch(number: int, program: Any) -> Callable:
             def taken(*arrays: Any) -> list:
                 inner = replace(self, path=(*self.path, number), lone=True)
@@ -245,7 +250,7 @@ class Walk:
 def _bound(eqn: Any, values: list[Value], jaxpr: Any) -> list[Value]:
     """The operation as it is."""
     arrays = [value.array for value in values]
-    pool = pooled(eqn, *arrays) if eqn.primitive.name == "reduce_window_max" else None
+    pool = max_pool(eqn, *arrays) if eqn.primitive.name == "reduce_window_max" else None
     if pool is not None:
         return _values([pool], values)
     if not any(True for _ in core.jaxprs_in_params(eqn.params)):

@@ -18,7 +18,7 @@ OFFSETS = 16
 """Places in a window up to which it pays to go through them."""
 
 
-def pooled(eqn: Any, x: jax.Array) -> jax.Array | None:
+def max_pool(eqn: Any, x: jax.Array) -> jax.Array | None:
     """What a `reduce_window_max` makes of x, with a backward pass of comparisons and sums; None where windows are large
     or dilated.
     """

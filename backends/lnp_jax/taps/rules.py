@@ -62,7 +62,7 @@ class View:
         return replace(self, axes=self.axes[1:], scanned=(*self.scanned, depth))
 
 
-def viewed(view: View, eqn: Any) -> View | None:
+def view_after(view: View, eqn: Any) -> View | None:
     """The view of all its numbers that an operation makes of a view, or None."""
     name, params = eqn.primitive.name, eqn.params
     before, after = eqn.invars[0].aval, eqn.outvars[0].aval
@@ -79,7 +79,7 @@ def viewed(view: View, eqn: Any) -> View | None:
     return None
 
 
-def cut(view: View, eqn: Any) -> list[View] | None:
+def pieces_of(view: View, eqn: Any) -> list[View] | None:
     """The pieces that an operation cuts out of a whole parameter, or None."""
     name, params, shape = eqn.primitive.name, eqn.params, eqn.invars[0].aval.shape
     if view.piece or view.space or view.scanned or view.axes != tuple(range(len(shape))):
@@ -151,7 +151,7 @@ class Use:
         return jnp.sum(found.reshape(d.shape[0], -1), axis=1)
 
 
-def recognised(eqn: Any, position: int, view: View) -> Use | None:
+def use_of(eqn: Any, position: int, view: View) -> Use | None:
     """The use that an operation makes of a view at its input `position`, if it is known."""
     rule = {"dot_general": _dot, "conv_general_dilated": _convolution, "gather": _gather}.get(eqn.primitive.name)
     return None if rule is None else rule(eqn, position, view)
