@@ -23,6 +23,7 @@ import numpy as np
 from lnp.contract import validation
 from lnp.state.fingerprint import fingerprint
 from lnp_jax.model import Arrays, Structure
+from lnp_jax.outputs import flatten
 from lnp_jax.state_guard import FOREIGN, restoring_state
 
 REMEMBERED = 256
@@ -55,7 +56,10 @@ def loss_state(loss: Any, structure: Structure, arrays: Arrays, batch: Any) -> s
 
     def program() -> Any:
         outputs = jax.eval_shape(structure.call, arrays, inputs)
-        return jax.make_jaxpr(restoring_state(loss))(outputs, jax.tree.map(jnp.asarray, targets))
+        given = jax.tree.map(jnp.asarray, targets)
+        if hasattr(given, "shape"):
+            validation.check_lengths(jax.eval_shape(flatten, outputs).shape[0], given.shape)
+        return jax.make_jaxpr(restoring_state(loss))(outputs, given)
 
     return _digest((loss, structure, _shapes((arrays, inputs, targets))), [loss], program)
 
@@ -77,11 +81,8 @@ def _digest(key: Hashable, roots: Sequence[Any], program: Callable[[], Any] | No
 
 
 def _digest_of(trace: Callable[[], Any]) -> str:
-    """A short text for a program's operations and constants; what cannot be traced by itself has none."""
-    try:
-        program = trace()
-    except Exception:  # whatever is wrong is said where it is measured
-        return "untraceable"
+    """A short text for a program's operations and constants."""
+    program = trace()
     found = hashlib.sha256(ADDRESS.sub("", str(program.jaxpr)).encode())
     for constant in program.consts:
         if isinstance(constant, jax.Array | np.ndarray) and np.size(constant) <= CONSTANT:
