@@ -13,6 +13,7 @@ import lnp
 import lnp_tensorflow
 from contract.namespaces import tensorflow
 from integrations.tensorflow_reference import dense
+from lnp.contract.trees import map_leaves
 from lnp_tensorflow import compile_cache
 
 tensorflow()
@@ -323,3 +324,51 @@ def test_structured_inputs_and_outputs():
     v = tf.Variable(p["w"])
     agrees(d, dense(lambda: joined(function({"w": v}, left, right)), [v], squared(y), 16), "float64")
     assert d.probes == 4
+
+
+X, Y = tf.constant(normal(6, 3)), tf.constant(normal(6, 2, seed=1))
+ALIKE = {
+    "nested and flat": ({"enc": {"w": normal(3, 4)}, "enc.w": normal(4, 2)}, lambda p: (p["enc"]["w"], p["enc.w"])),
+    "a number and its text": ({1: normal(3, 4), "1": normal(4, 2)}, lambda p: (p[1], p["1"])),
+    "a list and a dictionary": ({"a": [normal(3, 4)], "a.0": normal(4, 2)}, lambda p: (p["a"][0], p["a.0"])),
+}
+
+
+class TwoNames(tf.Module):
+    """A dictionary and an attribute whose paths read the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = {"w": tf.Variable(normal(3, 4))}
+        setattr(self, "enc.w", tf.Variable(normal(4, 2)))
+
+    def __call__(self, x):
+        return tf.tanh(x @ self.enc["w"]) @ getattr(self, "enc.w")
+
+
+@pytest.mark.parametrize("name", [*ALIKE, "a module"])
+def test_parameters_whose_names_read_the_same(name):
+    if name == "a module":
+        model = TwoNames()
+        variables, run = list(model.trainable_variables), lambda: model(X)
+    else:
+        tree, order = ALIKE[name]
+        tree = map_leaves(tf.Variable, tree)
+        variables, run = list(order(tree)), lambda: tf.tanh(X @ order(tree)[0]) @ order(tree)[1]
+        model = (lambda p, x: tf.tanh(x @ order(p)[0]) @ order(p)[1]), map_leaves(tf.convert_to_tensor, tree)
+    d = lnp.decompose(model, (X, Y), "mse", estimator="exact", by_layer=str)
+    agrees(d, dense(run, variables, squared(Y), 12), "float64")
+    assert len(d.layers) == 2
+
+
+def test_parameters_of_two_precisions():
+    """Numbers are in that of the outputs."""
+    w, v = tf.Variable(normal(3, 4).astype("f")), tf.Variable(normal(4, 2))
+    function = lambda x: tf.cast(tf.tanh(tf.cast(x, tf.float32) @ w), tf.float64) @ v
+    expected = dense(lambda: function(X), [w, v], squared(Y), 12)
+    for how in ({}, {"microbatch": 2}):
+        d = lnp.decompose((function, [w, v]), (X, Y), "mse", estimator="exact", by_layer=True, **how)
+        assert {name: getattr(d, name) for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert lnp.predicted_loss_change((function, [w, v]), (X, Y), "mse", learning_rate=1.0) == pytest.approx(
+        -d.rate, 1e-5
+    )

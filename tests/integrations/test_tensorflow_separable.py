@@ -63,3 +63,17 @@ def test_population_values(caplog):
     assert d.population is None
     assert any("whether the loss is a mean over samples" in note for note in d.notes)
     assert not caplog.records  # no warning of retracing
+
+
+def padded(o, t):
+    kept = tf.cast(t >= 0, o.dtype)
+    return tf.reduce_sum(kept * cross_entropy(tf.maximum(t, 0), o)) / tf.reduce_sum(kept)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_padding_of_the_first_batch_decides_nothing(first):
+    """What counts are shapes: two batches of one shape get one answer, in either order."""
+    model, (x, y) = made()
+    targets = [tf.where(tf.range(SAMPLES) % 3 == 0, -1, y), y]
+    found = [lnp.decompose(model, (x, t), padded, rtol=0.1) for t in (targets if first else targets[::-1])]
+    assert all(d.population is not None for d in found)
