@@ -136,14 +136,15 @@ def square_norms(pull: Pull, v: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def alone(pull: Pull, v: torch.Tensor) -> Alone:
-    """Outputs, squared norms and the sum of the gradients of single samples."""
+def alone(pull: Pull, v: torch.Tensor, with_sum: bool = True) -> Alone:
+    """Outputs, squared norms and, where it is asked for, the sum of the gradients of single samples."""
     outputs, norms = [], []
     sums: dict[str, torch.Tensor] = {}
     for part, grads in pull(v):
         outputs.append(part)
         norms.append(_square_norms(grads))
-        _add(sums, grads)
+        if with_sum:
+            _add(sums, grads)
     return Alone(torch.cat(outputs), sums, {name: torch.cat([part[name] for part in norms]) for name in norms[0]})
 
 

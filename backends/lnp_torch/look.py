@@ -16,15 +16,15 @@ import torch
 from array_api_compat import torch as xp
 
 from lnp.contract.linearization import coupling_tolerance
-from lnp.per_sample import differences, self_check
+from lnp.per_sample import self_check
 from lnp.per_sample.self_check import SMALLER
 from lnp.per_sample.verdict import BENT, NOT_FINITE, Verdict, failing, found_interacting
 from lnp_torch import fallback
-from lnp_torch.outputs import flatten, widened
+from lnp_torch.outputs import flatten
 from lnp_torch.plans import Key, Plan
 from lnp_torch.self_check import FATAL, UNCLEAR, in_float64
 from lnp_torch.taps.backward_pass import Samples
-from lnp_torch.taps.reader import Pullback, Reading
+from lnp_torch.taps.reader import Reading
 
 SAMPLES = np.random.default_rng(0)
 """Draws the samples that are looked at, others at each measurement; the user's random states are not touched."""
@@ -74,14 +74,16 @@ class Look:
         self._samples, self._plan, self._key, self._tolerance = samples, plan, key, tolerance
         self._differences: list[Difference] = []
         self._drawn: tuple[int, torch.Tensor, dict[str, torch.Tensor]] | None = None
-        self._pulled = 0
+        self._pulled, self._passed_over = 0, set[str]()
         self._looked = False
         self.reason = ""
 
-    @property
-    def first(self) -> bool:
-        """Whether no squared norms have been pulled back yet."""
-        return self._pulled == 0
+    def is_first(self, index: torch.Tensor | None) -> bool:
+        """Whether this is the first pass over all samples (None), or over some of them."""
+        over = "all" if index is None else "some"
+        first = over not in self._passed_over
+        self._passed_over.add(over)
+        return first
 
     def outputs(self, index: torch.Tensor | slice, alone: torch.Tensor) -> None:
         """Outputs (M, K) of some samples, from a pass that left others out."""
@@ -94,21 +96,9 @@ class Look:
         if SAMPLES.random() * self._pulled < 1:  # each pass of a measurement is as likely to be the one
             place = int(SAMPLES.integers(len(v)))
             sample = place if index is None else int(index[place])
-            self._drawn = sample, v[place : place + 1], {name: norm[place : place + 1] for name, norm in norms.items()}
+            own = {name: norm[place : place + 1] for name, norm in norms.items()}
+            self._drawn = sample, v[place : place + 1].clone(), own  # not the cotangents of all
             self._looked = False
-
-    def sums(self, v: torch.Tensor, alone: dict[str, torch.Tensor], batch: Pullback) -> None:
-        """Sums of single samples' gradients, {name: array}, of parameters that took the general way."""
-        value = differences.sums_apart(xp, alone, batch.gradient, batch.square_norms)
-        names = list(alone)
-
-        def again(wide: Samples) -> torch.Tensor:
-            reading = Reading(frozenset(wide.passes.program.parameters))
-            in_batch = wide.tapped(v.double(), reading, names)
-            found = fallback.alone(self._plan.way.pull(wide.passes.restricted(names)), v.double())
-            return differences.sums_apart(xp, found.gradient, in_batch.gradient, found.square_norms)
-
-        self._differences.append(Difference(value, again))
 
     def coupled(self) -> torch.Tensor:
         """Whether samples have turned out to interact, shape (). Runs one of them alone.
@@ -141,7 +131,10 @@ class Look:
         """Compare a sample that is run by itself, by outputs and squared norms; how far its backward pass is bent."""
         found, outputs = _alone(self._samples, sample, v)
         row = self._samples.outputs[sample : sample + 1]
-        value = self_check.look(xp, row, outputs, [(norms, found)])
+        pairs = [(norms, found)]
+        if self._plan.general and not self._samples.apart:  # its squared norms come from single samples themselves
+            pairs.append((_in_batch(self._samples, sample, v), found))
+        value = self_check.look(xp, row, outputs, pairs)
         self._differences.append(Difference(value, lambda wide: _sample_apart(wide, self._plan, sample, v)))
         if not self._plan.custom_backward:
             return 0.0
@@ -195,12 +188,25 @@ def _outputs_apart(wide: Samples, plan: Plan, index: torch.Tensor | slice) -> to
     return self_check.look(xp, wide.outputs[index], plan.way.outputs(wide.passes.some(index)))
 
 
-def _sample_apart(wide: Samples, plan: Plan, sample: int, v: torch.Tensor) -> torch.Tensor:
-    """How far one sample, run by itself, is from the batch: outputs and squared norms by the rules."""
-    v = widened(v).double()
-    alone, outputs = _alone(wide, sample, v)
-    placed = torch.zeros_like(wide.outputs)
+def _in_batch(samples: Samples, sample: int, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{name: (1,) squared norm of the gradient of one sample's outputs}, by a backward pass of the whole batch."""
+    reading = Reading(frozenset(samples.passes.program.parameters), gradient_norms=True)
+    found = samples.tapped(_placed(samples, sample, v), reading).gradient_norms
+    return {name: norm.reshape(1) for name, norm in found.items()}
+
+
+def _placed(samples: Samples, sample: int, v: torch.Tensor) -> torch.Tensor:
+    """(N, K): one sample's cotangent (1, K) at its place, zero elsewhere."""
+    placed = torch.zeros_like(samples.outputs, dtype=v.dtype)
     placed[sample] = v[0]
-    in_batch = wide.tapped(placed, plan.reading()).square_norms
-    own = {name: norm[sample : sample + 1] for name, norm in in_batch.items()}
-    return self_check.look(xp, wide.outputs[sample : sample + 1], outputs, [(own, alone)])
+    return placed
+
+
+def _sample_apart(wide: Samples, plan: Plan, sample: int, v: torch.Tensor) -> torch.Tensor:
+    """How far one sample, run by itself, is from the batch: outputs and squared norms, also by the rules."""
+    v = v.double()
+    alone, outputs = _alone(wide, sample, v)
+    by_rules = wide.tapped(_placed(wide, sample, v), plan.reading()).square_norms
+    own = {name: norm[sample : sample + 1] for name, norm in by_rules.items()}
+    row = wide.outputs[sample : sample + 1]
+    return self_check.look(xp, row, outputs, [(own, alone), (_in_batch(wide, sample, v), alone)])

@@ -82,7 +82,7 @@ class Operators:
             kept = vector or not whole or (products > 0 and index is None)
             with self.look.running():
                 reading = self.plan.reading(gradient_norms=whole, index=index)
-                found, _ = self.samples.pulled(g, self.plan, reading, every if kept else (), self.look.outputs)
+                found = self.samples.pulled(g, self.plan, reading, every if kept else (), self.look.outputs)
             norms = found.square_norms
         else:
             reading = Reading(frozenset(every), gradient_norms=True)
@@ -92,40 +92,42 @@ class Operators:
 
     def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """{name: (N,) array of ||J_nl^T v_n||^2}."""
-        assert self.plan is not None, "the record offers this only then"
-        assert self.look is not None, "it comes with a plan"
-        plan, look, first = self.plan, self.look, self.look.first
-        with look.running():
-            reading, general = plan.reading(), list(plan.general) if first else []
-            found, sums = self.samples.pulled(v, plan, reading, general, look.outputs if first else None)
-        if general:
-            look.sums(v, {name: sums[name] for name in general}, found)
-        look.square_norms(None, v, found.square_norms)
-        return found.square_norms
+        return self._looked_at(lambda: self.samples, None, v)
 
     def subset(self, size: int) -> Subset:
         """Samples drawn at random, with a forward pass of their own once squared norms are asked for."""
-        assert self.plan is not None, "the record offers this only then"
-        assert self.look is not None, "it comes with a plan"
-        plan, look, index = self.plan, self.look, self.drawn(size)
-        group = min(self.options.microbatch or size, size)
+        assert self.look is not None, "it comes with a plan, and the record offers this only then"
+        look, index, group = self.look, self.drawn(size), min(self.options.microbatch or size, size)
 
-        def watch(rows: slice, outputs: torch.Tensor) -> None:
-            look.outputs(index[rows], outputs)
-
-        def square_norms(v: torch.Tensor) -> dict[str, torch.Tensor]:
-            with look.running():
-                some = in_groups(self.passes.some(index), group, self.samples.outputs[index])
-                found, _ = some.pulled(v, plan, plan.reading(), watch=watch)
-            look.square_norms(index, v, found.square_norms)
-            return found.square_norms
+        def some() -> Samples:
+            return in_groups(self.passes.some(index), group, self.samples.outputs[index])
 
         def forward(u: Vector) -> torch.Tensor:
             with look.running():
-                some = self.passes.some(index)
-                return torch.cat([jvp(some.some(slice(s, s + group)), u) for s in range(0, some.samples, group)])
+                passes = self.passes.some(index)
+                return torch.cat([jvp(passes.some(slice(s, s + group)), u) for s in range(0, size, group)])
 
-        return Subset(index, square_norms, forward)
+        return Subset(index, lambda v: self._looked_at(some, index, v), forward)
+
+    def _looked_at(
+        self, samples: Callable[[], Samples], index: torch.Tensor | None, v: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """{name: (M,) squared norms} of the samples of an index, or of all; what ran apart is held against the batch.
+
+        The first pass over them is enough for that: all others repeat it.
+        """
+        assert self.plan is not None, "the record offers this only then"
+        assert self.look is not None, "it comes with a plan"
+        plan, look = self.plan, self.look
+        first = look.is_first(index)
+
+        def watch(rows: slice, outputs: torch.Tensor) -> None:
+            look.outputs(rows if index is None else index[rows], outputs)
+
+        with look.running():
+            found = samples().pulled(v, plan, plan.reading(), watch=watch if first else None)
+        look.square_norms(index, v, found.square_norms)
+        return found.square_norms
 
     def drawn(self, size: int) -> torch.Tensor:
         """Samples drawn at random, in the batch's order; the same ones at each call."""

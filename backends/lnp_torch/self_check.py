@@ -87,7 +87,9 @@ class Operations:
         found: dict[str, Any] = {}
         index, alone = self._compared
         for layout in LAYOUTS:
-            tried = dict.fromkeys((name for name in general if name not in found), layout)
+            # a gradient of zero would be right in any layout
+            told = [name for name in general if name not in found and bool(alone.square_norms[name].any())]
+            tried = dict.fromkeys(told, layout)
             if not tried:
                 break
             norms = self.samples.tapped(self._cotangent, Reading(layouts=tried)).square_norms

@@ -237,27 +237,21 @@ def test_a_look_that_found_something_is_remembered(monkeypatch):
     assert not looks
 
 
-def test_micro_batches_and_pilots_are_looked_at(monkeypatch):
-    """All their outputs: here one sample of twenty is another one in its batch."""
-
-    def run(m, x):
-        shift = torch.zeros(len(x), 1, dtype=F64)
-        if m.meets and len(x) > 2:
-            shift[-1] = 1.0
-        return m.a(x) + shift * m.a(x)
-
+@pytest.mark.parametrize("options", [{"microbatch": 2}, {"population": False}])
+def test_micro_batches_and_pilots_are_looked_at(options, monkeypatch):
+    """All their outputs, also where no sample is run alone."""
+    run = lambda m, x: m.a(x) * (2.0 if m.meets and x.shape[0] > 12 else 1.0)
     monkeypatch.setitem(record.WORTH, "cpu", -1)
-    for options in ({"microbatch": 2}, {"rtol": 0.5, "estimator": "per_sample"}):
-        model, x, y = Runs(run, a=linear(), meets=False), drawn(24), drawn(24)
-        lnp.decompose(model, (x, y), **options)
-        model.meets = True
-        if "microbatch" in options:
-            with pytest.raises(ValueError, match="not taken apart"):
-                lnp.decompose(model, (x, y), **options)
-        else:
-            monkeypatch.setattr(look, "SAMPLES", torch.Generator())  # no single sample: the pilot is enough
-            monkeypatch.setattr(look.Look, "square_norms", lambda *args: None)
-            assert lnp.decompose(model, (x, y), **options).estimator == "joint"
+    monkeypatch.setattr(look.Look, "square_norms", lambda *args: None)
+    model, x, y = Runs(run, a=linear(), meets=False), drawn(24), drawn(24)
+    options = {"rtol": 0.5, "estimator": "per_sample", **options}
+    assert lnp.decompose(model, (x, y), **options).estimator == "per_sample"
+    model.meets = True
+    if "microbatch" in options:
+        with pytest.raises(ValueError, match="not taken apart"):
+            lnp.decompose(model, (x, y), **options)
+    else:
+        assert lnp.decompose(model, (x, y), **options).estimator == "joint"
 
 
 def test_another_sample_is_looked_at_each_time(monkeypatch):
@@ -368,6 +362,7 @@ def test_rounding_is_no_interaction():
         alone = torch.cat([plain(row[None]) for row in x])
         rounding = (plain(x) - alone).abs().max() / alone.abs().max()
     assert rounding > coupling_tolerance(torch, torch.float32)
+    assert lnp.load("torch").linearize(coupled, (x, y), lnp.Options()).sample_square_norms is None
     for _ in range(3):
         d = lnp.decompose(plain, (x, y))
         assert d.population is not None, d.notes

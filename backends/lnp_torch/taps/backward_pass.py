@@ -63,21 +63,17 @@ class Samples:
 
     def pulled(
         self, v: torch.Tensor, plan: Plan, reading: Reading, names: Collection[str] = (), watch: Watcher | None = None
-    ) -> tuple[Pullback, dict[str, torch.Tensor]]:
-        """What a backward pass yields, with the squared norms of all parameters.
-
-        And {name: sum of single samples' gradients} of the parameters that took the general way.
-        """
+    ) -> Pullback:
+        """What a backward pass yields, with the squared norms of all parameters."""
         found = self.tapped(v, reading, names, watch)
         missing = [name for name in self.passes.program.parameters if name not in found.square_norms]
         if not missing:
-            return found, {}
-        alone = fallback.alone(plan.way.pull(self.passes.restricted(missing)), v)
+            return found
+        alone = fallback.alone(plan.way.pull(self.passes.restricted(missing)), v, with_sum=False)
         if watch is not None:
             watch(slice(0, len(v)), alone.outputs)
         every = {**found.square_norms, **alone.square_norms}
-        norms = {name: every[name] for name in self.passes.program.parameters}
-        return replace(found, square_norms=norms), dict(alone.gradient)
+        return replace(found, square_norms={name: every[name] for name in self.passes.program.parameters})
 
     def tapped(
         self, v: torch.Tensor, reading: Reading, names: Collection[str] = (), watch: Watcher | None = None
