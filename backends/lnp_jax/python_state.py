@@ -44,7 +44,9 @@ def with_python_state(structure: Structure, model: Any, arrays: Arrays, batch: A
         return structure
     inputs, _ = validation.unpack(batch)
     roots = [structure.static, structure.forward, None if isinstance(model, tuple) else type(model)]
-    program = None if traced else partial(jax.make_jaxpr(structure.call), arrays, inputs)
+    # a new function each time: JAX would remember what it has traced for one that it knows
+    trace = jax.make_jaxpr(lambda arrays, inputs: structure.call(arrays, inputs))
+    program = None if traced else partial(trace, arrays, inputs)
     return replace(structure, program=_digest((structure, _shapes((arrays, inputs))), roots, program))
 
 
