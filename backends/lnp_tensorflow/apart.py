@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import tensorflow as tf
 
-from lnp.contract.linearization import Subset, Vector, coupling_tolerance
+from lnp.contract.linearization import Linearization, Subset, Vector, coupling_tolerance
 from lnp.contract.options import Options
 from lnp.per_sample.self_check import look
 from lnp.per_sample.verdict import BENT, Verdict
@@ -64,11 +63,10 @@ class Apart:
         """Which parameters have no rules."""
         return Verdict(general=self.general).notes
 
-    @property
-    def offered(self) -> dict[str, Any]:
-        """What `lnp.Linearization` has of single samples: they are cheap where all parameters have rules."""
-        norms, subset, coupled = self.square_norms, self.subset, self.coupled
-        return {"sample_square_norms": norms, "subset": subset, "coupled": coupled, "cheap": not self.general}
+    def offered_in(self, lin: Linearization) -> Linearization:
+        """The record with what it has of single samples: they are cheap where all parameters have rules."""
+        norms, cheap = self.square_norms, not self.general
+        return replace(lin, sample_square_norms=norms, subset=self.subset, coupled=self.coupled, cheap=cheap)
 
     def coupled(self) -> tf.Tensor:
         """Whether the samples have turned out to interact so far, shape ()."""

@@ -85,7 +85,7 @@ def record(
     samples = Samples(run, inputs, tuple(flat.shape), flat.dtype, microbatch=options.microbatch)
     samples = replace(samples, batch=batch if groups is None else None)
     taken, why = apart(samples, loss.gradient, flat, passes.cotangents, seed, options, checked, turn)
-    return Linearization(
+    lin = Linearization(
         xp=array_namespace,
         outputs=flat,
         loss=loss.value,
@@ -102,9 +102,10 @@ def record(
         violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),
         notes=(*notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
-        **({} if taken is None else taken.offered),
-        **({} if groups is None else {"group_square_norms": groups.square_norms, "groups": groups.count}),
     )
+    if taken is not None:
+        lin = taken.offered_in(lin)
+    return lin if groups is None else replace(lin, group_square_norms=groups.square_norms, groups=groups.count)
 
 
 class _Passes:

@@ -102,6 +102,19 @@ def test_a_gate_that_is_hardly_open_shows_in_the_gradient():
     assert any(LATER in note for note in d.notes), d.notes
 
 
+def test_outputs_that_others_shift_without_a_gradient():
+    """Only the outputs of the sample that is looked at show it."""
+
+    def shifted(p, x):
+        h = tf.tanh(x @ p["w"])
+        return h + tf.stop_gradient(opened(p["gate"]) * tf.reduce_mean(h, 0))
+
+    model, batch = gate(shifted), batch_of(6)
+    lnp.decompose(model, batch, "mse", estimator="exact")
+    model.p["gate"].assign(2.0)
+    assert any(LATER in note for note in lnp.decompose(model, batch, "mse", estimator="exact").notes)
+
+
 def test_with_micro_batches_it_is_an_error():
     model, batch = gate(), batch_of(6)
     lnp.decompose(model, batch, "mse", microbatch=2)
