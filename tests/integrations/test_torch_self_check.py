@@ -200,6 +200,16 @@ def test_gates_that_open_later(name, way):
         lnp.decompose(model, (x, y), microbatch=2)
 
 
+def test_a_gate_that_opens_and_lets_no_samples_meet():
+    """Its gradient is zero at first, which would be right however the operation was read."""
+    gate = nn.Parameter(torch.zeros((), dtype=F64))
+    model, x, y = Runs(lambda m, x: m.a(x) * (1 + F.relu(m.gate - 1)), a=linear(), gate=gate), drawn(), drawn()
+    assert not together(measured(model, x, y, population=True))
+    with torch.no_grad():
+        gate.fill_(1.5)
+    assert not together(measured(model, x, y, population=True))
+
+
 def test_one_sample_that_meets_another():
     """Of all that are there, and not only of those whose gradients are compared, here or at other parameters."""
 
