@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,10 @@ DRAWN = 2**31 - 1
 NARROW = coupling_tolerance(jnp, jnp.float32)
 """Tolerance beyond which numbers are of half precision: sums over many samples have no digits to compare then."""
 
+# For eager callers each is one program, not one for each operation.
+_sums_apart = jax.jit(partial(differences.sums_apart, jnp))
+_outputs_apart = jax.jit(partial(self_check.look, jnp))
+
 
 @dataclass
 class _Look:
@@ -49,14 +54,14 @@ class _Look:
         """The loss gradient pulled back through the samples; of small parameters their sum is held against J^T g."""
         sums, norms = self.samples.loss_gradient(g)
         if sums and self.net.tolerance <= NARROW:
-            found = differences.sums_apart(jnp, sums, gradient, norms)
+            found = _sums_apart(sums, {name: gradient[name] for name in sums}, norms)
             self.interacting.append(found > self.net.tolerance)
         return GradientPass(of_batch, norms, vector=gradient)
 
     def coupled(self) -> Array:
         """Whether samples were not what they are in the batch, in outputs or gradients. Shape ()."""
         outputs = self.batch.outputs
-        found = self_check.look(jnp, outputs, self.samples.outputs) <= self.net.tolerance
+        found = _outputs_apart(outputs, self.samples.outputs) <= self.net.tolerance
         flag = jnp.logical_not(found) & jnp.all(jnp.isfinite(outputs))
         for other in self.interacting:
             flag = flag | other
@@ -180,6 +185,7 @@ def _drawn(seed: Any, samples: int, size: int) -> Array:
     return jnp.sort(jax.random.permutation(jax.random.fold_in(_key(seed), DRAWN), samples)[:size])
 
 
+@jax.jit
 def _inner_products(u: Vector, w: Vector) -> dict[str, Array]:
     """{parameter name: <u_l, w_l>}, in float32 or better."""
     return {name: jnp.sum(fallback.wide(u[name]) * fallback.wide(w[name])) for name in u}
