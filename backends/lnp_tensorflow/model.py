@@ -126,8 +126,8 @@ def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Str
         For a model without trainable or selected parameters.
     """
     if is_module(model):
-        variables = {name: v for name, v in named_variables(model).items() if v.dtype.is_floating}
-        variables = {name: v for name, v in variables.items() if v.trainable or parameters is not None}
+        variables = {n: v for n, v in named_variables(model).items() if v.trainable or parameters is not None}
+        variables = {n: v for n, v in variables.items() if v.dtype.is_floating or (v.dtype.is_complex and v.trainable)}
         return _of_variables(weakref.ref(model), variables, parameters, forward, plain_state(model, forward)), None, {}
     if forward is not None:
         raise ValueError(
@@ -137,13 +137,25 @@ def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Str
     function, tree = model
     named_leaves = named(tree)
     if _closes_over_variables(function):
-        variables = {name: v for name, v in named_leaves.items() if v.dtype.is_floating}
+        variables = {name: v for name, v in named_leaves.items() if v.dtype.is_floating or v.dtype.is_complex}
         return _of_variables(function, variables, parameters, called, plain_state(function)), None, {}
-    trained = select([name for name, leaf in named_leaves.items() if leaf.dtype.is_floating], parameters)
+    numbers = {name: leaf for name, leaf in named_leaves.items() if leaf.dtype.is_floating or leaf.dtype.is_complex}
+    trained = _real(numbers, select(numbers, parameters))
     template = str(map_leaves(lambda leaf: "*", tree))
     arrays = {name: tf.convert_to_tensor(leaf) for name, leaf in named_leaves.items()}
     state = plain_state(function)
     return Structure("function", function, template, tuple(arrays), tuple(trained), state=state), tree, arrays
+
+
+def _real(parameters: Mapping[str, Any], picked: list[str]) -> list[str]:
+    """The names that were picked; raises ValueError for complex ones, whose part in the rate would be missing."""
+    wrong = [name for name in picked if parameters[name].dtype.is_complex]
+    if wrong:
+        raise ValueError(
+            f"The parameters {wrong[:4]} are complex. Expected real ones. Hold real and imaginary parts as two "
+            "parameters, and join them by tf.complex where they are used."
+        )
+    return picked
 
 
 def called(model: Callable, inputs: Any) -> Any:
@@ -211,7 +223,7 @@ def plain_state(*roots: Any) -> tuple:
 
 
 def _of_variables(static: Any, variables: dict, parameters: Any, forward: Callable | None, state: tuple) -> Structure:
-    trained = select(variables, parameters)
+    trained = _real(variables, select(variables, parameters))
     references = tuple(variables[name].ref() for name in trained)
     return Structure("variables", static, "", (), tuple(trained), references, state, forward)
 

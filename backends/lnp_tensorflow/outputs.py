@@ -12,8 +12,20 @@ from lnp.contract.validation import check_outputs
 
 
 def parts(tree: Any) -> list[tf.Tensor]:
-    """The floating-point leaves."""
-    return [leaf for leaf in leaves(tree) if measured(leaf)]
+    """The floating-point leaves.
+
+    Raises
+    ------
+    ValueError
+        For complex numbers, which are not measured, and would be missing without a word.
+    """
+    found = leaves(tree)
+    if any(isinstance(leaf, tf.Tensor) and leaf.dtype.is_complex for leaf in found):
+        raise ValueError(
+            "The model returned complex numbers. Expected real ones. Pass forward=, a function (model, inputs) -> "
+            "outputs that returns real and imaginary parts, such as tf.stack([tf.math.real(z), tf.math.imag(z)], -1)."
+        )
+    return [leaf for leaf in found if measured(leaf)]
 
 
 def flatten(tensors: list[tf.Tensor]) -> tf.Tensor:

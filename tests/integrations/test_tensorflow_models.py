@@ -372,3 +372,14 @@ def test_parameters_of_two_precisions():
     assert lnp.predicted_loss_change((function, [w, v]), (X, Y), "mse", learning_rate=1.0) == pytest.approx(
         -d.rate, 1e-5
     )
+
+
+def test_complex_parameters_and_outputs_are_refused():
+    """Their part of the rate would be missing."""
+    w, z = tf.Variable(normal(3, 2)), tf.Variable(tf.complex(normal(2, 2), normal(2, 2)))
+    joined = lambda x: tf.math.real(tf.cast(x @ w, tf.complex128) @ z)
+    for model in ((joined, [w, z]), Wrapped(lambda p, x: joined(x), {"w": w, "z": z})):
+        with pytest.raises(ValueError, match="are complex"):
+            lnp.decompose(model, (X, Y), "mse")
+    with pytest.raises(ValueError, match="returned complex"):
+        lnp.decompose((lambda x: tf.cast(x @ w, tf.complex128), [w]), (X, Y), lambda f, y: tf.reduce_mean(tf.abs(f)))
