@@ -88,6 +88,8 @@ class Operators:
             reading = Reading(frozenset(every), gradient_norms=True)
             found = self.samples.tapped(g, reading, every if vector else ())
         of_gradient = found.gradient_norms or {name: dot(part, part) for name, part in found.gradient.items()}
+        if found.missing:  # the products lack what these parameters add
+            found, index = replace(found, products=None), None
         return GradientPass(of_gradient, norms, found.products, index, found.gradient or None)
 
     def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:

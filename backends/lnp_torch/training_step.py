@@ -234,7 +234,9 @@ class SharedStep(contextlib.AbstractContextManager):
             self.seconds = time.perf_counter() - started
         found = pulled(loss.device)
         found = found if isinstance(scale, float | int) and scale == 1 else found.divided(scale)
-        return GradientPass(found.gradient_norms, None if found.missing else found.square_norms, found.products, index)
+        if found.missing:  # parameters that take the general way, which adds to squared norms and products
+            return GradientPass(found.gradient_norms)
+        return GradientPass(found.gradient_norms, found.square_norms, found.products, index)
 
     def _terms(self, outputs: Outputs, targets: Any, options: Options) -> tuple[Any, bool, tuple[str, ...]]:
         """(loss_terms, whether the loss is a mean over samples, notes)."""
