@@ -15,7 +15,7 @@ import pytest
 import lnp
 import lnp_jax
 from integrations.jax_reference import agrees, dense
-from lnp_jax import self_check
+from lnp_jax import compile_cache, self_check
 from lnp_jax.taps import rules
 
 
@@ -23,6 +23,7 @@ from lnp_jax.taps import rules
 def float64():
     with jax.enable_x64(True):
         self_check._VERDICTS.clear()
+        compile_cache._SEEN.clear()  # tests here share code on purpose
         yield
 
 
