@@ -57,13 +57,10 @@ def _measurement(
             looks.append(look)
         try:
             result = computation(*records, **given)
-            for look in looks:
-                if look is not None:
-                    look.coupled()
+            checks = [violation for made in records for violation in made.violations]
+            return *decided(result, looks, [flag for flag, _ in checks]), [message for _, message in checks]
         except CannotRun:
             return None, [], []
-        flags = [violation for made in records for violation in made.violations]
-        return *to_host(result, [flag for flag, _ in flags]), [message for _, message in flags]
 
     (result, violated, messages), prepared = on_a_copy(model, options, measured)
     prepared.replica.clear()
@@ -123,16 +120,29 @@ def _as_real(leaf: Any) -> Any:
     return real(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def to_host(result: Any, flags: list[torch.Tensor]) -> tuple[Any, list[bool]]:
-    """Every tensor of shape () as a Python number, in one transfer."""
-    tensors = [leaf for leaf in leaves(result) if _is_number(leaf)] + flags
+def decided(result: Any, looks: list[Look | None], flags: list[torch.Tensor]) -> tuple[Any, list[bool]]:
+    """The result and the flags as numbers, with what was looked at decided; all by one transfer."""
+    made = [look for look in looks if look is not None]
+    for look in made:
+        look.coupled()
+    values = [value for look in made for value in look.values]
+    result, numbers = to_host(result, [*flags, *values])
+    rest = iter(numbers[len(flags) :])
+    for look in made:
+        look.decide([float(next(rest)) for _ in look.values])
+    return result, [bool(number) for number in numbers[: len(flags)]]
+
+
+def to_host(result: Any, others: list[torch.Tensor]) -> tuple[Any, list[float]]:
+    """Every tensor of shape () as a Python number, and the others as numbers, in one transfer."""
+    tensors = [leaf for leaf in leaves(result) if _is_number(leaf)] + others
     if not tensors:
         return result, []
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     values = torch.stack([tensor.detach().to(dtype) for tensor in tensors]).tolist()
     numbers = iter([v if t.is_floating_point() else int(v) for v, t in zip(values, tensors, strict=True)])
     result = map_leaves(lambda leaf: next(numbers) if _is_number(leaf) else leaf, result)
-    return result, [bool(number) for number in numbers]
+    return result, list(numbers)
 
 
 def _is_number(leaf: Any) -> bool:

@@ -73,6 +73,7 @@ class Look:
     def __init__(self, samples: Samples, plan: Plan, key: Key, tolerance: float) -> None:
         self._samples, self._plan, self._key, self._tolerance = samples, plan, key, tolerance
         self._differences: list[Difference] = []
+        self._bends: list[torch.Tensor] = []
         self._drawn: tuple[int, torch.Tensor, dict[str, torch.Tensor]] | None = None
         self._pulled, self._passed_over = 0, set[str]()
         self._looked = False
@@ -101,23 +102,36 @@ class Look:
             self._looked = False
 
     def coupled(self) -> torch.Tensor:
-        """Whether samples have turned out to interact, shape (). Runs one of them alone.
+        """Whether samples have turned out to interact, beyond what may be rounding, shape (). Runs one of them alone.
+
+        Nothing is read from the device: `decide` takes the values, once they have come with the measurement's numbers.
+        """
+        if self._drawn is not None and not self._looked:
+            self._looked = True
+            with self.running():
+                self._run_alone(*self._drawn)
+        if not self._differences:
+            return torch.zeros((), dtype=torch.bool, device=self._samples.outputs.device)
+        largest = torch.stack([difference.value.float() for difference in self._differences]).amax()
+        return ~(largest <= UNCLEAR)  # nan, too
+
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """What `decide` needs, each of shape ()."""
+        return [*(difference.value for difference in self._differences), *self._bends]
+
+    def decide(self, values: list[float]) -> None:
+        """Find the reason why samples interact, if they do, from `values` as numbers.
 
         Raises
         ------
         ValueError
             For a backward pass that is not linear.
         """
-        if self._drawn is not None and not self._looked:
-            self._looked = True
-            with self.running():
-                bend = self._run_alone(*self._drawn)
-            if bend > self._tolerance:
-                raise ValueError(BENT)
-        differences, self._differences = self._differences, []
-        if differences and not self.reason:
-            self.reason = self._reason(differences)
-        return torch.tensor(bool(self.reason), device=self._samples.outputs.device)
+        count = len(self._differences)
+        if any(bend > self._tolerance for bend in values[count:]):
+            raise ValueError(BENT)
+        self.reason = self.reason or self._reason(values[:count])
 
     def running(self) -> _Running:
         """Around passes over a part of the batch: whatever the network raises there is a reason."""
@@ -127,8 +141,8 @@ class Look:
         """Samples of this model and shapes interact, from now on."""
         self._key.remember(Plan(Verdict(self.reason), custom_backward=self._plan.custom_backward), found_later=True)
 
-    def _run_alone(self, sample: int, v: torch.Tensor, norms: dict[str, torch.Tensor]) -> float:
-        """Compare a sample that is run by itself, by outputs and squared norms; how far its backward pass is bent."""
+    def _run_alone(self, sample: int, v: torch.Tensor, norms: dict[str, torch.Tensor]) -> None:
+        """Compare a sample that is run by itself: outputs, squared norms, and how far its backward pass is bent."""
         found, outputs = _alone(self._samples, sample, v)
         row = self._samples.outputs[sample : sample + 1]
         pairs = [(norms, found)]
@@ -136,19 +150,18 @@ class Look:
             pairs.append((_in_batch(self._samples, sample, v), found))
         value = self_check.look(xp, row, outputs, pairs)
         self._differences.append(Difference(value, lambda wide: _sample_apart(wide, self._plan, sample, v)))
-        if not self._plan.custom_backward:
-            return 0.0
-        shorter, _ = _alone(self._samples, sample, v * SMALLER)
-        return float(self_check.look(xp, row, row, [({n: norm / SMALLER**2 for n, norm in shorter.items()}, found)]))
+        if self._plan.custom_backward:
+            shorter, _ = _alone(self._samples, sample, v * SMALLER)
+            longer = {name: norm / SMALLER**2 for name, norm in shorter.items()}
+            self._bends.append(self_check.look(xp, row, row, [(longer, found)]))
 
-    def _reason(self, differences: list[Difference]) -> str:
+    def _reason(self, values: list[float]) -> str:
         """Why the samples are not taken apart, or ""; what may be rounding is looked at again in float64."""
-        values = torch.stack([difference.value.float() for difference in differences]).tolist()
         if any(map(math.isnan, values)) and bool(torch.isfinite(self._samples.outputs).all()):
             return NOT_FINITE
         if any(value > UNCLEAR for value in values):
             return found_interacting()
-        unclear = [d for d, value in zip(differences, values, strict=True) if value > self._tolerance]
+        unclear = [d for d, value in zip(self._differences, values, strict=True) if value > self._tolerance]
         if not unclear:
             return ""
         try:

@@ -17,7 +17,7 @@ from lnp.contract.options import Options
 from lnp.results.decomposition import ByLayer, asked, decompose, explained
 from lnp.state.preserve import SavedState
 from lnp_torch import losses
-from lnp_torch.backend import to_host
+from lnp_torch.backend import decided, to_host
 from lnp_torch.collectives import with_others
 from lnp_torch.huggingface import own_loss_terms
 from lnp_torch.look import CannotRun
@@ -296,13 +296,11 @@ def _decomposed(step: Step, trained: GradientPass, **settings: Any) -> lnp.Decom
     """The decomposition; once more, jointly, if the samples turn out to interact."""
     look = step.operators.look
     try:
-        found = decompose(step.record(trained), **settings)
-        if look is not None:
-            look.coupled()
+        found, _ = decided(decompose(step.record(trained), **settings), [look], [])
     except CannotRun:
         assert look is not None, "which has raised it"
     if look is None or not look.reason:
-        return to_host(found, [])[0]
+        return found
     look.remember()
     joint = GradientPass(trained.square_norms)
     return to_host(decompose(step.jointly(look.reason).record(joint), **settings), [])[0]
