@@ -12,8 +12,6 @@ from contract.test_jax import compiled, float64, kit
 from lnp.testing import changing_networks, check_change, nested
 
 __all__ = ["float64"]
-pytestmark = pytest.mark.filterwarnings("ignore:lnp compiled again")  # each network is a new function
-
 pytestmark = pytest.mark.filterwarnings("ignore:lnp compiled again")  # the networks are new functions on purpose
 NAMES = [network.early.name for network in changing_networks(bend=lambda backward: None)]
 
