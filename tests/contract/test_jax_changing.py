@@ -35,13 +35,13 @@ def test_networks_that_change_their_mind(name):
     check_change(EAGER, changing_networks(0, 12, bend)[NAMES.index(name)])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "clips" not in name])
+@pytest.mark.parametrize("name", ["a gate at a threshold", "neighbours that meet", "experts of a capacity"])
 def test_networks_that_change_their_mind_inside_jit(name):
-    """Nothing is compared there before: a bent backward pass is not noticed."""
+    """Where nothing is compared before."""
     check_change(INSIDE, changing_networks(0, 12)[NAMES.index(name)])
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(name=st.sampled_from(NAMES), seed=st.integers(0, 10**6), half=st.integers(2, 20))
 def test_variants_of_them(name, seed, half):
     check_change(EAGER, changing_networks(seed, 2 * half, bend)[NAMES.index(name)])
