@@ -168,7 +168,9 @@ def inference_mode(layers: list[keras.Layer]) -> Iterator[None]:
 
 
 def plain_state(model: keras.Layer) -> tuple:
-    """What the public attributes of the layers hold that are no tensors: plain values, containers of them, arrays."""
+    """What can be reached from the public attributes of the layers and is no tensor: plain values, arrays, what functions
+    have closed over.
+    """
     return tuple((layer.trainable, *_public(layer)) for layer in flat_layers(model))
 
 
@@ -178,7 +180,7 @@ def _public(layer: keras.Layer) -> Iterator[tuple]:
             continue
         if isinstance(value, PLAIN):
             yield name, value
-        elif isinstance(value, dict | list | set | tuple | np.ndarray | np.random.Generator):
+        elif not isinstance(value, keras.Layer | keras.Variable):
             yield name, fingerprint([_unwrapped(value)], FOREIGN | {"keras"}, lambda inner: type(inner).__qualname__)
 
 

@@ -35,7 +35,7 @@ class Network(keras.Model):
 
     def __init__(self, scenario):
         super().__init__(dtype=str(next(iter(scenario.parameters.values())).dtype))
-        self.scenario = scenario
+        self.function = scenario.apply  # what it has closed over is part of the model
         self.names = tuple(scenario.parameters)
         for name, array in scenario.parameters.items():
             owner = self
@@ -54,7 +54,7 @@ class Network(keras.Model):
     def call(self, inputs, training=None):
         self.calls.assign(self.calls + 1)
         self.dropout(inputs * 1.0 if inputs.dtype == self.calls.dtype else self.calls[None], training=training)
-        return self.scenario.apply(xp, {name: attrgetter(name)(self).value for name in self.names}, inputs)
+        return self.function(xp, {name: attrgetter(name)(self).value for name in self.names}, inputs)
 
 
 def build(scenario):
