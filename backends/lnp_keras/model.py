@@ -168,7 +168,7 @@ def inference_mode(layers: list[keras.Layer]) -> Iterator[None]:
 
 
 def plain_state(model: keras.Layer) -> tuple:
-    """What can be reached from the public attributes of the layers and is no tensor: plain values, arrays, what functions
+    """What is reached from the public attributes of the layers and is no tensor: plain values, arrays, what functions
     have closed over.
     """
     return tuple((layer.trainable, *_public(layer)) for layer in flat_layers(model))
