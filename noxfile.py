@@ -28,6 +28,8 @@ OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """Compiles small programs in half of the time."""
 AS_USERS_COMPILE = "tests/integrations/test_jax_undisturbed.py"
 """Compares compiled steps bit by bit, which the ways of compiling that are only fast may round differently."""
+OF_EVERY_FRAMEWORK = ("samples", "spectrum", "examples", "same_function")
+"""Tests of Keras that need not be repeated on JAX, where they mostly compile: JAX's own tests have the same cases."""
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
 
 
@@ -107,7 +109,9 @@ def keras(session: nox.Session, framework: str) -> None:
     refuse(session, *{"tensorflow", "jax", "torch"} - {framework})
     compile_fast(session, *([OLD_EMITTERS] if framework == "jax" else []))
     session.env["KERAS_BACKEND"] = framework
-    pytest(session, "keras", *PARALLEL, "--pyargs", "lnp_keras", *suite("keras"))
+    again = () if framework != "jax" else tuple(f"test_keras_{name}.py" for name in OF_EVERY_FRAMEWORK)
+    tests = [path for path in suite("keras") if not path.endswith(again)]
+    pytest(session, "keras", *PARALLEL, "--pyargs", "lnp_keras", *tests)
 
 
 @nox.session

@@ -64,8 +64,8 @@ def interacting(difference: float) -> str:
     """Why samples are not taken apart that differ by so much, relative, when the others are left out."""
     return (
         "the samples interact in this network (a sample's output or gradient changes by "
-        f"{difference:.1g} (relative) when the others are left out; batch statistics and a dropout mask that is drawn for "
-        "the whole batch do that too): they are not taken apart"
+        f"{difference:.1g} (relative) when the others are left out; batch statistics and a dropout mask that is drawn "
+        "for the whole batch do that too): they are not taken apart"
     )
 
 
