@@ -29,7 +29,7 @@ OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 AS_USERS_COMPILE = "tests/integrations/test_jax_undisturbed.py"
 """Compares compiled steps bit by bit, which the ways of compiling that are only fast may round differently."""
 OF_EVERY_FRAMEWORK = ("samples", "spectrum", "examples", "same_function")
-"""Tests of Keras that need not be repeated on JAX, where they mostly compile: JAX's own tests have the same cases."""
+"""Tests of Keras that run on TensorFlow and PyTorch, and are left out on JAX, where they take minutes to compile."""
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
 
 
