@@ -10,12 +10,8 @@ import pytest
 
 from contract import namespaces
 from lnp.testing import CHECKS, Kit, frozen
-from lnp.testing.estimators import (
-    auto_chooses,
-    enumerated_signs_give_trace_and_variance,
-    estimators_average_their_probes,
-    seeds_decide,
-)
+from lnp.testing.estimators import ESTIMATOR_CHECKS
+from lnp.testing.numbers import exact_factors_are_those_of_the_dense_kernel, layers_add_up
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lnp compiled again"),  # the kit makes new functions on purpose
@@ -85,17 +81,12 @@ kit = Kit(
 )
 
 
-ESTIMATORS = (
-    enumerated_signs_give_trace_and_variance,
-    estimators_average_their_probes,
-    auto_chooses,
-    seeds_decide,
-)
-"""What the framework's own backend does, with any model that it is handed."""
+ELSEWHERE = (*ESTIMATOR_CHECKS, exact_factors_are_those_of_the_dense_kernel, layers_add_up)
+"""What does not depend on how a model is read: tried by the contracts of the frameworks' own backends."""
 
 
 @pytest.mark.parametrize(
-    "check", [check for check in CHECKS if check not in ESTIMATORS], ids=lambda check: check.__name__
+    "check", [check for check in CHECKS if check not in ELSEWHERE], ids=lambda check: check.__name__
 )
 def test_contract(check):
     check(kit)
