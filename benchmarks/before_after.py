@@ -62,7 +62,8 @@ def problem(framework: str, name: str) -> tuple[Any, Any, Callable[[], Any]]:
         model, batch = benchmark.made(name)
         return model, batch, benchmark.cases_of(name, model, batch)["step"]
     if framework == "tensorflow":
-        model, batch = benchmark.MODELS[name]()
+        make = next(make for title, make in benchmark.MODELS.items() if name in title.lower())
+        model, batch = make()
         return model, batch, benchmark.step_of(model, batch)
     import jax
 
