@@ -28,7 +28,7 @@ OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """Compiles small programs in half of the time."""
 AS_USERS_COMPILE = "tests/integrations/test_jax_undisturbed.py"
 """Compares compiled steps bit by bit, which the ways of compiling that are only fast may round differently."""
-OF_EVERY_FRAMEWORK = ("samples", "spectrum", "examples", "same_function")
+OF_EVERY_FRAMEWORK = ("samples", "spectrum", "examples", "same_function", "steps")
 """Tests of Keras that run on TensorFlow and PyTorch, and are left out on JAX, where they take minutes to compile."""
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
 
