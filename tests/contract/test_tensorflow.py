@@ -13,7 +13,6 @@ from contract.namespaces import tensorflow
 from lnp.testing import CHECKS, COMPILED_CHECKS, Kit, flat, frozen, nested
 from lnp.testing.estimators import auto_chooses
 from lnp.testing.numbers import (
-    NUMBER_CHECKS,
     exact_factors_are_those_of_the_dense_kernel,
     layers_add_up,
     parameters_are_selected,
