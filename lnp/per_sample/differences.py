@@ -30,6 +30,16 @@ def outputs_apart(xp: Any, alone: Array, outputs: Array) -> Array:
     return xp.max(xp.abs(alone - outputs)) / positive(xp, xp.max(xp.abs(outputs)))
 
 
+def frozen_agrees(xp: Any, frozen: Array, original: Array, tolerance: float) -> Array:
+    """Whether a function whose batch statistics are held fixed computes what the network itself computes. Shape ().
+
+    Only the outputs (N, K) have to agree, up to `coupling_tolerance`: that its Jacobian is another one is what holding
+    statistics fixed means. Outputs that are not finite agree with nothing. Where it does not, a backend measures the
+    network as it is, jointly where samples interact, with the note `FROZEN_DIFFERS`.
+    """
+    return outputs_apart(xp, frozen, original) <= tolerance
+
+
 def gradients_apart(xp: Any, one: Vector, other: Vector) -> dict[str, Array]:
     """{parameter name: ||a - b|| / ||b||}, where all of b counts a little. Each of shape ()."""
     norms = {name: norm(xp, array) for name, array in other.items()}

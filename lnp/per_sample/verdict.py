@@ -22,6 +22,12 @@ NOT_FINITE = (
 )
 
 
+FROZEN_DIFFERS = (
+    "with the statistics of this batch held fixed the network computes other outputs than by itself: nothing is held "
+    "fixed, and samples that share statistics interact"
+)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What comparing the batch with single samples has shown. Equal verdicts are equal, and have one hash.

@@ -225,3 +225,12 @@ def test_a_whole_batch_shows_whether_its_backward_pass_is_linear():
     clipped = lambda gradient, v: {name: np.clip(part, -2, 2) for name, part in gradient.items()}
     assert self_check.bend_of_batch(Network()) < 1e-12
     assert self_check.bend_of_batch(Network(gradient=clipped)) > 0.1
+
+
+def test_outputs_tell_whether_statistics_may_be_held_fixed(xp):
+    original = xp.asarray(F)
+    largest = float(np.abs(F).max())
+    assert bool(differences.frozen_agrees(xp, xp.asarray(F + 0.9e-6 * largest), original, TOLERANCE))
+    assert not bool(differences.frozen_agrees(xp, xp.asarray(F + 1.1e-6 * largest), original, TOLERANCE))
+    assert not bool(differences.frozen_agrees(xp, xp.asarray(F[:, :2]), original, TOLERANCE))  # another shape
+    assert not bool(differences.frozen_agrees(xp, xp.asarray(F * np.nan), original, TOLERANCE))
