@@ -71,12 +71,12 @@ def loss_at(prepared: Program, inputs: Any, outputs: Outputs, targets: Any, opti
     meant = loss.function if loss.function is not options.loss else prepared.loss
     run = repeated(meant, RandomState([prepared.device]))
     with torch.enable_grad():
-        value = run(tree, targets)
+        value = run(outputs.with_parts([part.clone() for part in detached]), targets)  # a loss may write to outputs
         _check(value)
         grads = torch.autograd.grad(value.sum(), detached, allow_unused=True, materialize_grads=True)
 
     def at(other: Outputs) -> torch.Tensor:
-        return run(other.with_parts([part.to(wide([part])) for part in other.parts]), targets).sum()
+        return run(other.with_parts([part.to(wide([part]), copy=True) for part in other.parts]), targets).sum()
 
     def anew(outputs: Any, targets: Any) -> torch.Tensor:
         prepared.rewind()

@@ -200,7 +200,7 @@ def found_mean(loss: Callable, run: Loss, outputs: Outputs, targets: Any) -> boo
             stand_in = Outputs(_filled(outputs.tree, made))
             parts = [part.to(wide([part])).requires_grad_() for part in stand_in.parts]
             with torch.enable_grad():
-                value = run(stand_in.with_parts(parts), _filled(targets, labels))
+                value = run(stand_in.with_parts([part.clone() for part in parts]), _filled(targets, labels))
             grads = torch.autograd.grad(value.sum(), parts, allow_unused=True, materialize_grads=True)
             return flatten(list(grads))
 

@@ -197,3 +197,32 @@ def test_loss_terms_that_are_given_need_no_notes():
         network(), (normal(SAMPLES, 4), SOFT), nn.MSELoss(reduction="sum"), loss_terms=ALL, population=False
     )
     assert (d.loss_terms, d.notes) == (ALL, ())
+
+
+def masked_out(outputs, targets):
+    outputs[:, 1] = -1e4
+    return F.cross_entropy(outputs, targets)
+
+
+def cooled(outputs, targets):
+    outputs /= 2.0
+    return F.cross_entropy(outputs, targets)
+
+
+def with_an_axis(outputs, targets):
+    return F.cross_entropy(outputs.unsqueeze_(1)[:, 0], targets)
+
+
+def centred(outputs, targets):
+    return outputs.sub_(outputs.mean(1, keepdim=True)).mul_(F.one_hot(targets, CLASSES)).square().mean()
+
+
+@pytest.mark.parametrize("loss", [masked_out, cooled, with_an_axis, centred])
+def test_a_loss_may_write_to_the_outputs(loss):
+    model, x, labels = network(), normal(SAMPLES, 4), torch.tensor([0, 2, 0, 2, 2, 0])
+    d = lnp.decompose(model, (x, labels), loss, estimator="exact")
+    out = model(x)
+    assert_agrees(d, dense(model, out, loss(out.clone(), labels), d.loss_terms), torch.float64)
+    assert d.population is not None, "it is found to be a mean over samples"
+    change = lnp.measured_loss_change(model, (x, labels), loss, learning_rate=1e-6)
+    assert change == pytest.approx(-1e-6 * d.rate, rel=1e-4)
