@@ -67,7 +67,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         signs=_signs(options.seed, (samples, math.prod(shape[1:])), local.outputs.dtype),
         jvp=lambda u: local.jvp(_padded(model, u)).reshape(flat),
         sample_square_norms=sample_square_norms if options.split and local.sample_square_norms else None,
-        cheap=bool(local.sample_square_norms),
+        sample_cost=1.0,
         loss_along=lambda u, step: value_and_gradient(loss, local.moved(u, step), targets)[0],
         separable=isinstance(loss, str),
         violations=violations,

@@ -64,9 +64,9 @@ class Apart:
         return Verdict(general=self.general).notes
 
     def offered_in(self, lin: Linearization) -> Linearization:
-        """The record with what it has of single samples: they are cheap where all parameters have rules."""
-        norms, cheap = self.square_norms, not self.general
-        return replace(lin, sample_square_norms=norms, subset=self.subset, coupled=self.coupled, cheap=cheap)
+        """The record with what it has of single samples, which run one after the other where there are no rules."""
+        norms, cost = self.square_norms, float(lin.outputs.shape[0]) if self.general else 1.0
+        return replace(lin, sample_square_norms=norms, subset=self.subset, coupled=self.coupled, sample_cost=cost)
 
     def coupled(self) -> tf.Tensor:
         """Whether the samples have turned out to interact so far, shape ()."""

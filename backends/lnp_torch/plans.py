@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lnp.contract.linearization import MAPPED_COST
 from lnp.contract.trees import leaves
 from lnp.per_sample.verdict import Verdict
 from lnp_torch import fallback
@@ -46,6 +47,12 @@ class Plan:
     def general(self) -> dict[str, str]:
         """{parameter that takes the general way: why}."""
         return dict(self.verdict.general)
+
+    def sample_cost(self, samples: int) -> float:
+        """What squared norms of all samples cost, in pull-backs of the batch."""
+        if not self.general:
+            return 1.0
+        return MAPPED_COST if self.way is fallback.VECTORIZED else float(samples)
 
     def reading(self, gradient_norms: bool = False, index: torch.Tensor | None = None) -> Reading:
         """How taps are read accordingly."""

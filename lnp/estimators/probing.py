@@ -36,6 +36,22 @@ class Pilot:
 
 
 @dataclass(frozen=True)
+class Exact:
+    """Orthogonal probes that together are exact.
+
+    Attributes
+    ----------
+    probes:
+        How many.
+    square_norms:
+        () -> (R, G) array, the sums of their squared norms.
+    """
+
+    probes: int
+    square_norms: Callable[[], Array]
+
+
+@dataclass(frozen=True)
 class Probe:
     """v (N, K) -> (R, G) array of squared norms, one for each row of parameters and group of samples.
 
@@ -49,12 +65,15 @@ class Probe:
         R.
     pilot:
         Makes the pilot where groups are single samples, or None.
+    exact:
+        What takes over once the random probes that are still needed are likely to be more, or None.
     """
 
     square_norms: Callable[[Array], Array]
     groups: int
     rows: int = 1
     pilot: Callable[[], Pilot] | None = None
+    exact: Exact | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +108,9 @@ def pilot_size(samples: int) -> int:
     return size if 2 * size <= samples else samples
 
 
-def probe_to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes: int) -> ProbeAverage:
+def probe_to_tolerance(
+    lin: Linearization, probe: Probe, rtol: float, max_probes: int, start: ProbeAverage | None = None
+) -> ProbeAverage:
     """Average probes until the standard error of the first row is below `rtol` times its estimate, or `max_probes` are
     spent.
 
@@ -104,42 +125,92 @@ def probe_to_tolerance(lin: Linearization, probe: Probe, rtol: float, max_probes
         G/(G - 1) sum_g (x_g - mean)^2          all groups are probed once, where there is no pilot
 
     The first and the last are upper bounds: they hold the spread of the samples' traces beside the probes' noise.
+    With `start`, an average of two probes or more, it goes on from there.
     """
-    xp = lin.xp
-    first = _first_probe(lin, probe, rtol, max_probes)
-    enough = xp.zeros_like(first.variance[0], dtype=xp.bool)
+    first = _first_probe(lin, probe, rtol, max_probes) if start is None else start
+    enough = lin.xp.zeros_like(first.variance[0], dtype=lin.xp.bool)
     if max_probes == 1 or probe.groups > DEGREES_OF_FREEDOM:
-        enough = _is_within(xp, first.mean, first.variance, rtol)
-    # as many probes as give the degrees of freedom: k probes of G groups have G (k - 1)
-    least = min(max_probes, 2 + (DEGREES_OF_FREEDOM - 1) // probe.groups)
+        enough = _is_within(lin.xp, first.mean, first.variance, rtol)
+    limits = _Limits(lin, probe, rtol, max_probes)
+    squares = lin.xp.zeros_like(first.variance) if start is None else limits.squares(start)
+    state = first.probes, first.mean, squares
+    total, mean, squares = lin.while_loop(lambda state: limits.unfinished(state, enough), limits.add_probe, state)
+    return limits.finished(ProbeAverage(mean, limits.variance(total, squares, first.variance), total, first.groups))
 
-    def body(state: tuple) -> tuple:
+
+@dataclass(frozen=True)
+class _Limits:
+    """When probing stops. A state is (probes so far, their mean (R, G), the sum of all squared deviations from
+    the groups' means (R,)).
+    """
+
+    lin: Linearization
+    probe: Probe
+    rtol: float
+    max_probes: int
+
+    @property
+    def least(self) -> int:
+        """As many probes as give the degrees of freedom: k probes of G groups have G (k - 1)."""
+        return min(self.max_probes, 2 + (DEGREES_OF_FREEDOM - 1) // self.probe.groups)
+
+    def add_probe(self, state: tuple) -> tuple:
+        """The state after one more probe."""
         count, mean, squares = state
-        value = probe.square_norms(lin.signs(count))
+        value = self.probe.square_norms(self.lin.signs(count))
         difference = value - mean
-        mean = mean + difference / _factor(lin, count + 1)
-        return count + 1, mean, squares + difference * (value - mean)
+        mean = mean + difference / _factor(self.lin, count + 1)
+        return count + 1, mean, squares + self.lin.xp.sum(difference * (value - mean), axis=1)
 
-    def unfinished(state: tuple) -> Any:
+    def unfinished(self, state: tuple, enough: Array) -> Any:
+        """Whether another random probe is due. `enough` says whether the first one was."""
         count, mean, squares = state
-        if isinstance(count, int) and 1 < count < least:
+        if isinstance(count, int) and 1 < count < self.least:
             return True  # without reading anything from the device
-        if isinstance(count, int) and count >= max_probes:
+        if isinstance(count, int) and count >= self.max_probes:
             return False
-        wide = xp.logical_not(_is_within(xp, mean, pooled_variance(count, squares), rtol))
-        return ((count < least) | ((count < max_probes) & wide)) & ((count > 1) | xp.logical_not(enough))
+        xp, variance = self.lin.xp, self._pooled(count, squares)
+        wide = xp.logical_not(_is_within(xp, mean, variance, self.rtol))
+        if self.probe.exact is not None:
+            wide = wide & xp.logical_not(self._exact_is_cheaper(count, mean, variance))
+        return ((count < self.least) | ((count < self.max_probes) & wide)) & ((count > 1) | xp.logical_not(enough))
 
-    def pooled_variance(count: Count, squares: Array) -> Array:
-        pairs = count * (count - 1)
+    def variance(self, count: Count, squares: Array, of_first: Array) -> Array:
+        """Squared standard errors, (R,): of one probe its own estimate."""
+        if isinstance(count, int):
+            return of_first if count == 1 else self._pooled(count, squares)
+        return self.lin.xp.where(count > 1, self._pooled(count, squares), of_first)
+
+    def finished(self, average: ProbeAverage) -> ProbeAverage:
+        """The average, or the exact value where the loop has stopped because that is cheaper than going on."""
+        exact, count, xp = self.probe.exact, average.probes, self.lin.xp
+        if exact is None or (isinstance(count, int) and (count == 1 or count >= self.max_probes)):
+            return average
+        wide = xp.logical_not(_is_within(xp, average.mean, average.variance, self.rtol))
+        over = wide & (count > 1) & (count < self.max_probes)
+        return ProbeAverage(
+            mean=compute_if(self.lin, over, lambda: (exact.square_norms(),), (average.mean,))[0],
+            variance=xp.where(over, xp.zeros_like(average.variance), average.variance),
+            probes=count + exact.probes * xp.astype(over, xp.int32),
+            groups=average.groups,
+        )
+
+    def _exact_is_cheaper(self, count: Count, mean: Array, variance: Array) -> Array:
+        """Whether the random probes that are still needed are likely to be more than the exact ones, shape ()."""
+        assert self.probe.exact is not None
+        target = self.rtol * self.lin.xp.sum(mean[0, :])
+        fewest = _factor(self.lin, count + self.probe.exact.probes)
+        return (fewest * target**2 < _factor(self.lin, count) * variance[0]) & (fewest < self.max_probes)
+
+    def squares(self, average: ProbeAverage) -> Array:
+        """The sum of squared deviations that an average of several probes was given its error by, (R,)."""
+        return average.variance * _factor(self.lin, average.probes * (average.probes - 1))
+
+    def _pooled(self, count: Count, squares: Array) -> Array:
+        """Squared standard errors from all differences between probes of one group, (R,)."""
+        xp, pairs = self.lin.xp, count * (count - 1)
         pairs = max(pairs, 1) if isinstance(pairs, int) else xp.where(pairs == 0, xp.ones_like(pairs), pairs)
-        return xp.sum(squares, axis=1) / _factor(lin, pairs)
-
-    total, mean, squares = lin.while_loop(unfinished, body, (first.probes, first.mean, xp.zeros_like(first.mean)))
-    if isinstance(total, int):
-        variance = first.variance if total == 1 else pooled_variance(total, squares)
-    else:
-        variance = xp.where(total > 1, pooled_variance(total, squares), first.variance)
-    return ProbeAverage(mean, variance, total, first.groups)
+        return squares / _factor(self.lin, pairs)
 
 
 def _first_probe(lin: Linearization, probe: Probe, rtol: float, max_probes: int) -> ProbeAverage:
@@ -158,7 +229,7 @@ def _first_probe(lin: Linearization, probe: Probe, rtol: float, max_probes: int)
     filled = _fill_with_mean(xp, few, pilot.index, groups)
     bound = groups**2 / size / (size - 1) * _square_deviation(xp, few)
     enough = _is_within(xp, filled, bound, rtol)
-    values = _compute_if(lin, xp.logical_not(enough), all_groups, filled)
+    (values,) = compute_if(lin, xp.logical_not(enough), lambda: (all_groups(),), (filled,))
     variance = xp.where(enough, bound, _variance_of_differences(xp, values, few, pilot.index))
     return ProbeAverage(values, variance, 1, groups + (size - groups) * xp.astype(enough, xp.int32))
 
@@ -168,13 +239,15 @@ def _is_within(xp: Namespace, mean: Array, variance: Array, rtol: float) -> Arra
     return xp.logical_not(variance[0] > (rtol * xp.sum(mean[0, :])) ** 2)
 
 
-def _compute_if(lin: Linearization, condition: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
+def compute_if(
+    lin: Linearization, condition: Array, compute: Callable[[], tuple[Array, ...]], otherwise: tuple[Array, ...]
+) -> tuple[Array, ...]:
     """`compute()` where the condition holds; a loop of at most one turn, which every framework has."""
 
     def body(state: tuple) -> tuple:
-        return state[0] + 1, compute()
+        return state[0] + 1, *compute()
 
-    return lin.while_loop(lambda state: (state[0] < 1) & condition, body, (0, otherwise))[1]
+    return lin.while_loop(lambda state: (state[0] < 1) & condition, body, (0, *otherwise))[1:]
 
 
 def _variance_of_differences(xp: Namespace, first: Array, second: Array, index: Array) -> Array:

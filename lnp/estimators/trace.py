@@ -15,18 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lnp.contract.linearization import Array, Linearization, accumulation_dtype
-from lnp.estimators.probing import Count, Pilot, Probe, pilot_size, probe_to_tolerance
+from lnp.estimators.probing import Count, Exact, Pilot, Probe, ProbeAverage, pilot_size, probe_to_tolerance
 
 Estimator = Literal["auto", "exact", "per_sample", "grouped", "joint"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 GROUPS = 8
 """Groups that the grouped estimator forms when the batch was not split into micro-batches."""
-TYPICAL_DEVIATION = 0.1
-"""Relative standard deviation of one sample's probe: 0.08 to 0.25 on networks of many kinds (docs/theory.md)."""
-LEAST_PROBES = 2
-"""What probing to a tolerance costs at least, in probes: one, and some samples again that tell its error."""
-EXACT_ROWS = 16
-"""`auto` takes all N*K rows one by one up to this many, where samples interact."""
 PER_SAMPLE = ("auto", "exact", "per_sample")
 """Estimators that take the samples one at a time where they do not interact."""
 Rows = Sequence[Sequence[str]]
@@ -101,38 +95,16 @@ class TraceEstimate:
     samples: Array | None = None
 
 
-def choose(lin: Linearization, estimator: str, rtol: float, max_probes: int) -> tuple[str, tuple[str, ...]]:
-    """The estimator that is used when the user asks for `estimator`, and notes where it is another one."""
-    samples, outputs = lin.outputs.shape
-    independent = lin.sample_square_norms is not None
-    if estimator == "auto":
-        if independent:
-            return ("exact" if outputs <= expected_probes(samples, rtol, max_probes) else "per_sample"), ()
-        if samples * outputs <= EXACT_ROWS:
-            return "exact", ()
-        return ("joint" if lin.group_square_norms is None else "grouped"), ()
-    if estimator == "per_sample" and not independent:
-        return "joint", ("the joint estimator replaces the per-sample one, which needs samples that do not interact",)
-    return estimator, ()
-
-
-def expected_probes(samples: int, rtol: float, max_probes: int) -> float:
-    """Random probes that the tolerance is likely to ask for: as many orthogonal ones, if K is no more, are exact.
-
-    >>> expected_probes(samples=16, rtol=0.01, max_probes=64)
-    6.25
-    """
-    if rtol == 0:
-        return max_probes
-    return min(max_probes, max(LEAST_PROBES, (TYPICAL_DEVIATION / rtol) ** 2 / samples))
-
-
 def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_probes: int) -> TraceEstimate:
     """tr Theta by the named estimator (not "auto"), for each row of parameters. Safe to trace and compile."""
     if estimator == "exact":
         return exact_trace(lin, rows)
     probe = {"per_sample": per_sample_probe, "grouped": grouped_probe, "joint": joint_probe}[estimator](lin, rows)
-    average = probe_to_tolerance(lin, probe, rtol, max_probes)
+    return estimate_of(lin, estimator, probe_to_tolerance(lin, probe, rtol, max_probes))
+
+
+def estimate_of(lin: Linearization, estimator: str, average: ProbeAverage) -> TraceEstimate:
+    """The estimate that an average of probes is."""
     independent = estimator == "per_sample"
     return TraceEstimate(
         trace=lin.xp.sum(average.mean, axis=1),
@@ -197,15 +169,19 @@ def exact_trace(lin: Linearization, rows: Rows) -> TraceEstimate:
 
     K probes where samples do not interact, all N*K rows of J one by one where they do.
     """
-    xp = lin.xp
-    samples, outputs = lin.outputs.shape
-    if lin.sample_square_norms is not None:
-        probe, count = per_sample_probe(lin, rows), outputs
-    else:
-        probe, count = joint_probe(lin, rows), samples * outputs
+    independent = lin.sample_square_norms is not None
+    exact = exact_probes(lin, per_sample_probe(lin, rows) if independent else joint_probe(lin, rows))
+    groups = exact.square_norms()
+    total, samples = lin.xp.sum(groups, axis=1), groups[0, :] if independent else None
+    return TraceEstimate(total, lin.xp.zeros_like(total), "exact", exact.probes, lin.outputs.shape[0], samples)
+
+
+def exact_probes(lin: Linearization, probe: Probe) -> Exact:
+    """The orthogonal probes that are exact: e_k for every sample at once, or the unit vectors of all rows of J."""
+    xp, (samples, outputs) = lin.xp, lin.outputs.shape
+    count = outputs if probe.groups == samples else samples * outputs
 
     def unit(index: int | Array) -> Array:
-        """e_k for every sample at once, or the unit vector of one row of J."""
         one = xp.astype(xp.arange(count, device=_device(lin.outputs)) == index, lin.outputs.dtype)
         return xp.broadcast_to(xp.reshape(one, (-1, outputs)), (samples, outputs))
 
@@ -213,12 +189,12 @@ def exact_trace(lin: Linearization, rows: Rows) -> TraceEstimate:
         index, total = state
         return index + 1, total + probe.square_norms(unit(index))
 
-    dtype = accumulation_dtype(xp, lin.outputs.dtype)
-    zero = xp.zeros((len(rows), probe.groups), dtype=dtype, device=_device(lin.outputs))
-    _, groups = lin.while_loop(lambda state: state[0] < count, body, (0, zero))
-    total = xp.sum(groups, axis=1)
-    independent = lin.sample_square_norms is not None
-    return TraceEstimate(total, xp.zeros_like(total), "exact", count, samples, groups[0, :] if independent else None)
+    def square_norms() -> Array:
+        dtype = accumulation_dtype(xp, lin.outputs.dtype)
+        zero = xp.zeros((probe.rows, probe.groups), dtype=dtype, device=_device(lin.outputs))
+        return lin.while_loop(lambda state: state[0] < count, body, (0, zero))[1]
+
+    return Exact(count, square_norms)
 
 
 def _joint_square_norms(lin: Linearization, rows: Rows, v: Array) -> Array:

@@ -8,7 +8,7 @@ from scipy import stats
 
 from core.dense import kernel, network, offdiagonal, record
 from lnp.contract.linearization import while_loop
-from lnp.estimators import probing, trace
+from lnp.estimators import probing, trace, weighing
 
 SEEDS = 400
 JACOBIAN, GRADIENT = network(samples=12, outputs=4, sizes=(20, 10))
@@ -184,8 +184,8 @@ def test_tolerance_is_that_of_the_whole():
 )
 def test_choice(shape, independent, asked, used, noted):
     lin = record(*network(*shape), independent=independent)
-    name, notes = trace.choose(lin, asked, 0.01, 64)
-    assert (name, bool(notes)) == (used, noted)
+    found = weighing.choose(lin, asked, 0.01, 64)
+    assert (found.estimator, bool(found.notes)) == (used, noted)
 
 
 def test_microbatches_are_the_groups():
@@ -193,7 +193,7 @@ def test_microbatches_are_the_groups():
     plain = record(jacobian, gradient)
     norms = lambda v: {name: array.reshape(2, 3).sum(1) for name, array in plain.sample_square_norms(v).items()}
     lin = record(jacobian, gradient, independent=False, group_square_norms=norms, groups=2)
-    assert trace.choose(lin, "auto", 0.01, 64)[0] == "grouped"
+    assert weighing.choose(lin, "auto", 0.01, 64).estimator == "grouped"
     probe = trace.grouped_probe(lin, [tuple(jacobian)])
     v = lin.signs(0)
     assert probe.groups == 2
