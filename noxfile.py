@@ -6,7 +6,9 @@ the wheel contains. A session installs the framework that it is for; its absence
 
 from __future__ import annotations
 
+import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import nox
@@ -23,13 +25,13 @@ RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
 TENSORFLOW = "tensorflow-cpu"
 FORMATS = "pandas,polars,pyarrow,orjson"
 OF_TORCH = (f".[torch,transformers,lightning,tensorboard,{FORMATS},demo,test]", "pytest-xdist")
-NEWEST = "torch>=2.14"
 OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """Compiles small programs in half of the time."""
 AS_USERS_COMPILE = "tests/integrations/test_jax_undisturbed.py"
 """Compares compiled steps bit by bit, which the ways of compiling that are only fast may round differently."""
 OF_EVERY_FRAMEWORK = ("samples", "spectrum", "examples", "same_function", "steps")
 """Tests of Keras that run on TensorFlow and PyTorch, and are left out on JAX, where they take minutes to compile."""
+FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras")
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
 
 
@@ -64,13 +66,6 @@ def torch(session: nox.Session) -> None:
     whole_of_torch(session)
     if not session.posargs:
         show(session)
-
-
-@nox.session(default=False)
-def torch_newest(session: nox.Session) -> None:
-    """The same tests with the newest release, which may be a build for GPUs, of gigabytes: asked for by name."""
-    install(session, *OF_TORCH, NEWEST, constrained=False)
-    whole_of_torch(session)
 
 
 def whole_of_torch(session: nox.Session) -> None:
@@ -150,6 +145,48 @@ def wheel(session: nox.Session) -> None:
     pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/contract/test_numpy.py", "tests/packaging")
 
 
+@nox.session(default=False)
+@nox.parametrize("framework", FRAMEWORKS)
+def oldest(session: nox.Session, framework: str) -> None:
+    """The lower bounds of pyproject.toml, with the conformance kit and the properties: what is claimed is what was run.
+
+    Old builds of PyTorch may be those for GPUs, of gigabytes.
+    """
+    session.install("--upgrade", ".[test]", *lower_bounds(framework))
+    for_one_framework(session, framework)
+
+
+@nox.session(default=False)
+@nox.parametrize("framework", FRAMEWORKS)
+def newest(session: nox.Session, framework: str) -> None:
+    """The newest releases, with the same tests. Of PyTorch it may be a build for GPUs, of gigabytes."""
+    names = [re.split("[>=]", bound)[0] for bound in lower_bounds(framework)]
+    session.install("--upgrade", ".[test]", *names)
+    for_one_framework(session, framework)
+
+
+def for_one_framework(session: nox.Session, framework: str) -> None:
+    """The conformance kit and the property tests of one backend, with the releases that are installed."""
+    session.run("pip", "list", silent=False)
+    session.env["KERAS_BACKEND"] = "tensorflow"
+    session.env["PYTHONSAFEPATH"] = "1"
+    compile_fast(session, *([OLD_EMITTERS] if framework == "jax" else []))
+    tests = [f"tests/{folder}/test_{framework}.py" for folder in ("contract", "properties")]
+    quiet = ("-W", "default")  # other releases warn of other things, which are no failures of lnp's
+    pytest(session, framework, *quiet, *(["tests/core"] if framework == "numpy" else []), *tests)
+
+
+def lower_bounds(framework: str) -> list[str]:
+    """What pyproject.toml claims to work with for one framework, as exact versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {"numpy": [], "keras": ["keras", "tensorflow"]}.get(framework, [framework])
+    claimed = [requirement for extra in extras for requirement in project["optional-dependencies"][extra]]
+    # the small build, which has another name
+    builds = {"tensorflow": TENSORFLOW}
+    pairs = [requirement.split(">=") for requirement in [*project["dependencies"], *claimed]]
+    return [f"{builds.get(name, name)}=={version}" for name, version in pairs]
+
+
 def compile_fast(session: nox.Session, *more: str) -> None:
     """Tests compile many small programs once each: optimising them costs more than it saves. Of `more`, what this
     release of JAX does not know is left out: it would end the process.
@@ -163,10 +200,9 @@ def compile_fast(session: nox.Session, *more: str) -> None:
     session.env["XLA_FLAGS"] = " ".join(flags)
 
 
-def install(session: nox.Session, *requirements: str, constrained: bool = True) -> None:
+def install(session: nox.Session, *requirements: str) -> None:
     """Install under the constraints, and keep the current folder off the path: it must not stand in for the package."""
-    constraints = ("--constraint", str(ROOT / "constraints.txt")) if constrained else ()
-    session.install(*constraints, *requirements)
+    session.install("--constraint", str(ROOT / "constraints.txt"), *requirements)
     session.env["PYTHONSAFEPATH"] = "1"
     check = "import lnp, sysconfig; assert lnp.__file__.startswith(sysconfig.get_path('purelib')), lnp.__file__"
     session.run("python", "-c", check, silent=True)
