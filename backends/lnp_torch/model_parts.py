@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lnp.state.places import Part
 from lnp.state.preserve import is_searched_type
 
 HOSTS = frozenset(
@@ -42,3 +43,19 @@ def may_differ(content: Any) -> bool:
     return isinstance(content, links) or (
         isinstance(content, types.FunctionType) and (content.__module__ or "").partition(".")[0] != "torch"
     )
+
+
+def _slots(module: torch.jit.ScriptModule) -> dict[str, torch.Tensor]:
+    """{dotted name: tensor} of a scripted or traced module."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def _fill_slots(module: torch.jit.ScriptModule, values: list[torch.Tensor]) -> None:
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for name, value in zip(_slots(module), values, strict=False):  # none, to let go of them
+        path, _, own = name.rpartition(".")
+        modules[path]._c.setattr(own, value)
+
+
+SCRIPTED = Part(lambda module: list(_slots(module).values()), _fill_slots)
+"""The place of the tensors of a scripted or traced module."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from lnp.contract.trees import leaves
@@ -63,8 +64,16 @@ REENTRANT = (
 )
 
 
+SCRIPTED = (
+    "The model is a {}, which cannot be watched while it is called: nothing has been touched. Expected a module that is "
+    "not scripted as a whole. Call lnp.decompose or tracker.observe, which make a pass of their own."
+)
+
+
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise ValueError if a module, or its way to be called, is compiled."""
+    """Raise ValueError if a module, or its way to be called, is compiled; and for a scripted model."""
+    if isinstance(model, torch.jit.RecursiveScriptModule):  # which takes no hooks
+        raise ValueError(SCRIPTED.format(type(model).__name__))
     for name, module in model.named_modules():
         called = (vars(module).get("forward"), vars(module).get("_compiled_call_impl"))
         if hasattr(module, "_orig_mod") or any(hasattr(f, "_torchdynamo_orig_callable") for f in called):

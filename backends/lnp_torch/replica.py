@@ -26,7 +26,7 @@ from torch import nn
 from lnp.state.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, empty_like, global_names, is_user_module, places
 from lnp.state.preserve import PLAIN, SavedState
 from lnp_torch.clones import Clones
-from lnp_torch.model_parts import HOSTS, may_differ, part_of_a_model, unwrapped
+from lnp_torch.model_parts import HOSTS, SCRIPTED, may_differ, part_of_a_model, unwrapped
 
 FIXED = (type, types.ModuleType, torch.dtype, torch.device, torch.Size, enum.Enum)
 GENERATOR = Part(
@@ -170,6 +170,10 @@ class Replica:
         inner = unwrapped(x)
         if inner is not x:
             return self._keep(x, self.of(inner))
+        if isinstance(x, torch.jit.ScriptModule):  # what it holds is in C++, where nothing refers to copies
+            made = self._keep(x, copy.deepcopy(x))
+            self._fill(x, made, (SCRIPTED,))
+            return made
         self.clones.buffers.update(id(buffer) for buffer in x._buffers.values())
         made = self._object(x)
         if hasattr(type(x), "__del__"):  # what it does at its end is the user's own module's to do
