@@ -161,7 +161,7 @@ def _slots_part(names: tuple[str, ...]) -> Part:
     """The place that a class's slots of these names are."""
 
     def put(x: Any, values: list) -> None:
-        for name, value in zip(names, values, strict=True):
+        for name, value in zip(names, values or [NOTHING] * len(names), strict=True):
             if value is not NOTHING:
                 object.__setattr__(x, name, value)
             elif hasattr(x, name):

@@ -242,3 +242,29 @@ def test_interruptions():
     finally:
         signal.signal(signal.SIGALRM, handler)
     assert interrupted
+
+
+class Slotted:
+    """An object without attributes of its own but slots, as a configuration has."""
+
+    __slots__ = ("calls", "scale", "unset")
+
+    def __init__(self):
+        self.scale, self.calls = torch.tensor(2.0), 0
+
+
+def test_an_object_with_slots_is_copied_and_let_go_of():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.settings = nn.Linear(4, 3), Slotted()
+
+        def forward(self, x):
+            self.settings.calls += 1
+            return self.settings.scale * self.layer(x)
+
+    model, batch = Net(), (torch.randn(5, 4), torch.arange(5) % 3)
+    scale = model.settings.scale
+    assert lnp.decompose(model, batch).rate > 0
+    assert (model.settings.calls, model.settings.scale) == (0, scale)
+    assert not hasattr(model.settings, "unset")
