@@ -65,8 +65,8 @@ REENTRANT = (
 
 
 SCRIPTED = (
-    "The model is a {}, which cannot be watched while it is called: nothing has been touched. Expected a module that is "
-    "not scripted as a whole. Call lnp.decompose or tracker.observe, which make a pass of their own."
+    "The model is a {}, which cannot be watched while it is called: nothing has been touched. Expected a module that "
+    "is not scripted as a whole. Call lnp.decompose or tracker.observe, which make a pass of their own."
 )
 
 
