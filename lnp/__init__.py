@@ -11,7 +11,7 @@ from lnp.contract.options import Options
 from lnp.contract.registry import load
 from lnp.estimators.population import Population
 from lnp.results.cross_response import CrossResponse
-from lnp.results.decomposition import Decomposition, Layer
+from lnp.results.decomposition import Decomposition, Layer, Total
 from lnp.results.step_taken import StepTaken, snapshot, step_taken
 from lnp.runs.power_law import PowerLaw, power_law
 from lnp.runs.spectral_reach import Reach, reach, reach_of_runs
@@ -41,6 +41,7 @@ __all__ = [
     "Reach",
     "Spectrum",
     "StepTaken",
+    "Total",
     "Tracker",
     "alignment",
     "cross_response",

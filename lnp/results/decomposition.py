@@ -51,6 +51,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Total:
+    """The loss with terms that do not come from the outputs (regularisation), and the rate at which it falls."""
+
+    loss: Any
+    rate: Any
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """The three factors of -dL/dt, with standard errors: floats, or 0-d arrays inside a compiled function.
 
@@ -81,6 +89,10 @@ class Decomposition:
         Position and rate without the floor of a finite batch, or None unless asked for.
     notes:
         What the user should know.
+    total:
+        The whole loss, where it has terms that do not come from the outputs and a backend can measure them: its loss,
+        and its rate ||J^T g + dR/dtheta||^2 with R the sum of these terms, which all other values leave out. None
+        elsewhere.
     """
 
     loss: Any
@@ -99,6 +111,7 @@ class Decomposition:
     outputs: int
     estimator: str
     notes: tuple[str, ...] = ()
+    total: Total | None = None
 
     def predicted_loss_change(self, learning_rate: float) -> Any:
         """Loss change of one step of gradient descent to first order: -learning_rate * rate."""

@@ -42,6 +42,8 @@ def to_dict(d: Decomposition) -> dict[str, Any]:
     flat = {name: getattr(d, name) for name in (*WHOLE, *SHAPE)}
     if d.population is not None:
         flat |= {f"population/{name}": getattr(d.population, name) for name in POPULATION}
+    if d.total is not None:
+        flat |= {"total/loss": d.total.loss, "total/rate": d.total.rate}
     for layer, part in (d.layers or {}).items():
         flat |= {f"layer/{layer}/{name}": getattr(part, name) for name in LAYER}
     return flat
@@ -66,6 +68,8 @@ def to_text(d: Decomposition) -> str:
             f"{'noise':<10}{_number(d.population.noise_scale):>11}{_error(d.population, 'noise_scale')}"
             "   gradient noise scale, samples",
         ]
+    if d.total is not None:
+        lines += [f"{name:<10}{_number(getattr(d.total, name)):>11}   of the whole loss" for name in ("loss", "rate")]
     if d.layers:
         width = max(len("layer"), *map(len, d.layers))
         lines += ["", f"{'layer':<{width}}{'rate':>11}{'chi_net':>11}{'':>11}{'chi_pos':>11}"]
