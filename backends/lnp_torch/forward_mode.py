@@ -26,7 +26,7 @@ def jvp(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.T
     except torch.OutOfMemoryError:
         raise
     except (NotImplementedError, RuntimeError):
-        return _double_backward(run, parameters, u)
+        return double_backward(run, parameters, u)
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def _forward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[to
         return [torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent for pair in pairs]
 
 
-def _double_backward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
+def double_backward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
     """J u as the derivative of w -> <J^T w, u>."""
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
         leaves = [p.detach().requires_grad_() for p in parameters.values()]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from lnp.contract.trees import children, map_leaves
 from lnp.contract.validation import select
@@ -45,6 +46,8 @@ class Program:
         The user's module or function.
     trained:
         Ids of a module's own parameters that are selected.
+    written:
+        Names of selected parameters that the model writes to.
     """
 
     parameters: Parameters
@@ -55,6 +58,7 @@ class Program:
     modules: tuple[nn.Module, ...] = ()
     owner: Any = None
     trained: frozenset[int] = frozenset()
+    written: tuple[str, ...] = ()
 
     def in_float64(self) -> Program:
         """The same function in float64, as far as its dtypes follow from those of parameters, buffers and inputs."""
@@ -217,17 +221,15 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
         )
     candidates = [name for name, p in own.items() if continuous(p) and (p.requires_grad or parameters is not None)]
     chosen = select(candidates, parameters)
-    every = {name: p.detach().clone() if id(p) in written else p for name, p in own.items()}
-    aliases = {name: _alias(every[name]) for name in chosen}
+    aliases = {name: _alias(own[name]) for name in chosen}
     replica = Replica((model, forward or called, loss), map(id, own.values()), written)
     copy, run, of_outputs = replica.roots
 
     def stands_for(name: str, p: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """What a pass has in the place of one of the module's own parameters."""
-        if name in parameters:
-            return like(every[name], parameters[name])
-        fixed = cast(every[name].detach(), replica.clones.dtype)
-        return fixed.clone() if id(p) in written else fixed
+        given = name in parameters
+        value = like(p, parameters[name]) if given else cast(p.detach(), replica.clones.dtype)
+        return own_memory(value) if id(p) in written else value
 
     def call(parameters: Parameters, inputs: Any) -> Any:
         replica.rewind(standing := {id(p): stands_for(name, p, parameters) for name, p in own.items()})
@@ -237,32 +239,55 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
         finally:
             _STANDING.reset(token)
 
-    guard = Guard([*(p for p in own.values() if id(p) not in written), *replica.clones.shared()])
     trained = frozenset(id(p) for name, p in own.items() if name in aliases)
-    return Program(aliases, call, replica, of_outputs, guard, tuple(model.modules()), model, trained)
+    return Program(
+        aliases, call, replica, of_outputs, _guard(own, replica), tuple(model.modules()), model, trained,
+        _written(own, aliases, written),
+    )  # fmt: skip
 
 
 def _function(function: Callable, tree: Any, parameters: Any, loss: Any, written: frozenset[int]) -> Program:
     """A function of a structure of parameters as a program."""
     leaves = named(tree)
     chosen = select([name for name, leaf in leaves.items() if continuous(leaf)], parameters)
-    own = {name: leaf.detach().clone() if id(leaf) in written else leaf for name, leaf in leaves.items()}
-    aliases = {name: _alias(own[name]) for name in chosen}
+    aliases = {name: _alias(leaves[name]) for name in chosen}
     replica = Replica((function, loss), written=written)
     run, of_outputs = replica.roots
 
     def call(parameters: Parameters, inputs: Any) -> Any:
         replica.rewind({})
-        fixed = {
-            name: cast(leaf.detach(), replica.clones.dtype) for name, leaf in own.items() if name not in parameters
-        }
-        values = iter(
-            [like(leaf, parameters[name]) if name in parameters else fixed[name] for name, leaf in own.items()]
-        )
-        return run(map_leaves(lambda _: next(values), tree), inputs)
+        values = [
+            like(leaf, parameters[name]) if name in parameters else cast(leaf.detach(), replica.clones.dtype)
+            for name, leaf in leaves.items()
+        ]
+        pairs = zip(values, leaves.values(), strict=True)
+        values = [own_memory(value) if id(leaf) in written else value for value, leaf in pairs]
+        replica.given.update(map(id, values))
+        given = iter(values)
+        return run(map_leaves(lambda _: next(given), tree), inputs)
 
-    guard = Guard([*(leaf for leaf in leaves.values() if id(leaf) not in written), *replica.clones.shared()])
-    return Program(aliases, call, replica, of_outputs, guard, owner=function)
+    named_as_written = _written(leaves, aliases, written)
+    return Program(
+        aliases, call, replica, of_outputs, _guard(leaves, replica), owner=function, written=named_as_written
+    )
+
+
+def own_memory(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter in memory that a pass may write to. Modes that watch see a call of this very function."""
+    if has_torch_function_unary(parameter):
+        return handle_torch_function(own_memory, (parameter,), parameter)
+    return parameter.clone()
+
+
+def _guard(own: Parameters, replica: Replica) -> Guard:
+    """Of the parameters, which passes never write to: not where they have memory of their own for it, either."""
+    written = replica.clones.written
+    every = sorted(own.values(), key=lambda p: id(p) not in written)  # of views of one memory, one that is not known
+    return Guard([*every, *replica.clones.shared()])
+
+
+def _written(own: Parameters, selected: Parameters, written: frozenset[int]) -> tuple[str, ...]:
+    return tuple(name for name, p in own.items() if id(p) in written and name in selected)
 
 
 def _alias(parameter: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ from lnp_torch.taps.reader import Reading
 WORTH = {"cpu": 2**27}
 """Multiplications of a forward pass from which on one over some of the samples pays: below, Python takes as long."""
 WORTH_ELSEWHERE = 2**34
+WRITES = "the network writes to {} while it runs: derivatives are at the values that it leaves there, as in training"
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,11 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
     # what was made in inference mode can take no part in a derivative
     targets = map_leaves(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, targets)
     whole = options.microbatch is None
-    taps = Taps(prepared.parameters) if whole and options.split else None
-    outputs, repeat = first_pass(
-        prepared, inputs, options.batch_statistics == "frozen", whole or targets is None, taps or nullcontext()
+    watching: Callable = partial(Taps, prepared.parameters) if whole and options.split else nullcontext
+    outputs, repeat, watch, differing = first_pass(
+        prepared, inputs, options.batch_statistics == "frozen", whole or targets is None, watching
     )
+    taps = watch if isinstance(watch, Taps) else None
     parts = outputs.parts
     flat = flatten([part.detach() for part in parts])
     if isinstance(targets, torch.Tensor):
@@ -171,7 +173,7 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
     if not whole:
         norms = partial(fallback.square_norms, pull_groups)
         made = replace(made, group_square_norms=norms, groups=-(-flat.shape[0] // size))
-    return replace(made, notes=(*made.notes, *notes)), look
+    return replace(made, notes=(*made.notes, *differing, *notes)), look
 
 
 def graph_gradients(parts: list[torch.Tensor], parameters: Vector) -> Callable[[torch.Tensor], Vector]:
@@ -263,7 +265,8 @@ def jvp(passes: Passes, u: Vector) -> torch.Tensor:
     parameters = passes.program.parameters
 
     def forward(vector: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [flatten(forward_mode.jvp(lambda p: passes.whole(p).parts, parameters, vector)).detach()]
+        run = forward_mode.double_backward if passes.program.written else forward_mode.jvp  # a write moves tangents
+        return [flatten(run(lambda p: passes.whole(p).parts, parameters, vector)).detach()]
 
     with undisturbed([passes.program.device]):
         return at_scale_one(forward, [u[name] for name in parameters], parameters.values())[0]
@@ -302,7 +305,8 @@ def _frozen_notes(passes: Passes) -> tuple[str, ...]:
         "mask": "dropout keeps one mask for the whole measurement",
         "draw": "random numbers that the network draws are the same ones in the whole measurement",
     }
-    return tuple(note for kind, note in notes.items() if kind in kinds)
+    found = [note for kind, note in notes.items() if kind in kinds]
+    return (*found, *([WRITES.format(", ".join(passes.program.written))] if passes.program.written else []))
 
 
 def _narrowest(prepared: Program, outputs: list[torch.dtype]) -> torch.dtype:

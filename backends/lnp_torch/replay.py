@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from lnp.contract.trees import leaves, map_leaves
+from lnp.per_sample.verdict import FROZEN_DIFFERS
 from lnp.state.preserve import PLAIN
 from lnp_torch.clones import cast
 from lnp_torch.draws import Record, rows
@@ -142,14 +143,25 @@ def _copied(leaf: Any) -> Any:
 
 
 def first_pass(
-    program: Program, inputs: Any, statistics: bool, keep_graph: bool, watch: AbstractContextManager
-) -> tuple[Outputs, Callable[[int], Passes]]:
-    """The outputs of the whole batch, and the passes that repeat it once the number of samples is known."""
-    state = RandomState([program.device])
+    program: Program, inputs: Any, statistics: bool, keep_graph: bool, watching: Callable[[], AbstractContextManager]
+) -> tuple[Outputs, Callable[[int], Passes], AbstractContextManager, tuple[str, ...]]:
+    """The outputs of the whole batch, the passes that repeat it once the number of samples is known, what watched, and
+    notes.
+
+    Batch normalisation is not held at its statistics where the network would compute something else with them.
+    """
+    state, watch = RandomState([program.device]), watching()
     mode = Frozen(statistics, program)
     with watch, mode, torch.set_grad_enabled(keep_graph):
         outputs = read(program.call(program.parameters, copied(inputs)))
+    if mode.agree and not bool(torch.stack(mode.agree).all()):
+        state.restore()
+        return *first_pass(program, inputs, False, keep_graph, watching)[:3], (FROZEN_DIFFERS,)
     after, explained = RandomState([program.device]), mode.explained
-    return outputs, lambda samples: Passes(
-        program, inputs, samples, mode.record, state, after, statistics, explained=explained, hooked=mode.hooked
-    )
+
+    def repeat(samples: int) -> Passes:
+        return Passes(
+            program, inputs, samples, mode.record, state, after, statistics, explained=explained, hooked=mode.hooked
+        )
+
+    return outputs, repeat, watch, ()

@@ -1,7 +1,8 @@
 """One forward pass fixes what is random or depends on the batch; later passes, on part of the batch, repeat it.
 
 Dropout keeps its masks, and whatever else PyTorch's functions draw is repeated. Batch normalisation in training mode
-keeps this batch's statistics (mean and biased variance), and updates none.
+keeps this batch's statistics (mean and biased variance), if that gives what the network computes by itself; running
+statistics are afterwards what the first pass made of them, for a network may read them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from array_api_compat import torch as xp
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lnp.contract.linearization import coupling_tolerance
+from lnp.per_sample.differences import frozen_agrees
+from lnp_torch.constants import Constants
 from lnp_torch.draws import (
     ATTENTION,
     DROPOUTS,
@@ -28,8 +33,9 @@ from lnp_torch.draws import (
     open_attention,
 )
 from lnp_torch.model import Program, captured, replaced
+from lnp_torch.outputs import widened
 from lnp_torch.state_guard import set_generator_state
-from lnp_torch.writes import HANDED_OUT
+from lnp_torch.writes import writes_unseen
 
 
 class Frozen(TorchFunctionMode):
@@ -53,6 +59,8 @@ class Frozen(TorchFunctionMode):
         What was recorded.
     hooked:
         Whether hooks were put on activations: they run in the backward pass.
+    agree:
+        Flags of shape (): whether batch normalisation with statistics that are held computes what it is without.
     """
 
     def __init__(
@@ -62,8 +70,10 @@ class Frozen(TorchFunctionMode):
         self._statistics, self._fused, self._program = statistics, attention, program
         self._replay = None if record is None else iter(record)
         self._expected = Expected(program.device) if record is None else None
+        self._constants = Constants(program.replica) if record is None else None
         self.record: Record = []
         self.hooked = False
+        self.agree: list[torch.Tensor] = []
 
     @property
     def explained(self) -> bool:
@@ -75,9 +85,16 @@ class Frozen(TorchFunctionMode):
         if captured(args, kwargs):
             args, kwargs = replaced(args, kwargs)
         self.hooked |= func in HOOKS
-        if func in HANDED_OUT:
+        if writes_unseen(func, args, kwargs):
             self._program.replica.clones.touched = True
         self._program.guard.check(func, args, kwargs)
+        out = self._called(func, args, kwargs)
+        if self._constants is not None:
+            self._constants.follow(args, kwargs, out)
+        return out
+
+    def _called(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """What the function returns, with what is drawn and held as in the first pass."""
         if func in DROPOUTS:
             return self._dropout(func, *args, **kwargs)
         if func in MADE or func in FILLED:
@@ -135,12 +152,34 @@ class Frozen(TorchFunctionMode):
     def _batch_norm(
         self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
     ):
-        """Batch normalisation with the statistics of the first pass."""
-        if not training:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        axes = [axis for axis in range(input.ndim) if axis != 1]
-        mean, variance = self._fixed("statistics", lambda: torch.var_mean(_wide(input), dim=axes, correction=0)[::-1])
-        return F.batch_norm(input, mean, variance, weight, bias, False, momentum, eps)
+        """Batch normalisation with the statistics of the first pass.
+
+        Statistics of what is computed from parameters alone (weight standardisation) are no batch's.
+        """
+
+        def as_it_is(input: torch.Tensor) -> torch.Tensor:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+        if not training or self._fixed("of parameters", lambda: self._of_parameters(input)):
+            return as_it_is(input)
+        running = [t for t in (running_mean, running_var) if t is not None]
+        mean, variance, *after = self._fixed("statistics", lambda: _statistics(input))
+        out = _normalised(input, mean, variance, weight, bias, eps)
+        with torch.no_grad():
+            if self._replay is None:
+                own = as_it_is(input.detach())  # which updates the running statistics
+                tolerance = coupling_tolerance(xp, input.dtype)
+                self.agree.append(frozen_agrees(xp, out.detach().flatten(1), own.flatten(1), tolerance))
+                after = [t.clone() for t in running]
+                self.record[-1] = ("statistics", (mean, variance, *after))
+            for t, value in zip(running, after, strict=True):
+                t.copy_(value)
+        return out
+
+    def _of_parameters(self, input: torch.Tensor) -> bool:
+        """Whether a tensor of the first pass was computed without the batch."""
+        assert self._constants is not None, "it is asked in the first pass"
+        return input in self._constants
 
     def _attention(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
@@ -164,5 +203,15 @@ def _dropout_p(args: tuple, kwargs: dict) -> float:
     return kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
 
 
-def _wide(input: torch.Tensor) -> torch.Tensor:
-    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+def _statistics(input: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Mean and biased variance over all axes but the second, in float32 or better."""
+    return torch.var_mean(widened(input), dim=[axis for axis in range(input.ndim) if axis != 1], correction=0)[::-1]
+
+
+def _normalised(input, mean, variance, weight, bias, eps) -> torch.Tensor:
+    """Batch normalisation with given statistics; its kernels take those of a weight of narrower type in that type."""
+    if weight is None or weight.dtype == mean.dtype:
+        return F.batch_norm(input, mean, variance, weight, bias, False, 0.0, eps)
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    out = F.batch_norm(input, mean, variance, None, None, False, 0.0, eps) * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)

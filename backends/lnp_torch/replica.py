@@ -52,6 +52,8 @@ class Replica:
         The copies.
     clones:
         Copies of tensors that are no parameters.
+    given:
+        Ids of the tensors that a pass begins with, its inputs excepted.
 
     Raises
     ------
@@ -68,7 +70,7 @@ class Replica:
         self._iterators: dict[int, Any] = {}
         self._empties: list[Any] = []
         self._restored: list[Any] = []
-        self._standing, self.clones = frozenset(standing), Clones(written)
+        self._standing, self.clones, self.given = frozenset(standing), Clones(written), set[int]()
         self.roots = tuple(self.of(root) for root in roots)
         self._held += [(PARTS[dict], made, PARTS[dict].take(made)) for made in self._globals.values()]
         self._changing = [held for held in self._held if held[0].refers and any(map(self._changes, held[2]))]
@@ -87,6 +89,7 @@ class Replica:
                 part.put(made, content)
         now: dict[int, Any] = {key: copy.copy(x) for key, x in self._iterators.items()}
         now |= {**self.clones.fresh(), **standing}
+        self.given = set(map(id, now.values()))
         for part, made, content in self._changing:
             wanted = [now.get(id(value), value) for value in content]
             if not part.same(part.take(made), wanted):

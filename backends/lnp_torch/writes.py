@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +20,19 @@ MAX_NORM = {F.embedding: 3, F.embedding_bag: 4}
 """{function that shrinks rows of its second argument in place: position of `max_norm`}."""
 HANDED_OUT = frozenset({Tensor.data.__get__, Tensor.numpy, Tensor.__array__})
 """Memory that can be written to unseen."""
+RUNNING = {
+    **dict.fromkeys((F.batch_norm, F.instance_norm), 1),
+    **dict.fromkeys((torch.batch_norm, torch.instance_norm, torch.native_batch_norm), 3),
+}
+"""{function that updates running statistics, which their version does not tell: position of the first of them}."""
+
+
+def writes_unseen(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a call may write to a tensor whose version does not tell of it."""
+    position = RUNNING.get(func)
+    if position is None:
+        return func in HANDED_OUT
+    return kwargs.get("running_mean", args[position] if len(args) > position else None) is not None
 
 
 class WrittenTo(BaseException):

@@ -18,7 +18,7 @@ from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
 
 from lnp_torch.draws import HOOKS
-from lnp_torch.model import Parameters
+from lnp_torch.model import Parameters, own_memory
 from lnp_torch.taps.reader import Frame, Lookup, Pullback, Reader, Reading, Site
 from lnp_torch.taps.rules import Use, recognised
 from lnp_torch.writes import tensors
@@ -63,6 +63,7 @@ class Taps(TorchFunctionMode):
         self.general: dict[str, str] = {}
         self._tables: dict[str, Tensor] = {}  # what was looked up for all samples at once
         self._lookups: dict[str, Lookup] = {}
+        self._copies: list[Tensor] = []
         self._began: int | None = None
         self.program = self.products = 0
         self.rerouting = self.hooked = False
@@ -70,6 +71,9 @@ class Taps(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is own_memory and self._name(args[0]) is not None:  # stands for the parameter in this pass
+            self._names[id(out)], self._copies = self._names[id(args[0])], [*self._copies, out]
+            return out
         if not self.watching or torch.compiler.is_compiling():  # what the user's compiler follows stays as it is
             return out
         name = getattr(func, "__name__", "") or str(func)
@@ -84,6 +88,7 @@ class Taps(TorchFunctionMode):
 
     def __exit__(self, *exception):
         self._tables.clear()  # they hold the graph, which holds this
+        self._copies.clear()
         return super().__exit__(*exception)
 
     def _tapped(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any, used: list[Tensor]) -> Any:
