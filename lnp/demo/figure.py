@@ -9,6 +9,7 @@ from lnp import plot
 from lnp.demo.run import Ladder
 from lnp.demo.summary import average_over_seeds, is_frozen, reach
 from lnp.plot import style
+from lnp.plot.runs import draw_reach
 from lnp.runs.curves import POSITION, size
 
 if TYPE_CHECKING:
@@ -45,11 +46,10 @@ def _draw_reach(ax: Axes, ladder: Ladder, lines: dict[str, dict[str, Any]]) -> N
     """Spectral reach against size, one point with its error for each network."""
     ax.set(xscale="log", yscale="log")
     for network, runs in ladder.items():
-        lowest = reach(runs)
-        marker = {"marker": "s", "fillstyle": "none"} if is_frozen(runs) else {"marker": "o"}
-        colour = lines[network]["color"]
-        at = (size(runs[0]), lowest.mean)
-        ax.errorbar(*at, lowest.stderr, color=colour, capsize=3, markersize=7, linestyle="none", **marker)
+        found = reach(runs)
+        marker = {"fillstyle": "none"} if is_frozen(runs) else {}
+        draw_reach(ax, size(runs[0]), found, color=lines[network]["color"], capsize=3, markersize=7, **marker)
+        at = (size(runs[0]), found.chi_pos if found.resolved else found.limit)
         ax.annotate(network, at, xytext=(9, 3), textcoords="offset points", fontsize=9)
     ax.margins(x=0.3, y=0.15)
     style.log_ticks(ax.xaxis)

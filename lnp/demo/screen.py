@@ -70,7 +70,9 @@ def _table(ladder: Ladder, settings: Settings) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for network, runs in ladder.items():
         cells = [_cell(summary.last_value(runs, column), factor) for _, column, factor in COLUMNS]
-        cells.append(_cell(summary.reach(runs), 1e6))
+        found = summary.reach(runs)
+        value = summary.Value(found.chi_pos, found.stderr)
+        cells.append(_cell(value, 1e6) if found.resolved else f"< {1e6 * found.limit:.3g}")
         table.add_row(network.removesuffix(" units"), f"{size(runs[0]):.0f}", *cells)
     return table
 

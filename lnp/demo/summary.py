@@ -10,6 +10,7 @@ import numpy as np
 
 from lnp.demo.run import Ladder
 from lnp.runs import curves
+from lnp.runs.spectral_reach import Reach, reach_of_runs
 from lnp.tracking.history import History
 
 
@@ -44,13 +45,9 @@ def growth(runs: Sequence[History], column: str) -> Value:
     return _value([line[-1] / line[0] for line in lines])
 
 
-def reach(runs: Sequence[History]) -> Value:
-    """The spectral reach that `lnp compare` shows for each run, averaged over seeds.
-
-    Its error is that over seeds alone. The scatter within a window, which is in the error of a single run's reach,
-    is mostly the trend here: after so few steps the position still falls, in all runs alike.
-    """
-    return _value([curves.reach(run)[0] for run in runs])
+def reach(runs: Sequence[History]) -> Reach:
+    """The spectral reach that `lnp compare` shows for each run, averaged over seeds."""
+    return reach_of_runs([curves.reach(run) for run in runs])
 
 
 def findings(ladder: Ladder) -> list[str]:
@@ -67,8 +64,11 @@ def is_frozen(runs: Sequence[History]) -> bool:
 
 def _position_falls(free: Ladder) -> str:
     """Whether learning moves into the tail: the reach is less than half of the position at the start, in every run."""
+    reaches = {n: reach(runs) for n, runs in free.items()}
     falls = {
-        n: reach(runs).mean / average_over_seeds(runs, curves.POSITION)[curves.POSITION][0] for n, runs in free.items()
+        n: (found.chi_pos if found.resolved else found.limit)
+        / average_over_seeds(free[n], curves.POSITION)[curves.POSITION][0]
+        for n, found in reaches.items()
     }
     verdict = (
         "Learning moves into the tail"
@@ -85,8 +85,8 @@ def _position_falls(free: Ladder) -> str:
 def _reach_grows(free: Ladder) -> str:
     """Whether larger networks reach further: beyond two standard errors at every step of the ladder."""
     reaches = {n: reach(runs) for n, runs in free.items()}
-    steps = [(a.mean - b.mean, np.hypot(a.stderr, b.stderr)) for a, b in pairwise(reaches.values())]
-    shown = ", ".join(f"{r.mean:.2g} ± {r.stderr:.1g} ({n})" for n, r in reaches.items())
+    steps = [(a.chi_pos - b.chi_pos, np.hypot(a.stderr, b.stderr)) for a, b in pairwise(reaches.values())]
+    shown = ", ".join(f"{r} ({n})" for n, r in reaches.items())
     clear = all(gap > 2 * error for gap, error in steps)
     ordered = all(gap > 0 for gap, _ in steps)
     verdict = (
@@ -105,10 +105,10 @@ def _frozen_stalls(runs: Sequence[History], free: Ladder) -> str:
         return f"No network of {width} units with trained features to compare the frozen ones with."
     own, other = reach(runs), reach(twin)
     losses = [last_value(network, "loss").mean for network in (runs, twin)]
-    stalls = own.mean - other.mean > 2 * np.hypot(own.stderr, other.stderr)
+    stalls = own.chi_pos - other.chi_pos > 2 * np.hypot(own.stderr, other.stderr)
     return (
-        f"{'Frozen features stall' if stalls else 'Frozen features do not stall in this run'}: reach {own.mean:.2g} "
-        f"against {other.mean:.2g}, loss {losses[0]:.3g} against {losses[1]:.3g}; "
+        f"{'Frozen features stall' if stalls else 'Frozen features do not stall in this run'}: reach {own} "
+        f"against {other}, loss {losses[0]:.3g} against {losses[1]:.3g}; "
         f"chi_net grows by {growth(runs, 'chi_net').mean:.2f} against {growth(twin, 'chi_net').mean:.2f}."
     )
 

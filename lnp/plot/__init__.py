@@ -10,9 +10,10 @@ of the single measurement. Steps are on a scale that is linear up to 1 and logar
 from lnp.plot.dashboard import dashboard
 from lnp.plot.layers import layers
 from lnp.plot.lines import chi_loss, chi_net, chi_pos, curve, loss, noise_scale
-from lnp.plot.runs import position_against_loss, reach_against_size
+from lnp.plot.runs import against_compute, position_against_loss, reach_against_compute, reach_against_size
 
 __all__ = [
+    "against_compute",
     "chi_loss",
     "chi_net",
     "chi_pos",
@@ -22,5 +23,6 @@ __all__ = [
     "loss",
     "noise_scale",
     "position_against_loss",
+    "reach_against_compute",
     "reach_against_size",
 ]

@@ -13,7 +13,7 @@ from lnp.plot.lines import chi_loss, chi_net, chi_pos, curve, loss, noise_scale
 from lnp.plot.runs import position_against_loss, reach_against_size
 from lnp.runs.curves import size, summary
 from lnp.runs.open_runs import Runs, RunSources, open_runs
-from lnp.runs.table import integer, number, with_error
+from lnp.runs.table import integer, number, reached
 from lnp.tracking.history import History
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _draw_several(named: Runs, axes: np.ndarray) -> None:
     summaries = [summary(run) for run in named.values()]
     header = ("run", "size", "loss", "reach", "at step")
     cells = [
-        (name, number(s.parameters), number(s.loss), with_error(s.reach, s.reach_stderr), integer(s.reach_step))
+        (name, number(s.parameters), number(s.loss), reached(s.reach), integer(s.reach.step))
         for name, s in zip(named, summaries, strict=True)
     ]
     _draw_table(axes[1], header, cells, [line.get_color() for line in lines])
@@ -93,8 +93,8 @@ def story(run: History) -> list[tuple[str, str]]:
         ("measurements", f"{s.rows}, up to step {s.last_step}"),
         *([("trained parameters", number(s.parameters))] if math.isfinite(s.parameters) else []),
         ("loss", f"{number(s.first_loss)} to {number(s.loss)}"),
-        ("spectral reach", with_error(s.reach, s.reach_stderr)),
-        ("reached at step", integer(s.reach_step)),
+        ("spectral reach", reached(s.reach)),
+        ("reached at step", integer(s.reach.step)),
     ]
     names = {"chi_loss": "loss scale", "chi_net": "network scale", "chi_pos": "position"}
     lines += [

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from lnp.runs import spectral_reach
+from lnp.runs.spectral_reach import Reach
 from lnp.tracking.history import History
 
 MOST_POINTS = 400
 """Points of a curve; a history with more is averaged over stretches that are even in the logarithm of the step."""
 SMOOTHED = 3
-"""Points that are averaged before the lowest position is taken, so that a lucky one does not count."""
+"""Points that are averaged in curves against each other, and before it is asked where a factor stalls."""
 STALLED = 1.25
 """A factor has stalled once it stays within this factor of where it ends."""
 STALLED_SPAN = 1.5
@@ -57,9 +59,8 @@ class Summary:
         Trained parameters, nan if the history does not say.
     first_loss, loss:
         The loss in the first and the last window.
-    reach, reach_stderr, reach_step:
-        The lowest spectral position of the population (of the batch, where the population's is not known), averaged
-        over three windows, with its error, and where it is attained.
+    reach:
+        The spectral reach, of the population's positions where they are known, else of the batch's.
     stalled:
         {factor: the step from which on it stays within a factor 1.25 of where it ends}; nan for one that still moves.
     """
@@ -69,9 +70,7 @@ class Summary:
     parameters: float
     first_loss: float
     loss: float
-    reach: float
-    reach_stderr: float
-    reach_step: float
+    reach: Reach
     stalled: Mapping[str, float]
 
 
@@ -182,19 +181,25 @@ def smooth(line: Curve) -> tuple[np.ndarray, np.ndarray]:
     return np.convolve(line.step, kernel, "valid"), np.convolve(line.mean, kernel, "valid")
 
 
-def reach(history: History) -> tuple[float, float, float]:
-    """(spectral reach, its standard error, the step at which it is attained) over three windows of the run, as
-    `lnp.reach` has it; nan for a history without positions.
+def reach(history: History, *, window: int | Literal["last"] = 5, size: int = 5) -> Reach:
+    """`lnp.reach` of a run's positions: the population's where they are known, else the batch's.
+
+    The windows of the schedule are what `window` and `size` count, and all of them where there are fewer. nan for a
+    history without positions.
     """
     for column in (POSITION, "chi_pos"):
-        line = curve(history, column)
-        finite = np.isfinite(line.mean)
-        if finite.any():
-            errors = np.nan_to_num(line.stderr[finite])
-            width = min(SMOOTHED, int(finite.sum()))
-            lowest = spectral_reach.reach(line.step[finite], line.mean[finite], errors, window=width)
-            return lowest.chi_pos, lowest.stderr, lowest.step
-    return float("nan"), float("nan"), float("nan")
+        positions = history.get(column).astype(np.float64)
+        rows = np.flatnonzero(np.isfinite(positions))
+        if not len(rows):
+            continue
+        steps = history["step"][rows].astype(np.float64)
+        groups = history.get("window")[rows].astype(np.float64)
+        groups = np.where(np.isnan(groups), steps, groups)
+        count = int(np.count_nonzero(np.diff(groups))) + 1
+        errors = history.get(f"{column}_stderr")[rows].astype(np.float64)
+        chosen: Any = window if window == "last" else min(window, count)
+        return spectral_reach.reach(steps, positions[rows], errors, window=chosen, size=min(size, count), groups=groups)
+    return Reach(float("nan"), float("nan"), float("nan"), 0)
 
 
 def stall_step(history: History, column: str) -> float:
@@ -219,7 +224,6 @@ def summary(history: History) -> Summary:
     if not len(history):
         raise ValueError("The history has no rows. Expected at least one measurement.")
     loss = curve(history, "loss").mean
-    position, error, step = reach(history)
     columns = {name: name for name in FACTORS} | ({"chi_pos": POSITION} if POSITION in history else {})
     return Summary(
         rows=len(history),
@@ -227,9 +231,7 @@ def summary(history: History) -> Summary:
         parameters=size(history),
         first_loss=float(loss[0]) if len(loss) else float("nan"),
         loss=float(loss[-1]) if len(loss) else float("nan"),
-        reach=position,
-        reach_stderr=error,
-        reach_step=step,
+        reach=reach(history),
         stalled={name: stall_step(history, column) for name, column in columns.items()},
     )
 
@@ -238,3 +240,16 @@ def size(history: History) -> float:
     """Trained parameters of the run, the tag `parameters`; nan if it has none."""
     values = history.get("parameters")
     return float(values[-1]) if len(values) and isinstance(values[-1], np.number | int | float) else float("nan")
+
+
+def compute(history: History) -> float:
+    """Floating-point operations of training up to the last row, 6 N D for N parameters and D tokens; nan if unknown.
+
+    D is the last step times the tag `tokens_per_step`: tokens of a language model, else samples. A forward pass costs
+    2 N for each, a backward pass twice that (Kaplan et al., arXiv 2001.08361); convolutions, which use a parameter at
+    many places, cost more.
+    """
+    tokens = history.get("tokens_per_step")
+    if not len(tokens) or not isinstance(tokens[-1], np.number | int | float):
+        return float("nan")
+    return 6 * size(history) * float(tokens[-1]) * float(history["step"][-1])

@@ -2,8 +2,11 @@ r"""Spectral reach: how far into the spectral tail a run gets, and how that scal
 
     reach = min over windows of the mean of chi_pos in the window
 
-The lowest position that a run attains, smoothed over a window of measurements, since single ones are noisy and a
-minimum picks the luckiest. Larger models reach lower; frozen representations stall.
+The lowest position that a run attains, smoothed over a window of measurements. The lowest of many noisy means is low by
+luck, the more so the more windows there are. So one half of the measurements (every second one) chooses the window and
+the other half is averaged in it, which is unbiased whatever was chosen; then the halves change places, and the reach is
+the mean of both. What it estimates is the mean of the true position over the measurements that were averaged. Or the
+window is fixed beforehand: the last one. Derived in docs/theory.md, "Reach is a minimum of noisy numbers".
 
 Source: Nikolaou, Scheunemann, Krippendorf, Tovey, Holm, "Spectral Reach", arXiv 2605.31244.
 """
@@ -14,8 +17,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Literal
 
 import numpy as np
+
+RESOLVED = 2.0
+"""Standard errors that a position has to be above zero to be given as a value."""
+CORRELATION = 0.36
+"""The most that the two halves' errors correlate: of three windows that are equally low."""
+STRETCH = 15
+"""Measurements at least whose spread is held against their errors."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +36,13 @@ class Reach:
     Attributes
     ----------
     chi_pos:
-        The reach; below zero only within the error, where population positions came in.
+        The reach, unbiased; below zero only within the error, where population positions came in.
     stderr:
-        Its standard error: of the mean in the window, or over the runs. nan where nothing tells.
+        Its standard error. nan where nothing tells.
     step:
-        Middle of the window in which it was attained (geometric mean of its steps; mean over runs likewise).
+        Where it was attained: geometric mean of the steps in the window (mean over halves and runs likewise).
     window:
-        Measurements that were averaged.
+        Measurements in a window, or windows of the schedule.
     runs:
         Runs that were averaged.
     """
@@ -42,25 +53,53 @@ class Reach:
     window: int
     runs: int = 1
 
+    @property
+    def resolved(self) -> bool:
+        """Whether the reach is a value: not closer to zero than two standard errors."""
+        return not self.chi_pos < RESOLVED * self.stderr
+
+    @property
+    def limit(self) -> float:
+        """An upper limit where the reach is no value: two standard errors above it, or above zero; else nan."""
+        return math.nan if self.resolved else max(self.chi_pos, 0.0) + RESOLVED * self.stderr
+
+    def __str__(self) -> str:
+        if not self.resolved:
+            return f"below {self.limit:.2g}"
+        return f"{self.chi_pos:.3g} ± {self.stderr:.1g}" if self.stderr > 0 else f"{self.chi_pos:.3g}"
+
 
 def reach(
-    steps: Sequence[float], positions: Sequence[float], stderrs: Sequence[float] | None = None, *, window: int = 5
+    steps: Sequence[float],
+    positions: Sequence[float],
+    stderrs: Sequence[float] | None = None,
+    *,
+    window: int | Literal["last"] = 5,
+    size: int = 5,
+    groups: Sequence[float] | None = None,
 ) -> Reach:
     r"""The spectral reach of one run.
 
-    The mean over each window of neighbouring measurements is taken, and the lowest of these means. Late in training
-    pass the population's positions: a small batch's own are its sampling noise (docs/theory.md, "Finite batches").
+    Late in training pass the population's positions: a small batch's own are its sampling noise (docs/theory.md,
+    "Finite batches"). Measurements count as independent, which those on one and the same batch are not.
 
     Parameters
     ----------
     steps, positions:
-        The steps that were measured, rising, and chi_pos there, or `Decomposition.population.chi_pos`.
+        The steps that were measured, rising, and chi_pos there, or `Decomposition.population.chi_pos`. Measurements
+        that are nan are left out.
     stderrs:
-        Standard errors of the positions. The reach's error is then the larger of what they give, sqrt(sum SE^2) / w,
-        and of what the scatter within the window gives, std / sqrt(w); without them, or where one in the window is nan,
-        it is the scatter's.
+        Standard errors of the positions. They are raised by the factor by which second differences of neighbouring
+        positions exceed what they say, if they do. Without them, or where one is zero or nan, those differences give
+        the error.
     window:
-        w, measurements to average: 1 or more, at most all.
+        Neighbouring measurements to average, of which one half chooses the window and the other half is averaged: 2 or
+        more, at most all. Or "last", for the last `size` measurements and no choice.
+    size:
+        Measurements in the last window.
+    groups:
+        A number for each measurement, equal for those that one window of the schedule holds (`history["window"]`): these
+        windows are then what `window` and `size` count.
 
     Raises
     ------
@@ -69,28 +108,38 @@ def reach(
 
     Examples
     --------
-    >>> found = reach([1, 10, 100, 1000], [0.4, 0.2, 0.1, 0.2], window=2)
-    >>> round(found.chi_pos, 9), round(found.stderr, 9), round(found.step, 6)
-    (0.15, 0.05, 31.622777)
+    >>> found = reach([1, 10, 100, 1000], [0.4, 0.2, 0.1, 0.2], [0.01] * 4, window="last", size=2)
+    >>> round(found.chi_pos, 9), round(found.step, 6)
+    (0.15, 316.227766)
+    >>> print(reach(range(8), [4, 2, 0.3, -0.2, 0.1, -0.3, 0.2, 0.1], [0.3] * 8, window=4))
+    below 0.38
     """
-    x = np.asarray(steps, dtype=float)
-    y = np.asarray(positions, dtype=float)
+    x, y = np.asarray(steps, dtype=float), np.asarray(positions, dtype=float)
     e = np.full_like(y, np.nan) if stderrs is None else np.asarray(stderrs, dtype=float)
-    if not (x.ndim == 1 and x.shape == y.shape == e.shape):
+    labels = np.arange(y.size, dtype=float) if groups is None else np.asarray(groups, dtype=float)
+    if not (x.ndim == 1 and x.shape == y.shape == e.shape == labels.shape):
         raise ValueError(f"Received shapes {x.shape}, {y.shape}, {e.shape}. Expected one position for each step.")
     if np.any(np.diff(x) <= 0):
         raise ValueError("The steps do not rise. Expected one run, in order; use reach_of_runs for several.")
-    if not (isinstance(window, Integral) and 1 <= window <= y.size):
-        raise ValueError(f"window is {window} for {y.size} measurements. Expected between 1 and all of them.")
-    windows = np.lib.stride_tricks.sliding_window_view(y, window)
-    means = windows.mean(axis=1)
-    if np.all(np.isnan(means)):
-        return Reach(math.nan, math.nan, math.nan, window)
-    lowest = int(np.nanargmin(means))
-    best = slice(lowest, lowest + window)
-    scatter = float(np.std(y[best], ddof=1)) / math.sqrt(window) if window > 1 else math.nan
-    propagated = float(np.sqrt(np.sum(e[best] ** 2))) / window
-    return Reach(float(means[lowest]), float(np.fmax(propagated, scatter)), _middle(x[best]), window)
+    width = size if window == "last" else window
+    count = int(np.count_nonzero(np.diff(labels))) + 1 if y.size else 0
+    if not (isinstance(width, Integral) and 1 <= width <= count):
+        raise ValueError(
+            f"window is {width!r} for {count} measurements. Expected between 1 and all of them, or 'last'."
+        )
+    known = np.isfinite(y)
+    x, y, e, labels = x[known], y[known], e[known], labels[known]
+    if not y.size:
+        return Reach(math.nan, math.nan, math.nan, int(width))
+    begin = np.flatnonzero(np.r_[True, np.diff(labels) != 0])
+    edges = np.r_[begin, y.size]
+    width = min(int(width), begin.size)
+    starts, stops = edges[: begin.size - width + 1], edges[width:]
+    if window == "last" or starts.size == 1:
+        chosen = np.arange(starts[-1], stops[-1])
+        stderr = float(_stderr(y, e, chosen))
+        return Reach(float(np.mean(y[chosen])), stderr, _middle(x[chosen]), width)
+    return _crossed(x, y, e, starts, stops, width)
 
 
 def reach_of_runs(runs: Sequence[Reach]) -> Reach:
@@ -121,6 +170,62 @@ def reach_of_runs(runs: Sequence[Reach]) -> Reach:
     stderr = spread if math.isnan(propagated) else max(propagated, spread)
     return Reach(
         float(np.mean(values)), stderr, _middle(np.array([run.step for run in runs])), windows.pop(), values.size
+    )
+
+
+def _crossed(
+    x: np.ndarray, y: np.ndarray, e: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int
+) -> Reach:  # fmt: skip
+    """The mean of the two estimates in which one half of the measurements chooses the window, the other is averaged.
+
+    Each is unbiased, for the halves' errors are independent. Together they are not: where both halves choose one window,
+    both are low by luck. Their correlation is nowhere negative, and 0.36 at most.
+    """
+    halves = np.arange(y.size) % 2
+    enough = stops - starts > 1
+    if not enough.any():
+        raise ValueError(
+            "window is 1: a single measurement cannot both choose the window and be averaged in it. Expected 2 or more, "
+            "or window='last'."
+        )
+    starts, stops = starts[enough], stops[enough]
+    chosen = []
+    for half in (0, 1):
+        own = halves == half
+        sums, counts = (np.r_[0.0, np.cumsum(values * own)] for values in (y, np.ones_like(y)))
+        lowest = int(np.argmin((sums[stops] - sums[starts]) / (counts[stops] - counts[starts])))
+        inside = np.arange(starts[lowest], stops[lowest])
+        chosen.append(inside[halves[inside] != half])
+    one, other = (_stderr(y, e, rows) for rows in chosen)
+    stderr = math.sqrt(one**2 + other**2 + 2 * CORRELATION * one * other) / 2
+    middle = _middle(np.array([_middle(x[rows]) for rows in chosen]))
+    return Reach(float(np.mean([np.mean(y[rows]) for rows in chosen])), stderr, middle, width)
+
+
+def _stderr(y: np.ndarray, e: np.ndarray, rows: np.ndarray) -> float:
+    """Standard error of the mean of some measurements: from their errors, raised by what the spread around them says.
+
+    Second differences of neighbours, (y_0 - 2 y_1 + y_2)^2 / 6, tell the variance of one of them whatever its trend.
+    """
+    start, stop = int(rows[0]), int(rows[-1]) + 1
+    around = max(stop - start, -(-(STRETCH - (stop - start)) // 2))
+    near = slice(max(0, start - around), stop + around)
+    square = _second_differences(y[near], np.array([1.0, -2.0, 1.0]))
+    if np.all(e[near] > 0):
+        said = _second_differences(e[near] ** 2, np.array([1.0, 4.0, 1.0]))
+        excess = float(np.mean(square**2 / said)) if square.size else 1.0
+        return math.sqrt(max(1.0, excess) * float(np.sum(e[rows] ** 2))) / rows.size
+    if square.size:
+        return math.sqrt(float(np.mean(square**2)) / 6 / rows.size)
+    return float(np.std(y[near], ddof=1)) / math.sqrt(rows.size) if y[near].size > 1 else math.nan
+
+
+def _second_differences(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted sums of three neighbours, (n - 2,)."""
+    return (
+        values[:-2] * weights[0] + values[1:-1] * weights[1] + values[2:] * weights[2]
+        if values.size > 2
+        else values[:0]
     )
 
 

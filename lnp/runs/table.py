@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from lnp.runs.curves import FACTORS, summary
 from lnp.runs.open_runs import RunSources, open_runs
+from lnp.runs.spectral_reach import Reach
 from lnp.tracking.history import History
 
 HEADER = ("run", "size", "last step", "loss", "reach", "at step", *FACTORS)
-ABOUT = """reach: lowest chi_pos over three windows, with its standard error, and the step at which it is attained.
+ABOUT = """reach: lowest chi_pos over windows of five measurements, with its standard error, and the step around which it is
+attained. One half of the measurements chooses the window, the other is averaged; "below" is an upper limit.
 chi_loss, chi_net, chi_pos: the step from which on the factor stays within 25% of where it ends; - if it moves on."""
 
 
@@ -22,7 +24,7 @@ def compare(runs: RunSources) -> list[tuple[str, ...]]:
     >>> import lnp
     >>> rows = [{"step": s, "loss": 1 / (1 + s), "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5} for s in range(9)]
     >>> compare({"a": lnp.History(rows)})
-    [('a', '-', '8', '0.111', '0.5', '1', '1', '1', '1')]
+    [('a', '-', '8', '0.111', '0.5', '2', '1', '1', '1')]
     """
     return [_line(name, run) for name, run in open_runs(runs).items() if len(run)]
 
@@ -60,9 +62,18 @@ def with_error(value: float, error: float) -> str:
     return f"{number(value)} ± {error:.1g}" if error > 0 else number(value)
 
 
+def reached(reach: Reach) -> str:
+    """A reach with its standard error, or its upper limit.
+
+    >>> reached(Reach(3e-5, 1e-5, 10.0, 5)), reached(Reach(-1e-5, 1e-5, 10.0, 5)), reached(Reach(0.5, 0.0, 1.0, 5))
+    ('3.0e-05 ± 1e-05', 'below 2.0e-05', '0.5')
+    """
+    return with_error(reach.chi_pos, reach.stderr) if reach.resolved else f"below {number(reach.limit)}"
+
+
 def _line(name: str, run: History) -> tuple[str, ...]:
     """The cells of one run, under `HEADER`."""
     s = summary(run)
-    reach = with_error(s.reach, s.reach_stderr)
     stalls = (integer(s.stalled[factor]) for factor in FACTORS)
-    return (name, number(s.parameters), integer(s.last_step), number(s.loss), reach, integer(s.reach_step), *stalls)
+    at = integer(s.reach.step)
+    return (name, number(s.parameters), integer(s.last_step), number(s.loss), reached(s.reach), at, *stalls)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from lnp.tracking import data_frames, storage
+
+if TYPE_CHECKING:
+    from lnp.runs.spectral_reach import Reach
 
 Row = dict[str, Any]
 LAYER = "layer/"
@@ -141,6 +144,15 @@ class History:
             parts = [self.get(f"{LAYER}{layer}/{name}") for layer in layers]
             table[name] = np.stack(parts, axis=1).ravel() if parts else np.empty(0)
         return table
+
+    def reach(self, *, window: int | Literal["last"] = 5, size: int = 5) -> Reach:
+        """The run's spectral reach, `lnp.reach` of its population's positions where they are known, else the batch's.
+
+        `window` and `size` count the windows of the schedule, and are all of them where there are fewer.
+        """
+        from lnp.runs.curves import reach  # which reads histories
+
+        return reach(self, window=window, size=size)
 
     def table(self, by_layer: bool = False) -> dict[str, np.ndarray]:
         """{column: values}, of the rows or of the long table of layers."""

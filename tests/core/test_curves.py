@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+import lnp
 from lnp.cli import main
-from lnp.runs.curves import MOST_POINTS, curve, reach, stall_step, summary
+from lnp.runs.curves import MOST_POINTS, compute, curve, reach, stall_step, summary
 from lnp.runs.open_runs import open_runs
 from lnp.runs.table import compare, number, to_text, with_error
 from lnp.tracking.history import History
@@ -69,14 +70,25 @@ def test_long_histories_become_few_points():
     assert np.average(line.mean, weights=line.last - line.first + 1) == pytest.approx(24_999.5)
 
 
-def test_reach_is_the_lowest_window_and_not_a_lucky_point():
-    run = history("population/chi_pos", [1.0, 0.5, 0.0, 0.4, 0.3, 0.9, 1.0], **{"population/chi_pos_stderr": 0.3})
-    lowest, error, step = reach(run)
-    assert lowest == pytest.approx((0.0 + 0.4 + 0.3) / 3)
-    assert error == pytest.approx(0.3 / math.sqrt(3))
-    assert step == pytest.approx((2 * 3 * 4) ** (1 / 3))
-    assert reach(history("chi_pos", [0.5, 0.2]))[0] == pytest.approx(0.35)
-    assert math.isnan(reach(history("loss", [1.0]))[0])
+def test_reach_is_that_of_the_population_where_it_is_known():
+    values = [1.0, 0.5, 0.0, 0.4, 0.3, 0.9, 1.0]
+    both = history("population/chi_pos", values, chi_pos=7.0, **{"population/chi_pos_stderr": 0.3})
+    assert reach(both) == lnp.reach(range(7), values, [0.3] * 7)
+    assert reach(history("chi_pos", [0.5, 0.2])).chi_pos == pytest.approx(0.35)
+    assert math.isnan(reach(history("loss", [1.0])).chi_pos)
+
+
+def test_a_reach_that_is_no_value_is_shown_as_a_limit():
+    values = [1.0, 0.5, 0.1, -0.1, 0.1, 0.0, -0.1, 0.1]
+    run = history("population/chi_pos", values, loss=1.0, chi_loss=1.0, **{"population/chi_pos_stderr": 0.2})
+    assert compare({"a": run})[0][4] == f"below {number(run.reach().limit)}"
+
+
+def test_compute_is_six_n_d():
+    run = history("loss", [1.0, 0.5, 0.2], parameters=1000, tokens_per_step=50)
+    assert compute(run) == 6 * 1000 * 50 * 2
+    assert math.isnan(compute(history("loss", [1.0], parameters=1000)))
+    assert math.isnan(compute(history("loss", [1.0], tokens_per_step=50)))
 
 
 def test_a_factor_stalls_where_it_stops_changing():
@@ -95,7 +107,7 @@ def test_summary():
         {"step": s, "loss": 2.0 - s, "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5, "parameters": 7} for s in (0, 1)
     ]
     s = summary(History(rows))
-    assert (s.rows, s.last_step, s.parameters, s.first_loss, s.loss, s.reach) == (2, 1, 7.0, 2.0, 1.0, 0.5)
+    assert (s.rows, s.last_step, s.parameters, s.first_loss, s.loss, s.reach.chi_pos) == (2, 1, 7.0, 2.0, 1.0, 0.5)
     with pytest.raises(ValueError, match="no rows"):
         summary(History())
 

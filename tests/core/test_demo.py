@@ -31,6 +31,7 @@ def ladder(positions: dict[tuple[int, bool], list[float]], spread: float = 0.01,
             }
             rows = [
                 {"step": step, "population/chi_pos": value * (1 + spread * (seed - 1)), "loss": 1.0}
+                | {"population/chi_pos_stderr": 0.05 * value}
                 | {"chi_net": 1.0 + step * (not frozen), **run}
                 for step, value in enumerate(values)
             ]
@@ -58,26 +59,27 @@ def new_images(count):
     return [(generator.standard_normal((8, 4)), np.arange(8) % 3) for _ in range(count)]
 
 
-FALLING = [1.0, 0.1, 0.02, 0.01, 0.01, 0.01]
-LOWER = [1.0, 0.1, 0.002, 0.001, 0.001, 0.001]
+FLAT = [0.0106, 0.0103, 0.0102, 0.0101, 0.0100, 0.0099, 0.0098]
+FALLING = [1.0, 0.1, 0.02, *FLAT]
+LOWER = [1.0, 0.1, 0.002, *[0.1 * value for value in FLAT]]
 
 
-def test_reach_is_the_lowest_window_and_not_a_lucky_point():
-    runs = ladder({(4, False): [1.0, 0.5, 0.0, 0.5, 0.4, 0.3]}, spread=0.0)["4 units"]
-    assert summary.reach(runs).mean == pytest.approx((0.0 + 0.5 + 0.4) / 3)
-    assert summary.reach(runs).stderr == 0
+def test_reach_is_that_of_the_runs_averaged():
+    runs = ladder({(4, False): FALLING}, spread=0.1)["4 units"]
+    assert summary.reach(runs) == lnp.reach_of_runs([run.reach() for run in runs])
+    assert summary.reach(runs).chi_pos == pytest.approx(0.01)
 
 
 def test_standard_errors_are_over_seeds():
     runs = ladder({(4, False): FALLING}, spread=0.1)["4 units"]
-    assert summary.last_value(runs, "population/chi_pos").stderr == pytest.approx(0.01 * 0.1 / np.sqrt(3))
-    assert np.isnan(summary.reach(runs[:1]).stderr)
+    assert summary.last_value(runs, "population/chi_pos").stderr == pytest.approx(0.0098 * 0.1 / np.sqrt(3))
+    assert summary.reach(runs).stderr >= 0.01 * 0.1 / np.sqrt(3)
 
 
 def test_curves_are_means_over_seeds_with_their_errors():
     runs = ladder({(4, False): FALLING}, spread=0.1)["4 units"]
     line = curves.curve(summary.average_over_seeds(runs, "loss", "population/chi_pos"), "population/chi_pos")
-    assert line.step.tolist() == list(range(6))
+    assert line.step.tolist() == list(range(10))
     assert line.mean == pytest.approx(np.array(FALLING))
     assert line.stderr == pytest.approx(0.1 * np.array(FALLING) / np.sqrt(3))
 
@@ -87,8 +89,9 @@ def test_findings_where_the_effects_are_there():
     falls, larger, stall = summary.findings(runs)
     assert falls.startswith("Learning moves into the tail")
     assert larger.startswith("Larger networks reach further into the tail: 0.01")
-    assert stall.startswith("Frozen features stall: reach 0.01 against 0.001")
-    assert "grows by 1.00 against 6.00" in stall
+    assert stall.startswith("Frozen features stall: reach 0.01 ± ")
+    assert " against 0.001 ± " in stall
+    assert "grows by 1.00 against 10.00" in stall
 
 
 def test_findings_where_they_are_not():
@@ -143,8 +146,8 @@ def test_history_is_written_as_csv(tmp_path):
     with (tmp_path / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:5] == ["network", "width", "frozen", "seed", "step"]
-    assert [row["network"] for row in rows] == ["4 units"] * 18 + ["4 frozen"] * 18
-    assert [float(row["population/chi_pos"]) for row in rows[24:30]] == LOWER
+    assert [row["network"] for row in rows] == ["4 units"] * 30 + ["4 frozen"] * 30
+    assert [float(row["population/chi_pos"]) for row in rows[40:50]] == LOWER
 
 
 def test_runs_are_written_for_the_other_commands(tmp_path, capsys):
