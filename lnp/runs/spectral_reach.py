@@ -98,8 +98,8 @@ def reach(
     size:
         Measurements in the last window.
     groups:
-        A number for each measurement, equal for those that one window of the schedule holds (`history["window"]`): these
-        windows are then what `window` and `size` count.
+        A number for each measurement, equal for those that one window of the schedule holds (`history["window"]`):
+        these windows are then what `window` and `size` count.
 
     Raises
     ------
@@ -178,15 +178,15 @@ def _crossed(
 ) -> Reach:  # fmt: skip
     """The mean of the two estimates in which one half of the measurements chooses the window, the other is averaged.
 
-    Each is unbiased, for the halves' errors are independent. Together they are not: where both halves choose one window,
-    both are low by luck. Their correlation is nowhere negative, and 0.36 at most.
+    Each is unbiased, for the halves' errors are independent. Together they are not: where both halves choose one
+    window, both are low by luck. Their correlation is nowhere negative, and 0.36 at most.
     """
     halves = np.arange(y.size) % 2
     enough = stops - starts > 1
     if not enough.any():
         raise ValueError(
-            "window is 1: a single measurement cannot both choose the window and be averaged in it. Expected 2 or more, "
-            "or window='last'."
+            "window is 1: a single measurement cannot both choose the window and be averaged in it. Expected 2 or "
+            "more, or window='last'."
         )
     starts, stops = starts[enough], stops[enough]
     chosen = []
@@ -222,11 +222,7 @@ def _stderr(y: np.ndarray, e: np.ndarray, rows: np.ndarray) -> float:
 
 def _second_differences(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted sums of three neighbours, (n - 2,)."""
-    return (
-        values[:-2] * weights[0] + values[1:-1] * weights[1] + values[2:] * weights[2]
-        if values.size > 2
-        else values[:0]
-    )
+    return np.correlate(values, weights, "valid") if values.size > 2 else values[:0]
 
 
 def _middle(steps: np.ndarray) -> float:

@@ -11,8 +11,8 @@ from lnp.runs.spectral_reach import Reach
 from lnp.tracking.history import History
 
 HEADER = ("run", "size", "last step", "loss", "reach", "at step", *FACTORS)
-ABOUT = """reach: lowest chi_pos over windows of five measurements, with its standard error, and the step around which it is
-attained. One half of the measurements chooses the window, the other is averaged; "below" is an upper limit.
+ABOUT = """reach: lowest chi_pos over windows of five measurements with its standard error, and the step around which it
+is attained; one half of the measurements chooses the window, the other is averaged, and "below" is an upper limit.
 chi_loss, chi_net, chi_pos: the step from which on the factor stays within 25% of where it ends; - if it moves on."""
 
 

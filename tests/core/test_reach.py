@@ -118,8 +118,8 @@ TRUTHS = {"constant": lambda n: np.ones(n), "falling": lambda n: np.geomspace(30
 @pytest.mark.parametrize("truth", TRUTHS)
 def test_coverage(truth, points, window, said):
     """Over draws at single errors of 0.2 to 2 of the truth, fixed seed: the mean of the truth in the windows that were
-    chosen lies within one standard error in 64% to 88%, within two in 92% or more, and the reach is unbiased for it; also
-    where errors are said half as large as they are, or not at all.
+    chosen lies within one standard error in 64% to 88%, within two in 92% or more, and the reach is unbiased for it;
+    also where errors are said half as large as they are, or not at all.
     """
     rng, true = np.random.default_rng(points), TRUTHS[truth](points)
     off = []
