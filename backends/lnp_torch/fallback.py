@@ -14,7 +14,7 @@ from lnp.per_sample.self_check import Alone
 from lnp_torch.draws import by_sample
 from lnp_torch.float16 import at_scale_one, scale_to_one
 from lnp_torch.model import Parameters
-from lnp_torch.outputs import dot, flatten, read, split, widened
+from lnp_torch.outputs import dot, flatten, split, widened
 from lnp_torch.replay import Passes, copied
 from lnp_torch.state_guard import same_randomness
 
@@ -108,7 +108,7 @@ def _forward_of_one(passes: Passes) -> Callable[[Parameters, list, list], list[t
         pairs = zip(passes.record, drawn_apart, strict=True)
         record = [(kind, next(drawn) if apart else value) for (kind, value), apart in pairs]
         with passes.replayed(record):
-            return read(passes.program.call(parameters, inputs)).parts
+            return passes.called(parameters, inputs).parts
 
     return forward
 

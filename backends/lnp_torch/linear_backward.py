@@ -13,7 +13,7 @@ from lnp.contract.linearization import Vector
 from lnp.per_sample import self_check
 from lnp.per_sample.self_check import Pulled
 from lnp.per_sample.verdict import BENT
-from lnp_torch.loss_gradient import Output
+from lnp_torch.step_loss import Output
 from lnp_torch.taps.function_mode import Tap
 
 

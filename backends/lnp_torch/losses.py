@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from array_api_compat import torch as xp
-from torch import nn
 from torch.nn import functional as F
 
 from lnp.contract.trees import leaves, map_leaves
 from lnp.losses import kinds, mean_test
 from lnp.losses.mean_test import Leaf
 from lnp_torch.outputs import Outputs, continuous, flatten, wide
+from lnp_torch.reductions import check_labels, integer, own_loss
 
 Loss = Callable[[Any, Any], torch.Tensor]
 """(outputs, targets) -> scalar, where both may be of any structure."""
@@ -27,33 +26,17 @@ Loss = Callable[[Any, Any], torch.Tensor]
 OTHERS = "the loss has terms that do not come from the outputs: they are trained on, and left out here"
 
 
-def other_terms(loss: torch.Tensor, parts: list[torch.Tensor]) -> bool:
-    """Whether any parameter is reached from the loss without passing through the outputs."""
-    ends, stack, visited = {part.grad_fn for part in parts}, [loss.grad_fn], set()
-    own = {id(part) for part in parts if part.grad_fn is None}
-    while stack:
-        node = stack.pop()
-        if node is None or node in ends or node in visited:
-            continue
-        if hasattr(node, "variable"):  # where a gradient is accumulated
-            if id(node.variable) not in own:
-                return True
-            continue
-        visited.add(node)
-        stack.extend(following for following, _ in node.next_functions)
-    return False
-
-
-def integer(targets: Any) -> bool:
-    """Whether the targets are labels."""
-    return isinstance(targets, torch.Tensor) and not (
-        targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
-    )
-
-
 def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms: int | None) -> kinds.Prepared:
-    """The loss that the user means; `loss_terms` is the user's own n, or None."""
-    leaf = outputs if isinstance(outputs, torch.Tensor) else next(leaf for leaf in leaves(outputs) if continuous(leaf))
+    """The loss that the user means; `loss_terms` is the user's own n, or None.
+
+    A loss of the user's gets what the model returned, whole. One of lnp's own takes the only tensor in it.
+    """
+    found = [outputs] if isinstance(outputs, torch.Tensor) else [leaf for leaf in leaves(outputs) if continuous(leaf)]
+    if not callable(loss) and len(found) == 1 and found[0] is not outputs:
+        prepared = prepare(loss, found[0], targets, loss_terms)
+        inner = prepared.function
+        return replace(prepared, function=lambda tree, targets: inner(_only(tree), targets))
+    leaf = found[0]
     given = kinds.Given(_shape(outputs), _shape(targets), integer(targets), tuple(leaf.shape))
     return kinds.prepare(
         xp,
@@ -66,6 +49,11 @@ def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms:
         second_axis=True,
         loss_terms=loss_terms,
     )
+
+
+def _only(tree: Any) -> torch.Tensor:
+    """The tensor of numbers in a structure that has one."""
+    return next(leaf for leaf in leaves(tree) if continuous(leaf))
 
 
 def _shape(tree: Any) -> tuple[int, ...] | None:
@@ -91,99 +79,31 @@ def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor, axis: int) -> t
     return F.cross_entropy(rows, labels.where(inside, kinds.IGNORE_INDEX))
 
 
-ELEMENTS = (
-    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),
-    *(nn.SoftMarginLoss, nn.KLDivLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
-    *(F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.soft_margin_loss, F.kl_div),
-    F.gaussian_nll_loss,  # with its variance bound by functools.partial; the module takes it in every call
-)
-"""Losses whose mean is over all elements of outputs and targets."""
-LABELS = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
-"""Losses whose mean is over class labels."""
-SAMPLES = (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, F.multi_margin_loss, F.multilabel_margin_loss)
-"""Losses whose mean is over samples, however many classes they have."""
+def _prepared_own(loss: Callable, given: kinds.Given, targets: Any) -> kinds.Prepared:
+    """A loss of PyTorch's or the user's own, whose terms are counted where they are averaged.
 
-
-@dataclass(frozen=True)
-class OwnLoss:
-    """How one of PyTorch's losses reduces.
-
-    Attributes
-    ----------
-    over:
-        What its mean averages over.
-    reduction:
-        "mean", "sum", "none" or "batchmean".
-    ignore_index:
-        Label that takes no part.
-    weighted:
-        Whether weights are given, for classes or elements.
+    Only of PyTorch's it is known whether it is a mean over samples; not where it broadcasts: (N, 1) with (N,) pairs all
+    samples.
     """
-
-    over: Literal["elements", "labels", "samples"]
-    reduction: str
-    ignore_index: int
-    weighted: bool
-
-
-def own_loss(loss: Callable) -> OwnLoss | None:
-    """How a loss of PyTorch's reduces: a module, a function, or either with keywords bound by `functools.partial`."""
-    identity: Any = loss
-    settings: dict[str, Any] = {}
-    if isinstance(identity, functools.partial):
-        settings = identity.keywords
-        identity = None if identity.args else identity.func
-    if isinstance(identity, nn.Module):
-        # by its exact type: a subclass may compute something else
-        identity, settings = type(identity), {**vars(identity), **identity._buffers, **settings}
-    over = next((name for name, losses in REDUCED.items() if any(identity is one for one in losses)), None)
-    if over is None or {"size_average", "reduce"} & settings.keys():  # the old way to say how a function reduces
-        return None
-    ignored = settings.get("ignore_index", kinds.IGNORE_INDEX)
-    return OwnLoss(over, settings.get("reduction", "mean"), ignored, settings.get("weight") is not None)
-
-
-REDUCED: dict[Literal["elements", "labels", "samples"], tuple] = {
-    "elements": ELEMENTS,
-    "labels": LABELS,
-    "samples": SAMPLES,
-}
-
-
-def _prepared_own(loss: Callable, given: kinds.Given, targets: Any) -> kinds.Prepared | None:
-    """One of PyTorch's own losses; None for others, and where it broadcasts: (N, 1) with (N,) pairs all samples."""
-    own = own_loss(loss) if given.single else None
+    own = own_loss(loss)
     if own is None or (own.over == "elements" and given.outputs != given.targets):
-        return None
-    terms, notes = _own_terms(own, given.outputs or (), targets)
+        return kinds.Prepared(loss, None, kinds.separable(loss))
+    if not given.single:
+        raise TypeError(
+            f"{_named(loss)} was given for outputs or targets that are not one tensor each, which it does not take. "
+            "Expected a loss that takes what the model returns, whole. Pass loss=, a callable such as "
+            "lambda outputs, targets: criterion(outputs.logits, targets)."
+        )
+    if own.over == "labels":
+        check_labels(own, given.outputs or (), targets)
     # A sum is N times a mean over samples, so its position and noise scale would be the mean's; its rate however is
     # that of N times the loss, which says nothing about the population until N is divided out.
-    return kinds.Prepared(loss, terms, own.reduction in ("mean", "batchmean"), notes=notes)
+    return kinds.Prepared(loss, None, own.reduction in ("mean", "batchmean"))
 
 
-def _own_terms(own: OwnLoss, shape: tuple[int, ...], targets: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
-    """`loss_terms` of one of PyTorch's own losses, and notes."""
-    terms: Any = {"elements": math.prod(shape), "samples": shape[0]}.get(own.over)
-    if own.over == "labels":
-        terms = _label_terms(own, shape, targets)
-    if own.reduction == "sum":
-        return 1, ("the loss is a sum, which averages over nothing: loss_terms is 1",)
-    if own.reduction == "batchmean":
-        return shape[0], ()
-    if own.weighted and own.over == "labels" and integer(targets):
-        return terms, ("the loss is a mean weighted by class: loss_terms counts each label as one",)
-    return terms, ()  # other weights scale the terms, and the mean over them stays as it is
-
-
-def _label_terms(own: OwnLoss, shape: tuple[int, ...], targets: torch.Tensor) -> Any:
-    """How many labels take part, shape (). Those out of range raise ValueError: on a GPU they abort the process."""
-    if len(shape) < 2:
-        kinds.class_axis(shape, targets.shape, integer(targets))  # says what is wrong
-    terms, violations = kinds.class_terms(xp, shape, 1, targets, integer(targets), own.ignore_index)
-    for violated, message in violations:
-        if bool(violated):
-            raise ValueError(message)
-    return terms
+def _named(loss: Any) -> str:
+    inner = loss.func if isinstance(loss, functools.partial) else loss
+    return getattr(inner, "__name__", type(inner).__name__)
 
 
 def found_mean(loss: Callable, run: Loss, outputs: Outputs, targets: Any) -> bool:
@@ -191,13 +111,15 @@ def found_mean(loss: Callable, run: Loss, outputs: Outputs, targets: Any) -> boo
 
     `loss` is the user's, by which the answer is remembered; `run` computes it and leaves no trace.
     """
-    given, wanted = _described(outputs.tree, of_outputs=True), _described(targets, of_outputs=False)
+    measured = frozenset(map(id, outputs.leaves))
+    fixed = frozenset(map(id, outputs.candidates)) - measured
+    given, wanted = _described(outputs.tree, measured, fixed), _described(targets)
     answers = _answers(loss)
     if (given, wanted) not in answers:
 
         def gradient(made: list[np.ndarray], labels: list[np.ndarray]) -> torch.Tensor:
             """(M, K) loss gradient at stand-ins for the outputs and targets."""
-            stand_in = Outputs(_filled(outputs.tree, made))
+            stand_in = Outputs(_filled(outputs.tree, made, fixed), outputs.measured)
             parts = [part.to(wide([part])).requires_grad_() for part in stand_in.parts]
             with torch.enable_grad():
                 value = run(stand_in.with_parts([part.clone() for part in parts]), _filled(targets, labels))
@@ -208,23 +130,26 @@ def found_mean(loss: Callable, run: Loss, outputs: Outputs, targets: Any) -> boo
     return answers[given, wanted]
 
 
-def _described(tree: Any, of_outputs: bool) -> tuple[Leaf, ...]:
-    """Shapes and dtypes of the tensors, as the core's trial draws stand-ins for them."""
+NONE: frozenset[int] = frozenset()
+
+
+def _described(tree: Any, measured: frozenset[int] = NONE, fixed: frozenset[int] = NONE) -> tuple[Leaf, ...]:
+    """Shapes and dtypes of the tensors, as the core's trial draws stand-ins for them; not of those that stay."""
     found = []
     for leaf in leaves(tree):
-        if isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in fixed:
             name = str(leaf.dtype).removeprefix("torch.")
             drawn = name if hasattr(np, name) else "float32"  # bfloat16 and float8, which NumPy does not have
-            found.append(Leaf(tuple(leaf.shape), drawn, of_outputs and continuous(leaf)))
+            found.append(Leaf(tuple(leaf.shape), drawn, id(leaf) in measured))
     return tuple(found)
 
 
-def _filled(tree: Any, arrays: list[np.ndarray]) -> Any:
+def _filled(tree: Any, arrays: list[np.ndarray], fixed: frozenset[int] = NONE) -> Any:
     """The structure with these arrays in the place of its tensors, in their dtypes and on their devices."""
     given = iter(arrays)
 
     def stand_in(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
+        if not isinstance(leaf, torch.Tensor) or id(leaf) in fixed:
             return leaf
         return torch.as_tensor(next(given)).to(leaf.device, leaf.dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,45 +33,66 @@ def like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The floating-point and complex leaves of the outputs, sample axis first.
+    """What a model returned. Measured are those of its floating-point and complex leaves that the loss comes from.
 
     Attributes
     ----------
     tree:
-        What the model returned, or its logits.
-    own_loss:
-        The loss that the model computed itself, or None.
-    auxiliary_loss:
-        A part of it that does not come from the logits (a router's balance), or None.
+        What the model returned, whole.
+    measured:
+        Places of the measured ones among these leaves; None for all of them.
     """
 
     tree: Any
-    own_loss: torch.Tensor | None = None
-    auxiliary_loss: Any = None
+    measured: tuple[int, ...] | None = None
+
+    @property
+    def candidates(self) -> list[torch.Tensor]:
+        """All leaves of real or complex numbers."""
+        return [leaf for leaf in leaves(self.tree) if continuous(leaf)]
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The leaves that are measured, sample axis first."""
+        found = self.candidates
+        return found if self.measured is None else [found[place] for place in self.measured]
 
     @property
     def parts(self) -> list[torch.Tensor]:
         """The leaves that are measured, as real numbers."""
-        return [real(leaf) for leaf in leaves(self.tree) if continuous(leaf)]
+        return [real(leaf) for leaf in self.leaves]
 
     def flat(self) -> torch.Tensor:
         """(N, K) in float32 or better."""
         return flatten(self.parts)
 
     def with_parts(self, parts: list[torch.Tensor]) -> Any:
-        """The structure with other leaves."""
-        values = iter(parts)
-        return map_leaves(lambda leaf: like(leaf, next(values)) if continuous(leaf) else leaf, self.tree)
+        """The structure with others in the place of what is measured."""
+        values = dict(zip(range(len(parts)) if self.measured is None else self.measured, parts, strict=True))
+        places = itertools.count()
 
+        def replaced(leaf: Any) -> Any:
+            if not continuous(leaf):
+                return leaf
+            place = next(places)
+            return like(leaf, values[place]) if place in values else leaf
 
-def read(returned: Any) -> Outputs:
-    """The outputs of a model. Of a Hugging Face output the logits are measured, and its own loss is kept."""
-    logits = _get(returned, "logits")
-    if isinstance(logits, torch.Tensor):
-        own_loss = _get(returned, "loss")
-        own_loss = own_loss if isinstance(own_loss, torch.Tensor) else None
-        return Outputs(logits, own_loss, _get(returned, "aux_loss"))
-    return Outputs(returned)
+        return map_leaves(replaced, self.tree)
+
+    @property
+    def own_loss(self) -> torch.Tensor | None:
+        """The loss that the model has computed itself: named `loss`, or the first of a tuple; None without one.
+
+        So Hugging Face's Trainer takes it, and it is all that is read by name.
+        """
+        tree = self.tree
+        if isinstance(tree, Mapping):
+            found = tree.get("loss")
+        elif isinstance(tree, tuple) and not hasattr(tree, "loss"):
+            found = tree[0] if tree else None
+        else:
+            found = None if isinstance(tree, torch.Tensor) else getattr(tree, "loss", None)
+        return found if continuous(found) and found.numel() == 1 else None
 
 
 def flatten(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -109,9 +132,3 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (widened(a) * widened(b)).sum()
     pairs = zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True)
     return torch.stack([dot(one, other) for one, other in pairs]).sum()
-
-
-def _get(returned: Any, name: str) -> Any:
-    if isinstance(returned, torch.Tensor):
-        return None
-    return returned.get(name) if isinstance(returned, dict) else getattr(returned, name, None)

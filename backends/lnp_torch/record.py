@@ -13,19 +13,19 @@ import torch
 from array_api_compat import torch as xp
 from torch.nn import functional as F
 
-from lnp.contract import validation
 from lnp.contract.linearization import GradientPass, Linearization, Subset, Vector, coupling_tolerance
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp.per_sample.self_check import first_that_runs
 from lnp_torch import fallback, forward_mode
+from lnp_torch.averages import Averages
 from lnp_torch.float16 import at_scale_one
-from lnp_torch.huggingface import split_batch
 from lnp_torch.linear_backward import Joint, custom_backward, refuse_bent
 from lnp_torch.look import Look
 from lnp_torch.loss_gradient import LossAt, loss_at
 from lnp_torch.model import Program
 from lnp_torch.outputs import dot, flatten, widened
+from lnp_torch.own_loss import shown_mean, split_batch
 from lnp_torch.plans import Plan, key_of
 from lnp_torch.replay import Passes, first_pass
 from lnp_torch.self_check import FATAL, plan_for
@@ -149,16 +149,16 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
     targets = map_leaves(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, targets)
     whole = options.microbatch is None
     watching: Callable = partial(Taps, prepared.parameters) if whole and options.split else nullcontext
-    outputs, repeat, watch, differing = first_pass(
-        prepared, inputs, options.batch_statistics == "frozen", whole or targets is None, watching
-    )
+    averages = Averages() if targets is None else None
+    with averages or nullcontext():
+        outputs, repeat, watch, differing = first_pass(
+            prepared, inputs, options.batch_statistics == "frozen", whole or targets is None, watching
+        )
     taps = watch if isinstance(watch, Taps) else None
+    loss, outputs = loss_at(prepared, outputs, targets, options, averages)
     parts = outputs.parts
     flat = flatten([part.detach() for part in parts])
-    if isinstance(targets, torch.Tensor):
-        validation.check_lengths(flat.shape[0], targets.shape)
-    loss = loss_at(prepared, inputs, outputs, targets, options)
-    passes = repeat(flat.shape[0])
+    passes = repeat(outputs)
     if whole:
         one = [] if taps is None else [Tapped(slice(0, flat.shape[0]), parts, taps)]
         samples = Samples(passes, lambda: one, flat, apart=False)
@@ -169,6 +169,9 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
         samples = in_groups(passes, size, flat)
         gradients = partial(fallback.total, pull_groups)
     plan, look, notes = plan_and_look(samples, gradients, parts, options, passes.hooked, reason)
+    if targets is None and plan is not None and options.population is not False:
+        tolerance = tolerance_of(prepared, parts)
+        loss = replace(loss, separable=shown_mean(passes, loss.gradient, loss.terms, tolerance, options.seed))
     made = linearization(Operators(samples, plan, look, gradients, loss.gradient, options), loss, taps)
     if not whole:
         norms = partial(fallback.square_norms, pull_groups)
@@ -225,7 +228,7 @@ def plan_and_look(
         For a backward pass that is not linear, and for micro-batches of samples that interact.
     """
     passes = samples.passes
-    tolerance = coupling_tolerance(xp, _narrowest(passes.program, [part.dtype for part in parts]))
+    tolerance = tolerance_of(passes.program, parts)
     written = hooked or custom_backward(parts)
     if options.split and not reason:
         reason = _why_joint(passes)
@@ -309,9 +312,9 @@ def _frozen_notes(passes: Passes) -> tuple[str, ...]:
     return (*found, *([WRITES.format(", ".join(passes.program.written))] if passes.program.written else []))
 
 
-def _narrowest(prepared: Program, outputs: list[torch.dtype]) -> torch.dtype:
-    """The dtype that decides how far two ways to compute the same thing may differ."""
+def tolerance_of(prepared: Program, parts: list[torch.Tensor]) -> float:
+    """How far two ways to compute the same thing may differ: by the narrowest dtype in use."""
     device = prepared.device.type
     autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
-    dtypes = [p.dtype for p in prepared.parameters.values()] + outputs + autocast
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    dtypes = [p.dtype for p in prepared.parameters.values()] + [part.dtype for part in parts] + autocast
+    return coupling_tolerance(xp, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))

@@ -16,7 +16,7 @@ from lnp.state.preserve import PLAIN
 from lnp_torch.clones import cast
 from lnp_torch.draws import Record, rows
 from lnp_torch.model import Parameters, Program
-from lnp_torch.outputs import Outputs, read
+from lnp_torch.outputs import Outputs
 from lnp_torch.replay_modes import Frozen
 from lnp_torch.replica import Replica
 from lnp_torch.state_guard import RandomState, same_randomness
@@ -51,6 +51,8 @@ class Passes:
         Whether each input runs over the samples along its first axis, found out on the whole batch.
     hooked:
         Whether hooks were put on activations.
+    measured:
+        Which of the outputs are measured, see `Outputs`.
     """
 
     program: Program
@@ -64,6 +66,7 @@ class Passes:
     explained: bool = True
     over: tuple[bool, ...] = ()
     hooked: bool = False
+    measured: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.over:
@@ -77,10 +80,14 @@ class Passes:
         """The mode in which the network repeats what was recorded."""
         return Frozen(self.statistics, self.program, record, self.attention)
 
+    def called(self, parameters: Parameters, inputs: Any) -> Outputs:
+        """The outputs of one call of the program."""
+        return Outputs(self.program.call(parameters, inputs), self.measured)
+
     def whole(self, parameters: Parameters) -> Outputs:
         """The whole batch at other parameters."""
         with same_randomness(self.state), self.replayed(self.record):
-            return read(self.program.call(parameters, copied(self.inputs)))
+            return self.called(parameters, copied(self.inputs))
 
     def part(self, parameters: Parameters, part: Part) -> Outputs:
         """Some of the samples.
@@ -93,7 +100,7 @@ class Passes:
         some = self.some(part)
         with same_randomness(self.state):
             with self.replayed(some.record):
-                outputs = read(self.program.call(parameters, copied(some.inputs)))
+                outputs = self.called(parameters, copied(some.inputs))
             self.check_draws()
         return outputs
 
@@ -144,24 +151,25 @@ def _copied(leaf: Any) -> Any:
 
 def first_pass(
     program: Program, inputs: Any, statistics: bool, keep_graph: bool, watching: Callable[[], AbstractContextManager]
-) -> tuple[Outputs, Callable[[int], Passes], AbstractContextManager, tuple[str, ...]]:
-    """The outputs of the whole batch, the passes that repeat it once the number of samples is known, what watched, and
-    notes.
+) -> tuple[Outputs, Callable[[Outputs], Passes], AbstractContextManager, tuple[str, ...]]:
+    """The outputs of the whole batch, the passes that repeat it once it is known which of them are measured, what
+    watched, and notes.
 
     Batch normalisation is not held at its statistics where the network would compute something else with them.
     """
     state, watch = RandomState([program.device]), watching()
     mode = Frozen(statistics, program)
     with watch, mode, torch.set_grad_enabled(keep_graph):
-        outputs = read(program.call(program.parameters, copied(inputs)))
+        outputs = Outputs(program.call(program.parameters, copied(inputs)))
     if mode.agree and not bool(torch.stack(mode.agree).all()):
         state.restore()
         return *first_pass(program, inputs, False, keep_graph, watching)[:3], (FROZEN_DIFFERS,)
     after, explained = RandomState([program.device]), mode.explained
 
-    def repeat(samples: int) -> Passes:
+    def repeat(measured: Outputs) -> Passes:
         return Passes(
-            program, inputs, samples, mode.record, state, after, statistics, explained=explained, hooked=mode.hooked
-        )
+            program, inputs, len(measured.leaves[0]), mode.record, state, after, statistics,
+            explained=explained, hooked=mode.hooked, measured=measured.measured,
+        )  # fmt: skip
 
     return outputs, repeat, watch, ()

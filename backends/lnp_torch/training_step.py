@@ -19,15 +19,17 @@ from lnp.state.preserve import SavedState
 from lnp_torch import losses
 from lnp_torch.backend import decided, to_host
 from lnp_torch.collectives import with_others
-from lnp_torch.huggingface import own_loss_terms
+from lnp_torch.graph import edge, reached
 from lnp_torch.look import CannotRun
-from lnp_torch.loss_gradient import LossAt, loss_gradient, on_its_copy, prepared_loss, step_criterion
+from lnp_torch.loss_gradient import LossAt
 from lnp_torch.model import program
 from lnp_torch.model_parts import HOSTS, unwrapped
-from lnp_torch.outputs import Outputs, flatten, read
-from lnp_torch.record import Operators, graph_gradients, linearization, plan_and_look
+from lnp_torch.outputs import Outputs, flatten
+from lnp_torch.own_loss import shown_mean
+from lnp_torch.record import Operators, graph_gradients, linearization, plan_and_look, tolerance_of
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
 from lnp_torch.state_guard import finished, no_gradients, undisturbed
+from lnp_torch.step_loss import StepCriterion, loss_gradient, step_outputs
 from lnp_torch.taps.backward_pass import Samples, Tapped
 from lnp_torch.taps.reader import Reading
 from lnp_torch.watched_pass import WatchedPass, call_with
@@ -201,18 +203,28 @@ class SharedStep(contextlib.AbstractContextManager):
 
     def _before(self, loss: torch.Tensor, targets: Any, scale: Any, options: Options) -> Step:
         """What is known of a step before its own backward pass."""
-        watched, outputs = self._watched, read(self._watched.returned)
+        watched, outputs = self._watched, step_outputs(loss, self._watched.returned)
+        criterion = None if targets is None else StepCriterion(outputs, targets, options, watched.after)
         parts = outputs.parts
         flat = flatten([part.detach() for part in parts])
-        g = loss_gradient(loss, outputs, scale, step_criterion(outputs, targets, options, watched.after))
+        g = loss_gradient(loss, outputs, scale, criterion)
         one = [Tapped(slice(0, len(flat)), parts, watched.taps)]
-        samples = Samples(watched.passes(len(flat)), lambda: one, flat, apart=False)
+        passes = watched.passes(outputs)
+        samples = Samples(passes, lambda: one, flat, apart=False)
         gradients = graph_gradients(parts, self._own)
         with no_gradients(dict(self._module.named_parameters())):
             plan, look, why = plan_and_look(samples, gradients, parts, options, hooked=False)
-        terms, separable, notes = self._terms(outputs, targets, options)
-        others, constant = losses.other_terms(loss, parts), not all(part.requires_grad for part in parts)
-        said = [note for note, true in ((losses.OTHERS, others), (CONSTANT, constant)) if true]
+        terms, notes = self._terms(loss, outputs, criterion, options)
+        _, others = reached([edge(loss)], {edge(leaf) for leaf in outputs.leaves})
+        differs = "" if criterion is None or others else criterion.difference(loss.detach() / scale)
+        separable = False
+        if plan is not None and options.population is not False and not differs:
+            if criterion is not None:
+                separable = criterion.is_mean()
+            elif outputs.own_loss is not None:
+                separable = shown_mean(passes, g, terms, tolerance_of(passes.program, parts), options.seed)
+        constant = not all(part.requires_grad for part in parts)
+        said = [note for note, true in ((losses.OTHERS, others), (CONSTANT, constant), (differs, differs)) if true]
         meant = LossAt(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
         return Step(Operators(samples, plan, look, gradients, g, options), meant, others, (*why, *said))
 
@@ -238,23 +250,24 @@ class SharedStep(contextlib.AbstractContextManager):
             return GradientPass(found.gradient_norms)
         return GradientPass(found.gradient_norms, found.square_norms, found.products, index)
 
-    def _terms(self, outputs: Outputs, targets: Any, options: Options) -> tuple[Any, bool, tuple[str, ...]]:
-        """(loss_terms, whether the loss is a mean over samples, notes)."""
-        if targets is not None:
-            meant = prepared_loss(outputs, targets, options)
-            wanted = options.split and options.population is not False
-            run = on_its_copy(meant.function, self._watched.after)
-            separable = meant.separable or (wanted and losses.found_mean(meant.function, run, outputs, targets))
-            return meant.terms, separable, meant.notes
+    def _terms(
+        self, loss: torch.Tensor, outputs: Outputs, criterion: StepCriterion | None, options: Options
+    ) -> tuple[Any, tuple[str, ...]]:
+        """(loss_terms, notes): the user's own, or what was seen of this very loss, or of the criterion."""
         if options.loss_terms is not None:
-            return options.loss_terms, False, ()
-        _, kwargs = self._watched.given
-        if "labels" not in kwargs:
+            return options.loss_terms, ()
+        if criterion is not None and hasattr(options.loss, "loss_terms"):
+            return criterion.terms()
+        seen = self._watched.averages.terms(loss, outputs.leaves)
+        if seen is not None:
+            return seen
+        if criterion is None:
             raise ValueError(
-                "backward() received neither targets nor loss_terms, and the model no labels. Expected what the loss "
-                "was computed with, to know how many terms its mean averages. Call backward(loss, targets, criterion)."
+                "backward() received neither targets nor loss_terms, and the loss was not seen to average anything "
+                "inside the context. Expected what the loss was computed with, to know how many terms its mean "
+                "averages. Compute it inside the context, or call backward(loss, targets, criterion)."
             )
-        return own_loss_terms(self._module.modules(), kwargs, outputs)
+        return criterion.terms()
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lnp_torch.averages import Averages
 from lnp_torch.draws import Watched
-from lnp_torch.loss_gradient import separate_outputs
 from lnp_torch.model import Parameters, Program, program
+from lnp_torch.outputs import Outputs
 from lnp_torch.replay import Passes, copied
 from lnp_torch.state_guard import RandomState
+from lnp_torch.step_loss import separate_outputs
 from lnp_torch.taps.function_mode import Taps
 
 
@@ -30,7 +32,7 @@ class WatchedPass(contextlib.AbstractContextManager):
 
     Attributes
     ----------
-    taps, draws:
+    taps, draws, averages:
         What watches.
     calls:
         How many times the module was called.
@@ -49,6 +51,7 @@ class WatchedPass(contextlib.AbstractContextManager):
         self._device = next(iter(parameters.values())).device
         self.taps, self.draws = Taps(parameters), Watched(self._device, module.parameters())
         self.taps.watching = False
+        self.averages = Averages()
         self.calls = 0
         self.failure: Exception | None = None
         self.returned: Any = None
@@ -60,6 +63,7 @@ class WatchedPass(contextlib.AbstractContextManager):
         with contextlib.ExitStack() as stack:  # which takes everything away again if one of these fails
             stack.callback(self._module.register_forward_pre_hook(self._called, with_kwargs=True).remove)
             stack.callback(self._module.register_forward_hook(self._answered).remove)
+            stack.enter_context(self.averages)
             stack.enter_context(self.taps)
             stack.enter_context(self.draws)
             self._stack = stack.pop_all()
@@ -96,12 +100,12 @@ class WatchedPass(contextlib.AbstractContextManager):
         enabled, dtype = self._autocast
         return torch.autocast(self._device.type, dtype, enabled=enabled)
 
-    def passes(self, samples: int) -> Passes:
+    def passes(self, outputs: Outputs) -> Passes:
         """The same pass, to be run again on the copy. Nothing is frozen: statistics and attention are the step's."""
         assert self.prepared is not None, "the forward pass has made it"
         return Passes(
-            self.prepared, self.given, samples, self.draws.record, self._before, self.after, False,
-            attention=False, explained=self._explained,
+            self.prepared, self.given, len(outputs.leaves[0]), self.draws.record, self._before, self.after, False,
+            attention=False, explained=self._explained, measured=outputs.measured,
         )  # fmt: skip
 
     def let_go(self) -> None:

@@ -47,9 +47,13 @@ CASES = {
     "fewer targets": (ValueError, "hold 5 samples", lambda: lnp.decompose(MODEL, (X, Y[:3]), lambda f, y: f.sum())),
     "empty batch": (ValueError, "batch is empty", lambda: lnp.decompose(MODEL, (X[:0], Y[:0]))),
     "batch not a pair": (TypeError, "Expected a pair", lambda: lnp.decompose(MODEL, X)),
-    "dictionary without labels": (ValueError, "without labels", lambda: lnp.decompose(MODEL, {"input": X})),
+    "dictionary without labels for a loss": (
+        ValueError, "without labels, which are what loss= is called with",
+        lambda: lnp.decompose(MODEL, {"input": X}, "mse"),
+    ),
+    "dictionary without a loss": (ValueError, "returned no loss", lambda: lnp.decompose(MODEL, {"input": X})),
     "dictionary for a model without a loss": (
-        ValueError, "no loss and logits",
+        ValueError, "returned no loss",
         lambda: lnp.decompose(MODEL, {"input": X, "labels": Y}, forward=lambda m, inputs: m(inputs["input"])),
     ),
     "outputs without samples": (

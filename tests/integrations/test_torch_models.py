@@ -96,12 +96,12 @@ def test_hugging_face(name, dtype):
     labels[1, 3] = -100
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
-    def shifted(logits, labels):
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    def shifted(outputs, labels):
+        return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     out = model(**batch)
     d = lnp.decompose(model, batch, shifted, loss_terms=5, estimator="exact")
-    assert_agrees(d, dense(model, out.logits, shifted(out.logits, labels), 5), dtype)
+    assert_agrees(d, dense(model, out.logits, shifted(out, labels), 5), dtype)
     assert d.probes == 4 * 9
 
     own = lnp.decompose(

@@ -306,9 +306,9 @@ def test_errors():
     with pytest.raises(ValueError, match="cannot be differentiated"):
         shared.backward(torch.ones(()), y)
     with lnp_torch.shared(model) as shared:
-        loss = criterion(model(x), y)
+        out = model(x)
     with pytest.raises(ValueError, match="neither targets nor loss_terms"):
-        shared.backward(loss)
+        shared.backward(criterion(out, y))
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(RuntimeError, match="mat1 and mat2"), lnp_torch.shared(model):
         model(x[:, :2])
