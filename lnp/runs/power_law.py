@@ -1,9 +1,10 @@
-r"""Power laws in the size of a model, with their uncertainty.
+r"""Power laws in the size of a model or in compute, with their uncertainty.
 
-    value = prefactor * size^exponent
+    value = offset + prefactor * size^exponent
 
-is a straight line in logarithms, fitted by weighted least squares. Loss and spectral reach follow such laws over the
-sizes that a budget allows (Kaplan et al., arXiv 2001.08361; Nikolaou et al., arXiv 2605.31244).
+Without an offset it is a straight line in logarithms, fitted by weighted least squares. Loss and spectral reach follow
+such laws over the sizes that a budget allows; a loss has an offset, what no model predicts (Kaplan et al., arXiv
+2001.08361; Hoffmann et al., arXiv 2203.15556; Nikolaou et al., arXiv 2605.31244).
 """
 
 from __future__ import annotations
@@ -14,23 +15,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lnp.optional import import_optional
+from lnp.runs.spectral_reach import RESOLVED, Reach
+
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """value = prefactor * size^exponent.
+    """value = offset + prefactor * size^exponent.
 
     Attributes
     ----------
-    exponent, prefactor:
-        The fit.
-    exponent_stderr, prefactor_stderr:
-        Standard errors; nan for two points without errors, which a line always meets.
+    exponent, prefactor, offset:
+        The fit; the offset is zero unless it was asked for.
+    exponent_stderr, prefactor_stderr, offset_stderr:
+        Standard errors; nan for as many points without errors as parameters, which the law always meets.
     covariance:
-        Covariance of (log prefactor, exponent), shape (2, 2).
+        Covariance of (log prefactor, exponent), shape (2, 2), with an offset of (log prefactor, exponent, offset).
     chi_square:
         Sum of squared residuals in units of the values' errors, nan without errors: about `degrees` for a good fit.
     degrees:
-        Points less two.
+        Values less parameters; upper limits do not count.
+    r_squared:
+        Share of the (weighted) variance of the values' logarithms that the law explains. A high one is no good fit:
+        chi^2 per degree says whether the points lie on the law.
     """
 
     exponent: float
@@ -40,9 +47,17 @@ class PowerLaw:
     covariance: np.ndarray
     chi_square: float
     degrees: int
+    r_squared: float = math.nan
+    offset: float = 0.0
+    offset_stderr: float = 0.0
+
+    @property
+    def chi_square_per_degree(self) -> float:
+        """About 1 where the errors account for the points' distance from the law; nan without errors or degrees."""
+        return self.chi_square / self.degrees if self.degrees else math.nan
 
     def predict(self, size: float) -> tuple[float, float]:
-        """(value, standard error) of the fitted line at a size.
+        """(value, standard error) of the fitted law at a size.
 
         Raises
         ------
@@ -51,70 +66,167 @@ class PowerLaw:
         """
         if not size > 0:
             raise ValueError(f"size is {size!r}. Expected a positive number, such as of parameters.")
-        row = np.array([1.0, math.log(size)])
-        value = self.prefactor * size**self.exponent
-        return value, value * math.sqrt(row @ self.covariance @ row)
+        part = self.prefactor * size**self.exponent
+        row = np.array([part, part * math.log(size), 1.0][: len(self.covariance)])
+        return self.offset + part, math.sqrt(row @ self.covariance @ row)
 
     def __str__(self) -> str:
         exponent = f"{self.exponent:.3g} ± {self.exponent_stderr:.1g}"
-        return f"{self.prefactor:.3g} ± {self.prefactor_stderr:.1g} * size^({exponent})"
+        law = f"{self.prefactor:.3g} ± {self.prefactor_stderr:.1g} * size^({exponent})"
+        return f"{self.offset:.3g} ± {self.offset_stderr:.1g} + {law}" if len(self.covariance) == 3 else law
 
 
-def power_law(sizes: Sequence[float], values: Sequence[float], stderrs: Sequence[float] | None = None) -> PowerLaw:
-    r"""Fit value = a size^b by weighted least squares of log value on log size, each with error SE / value.
+def power_law(
+    sizes: Sequence[float],
+    values: Sequence[float | Reach],
+    stderrs: Sequence[float] | None = None,
+    *,
+    offset: bool = False,
+    limits: Sequence[bool] | None = None,
+) -> PowerLaw:
+    r"""Fit value = c + a size^b by weighted least squares of log value, each with error SE / value.
 
-    The errors of a and b come from those of the values, and grow by sqrt(chi^2 / degrees) where the points scatter more
-    than their errors say. Without errors all logarithms weigh the same, and the scatter alone gives the errors.
+    The errors come from those of the values, and grow by sqrt(chi^2 / degrees) where the points scatter more than their
+    errors say. Without errors all logarithms weigh the same, and the scatter alone gives the errors.
+
+    An upper limit X at two standard errors enters as a censored value: by the probability Phi((X - law) / SE - 2) that
+    a measurement would have come out no higher than it did.
 
     Parameters
     ----------
-    sizes, values:
-        Positive; at least two different sizes.
+    sizes:
+        Parameters, or compute (6 N D); positive, as many different ones as the law has parameters.
+    values:
+        Positive numbers, or `lnp.Reach` objects, which have their errors and are limits where they are not resolved.
     stderrs:
-        Standard errors of the values, positive.
+        Standard errors of the values, positive. Limits need them.
+    offset:
+        Whether there is a c >= 0, such as the loss that no size gets below. Needs SciPy, as do limits.
+    limits:
+        Which of the values are upper limits.
 
     Raises
     ------
     ValueError
-        For lists of different lengths, values that have no logarithm, and fewer than two sizes.
+        For lists of different lengths, values that have no logarithm, and fewer values than parameters of the law.
+    ImportError
+        If SciPy is needed and not installed.
 
     Examples
     --------
     >>> law = power_law([1e3, 1e4, 1e5], [0.1, 0.01, 0.001])
-    >>> round(law.exponent, 9), round(law.prefactor, 6)
-    (-1.0, 100.0)
+    >>> round(law.exponent, 9), round(law.prefactor, 6), round(law.r_squared, 9)
+    (-1.0, 100.0, 1.0)
     """
-    x = np.asarray(sizes, dtype=float)
-    y = np.asarray(values, dtype=float)
+    points = _points(sizes, values, stderrs, limits)
+    needed = 3 if offset else 2
+    if np.unique(points.size[~points.limit]).size < needed:
+        raise ValueError(
+            f"Received values at the sizes {points.size[~points.limit].tolist()}. Expected at least {needed} different "
+            f"ones{', besides upper limits' if points.limit.any() else ''}."
+        )
+    line = _line(points, 0.0)
+    if offset or points.limit.any():
+        return _law(points, *_bent(points, line[0], offset))
+    return _law(points, *line)
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Sizes, values, standard errors, and which values are limits: (points,) each. `known`: whether errors are."""
+
+    size: np.ndarray
+    value: np.ndarray
+    stderr: np.ndarray
+    limit: np.ndarray
+    known: bool
+
+    @property
+    def weight(self) -> np.ndarray:
+        """1 / the error of log value, or 1."""
+        return self.value / self.stderr if self.known else np.ones_like(self.value)
+
+
+def _points(sizes: Sequence, values: Sequence, stderrs: Sequence | None, limits: Sequence | None) -> _Points:
+    """What was given, checked."""
+    if len(values) and all(isinstance(value, Reach) for value in values):
+        limits = [not found.resolved for found in values]
+        stderrs = [found.stderr for found in values]
+        values = [found.chi_pos if found.resolved else found.limit for found in values]
+        stderrs = None if np.all(np.isnan(stderrs) | (np.array(stderrs) == 0)) else stderrs
+    x, y = np.asarray(sizes, dtype=float), np.asarray(values, dtype=float)
     e = np.ones_like(y) if stderrs is None else np.asarray(stderrs, dtype=float)
-    if not (x.ndim == 1 and x.shape == y.shape == e.shape):
+    limit = np.zeros(y.shape, bool) if limits is None else np.asarray(limits, dtype=bool)
+    if not (x.ndim == 1 and x.shape == y.shape == e.shape == limit.shape):
         raise ValueError(f"Received shapes {x.shape}, {y.shape}, {e.shape}. Expected one value for each size.")
     if not all(np.all(np.isfinite(part) & (part > 0)) for part in (x, y, e)):
         raise ValueError(
             f"Received sizes, values or errors that are not positive and finite: {x.tolist()}, {y.tolist()}"
-            f"{'' if stderrs is None else f', {e.tolist()}'}. A power law has positive values: leave out points "
-            "that are zero within their error."
+            f"{'' if stderrs is None else f', {e.tolist()}'}. A power law has positive values: give points that are "
+            "zero within their error as upper limits, by limits= or as Reach objects."
         )
-    if np.unique(x).size < 2:
-        raise ValueError(f"Received the sizes {x.tolist()}. Expected at least two different ones.")
-    weights = np.ones_like(y) if stderrs is None else y / e
-    rows = weights[:, None] * np.stack([np.ones_like(x), np.log(x)], axis=1)
+    if limit.any() and stderrs is None:
+        raise ValueError("Received upper limits without errors. Expected stderrs=, of which a limit is two.")
+    return _Points(x, y, e, limit, stderrs is not None)
+
+
+def _line(points: _Points, offset: float) -> tuple[np.ndarray, np.ndarray]:
+    """(log prefactor, exponent) of the values less an offset, and the inverse of what they weigh, both exact."""
+    kept = ~points.limit
+    above = points.value[kept] - offset
+    weight = points.weight[kept] * (above / points.value[kept] if points.known else 1.0)
+    rows = weight[:, None] * np.stack([np.ones_like(above), np.log(points.size[kept])], axis=1)
     covariance = np.linalg.inv(rows.T @ rows)
-    solution = covariance @ rows.T @ (weights * np.log(y))
-    square = float(np.sum((weights * np.log(y) - rows @ solution) ** 2))
-    degrees = y.size - 2
+    return covariance @ rows.T @ (weight * np.log(above)), covariance
+
+
+def _bent(points: _Points, start: np.ndarray, offset: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The fit with an offset, with limits, or with both, by SciPy; begun at the best of some offsets."""
+    optimize = import_optional("scipy.optimize", "A power law with an offset or limits", install="'lnp[spectrum]'")
+    special = import_optional("scipy.special", "A power law with an offset or limits", install="'lnp[spectrum]'")
+
+    def residuals(solution: np.ndarray) -> np.ndarray:
+        off = (np.log(points.value) - np.log(_value(points.size, solution))) * points.weight
+        z = (points.value - _value(points.size, solution)) / points.stderr - RESOLVED
+        return np.where(points.limit, np.sqrt(-2 * special.log_ndtr(z)), off)
+
+    starts = [start]
+    if offset:
+        lowest = float(points.value[~points.limit].min())
+        starts = [np.append(_line(points, share * lowest)[0], share * lowest) for share in np.linspace(0, 0.98, 25)]
+    best = min(starts, key=lambda solution: float(np.sum(residuals(solution) ** 2)))
+    bounds = [-np.inf, -np.inf, 0.0][: best.size], np.inf
+    scale = np.array([1.0, 0.1, lowest])[: best.size] if offset else np.array([1.0, 0.1])
+    found = optimize.least_squares(residuals, best, bounds=bounds, x_scale=scale, xtol=1e-12, ftol=1e-12, gtol=1e-12)
+    return found.x, np.linalg.pinv(found.jac.T @ found.jac)
+
+
+def _value(size: np.ndarray, solution: np.ndarray) -> np.ndarray:
+    """The law at some sizes."""
+    return np.exp(solution[0] + solution[1] * np.log(size)) + (solution[2] if solution.size == 3 else 0.0)
+
+
+def _law(points: _Points, solution: np.ndarray, covariance: np.ndarray) -> PowerLaw:
+    """What was fitted, with errors that grow where the values scatter more than theirs say."""
+    kept, weight = ~points.limit, points.weight[~points.limit]
+    logs = np.log(points.value[kept])
+    square = float(np.sum((weight * (logs - np.log(_value(points.size[kept], solution)))) ** 2))
+    total = float(np.sum((weight * (logs - np.average(logs, weights=weight**2))) ** 2))
+    degrees = int(np.count_nonzero(kept)) - solution.size
     spread = square / degrees if degrees else math.nan
-    covariance = covariance * (spread if stderrs is None else max(1.0, spread) if degrees else 1.0)
-    prefactor = math.exp(solution[0])
-    errors = np.sqrt(np.diag(covariance))
+    covariance = covariance * ((max(1.0, spread) if degrees else 1.0) if points.known else spread)
+    errors, prefactor = np.sqrt(np.diag(covariance)), math.exp(solution[0])
     return PowerLaw(
         exponent=float(solution[1]),
         prefactor=prefactor,
         exponent_stderr=float(errors[1]),
         prefactor_stderr=prefactor * float(errors[0]),
         covariance=covariance,
-        chi_square=math.nan if stderrs is None else square,
+        chi_square=square if points.known else math.nan,
         degrees=degrees,
+        r_squared=1 - square / total if total > 0 else math.nan,
+        offset=float(solution[2]) if solution.size == 3 else 0.0,
+        offset_stderr=float(errors[2]) if solution.size == 3 else 0.0,
     )
 
 

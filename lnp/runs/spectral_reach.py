@@ -17,10 +17,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+Numbers: TypeAlias = "Sequence[float] | np.ndarray"
 RESOLVED = 2.0
 """Standard errors that a position has to be above zero to be given as a value."""
 CORRELATION = 0.36
@@ -70,13 +71,13 @@ class Reach:
 
 
 def reach(
-    steps: Sequence[float],
-    positions: Sequence[float],
-    stderrs: Sequence[float] | None = None,
+    steps: Numbers,
+    positions: Numbers,
+    stderrs: Numbers | None = None,
     *,
     window: int | Literal["last"] = 5,
     size: int = 5,
-    groups: Sequence[float] | None = None,
+    groups: Numbers | None = None,
 ) -> Reach:
     r"""The spectral reach of one run.
 
