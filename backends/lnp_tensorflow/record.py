@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from lnp.contract import validation
-from lnp.contract.linearization import GradientPass, Linearization, Vector, coupling_tolerance, while_loop
+from lnp.contract.linearization import GradientPass, Linearization, Vector, coupling_tolerance, unit, while_loop
 from lnp.contract.options import Options
 from lnp.losses.kinds import Prepared
 from lnp.per_sample.self_check import bend_of_batch
@@ -81,10 +81,11 @@ def record(
     loss = _loss(flat, batch, targets, options)
     if loss.of.draws_in_python:
         run.drawing.append("the loss")
-    passes = _Passes(batch, groups, loss.gradient)
+    g, magnitude = unit(array_namespace, loss.gradient)
+    passes = _Passes(batch, groups, g)
     samples = Samples(run, inputs, tuple(flat.shape), flat.dtype, microbatch=options.microbatch)
     samples = replace(samples, batch=batch if groups is None else None)
-    taken, why = apart(samples, loss.gradient, flat, passes.cotangents, seed, options, checked, turn)
+    taken, why = apart(samples, g, flat, passes.cotangents, seed, options, checked, turn)
     lin = Linearization(
         xp=array_namespace,
         outputs=flat,
@@ -96,7 +97,10 @@ def record(
         signs=lambda index: _signs(seed, index, flat),
         # XLA computes the second derivative of max-pooling wrongly in float32
         jvp=None if in_xla() else lambda u: _jvp(batch, u),
-        gradient_pass=lambda per_sample, products, vector: _gradient_pass(passes, taken, per_sample, products, vector),
+        gradient_pass=lambda per_sample, products, vector: replace(
+            _gradient_pass(passes, taken, per_sample, products, vector), magnitude=magnitude
+        ),
+        subset_pays=not batch.loops,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
         separable=loss.separable,
         violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),

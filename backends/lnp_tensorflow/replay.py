@@ -42,6 +42,8 @@ class Forward:
     varying:
         Why single samples would see another network than the batch does, whatever a comparison of some shows; or
         nothing.
+    samples:
+        N, the length of the outputs' first axis, or 0 where it has not been seen.
     drawing:
         Not empty where random numbers are drawn by Python while the model or its loss is traced: other ones whenever
         they are traced.
@@ -55,6 +57,7 @@ class Forward:
     inline: bool = False
     custom_backward: bool = False
     varying: str = ""
+    samples: int = 0
     drawing: list[str] = field(default_factory=list)
 
     @property
@@ -86,7 +89,9 @@ def forward(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> For
     narrow = max(types, key=lambda dtype: array_namespace.finfo(dtype).eps, default=tf.float64)
     values = tuple((variable, variable.read_value()) for variable in written(graph))
     why, drawing = varying(graph, draws_in_python), ["the network"] if draws_in_python else []
-    return Forward(structure, tree, arrays, values, narrow, inline, custom_backward(graph), why, drawing)
+    outputs = graph.structured_outputs
+    samples = (outputs[0].shape[0] or 0) if outputs and outputs[0].shape.rank else 0
+    return Forward(structure, tree, arrays, values, narrow, inline, custom_backward(graph), why, samples, drawing)
 
 
 def _graph(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> tuple[Any, bool]:

@@ -157,8 +157,9 @@ def compared(
     samples, shape = batch.samples, tuple(flatten(batch.outputs).shape)
     possible = Groups(run, inputs, shape, tf.float32).possible
     if microbatch is not None:  # at least two: single ones could not differ from themselves
-        inputs = cut(inputs, _spread(samples, max(2, min(microbatch, COMPARED))), samples)
-        batch = recorded(run, inputs)
+        few = _spread(samples, max(2, min(microbatch, COMPARED)))
+        inputs = cut(inputs, few, samples)
+        batch = recorded(run, inputs, len(few))
     network = Network(run, inputs, batch, 1 if thorough else math.isqrt(batch.samples))
     failed = None if possible else f"no input runs over the {samples} samples along its first axis"
     reason = f"{failed}: they are not taken apart" if failed else run.varying
@@ -206,7 +207,7 @@ def look_at_one(samples: Samples, g: tf.Tensor, flat: tf.Tensor, uses: Uses | No
     total = samples.shape[0]
     number = tf.random.stateless_uniform((), tf.stack([turn, total]), 0, total, tf.int32)
     row = tf.gather(g, number[None])
-    alone = replace(recorded(samples.run, cut(samples.inputs, number[None], total)), taps=(), sites=())
+    alone = replace(recorded(samples.run, cut(samples.inputs, number[None], total), 0), taps=(), sites=())
     gradient = alone.pulled(row)[0]
     placed = tf.tensor_scatter_nd_update(flat, number[None, None], tf.cast(flatten(alone.outputs), flat.dtype))
     own = {name: tf.cast(square_norm(part), flat.dtype)[None] for name, part in gradient.items()}
@@ -237,7 +238,7 @@ def _in_its_group(samples: Samples, g: tf.Tensor, number: tf.Tensor) -> tuple[No
     size = min(total, max(2, samples.microbatch or total))
     index = (number + tf.range(size)) % total
     inputs, rows = cut(samples.inputs, index, total), tf.gather(g, index)
-    batch = recorded(samples.run, inputs)
+    batch = recorded(samples.run, inputs, size)
     some = replace(samples, inputs=inputs, shape=tuple(rows.shape), batch=batch, microbatch=None)
     uses = some.uses(batch, batch.pulled(rows, gradient=False)[1])
     return _in_the_batch(some, rows, uses, tf.constant(0)), tf.cast(flatten(batch.outputs), g.dtype)

@@ -87,7 +87,7 @@ class Samples:
         known: Norms = {}
         passes: list[tf.Tensor] = []
         if not set(names) <= set(self.general):
-            batch = self.batch or recorded(self.run, self.inputs)
+            batch = self.batch or recorded(self.run, self.inputs, self.shape[0])
             passes += [] if self.batch else [flatten(batch.outputs)]
             if batch.samples == 1:
                 gradient = batch.pulled(v)[0]

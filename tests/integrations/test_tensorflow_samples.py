@@ -22,7 +22,6 @@ from lnp_tensorflow.taps import convolution
 
 tensorflow()
 GENERAL = {
-    "GRU": "a loop",
     "weight norm": "a large weight made of parameters by more than a product",
     "mixture of experts, dispatched": "a sample's rows are found nowhere in particular",
     "nested function, recomputed": "a gradient of its own",
@@ -34,8 +33,9 @@ class Everything:
     """A computation: the decomposition, squared norms of single samples, and their inner products with a vector."""
 
     def __call__(self, lin):
-        v, g = lin.signs(3), lin.loss_gradient
+        v = lin.signs(3)
         found = lin.gradient_pass(True, max(v.shape[0] - 1, 1), True)
+        g = lin.loss_gradient / found.magnitude
         return {
             "d": decompose(lin, estimator="exact", by_layer=str),
             **{"norms": lin.sample_square_norms(v), "v": v, "cheap": lin.cheap, "notes": lin.notes},
@@ -288,7 +288,7 @@ def test_subset_is_drawn_at_random():
         part = some.sample_square_norms(tf.gather(v, index))
         assert all(np.allclose(part[name], whole[name].numpy()[index], rtol=1e-12) for name in whole)
         found = lin.gradient_pass(False, 8, True)
-        products = np.sum(lin.loss_gradient.numpy() * lin.jvp(found.vector).numpy(), 1)
+        products = np.sum((lin.loss_gradient / found.magnitude).numpy() * lin.jvp(found.vector).numpy(), 1)
         assert np.array_equal(found.index, index)
         assert np.allclose(found.products, products[index], rtol=1e-10)
         drawn.append(index.tolist())

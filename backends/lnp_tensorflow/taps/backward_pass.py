@@ -22,6 +22,7 @@ from lnp_tensorflow.outputs import parts, split, wide
 from lnp_tensorflow.replay import Forward, operations
 from lnp_tensorflow.taps.convolution import along_convolution, convolution
 from lnp_tensorflow.taps.graph import walk
+from lnp_tensorflow.taps.loops import Loops, watched
 from lnp_tensorflow.taps.rules import Unread, Use, used
 from lnp_tensorflow.taps.views import Step, origins
 
@@ -76,6 +77,8 @@ class Tapped:
         {parameter without rules: the operation that has none}.
     expanded:
         Parameters whose rows are taken to become one for each sample somewhere, once for each place.
+    loops:
+        Whether parameters are used in loops, whose turns take about as long for a few samples as for many.
     """
 
     returned: Any
@@ -87,6 +90,7 @@ class Tapped:
     sites: tuple[Site, ...] = ()
     general: dict[str, str] = field(default_factory=dict)
     expanded: tuple[str, ...] = ()
+    loops: bool = False
 
     def pulled(self, v: tf.Tensor, gradient: bool = True) -> tuple[Gradients, list]:
         """(J^T v, cotangents at the taps), by one backward pass. Where nothing arrives: zero, and None."""
@@ -146,7 +150,8 @@ class Tapped:
         """What the operation of a site makes of the parameter, from the cotangent d of its output."""
         if d is None:
             raise Unread("a gradient of its own")
-        use = used(site.op, site.place, tf.convert_to_tensor(d), self.samples)
+        d = tf.ensure_shape(d, self.taps[site.tap].shape)  # of what comes out of a loop it may be lost
+        use = used(site.op, site.place, d, self.samples)
         for step in site.steps:
             use = step(use, self.samples)
         dtype = wide(self.outputs)  # uses in several could not be added
@@ -155,8 +160,8 @@ class Tapped:
         return replace(use, arrays=tuple(tf.cast(array, dtype) if is_float else array for array, is_float in arrays))
 
 
-def recorded(run: Forward, inputs: Any) -> Tapped:
-    """Run the model. In a graph, with taps."""
+def recorded(run: Forward, inputs: Any, samples: int | None = None) -> Tapped:
+    """Run the model. In a graph, with taps; in its loops, too, where it is known how many samples there are."""
     if tf.executing_eagerly():
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch(list(run.sources.values()))
@@ -173,13 +178,19 @@ def recorded(run: Forward, inputs: Any) -> Tapped:
     before = operations()
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(list(sources.values()))
-        returned = run(inputs, sources)
+        count = run.samples if samples is None else samples
+        loops = Loops(tape, graph, before, parameters, _data(inputs, count), count)
+        with watched(loops):
+            returned = run(inputs, sources)
     plain = _plain(returned, sources, tape)
     if not all(isinstance(out, tf.Tensor) and out.shape.is_fully_defined() for out in plain.outputs):
         return plain
     made = graph.get_operations()[before:]
-    data = [leaf.name for leaf in leaves(inputs) if has_samples(leaf, plain.samples)]
-    return _with_taps(plain, made, parameters, data)
+    return _with_taps(plain, made, parameters, _data(inputs, plain.samples), loops)
+
+
+def _data(inputs: Any, samples: int) -> list[str]:
+    return [leaf.name for leaf in leaves(inputs) if has_samples(leaf, samples)]
 
 
 def _plain(returned: Any, sources: dict[str, Any], tape: tf.GradientTape) -> Tapped:
@@ -188,19 +199,21 @@ def _plain(returned: Any, sources: dict[str, Any], tape: tf.GradientTape) -> Tap
     return Tapped(returned, outputs, sources, tape, samples, general=dict.fromkeys(sources, "not traced"))
 
 
-def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, str], data: list[str]) -> Tapped:
-    seen = walk(made, parameters, data, plain.samples)
+def _with_taps(
+    plain: Tapped, made: list[tf.Operation], parameters: dict[str, str], data: list[str], loops: Loops
+) -> Tapped:  # fmt: skip
+    seen = walk(made, parameters, data, plain.samples, loops.loops)
     names = effects.reaching(made, plain.outputs)
     taps: list[tf.Tensor] = []
     sites: list[Site] = []
-    general: dict[str, str] = {}
+    general: dict[str, str] = dict(loops.general)
     expanded: list[str] = []
     for out in plain.outputs:
         if out.name not in seen.data:
             general |= dict.fromkeys(seen.origins.get(out.name, ()), "an output without data")
     for frontier in seen.frontiers:
         op = frontier.op
-        if op.name not in names:
+        if op.name not in names and op.name not in loops.taps:
             continue
         for place in frontier.places:
             paths, lost = origins(op.inputs[place], seen)
@@ -211,8 +224,15 @@ def _with_taps(plain: Tapped, made: list[tf.Operation], parameters: dict[str, st
                 sites += [Site(name, len(taps), op, place, steps) for name, steps in paths]
             else:
                 general |= dict.fromkeys((name for name, _ in paths), op.type)
-        taps.append(op.outputs[0])
-    return replace(plain, taps=tuple(taps), sites=tuple(sites), general=general, expanded=tuple(sorted(expanded)))
+        taps.append(loops.taps.get(op.name, op.outputs[0]))
+    return replace(
+        plain,
+        taps=tuple(taps),
+        sites=tuple(sites),
+        general=general,
+        expanded=tuple(sorted(expanded)),
+        loops=bool(loops.loops),
+    )
 
 
 def _disjoint(frames: list[Any]) -> bool:

@@ -7,7 +7,7 @@ a frontier. The cotangents of the frontiers' outputs hold all that single sample
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import tensorflow as tf
@@ -59,8 +59,17 @@ class Walk:
     parameters: Mapping[str, str]
 
 
-def walk(operations: Iterable[tf.Operation], parameters: Mapping[str, str], data: Iterable[str], samples: int) -> Walk:
-    """Find the frontiers among the operations of a graph, given the names of the tensors where it starts."""
+def walk(
+    operations: Iterable[tf.Operation],
+    parameters: Mapping[str, str],
+    data: Iterable[str],
+    samples: int,
+    known: Collection[str] = (),
+) -> Walk:
+    """Find the frontiers among the operations of a graph, given the names of the tensors where it starts.
+
+    `known` are operations with data and parameters that are no frontiers: what they do is seen elsewhere.
+    """
     seen, frontiers = set(data), []
     origins = {tensor: frozenset([name]) for tensor, name in parameters.items()}
     for op in operations:
@@ -69,7 +78,8 @@ def walk(operations: Iterable[tf.Operation], parameters: Mapping[str, str], data
         inputs = [tensor.name for tensor in op.inputs]
         of_data = any(name in seen for name in inputs)
         places = tuple(i for i, name in enumerate(inputs) if name in origins)
-        if op.type in UNDIFFERENTIATED or not any(_differentiable(out) for out in op.outputs):
+        of_data = of_data or op.name in known
+        if op.name in known or op.type in UNDIFFERENTIATED or not any(_differentiable(out) for out in op.outputs):
             places = ()
         if places and (of_data or _expands(op, places, samples)):
             frontiers.append(Frontier(op, places, not of_data))
@@ -88,9 +98,12 @@ def _differentiable(tensor: tf.Tensor) -> bool:
 
 def _expands(op: tf.Operation, places: tuple[int, ...], samples: int) -> bool:
     """Whether this is where something that is the same for all samples becomes one row for each."""
+    shape = op.outputs[0].shape
+    if op.type == "MatMul" and places == (1,):  # of rows that are the same in each batch, such as states to start with
+        rows = op.inputs[0].shape
+        return bool(shape.rank and rows.rank) and shape[0] == rows[0] == samples
     if op.type not in EXPANDING:
         return False
-    shape = op.outputs[0].shape
     if not shape.rank or shape[0] != samples:
         return False
     given = [op.inputs[i].shape for i in places]

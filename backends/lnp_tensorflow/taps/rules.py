@@ -224,6 +224,9 @@ def _convolution(op: tf.Operation, place: int, d: tf.Tensor, samples: int) -> Us
         # how a dilated one is computed
         wide, narrow = (_blocks(array, samples) for array in (wide, narrow))
         window = Window((1, *window.kernel), (1, *stride), (1, *dilation), groups)
+    elif wide.shape[0] != samples:  # several images of each sample, such as those of all turns of a loop
+        wide, narrow = (first(array, samples) for array in (wide, narrow))
+        window = Window((1, *window.kernel), (1, *stride), (1, *dilation), groups)
     if wide.shape[0] != samples or narrow.shape[0] != samples:
         raise Unread("the samples are not along the first axis")
     return Use("convolution", (wide, narrow, window), (("convolution",),))
