@@ -10,6 +10,7 @@ cotangent, are held against lnp's. A model is
     right     the numbers agree
     noted     they agree, and lnp says that the samples were not taken apart, or that it measures something else
     refused   lnp raises one of its own errors
+    crashed   something else is raised
     wrong     they do not agree, and no note says why
 
 What a family cannot build from its drawn settings is drawn anew and not counted. The table goes to
@@ -31,7 +32,7 @@ FAMILIES = {"torch": "torch_models", "flax": "flax_models", "keras": "keras_mode
 
 
 def main() -> int:
-    """Draw, compare, print, write; exit code 1 if a number was wrong."""
+    """Draw, compare, print, write; exit code 1 if a number was wrong, or a model crashed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--count", type=int, default=60)
@@ -47,17 +48,19 @@ def main() -> int:
             found, said = compare()
         except family.NotBuilt:
             continue
+        except Exception as error:
+            found, said = "crashed", f"{type(error).__name__}: {str(error)[:200]}"
         rows.append((found, name, said))
         print(f"{found:8} {name:60} {said}", flush=True)
         if len(rows) == options.count:
             break
     counts = collections.Counter(found for found, _, _ in rows)
-    summary = ", ".join(f"{counts[kind]} {kind}" for kind in ("right", "noted", "refused", "wrong"))
+    summary = ", ".join(f"{counts[kind]} {kind}" for kind in ("right", "noted", "refused", "crashed", "wrong"))
     print(f"{len(rows)} models: {summary}; {time.time() - start:.0f} s")
     if options.write:
         command = f"python benchmarks/random_models {options.family} --seed {options.seed} --count {options.count}"
         write(HERE.parent / "results" / f"random_models_{options.family}.md", command, summary, rows, family.VERSIONS)
-    return 1 if counts["wrong"] else 0
+    return 1 if counts["wrong"] or counts["crashed"] else 0
 
 
 def write(path: Path, command: str, summary: str, rows: list[tuple], versions: dict[str, str]) -> None:
