@@ -121,8 +121,6 @@ MODELS = {
     "one layer twice": (Twice, normal(4, 4)),
     "mixture of experts, gathered": (Experts, normal(5, 4)),
 }
-GENERAL = ("LSTM", "GRU")
-"""Loops, which take the general way."""
 WIDE = ("dense", "conv2d, depthwise", "batch norm", "LSTM", "causal attention", "tied head")
 """Compared in float64 too, where Keras has it: on PyTorch and JAX its operations round to float32."""
 
@@ -177,7 +175,7 @@ def check(name, dtype):
     same(found, model, rows, dtype)
     if BACKEND == "tensorflow":
         assert not any("differ" in note for note in found["d"].notes)
-        assert found["cheap"] == (name not in GENERAL), found["d"].notes
+        assert found["cheap"], found["d"].notes
 
 
 def agrees(d, expected, dtype):
