@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lnp
+from lnp.contract import validation
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
-from lnp.contract.vectors import update_by_name
-from lnp.per_sample.verdict import BENT, Verdict
+from lnp.per_sample.verdict import BENT, FROZEN_DIFFERS, Verdict
 from lnp.results.computations import changes, measured_change, predicted_change
+from lnp.results.preconditioner import DecomposePreconditioned
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.inside_jit import share_nothing
 from lnp_jax.model import Arrays, Structure, accepts, separate
+from lnp_jax.observed import without_states
 from lnp_jax.python_state import loss_state, with_python_state
 from lnp_jax.record import record
-from lnp_jax.self_check import find_verdict, known_verdict, remember_interacting, traced
+from lnp_jax.self_check import (
+    as_found,
+    find_verdict,
+    known_verdict,
+    remember_interacting,
+    remember_not_held,
+    traced,
+)
 from lnp_jax.state_guard import leave_no_trace
+from lnp_jax.updates import update_vector
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]
 
@@ -56,10 +65,15 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
 def _evaluated(computation: Callable, model: Any, batches: tuple, options: Options, operands: dict[str, Any]) -> Any:
     """What `evaluate` returns, while what the model holds in Python is kept."""
     structure, arrays = separate(model, options.forward, options.parameters)
+    structure = without_states(structure, arrays, validation.unpack(batches[0])[0])
     inside_jit = traced((arrays, batches, options.seed, operands))
     structure = with_python_state(structure, model, arrays, batches[0], inside_jit)
     if operands.get("update") is not None:
-        operands["update"] = _update_vector(structure, arrays, model, operands["update"])
+        diagonal = isinstance(computation, DecomposePreconditioned)
+        operands = operands | {"update": update_vector(structure, arrays, model, operands["update"], diagonal)}
+    found = as_found(structure, arrays, batches, options) if _hashable(structure) else options
+    if found is not options:
+        return _noted(_evaluated(computation, model, batches, found, operands), (FROZEN_DIFFERS,))
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
     if computation in OF_THE_GRADIENT:
@@ -73,8 +87,15 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
         plan = replace(plan, verdicts=found)
     plan = replace(plan, losses=tuple(loss_state(options.loss, structure, arrays, batch) for batch in batches))
     answer, notes = _run_checked(plan, dynamic)
+    if any(flag for flag, text in zip(answer.violated, answer.messages, strict=True) if text == FROZEN_DIFFERS):
+        remember_not_held(structure, arrays, batches, options)
+        return _evaluated(computation, model, batches, options, operands)
     _raise(answer)
-    result = jax.tree.map(_to_number, answer.result)
+    return _noted(jax.tree.map(_to_number, answer.result), notes)
+
+
+def _noted(result: Any, notes: tuple[str, ...]) -> Any:
+    """The result with more notes, where it has any."""
     return replace(result, notes=(*result.notes, *notes)) if notes and hasattr(result, "notes") else result
 
 
@@ -99,25 +120,35 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not compiled."""
     with leave_no_trace(model, options.loss, options.forward):
         structure, arrays = separate(model, options.forward, options.parameters)
+        structure = without_states(structure, arrays, validation.unpack(batch)[0])
         inside_jit = traced((arrays, batch, options.seed))
         structure = with_python_state(structure, model, arrays, batch, inside_jit)
         if inside_jit:
             return record(structure, arrays, batch, options.seed, options, None)
-        verdict = find_verdict(structure, arrays, batch, options)
+        found = as_found(structure, arrays, [batch], options)
+        verdict = find_verdict(structure, arrays, batch, found)
         _raise_bent([verdict])
-        return record(structure, arrays, batch, options.seed, options, verdict)
+        made = record(structure, arrays, batch, options.seed, found, verdict)
+    if any(flag for flag, text in made.violations if text == FROZEN_DIFFERS):
+        remember_not_held(structure, arrays, [batch], options)
+        return linearize(model, batch, options)
+    return made if found is options else _noted(made, (FROZEN_DIFFERS,))
 
 
 def _with_known_verdicts(plan: Plan, arrays: Arrays, batches: tuple) -> Plan:
     """The plan with the verdicts that calls outside of compiled functions have found, if there are any."""
-    try:
-        hash(plan.structure)
-    except TypeError:
-        return plan
-    if plan.verdicts is not None:
+    if plan.verdicts is not None or not _hashable(plan.structure):
         return plan
     found = [known_verdict(plan.structure, arrays, batch, plan.options) for batch in batches]
     return plan if None in found else replace(plan, verdicts=tuple(verdict for verdict in found if verdict is not None))
+
+
+def _hashable(structure: Structure) -> bool:
+    try:
+        hash(structure)
+    except TypeError:
+        return False
+    return True
 
 
 def _raise_bent(verdicts: Iterable[Verdict]) -> None:
@@ -133,15 +164,3 @@ def _raise(answer: Any) -> None:
 
 def _to_number(leaf: Any) -> Any:
     return np.asarray(leaf).item() if np.ndim(leaf) == 0 else leaf
-
-
-def _update_vector(structure: Structure, arrays: Arrays, model: Any, update: Any) -> dict[str, jax.Array]:
-    """The user's update, a tree like the model's parameters or {name: array}, as a vector in parameter space."""
-    shapes = {name: jnp.shape(arrays[name]) for name in structure.trained}
-    if not (isinstance(update, Mapping) and set(update) <= set(shapes)):
-        tree = (model[0], update) if isinstance(model, tuple) else update
-        leaves = separate(tree, structure.forward, None)[1] if accepts(tree) else {}
-        update = {name: leaf for name, leaf in leaves.items() if name in shapes}
-    expected = "a tree of the parameters' structure, or {parameter name: array of its shape}"
-    given = update_by_name(update, shapes, list, expected)
-    return {n: jnp.asarray(given[n]) if n in given else jnp.zeros_like(arrays[n]) for n in shapes}

@@ -17,7 +17,7 @@ from lnp.losses import kinds, mean_test
 from lnp.losses.kinds import Given, Prepared
 from lnp.losses.mean_test import Leaf
 from lnp_jax.bound_model import Network
-from lnp_jax.outputs import flatten, is_measured, parts, rebuild
+from lnp_jax.outputs import flatten, is_complex, is_measured, parts, rebuild
 from lnp_jax.state_guard import restoring_state
 
 
@@ -56,6 +56,10 @@ def bind(options: Options, net: Network, outputs: Array, targets: Any) -> BoundL
     def of(flat: Array) -> Array:
         value = jnp.asarray(function(rebuild(flat, tree), targets))
         validation.check_loss(value.shape)
+        if is_complex(value):
+            raise ValueError(
+                f"The loss is of type {value.dtype}. Expected a real number. Take its real part or modulus."
+            )
         return jnp.sum(value).astype(flat.dtype)
 
     value, gradient = jax.value_and_grad(of)(outputs)
@@ -66,6 +70,11 @@ def bind(options: Options, net: Network, outputs: Array, targets: Any) -> BoundL
 
 def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms: Any) -> Prepared:
     """The loss that the user means, where outputs may be of any structure."""
+    if not callable(loss) and any(map(is_complex, jax.tree.leaves((outputs, targets)))):
+        raise ValueError(
+            f"The outputs or targets are complex, and loss={loss!r} is defined for real numbers. Expected a function "
+            "loss(outputs, targets) that returns a real number, such as the mean of jnp.abs(outputs - targets) ** 2."
+        )
     of_outputs, of_targets = _shape(outputs), _shape(targets)
     single = of_outputs is not None and of_targets is not None
     integer = single and jnp.issubdtype(targets.dtype, jnp.integer)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,8 @@ from lnp_jax.taps.backward_pass import tap
 
 REMEMBERED = 256
 _VERDICTS: OrderedDict[tuple, Verdict] = OrderedDict()
+_NOT_HELD: OrderedDict[tuple, None] = OrderedDict()
+"""Models, with shapes, that are not themselves with their batch statistics held fixed."""
 
 jax.tree_util.register_dataclass(Differences, [field.name for field in fields(Differences)], [])
 
@@ -94,7 +96,7 @@ def find_verdict(structure: Structure, arrays: Arrays, batch: Any, options: Opti
         bend = float(_bend(structure, how, arrays, inputs)) if net.custom_backward else 0.0
         found = Verdict(reason, bent=bend > net.tolerance)
     if found.sure:
-        _remember(key, found)
+        _keep(_VERDICTS, key, found)
     return found
 
 
@@ -103,7 +105,7 @@ def remember_interacting(structure: Structure, arrays: Arrays, batch: Any, optio
     them may be closed again in the next batch's outputs, and still be open in its gradients.
     """
     verdict = Verdict(found_interacting())
-    _remember(_case(structure, arrays, batch, options)[2], verdict)
+    _keep(_VERDICTS, _case(structure, arrays, batch, options)[2], verdict)
     return verdict
 
 
@@ -116,6 +118,18 @@ def known_verdict(structure: Structure, arrays: Arrays, batch: Any, options: Opt
         return None
     _VERDICTS.move_to_end(key)
     return _VERDICTS[key]
+
+
+def as_found(structure: Structure, arrays: Arrays, batches: Iterable[Any], options: Options) -> Options:
+    """The options, with batch statistics coupled where holding them fixed was found to make another function."""
+    found = any(_case(structure, arrays, batch, options)[2] in _NOT_HELD for batch in batches)
+    return replace(options, batch_statistics="coupled") if found else options
+
+
+def remember_not_held(structure: Structure, arrays: Arrays, batches: Iterable[Any], options: Options) -> None:
+    """From now on batch statistics of this model are coupled at these shapes."""
+    for batch in batches:
+        _keep(_NOT_HELD, _case(structure, arrays, batch, options)[2], None)
 
 
 def traced(arrays: Any) -> bool:
@@ -231,10 +245,11 @@ def _bend(structure: Structure, options: Options, arrays: Arrays, inputs: Any) -
     return self_check.bend_of_batch(WholeBatch(bind(structure, arrays, inputs, options)))
 
 
-def _remember(key: tuple, verdict: Verdict) -> None:
-    _VERDICTS[key] = verdict
-    while len(_VERDICTS) > REMEMBERED:
-        _VERDICTS.popitem(last=False)
+def _keep(found: OrderedDict, key: tuple, value: Any) -> None:
+    """Remember the latest."""
+    found[key] = value
+    while len(found) > REMEMBERED:
+        found.popitem(last=False)
 
 
 def _case(structure: Structure, arrays: Arrays, batch: Any, options: Options) -> tuple[Any, Options, tuple]:

@@ -20,6 +20,20 @@ _traces_for: Callable = getattr(jax, "make_user_context", lambda _: lambda _: co
 
 
 @contextlib.contextmanager
+def _not_strict() -> Iterator[None]:
+    """JAX with its usual rules. What a function computes under strict ones it computes under these, and lnp's own
+    arithmetic promotes types and ranks, moves constants to a device, and returns nan where there is no number.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.transfer_guard("allow"))
+        for strict in (jax.debug_nans, jax.debug_infs, jax.check_tracer_leaks, jax.disable_jit):
+            stack.enter_context(strict(False))
+        yield
+
+
+@contextlib.contextmanager
 def leave_no_trace(*roots: Any) -> Iterator[None]:
     """For a whole measurement: what can be reached from models and functions holds afterwards what it held before.
 
@@ -27,7 +41,7 @@ def leave_no_trace(*roots: Any) -> Iterator[None]:
     would not run: what was traced meanwhile is remembered apart.
     """
     jax.effects_barrier()  # callbacks of the user's own steps, which may still be on their way
-    with _kept(roots), _traces_for("lnp"):
+    with _kept(roots), _not_strict(), _traces_for("lnp"):
         yield
         jax.effects_barrier()
 
@@ -44,12 +58,7 @@ def restoring_state(function: Callable, *roots: Any) -> Callable:
     return run
 
 
-def _kept(roots: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
-    known = [root for root in roots if root is not None]
-    return preserve_state(*known, *_wrapped(known), foreign=FOREIGN)
-
-
-def _wrapped(roots: list) -> list:
+def functions_behind(roots: list) -> list:
     """The functions behind what JAX has made of them."""
     found: dict[int, Any] = {}
     new = list(roots)
@@ -59,6 +68,11 @@ def _wrapped(roots: list) -> list:
         new = list({id(f): f for f in functions if callable(f) and id(f) not in found}.values())
         found |= {id(f): f for f in new}
     return list(found.values())
+
+
+def _kept(roots: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
+    known = [root for root in roots if root is not None]
+    return preserve_state(*known, *functions_behind(known), foreign=FOREIGN)
 
 
 def _held(x: Any) -> list:

@@ -10,6 +10,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
+from lnp_jax.programs import programs_in
 from lnp_jax.taps.pooling import max_pool
 from lnp_jax.taps.primitives import tapped_use
 from lnp_jax.taps.rules import Use, View, pieces_of, use_of, view_after
@@ -253,7 +254,7 @@ def _bound(eqn: Any, values: list[Value], jaxpr: Any) -> list[Value]:
     pool = max_pool(eqn, *arrays) if eqn.primitive.name == "reduce_window_max" else None
     if pool is not None:
         return _values([pool], values)
-    if not any(True for _ in core.jaxprs_in_params(eqn.params)):
+    if not any(True for _ in programs_in(eqn.params)):
         outs = eqn.primitive.bind(*arrays, **eqn.params)
         return _values(outs if eqn.primitive.multiple_results else [outs], values)
     # with programs inside, in a program of its own: how those are passed on differs between operations
