@@ -10,8 +10,15 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lnp_torch.embedding_bag import InPieces
 from lnp_torch.model import Parameters
 
+NEITHER = (
+    "J u, the derivative of the outputs along a direction of the parameters, cannot be computed for this network: one "
+    "of its operations has neither a forward mode nor a second derivative in PyTorch ({}: {}). lnp.spectrum, "
+    "lnp.kernel and population values by the general way need it. Expected operations that have one of them. Put "
+    "another operation in its place, or call lnp.decompose, which does without."
+)
 Run = Callable[[Parameters], list[torch.Tensor]]
 
 
@@ -41,7 +48,7 @@ def _load() -> None:
 def _forward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
     """J u by dual numbers."""
     _load()
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.no_grad(), forward_ad.dual_level(), InPieces():
         duals = {
             name: forward_ad.make_dual(p.detach(), tangent.to(p.dtype))
             for (name, p), tangent in zip(parameters.items(), u, strict=True)
@@ -51,8 +58,25 @@ def _forward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[to
 
 
 def double_backward(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
-    """J u as the derivative of w -> <J^T w, u>."""
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+    """J u as the derivative of w -> <J^T w, u>.
+
+    Raises
+    ------
+    NotImplementedError
+        If an operation cannot be differentiated twice.
+    """
+    try:
+        return _twice(run, parameters, u)
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = (str(error).splitlines() or [""])[0][:120]
+        raise NotImplementedError(NEITHER.format(type(error).__name__, said)) from error
+
+
+def _twice(run: Run, parameters: Parameters, u: list[torch.Tensor]) -> list[torch.Tensor]:
+    """J u by a backward pass through a backward pass."""
+    with sdpa_kernel(SDPBackend.MATH), InPieces():  # the fused kernels cannot be differentiated twice
         leaves = [p.detach().requires_grad_() for p in parameters.values()]
         parts = run(dict(zip(parameters, leaves, strict=True)))
         w = [torch.zeros_like(part, requires_grad=True) for part in parts]

@@ -97,7 +97,9 @@ def _at_outputs(
         terms, notes = seen_terms(averages, value, [parts[place] for place in used], targets)
 
     def at(other: Outputs) -> torch.Tensor:
-        return run(other.with_parts([part.to(wide([part]), copy=True) for part in other.parts]), targets).sum()
+        with torch.enable_grad():  # a loss may differentiate in the outputs
+            parts = [part.detach().to(wide([part])).requires_grad_().clone() for part in other.parts]
+            return run(other.with_parts(parts), targets).sum().detach()
 
     def anew(outputs: Any, targets: Any) -> torch.Tensor:
         prepared.rewind()

@@ -86,7 +86,9 @@ class Program:
     def restricted(self, names: Iterable[str]) -> Program:
         """The same with some of the parameters, the others as they are."""
         chosen = {name: self.parameters[name] for name in names}
-        fixed = {name: p.detach() for name, p in self.parameters.items() if name not in chosen}
+        fixed = {
+            name: p for name, p in self.parameters.items() if name not in chosen
+        }  # a network may differentiate in it
         return replace(self, parameters=chosen, call=lambda values, inputs: self.call({**fixed, **values}, inputs))
 
 
@@ -103,13 +105,12 @@ class Snapshot:
 
 
 def accepts(model: Any) -> bool:
-    """Whether the model is a module, or a function with parameters that are tensors."""
+    """Whether the model is a module, or a function with parameters some of which are tensors."""
     if isinstance(model, nn.Module | Snapshot):
         return True
     if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
         return False
-    tensors = list(named(model[1]).values())
-    return bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+    return any(isinstance(leaf, torch.Tensor) for leaf in named(model[1]).values())
 
 
 def program(
@@ -249,6 +250,12 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
 def _function(function: Callable, tree: Any, parameters: Any, loss: Any, written: frozenset[int]) -> Program:
     """A function of a structure of parameters as a program."""
     leaves = named(tree)
+    others = [f"{name} ({type(leaf).__name__})" for name, leaf in leaves.items() if not isinstance(leaf, torch.Tensor)]
+    if others:
+        raise ValueError(
+            f"The parameters hold what is no tensor: {', '.join(others)}. Expected tensors alone. Make them tensors, "
+            "or give them to the function in another way, such as functools.partial."
+        )
     chosen = select([name for name, leaf in leaves.items() if continuous(leaf)], parameters)
     aliases = {name: _alias(leaves[name]) for name in chosen}
     replica = Replica((function, loss), written=written)

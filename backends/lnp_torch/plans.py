@@ -99,7 +99,7 @@ def key_of(passes: Passes, outputs: torch.Tensor, first: tuple[list[torch.Tensor
     """What a plan is remembered for; `first` are the outputs, and taps on the way to them, of the first pass."""
     program, device = passes.program, passes.program.device.type
     described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), _setting(leaf))
+        (_shape(leaf), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), _setting(leaf))
         for leaf in leaves(passes.inputs)
     )
     shapes = (
@@ -115,6 +115,12 @@ def key_of(passes: Passes, outputs: torch.Tensor, first: tuple[list[torch.Tensor
         return Key(program.owner, shapes, (), True)
     parts, taps = first
     return Key(program.owner, shapes, (taps.program, taps.recorded(parts)), not taps.rerouting)
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of a tensor; of a nested one whose samples have different shapes, that of all its numbers."""
+    nested = tensor.is_nested and tensor.layout == torch.strided
+    return (tensor.size(0), tensor.numel()) if nested else tuple(tensor.shape)
 
 
 def _setting(value: Any) -> Any:

@@ -27,7 +27,7 @@ from lnp_torch.model import Program
 from lnp_torch.outputs import dot, flatten, widened
 from lnp_torch.own_loss import shown_mean, split_batch
 from lnp_torch.plans import Plan, key_of
-from lnp_torch.replay import Passes, first_pass
+from lnp_torch.replay import Passes, first_pass, without_graph
 from lnp_torch.self_check import FATAL, plan_for
 from lnp_torch.state_guard import undisturbed
 from lnp_torch.taps.backward_pass import Samples, Tapped, in_groups
@@ -278,11 +278,11 @@ def jvp(passes: Passes, u: Vector) -> torch.Tensor:
 def _loss_along(passes: Passes, loss: LossAt, u: Vector, step: Any) -> torch.Tensor:
     """L at the parameters plus step * u, shape ()."""
     program = passes.program
-    with undisturbed([program.device]), torch.no_grad():
+    with undisturbed([program.device]):
         moved = {
             name: (widened(p.detach()) + step * widened(u[name])).to(p.dtype) for name, p in program.parameters.items()
         }
-        return loss.at(passes.whole(moved))
+        return loss.at(without_graph(passes.whole, moved))
 
 
 def _signs(seed: Any, like: torch.Tensor) -> Callable[[int], torch.Tensor]:

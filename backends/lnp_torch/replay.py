@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -70,11 +70,10 @@ class Passes:
 
     def __post_init__(self) -> None:
         if not self.over:
-            over = tuple(
-                isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.samples
-                for leaf in leaves(self.inputs)
+            over = (
+                isinstance(x, torch.Tensor) and x.ndim > 0 and x.size(0) == self.samples for x in leaves(self.inputs)
             )
-            object.__setattr__(self, "over", over)
+            object.__setattr__(self, "over", tuple(over))
 
     def replayed(self, record: Record) -> Frozen:
         """The mode in which the network repeats what was recorded."""
@@ -133,6 +132,22 @@ class Passes:
         return any(self.over)
 
 
+Result = TypeVar("Result")
+
+
+def without_graph(run: Callable[[Parameters], Result], parameters: Parameters) -> Result:
+    """What a run at these parameters returns, without a graph that leads to them.
+
+    Gradients stay on, for a network may differentiate inside: in its inputs it can, else it runs with such a graph.
+    """
+    try:
+        return run({name: p.detach() for name, p in parameters.items()})
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return run({name: p.detach().requires_grad_() for name, p in parameters.items()})
+
+
 def copied(inputs: Any) -> Any:
     """The same inputs in new memory: a network may write to what it is given, and later passes need it as it was."""
     return map_leaves(_copied, inputs)
@@ -158,9 +173,13 @@ def first_pass(
     Batch normalisation is not held at its statistics where the network would compute something else with them.
     """
     state, watch = RandomState([program.device]), watching()
-    mode = Frozen(statistics, program)
-    with watch, mode, torch.set_grad_enabled(keep_graph):
-        outputs = Outputs(program.call(program.parameters, copied(inputs)))
+
+    def run(parameters: Parameters) -> tuple[Outputs, Frozen]:
+        state.restore()
+        with watch, Frozen(statistics, program) as mode:
+            return Outputs(program.call(parameters, copied(inputs))), mode
+
+    outputs, mode = run(program.parameters) if keep_graph else without_graph(run, program.parameters)
     if mode.agree and not bool(torch.stack(mode.agree).all()):
         state.restore()
         return *first_pass(program, inputs, False, keep_graph, watching)[:3], (FROZEN_DIFFERS,)

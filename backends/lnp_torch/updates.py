@@ -14,7 +14,8 @@ from lnp_torch.state_guard import RandomState, same_randomness
 
 def snapshot(model: Any) -> Snapshot:
     """The model as it is now, with the random state from which the step will draw its dropout masks."""
-    copies = {name: p.detach().clone().requires_grad_() for name, p in _trained(model).items()}
+    with torch.inference_mode(False):  # what is made there can take no part in a derivative
+        copies = {name: p.detach().clone().requires_grad_() for name, p in _trained(model).items()}
     return Snapshot(model, copies, RandomState([next(iter(copies.values())).device]))
 
 
@@ -26,7 +27,8 @@ def difference(before: Snapshot, after: Any) -> dict[str, torch.Tensor]:
             f"The model has other trained parameters than before: {sorted(now.keys() ^ before.parameters.keys())}. "
             "Expected the same model, before and after one update."
         )
-    return {name: now[name].detach() - p.detach() for name, p in before.parameters.items()}
+    with torch.inference_mode(False):
+        return {name: now[name].detach() - p.detach() for name, p in before.parameters.items()}
 
 
 def _trained(model: Any) -> Parameters:

@@ -85,5 +85,8 @@ def found_interacting() -> str:
 
 def failing(error: BaseException) -> str:
     """Why samples are not taken apart that cannot be run on their own, whatever the network raised."""
-    first = (str(error).splitlines() or [""])[0][:120]
+    try:
+        first = (str(error).splitlines() or [""])[0][:120]
+    except Exception:  # an exception of the user's that has no text
+        first = "without a text"
     return f"single samples cannot be run in this network ({type(error).__name__}: {first}): they are not taken apart"

@@ -93,7 +93,8 @@ class Taps(TorchFunctionMode):
 
     def _tapped(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any, used: list[Tensor]) -> Any:
         """The output with a tap on it, if it is known how the parameters in it were used."""
-        single = isinstance(out, Tensor) and out.is_floating_point() and not functorch.is_functorch_wrapped_tensor(out)
+        single = isinstance(out, Tensor) and out.is_floating_point() and out.layout == torch.strided
+        single = single and not (out.is_nested or functorch.is_functorch_wrapped_tensor(out))
         # without their graph, which would otherwise hold itself in memory by way of the taps
         bare = _mapped(lambda t: t if self._name(t) is not None else t.detach(), (args, kwargs))
         uses = recognised(func, *bare) if single else []
