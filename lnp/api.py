@@ -9,8 +9,9 @@ from lnp.contract.options import BatchStatistics, Options
 from lnp.contract.registry import evaluate
 from lnp.estimators.trace import Estimator, takes_samples_apart
 from lnp.results.computations import Decompose, Respond, measured_change, predicted_change
-from lnp.results.cross_response import CrossResponse
-from lnp.results.decomposition import ByLayer, Decomposition, explained
+from lnp.results.cross_response import CrossResponse, finished
+from lnp.results.decomposition import ByLayer, Decomposition
+from lnp.results.finished import explained
 from lnp.results.preconditioner import DecomposePreconditioned, joint_options
 
 
@@ -174,7 +175,7 @@ def cross_response(
         population=population,
     )
     computation = Respond(estimator, rtol, max_probes, by_layer, population)
-    return evaluate(computation, model, (train_batch, measured_batch), options)
+    return finished(evaluate(computation, model, (train_batch, measured_batch), options))
 
 
 def measured_loss_change(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from lnp.contract import validation
-from lnp.contract.linearization import Array, GradientPass, Linearization, Subset, Vector, coupling_tolerance
+from lnp.contract.linearization import (
+    MAPPED_COST,
+    Array,
+    GradientPass,
+    Linearization,
+    Subset,
+    Vector,
+    coupling_tolerance,
+    unit,
+)
 from lnp.contract.options import Options
 from lnp.per_sample import differences, self_check
 from lnp.per_sample.verdict import BENT, Verdict
@@ -98,7 +107,7 @@ def record(
         gradient_pass=_gradient_pass(passes, look, loss),
         sample_square_norms=None if look is None else look.samples.square_norms,
         subset=None if look is None else lambda size: _subset(look.samples, _drawn(seed, net.split.samples, size)),
-        cheap=look is not None and not look.samples.taps.plan.general,
+        sample_cost=1.0 if look is not None and not look.samples.taps.plan.general else MAPPED_COST,
         coupled=None if look is None else look.coupled,
         group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
         groups=1 if micro is None else micro.groups,
@@ -140,11 +149,12 @@ def _gradient_pass(
     """What the core asks of the backward pass of the loss. Inner products it takes from the subset's forward pass."""
 
     def gradient_pass(per_sample: bool, products: int, vector: bool) -> GradientPass:
-        gradient = passes.pull(loss.gradient)
+        g, magnitude = unit(jnp, loss.gradient)
+        gradient = passes.pull(g)
         square_norms = _inner_products(gradient, gradient)
         if look is None or not per_sample:
-            return GradientPass(square_norms, vector=gradient)
-        return look.gradient_pass(loss.gradient, gradient, square_norms)
+            return GradientPass(square_norms, vector=gradient, magnitude=magnitude)
+        return replace(look.gradient_pass(g, gradient, square_norms), magnitude=magnitude)
 
     return gradient_pass
 

@@ -14,7 +14,8 @@ from torch import nn
 import lnp
 from lnp.contract.linearization import GradientPass, Linearization
 from lnp.contract.options import Options
-from lnp.results.decomposition import ByLayer, asked, decompose, explained
+from lnp.results.decomposition import ByLayer, asked, decomposed
+from lnp.results.finished import explained
 from lnp.state.preserve import SavedState
 from lnp_torch import losses
 from lnp_torch.backend import decided, to_host
@@ -163,7 +164,7 @@ class SharedStep(contextlib.AbstractContextManager):
                 wish = asked(step.record(), **settings)
             trained = self._backward(loss, step.operators, scale, **wish)
             with self._measuring(criterion), no_gradients(dict(self._module.named_parameters())):
-                return explained(_decomposed(step, trained, by_layer=by_layer, **settings))
+                return explained(_decomposed(step, trained, by_layer=by_layer, **settings), unscaled=not step.others)
         finally:
             if self.stepped:  # a loop keeps this object until its next step: the activations must not stay with it
                 self._watched.let_go()
@@ -309,11 +310,11 @@ def _decomposed(step: Step, trained: GradientPass, **settings: Any) -> lnp.Decom
     """The decomposition; once more, jointly, if the samples turn out to interact."""
     look = step.operators.look
     try:
-        found, _ = decided(decompose(step.record(trained), **settings), [look], [])
+        found, _ = decided(decomposed(step.record(trained), **settings)[0], [look], [])
     except CannotRun:
         assert look is not None, "which has raised it"
     if look is None or not look.reason:
         return found
     look.remember()
     joint = GradientPass(trained.square_norms)
-    return to_host(decompose(step.jointly(look.reason).record(joint), **settings), [])[0]
+    return to_host(decomposed(step.jointly(look.reason).record(joint), **settings)[0], [])[0]

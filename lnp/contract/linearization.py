@@ -19,6 +19,11 @@ Namespace = Any
 Vector = Mapping[str, Array]
 """A vector in parameter space: {parameter name: array of the parameter's shape}."""
 
+CHEAP = 2.0
+"""Pull-backs of the batch up to which single samples are cheap."""
+MAPPED_COST = 4.0
+"""Pull-backs that single samples cost where a framework maps over them, in chunks (2.4 to 13 measured)."""
+
 
 def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
     """Repeat `state = body(state)` while `condition(state)`; a compiling backend supplies its own."""
@@ -64,6 +69,9 @@ class GradientPass:
         (M,) array: which samples these are, drawn at random. None if they are all, in their order.
     vector:
         J^T g, or None.
+    magnitude:
+        m, shape (), where all of this is of g / m in the place of g, whose squares stay in the range of numbers
+        (`unit`); None where it is of g itself, as in a step that trains.
     """
 
     square_norms: Mapping[str, Array]
@@ -71,6 +79,7 @@ class GradientPass:
     products: Array | None = None
     index: Array | None = None
     vector: Vector | None = None
+    magnitude: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +122,9 @@ class Linearization:
     subset_pays:
         Whether a pass over a few of the samples is much cheaper than one over all: not where the work is small beside
         what starts it.
-    cheap:
-        Whether `sample_square_norms` costs about as much as one pull-back.
+    sample_cost:
+        What `sample_square_norms` costs, in pull-backs of the batch: about 1 where the backward pass yields them,
+        N where they run one after the other.
     coupled:
         () -> array of shape (), True if the samples have turned out to interact although they are taken apart: in any
         pass that ran since the record was made, a sample's outputs or its gradient were not those that it has in the
@@ -129,6 +139,9 @@ class Linearization:
         (u, step) -> L at theta + step * u, shape (): the loss after a step that is really taken. Nothing is changed.
     separable:
         Whether the loss is known to be a mean over samples.
+    sample_terms:
+        w_n, shape (N,): what each sample weighs in that mean, its number of labels or the sum of their classes'
+        weights, up to a factor that all have in common. None where all weigh the same, or nobody knows.
     violations:
         (array of shape () that is True when a check of values fails, error message) pairs. The core's numbers are
         nan where one is True; a backend that can read it raises the error.
@@ -151,15 +164,21 @@ class Linearization:
     sample_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     subset: Callable[[int], Subset] | None = None
     subset_pays: bool = True
-    cheap: bool = False
+    sample_cost: float = MAPPED_COST
     coupled: Callable[[], Array] | None = None
     group_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     groups: int = 1
     loss_along: Callable[[Vector, Any], Array] | None = None
     separable: bool = False
+    sample_terms: Array | None = None
     violations: tuple[tuple[Array, str], ...] = ()
     notes: tuple[str, ...] = ()
     while_loop: Callable = while_loop
+
+    @property
+    def cheap(self) -> bool:
+        """Whether single samples cost so little that population values come by default."""
+        return self.sample_cost <= CHEAP
 
 
 def accumulation_dtype(xp: Any, dtype: Any) -> Any:
@@ -171,6 +190,20 @@ def square_norm(xp: Any, array: Array) -> Array:
     """||array||^2 over all elements, accumulated in float32 or better. Shape ()."""
     wide = xp.astype(array, accumulation_dtype(xp, array.dtype), copy=False)
     return xp.sum(wide * wide)
+
+
+def unit(xp: Any, array: Array) -> tuple[Array, Array]:
+    """(array / m, m) with m its largest entry, shape (): numbers whose squares neither vanish nor overflow.
+
+    >>> import numpy
+    >>> [part.tolist() for part in unit(numpy, numpy.asarray([4e-30, -2e-30], dtype="float32") / 4e-30)]
+    [[1.0, -0.5], 1.0]
+    """
+    wide = xp.astype(array, accumulation_dtype(xp, array.dtype), copy=False)
+    magnitude = xp.max(xp.abs(wide))
+    least = float(xp.finfo(wide.dtype).smallest_normal)  # of zeros, which stay zeros
+    magnitude = xp.maximum(magnitude, xp.full_like(magnitude, least))
+    return wide / magnitude, magnitude
 
 
 def coupling_tolerance(xp: Any, dtype: Any) -> float:

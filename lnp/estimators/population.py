@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lnp.contract.linearization import Array, GradientPass, Linearization, accumulation_dtype, ratio
+from lnp.contract.linearization import Array, GradientPass, Linearization, ratio, unit
 
 LEAST = 12
 """Samples at least that the jackknife leaves out one by one."""
@@ -71,9 +71,10 @@ def population(lin: Linearization, found: GradientPass, rate: Array, traces: Arr
     Parameters
     ----------
     found:
-        The backward pass of the loss, with the squared norms of single samples and their products with the gradient.
+        The backward pass of the loss, with the squared norms of single samples and their products with the gradient;
+        of g divided by its magnitude, and so are the rates that come out.
     rate:
-        ||J^T g||^2, shape ().
+        ||J^T g||^2, shape (), of the same.
     traces:
         tr Theta_nn for each sample, shape (N,), with the standard error `stderr` of their sum.
     """
@@ -82,7 +83,7 @@ def population(lin: Linearization, found: GradientPass, rate: Array, traces: Arr
     xp, n, products = lin.xp, lin.outputs.shape[0], found.products
     norms = list(found.sample_square_norms.values())
     q = sum(norms[1:], start=norms[0])
-    g = xp.astype(lin.loss_gradient, accumulation_dtype(xp, lin.loss_gradient.dtype), copy=False)
+    g, _ = unit(xp, lin.loss_gradient)  # as what was found
     g2 = xp.sum(g * g, axis=1)
     count, index = products.shape[0], found.index
 

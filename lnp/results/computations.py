@@ -9,18 +9,18 @@ from lnp.contract.gradient_pass import gradient
 from lnp.contract.linearization import Array, GradientPass, Linearization, Vector, valid
 from lnp.estimators.trace import Settings
 from lnp.results.cross_response import CrossResponse, cross_response_of
-from lnp.results.decomposition import ByLayer, Decomposition, decompose, decomposed, sum_of
+from lnp.results.decomposition import ByLayer, Decomposition, decomposed, sum_of
 
 
 @dataclass(frozen=True)
 class Decompose(Settings):
-    """The computation of `lnp.decompose`."""
+    """The computation of `lnp.decompose`, up to what `lnp.results.decomposition.explained` does with numbers."""
 
     by_layer: ByLayer = False
     population: bool | None = False
 
     def __call__(self, lin: Linearization) -> Decomposition:
-        return decompose(lin, **self._settings)
+        return decomposed(lin, **self._settings)[0]
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -40,17 +40,19 @@ class Respond(Decompose):
 
 def measured_change(lin: Linearization, learning_rate: Any = None, update: Vector | None = None) -> Array:
     """L(theta + Delta) - L(theta), where Delta is the update or a step of gradient descent. Shape ()."""
-    along = gradient(lin) if update is None else update
-    return _change_along(lin, along, -learning_rate if update is None else 1.0)
+    if update is not None:
+        return _change_along(lin, update, 1.0)
+    vector, magnitude = gradient(lin)
+    return _change_along(lin, vector, -lin.xp.asarray(learning_rate, dtype=magnitude.dtype) * magnitude)
 
 
 def predicted_change(lin: Linearization, learning_rate: Any = None, update: Vector | None = None) -> Array:
     """<grad L, Delta>, where Delta is the update or a step of gradient descent. Shape ()."""
-    vector = gradient(lin)
+    vector, magnitude = gradient(lin)
     products = lin.inner_products(vector, vector if update is None else update)
-    total = sum_of(products, products)
+    total = sum_of(products, products) * magnitude
     if update is None:
-        total = -lin.xp.asarray(learning_rate, dtype=total.dtype) * total
+        total = -lin.xp.asarray(learning_rate, dtype=total.dtype) * total * magnitude
     return valid(lin, total)
 
 

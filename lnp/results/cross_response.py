@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lnp.contract.linearization import GradientPass, Linearization, ratio, valid
 from lnp.results.decomposition import Decomposition, sum_of
+from lnp.results.finished import explained
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def cross_response_of(
     measured: Linearization,
     decomposed: Callable[[Linearization], tuple[Decomposition, GradientPass]],
 ) -> CrossResponse:
-    """The cross response of two linearised batches of one model. Pure, safe to trace and compile.
+    """The cross response of two linearised batches of one model, for `finished`. Pure, safe to trace and compile.
 
     `decomposed` takes a record to its decomposition and to the backward pass of its loss, with J^T g. The two traces
     are estimated with independent errors a and b (relative), so that the relative error of their geometric mean is
@@ -72,3 +73,13 @@ def cross_response_of(
         trained=t,
         measured=m,
     )
+
+
+def finished(c: CrossResponse) -> CrossResponse:
+    """The cross response of two loss gradients, from that of both divided by their magnitudes (`decomposed`).
+
+    Arrays inside a compiled function have no value yet.
+    """
+    t, m = c.trained.magnitude, c.measured.magnitude
+    trained, measured = explained(c.trained), explained(c.measured)
+    return replace(c, rate=c.rate * t * m, chi_loss=c.chi_loss * t * m, trained=trained, measured=measured)

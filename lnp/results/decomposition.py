@@ -13,9 +13,8 @@ Source: Nikolaou, Scheunemann, Krippendorf, Tovey, Holm, "Spectral Reach", arXiv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lnp.contract.gradient_pass import gradient_pass
@@ -26,12 +25,15 @@ from lnp.contract.linearization import (
     accumulation_dtype,
     ratio,
     square_norm,
+    unit,
     valid,
 )
-from lnp.estimators import trace
 from lnp.estimators.population import Population, jackknife_size, possible
 from lnp.estimators.population import population as population_of
+from lnp.estimators.trace import TraceEstimate
+from lnp.estimators.weighing import choose, estimate_chosen
 from lnp.results import display
+from lnp.results.finished import finished
 
 ByLayer = bool | Callable[[str], str]
 
@@ -93,6 +95,8 @@ class Decomposition:
         The whole loss, where it has terms that do not come from the outputs and a backend can measure them: its loss,
         and its rate ||J^T g + dR/dtheta||^2 with R the sum of these terms, which all other values leave out. None
         elsewhere.
+    magnitude, least:
+        Of the computation; 1 and 0 in what is returned. See `lnp.results.finished`.
     """
 
     loss: Any
@@ -112,6 +116,8 @@ class Decomposition:
     estimator: str
     notes: tuple[str, ...] = ()
     total: Total | None = None
+    magnitude: Any = field(default=1.0, repr=False)
+    least: Any = field(default=0.0, repr=False)
 
     def predicted_loss_change(self, learning_rate: float) -> Any:
         """Loss change of one step of gradient descent to first order: -learning_rate * rate."""
@@ -138,7 +144,7 @@ def decompose(lin: Linearization, **settings: Any) -> Decomposition:
     Where a check of the record fails (labels out of range, samples that interact although they were taken apart), the
     numbers are nan. Settings are those of `decomposed`.
     """
-    return decomposed(lin, **settings)[0]
+    return finished(decomposed(lin, **settings)[0])
 
 
 def decomposed(
@@ -151,21 +157,28 @@ def decomposed(
     population: bool | None = False,
     vector: bool = False,
 ) -> tuple[Decomposition, GradientPass]:
-    """The decomposition, and the backward pass of the loss that it was made of: with J^T g if `vector` is true."""
-    name, notes = trace.choose(lin, estimator, rtol, max_probes)
-    reason = _why_no_population(lin, name, population)
+    """The decomposition, and the backward pass of the loss that it was made of: with J^T g if `vector` is true.
+
+    Both are those of g / m, with the magnitude m of the loss gradient, whose squares stay in the range of float32.
+    `finished` multiplies the decomposition with m^2, on the host in Python's floats.
+    """
+    choice = choose(lin, estimator, rtol, max_probes)
+    reason = _why_no_population(lin, choice.estimator, population)
     wanted = population is not False and not reason
     found = gradient_pass(lin, **_wish(lin, wanted, vector))
     square_norms = found.square_norms
     layers = layer_names(tuple(square_norms), by_layer)
     rows = [tuple(square_norms), *layers.values()]
-    estimate = trace.estimate(lin, rows, name, rtol, max_probes)
-    whole, *parts = _parts(lin, [sum_of(square_norms, row) for row in rows], estimate)
+    estimate = estimate_chosen(lin, rows, choice, rtol, max_probes, apart=wanted)
+    g2 = square_norm(lin.xp, unit(lin.xp, lin.loss_gradient)[0])
+    whole, *parts = _parts(lin, g2, [sum_of(square_norms, row) for row in rows], estimate)
+    dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)
+    info = lin.xp.finfo(dtype)
     finite = _population(lin, found, sum_of(square_norms, rows[0]), estimate) if wanted else None
     return Decomposition(
         loss=lin.loss,
         rate=whole.rate,
-        chi_loss=valid(lin, _like(lin, lin.loss_terms) * square_norm(lin.xp, lin.loss_gradient)),
+        chi_loss=valid(lin, _like(lin, lin.loss_terms) * g2),
         chi_net=whole.chi_net,
         chi_pos=whole.chi_pos,
         chi_net_stderr=whole.chi_net_stderr,
@@ -177,8 +190,10 @@ def decomposed(
         population=finite,
         samples=lin.outputs.shape[0],
         outputs=lin.outputs.shape[1],
-        estimator=name,
-        notes=(*lin.notes, *notes, *([f"no population values: {reason}"] if reason else [])),
+        estimator=estimate.estimator,
+        notes=(*lin.notes, *choice.notes, *([f"no population values: {reason}"] if reason else [])),
+        magnitude=found.magnitude,
+        least=float(info.smallest_normal) / float(info.eps),
     ), found
 
 
@@ -189,8 +204,8 @@ def asked(
 
     For a backend that makes this pass beforehand, as part of a training step.
     """
-    name, _ = trace.choose(lin, estimator, rtol, max_probes)
-    wanted = population is not False and not _why_no_population(lin, name, population)
+    choice = choose(lin, estimator, rtol, max_probes)
+    wanted = population is not False and not _why_no_population(lin, choice.estimator, population)
     return _wish(lin, wanted, vector=False)
 
 
@@ -222,25 +237,11 @@ def _why_no_population(lin: Linearization, estimator: str, population: bool | No
     return "" if possible(lin) else "the backend has no Jacobian-vector products"
 
 
-def _population(lin: Linearization, found: GradientPass, rate: Array, estimate: trace.TraceEstimate) -> Population:
+def _population(lin: Linearization, found: GradientPass, rate: Array, estimate: TraceEstimate) -> Population:
     """The population's values, nan where a check of the record failed."""
     assert estimate.samples is not None, "the estimator has taken the samples apart"
     values = population_of(lin, found, rate, estimate.samples, estimate.standard_error[0])
     return Population(**{field.name: valid(lin, getattr(values, field.name)) for field in fields(values)})
-
-
-def explained(d: Decomposition) -> Decomposition:
-    """The same numbers, with notes on those that are nan. Arrays inside a compiled function have no value yet."""
-    if not isinstance(d.loss, float):
-        return d
-    notes = []
-    if not (math.isfinite(d.loss) and math.isfinite(d.rate) and math.isfinite(d.chi_net)):
-        notes.append("outputs, loss or gradients are not finite: what they touch is nan")
-    if d.chi_loss == 0:
-        notes.append("the loss gradient is zero: chi_pos is 0/0, nan")
-    if d.chi_net == 0:
-        notes.append("the outputs do not respond to the parameters (J = 0): chi_pos is 0/0, nan")
-    return replace(d, notes=(*d.notes, *notes))
 
 
 def layer_names(parameters: tuple[str, ...], by_layer: ByLayer) -> dict[str, tuple[str, ...]]:
@@ -259,9 +260,9 @@ def layer_names(parameters: tuple[str, ...], by_layer: ByLayer) -> dict[str, tup
     return layers
 
 
-def _parts(lin: Linearization, rates: list[Array], estimate: trace.TraceEstimate) -> list[Layer]:
+def _parts(lin: Linearization, g2: Array, rates: list[Array], estimate: TraceEstimate) -> list[Layer]:
     """The factors of each row of parameters, nan where a check of the record failed."""
-    terms, g2 = _like(lin, lin.loss_terms), square_norm(lin.xp, lin.loss_gradient)
+    terms = _like(lin, lin.loss_terms)
     return [
         _factors(lin.xp, valid(lin, rate), g2, valid(lin, estimate.trace[i]), estimate.standard_error[i], terms)
         for i, rate in enumerate(rates)

@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 from lnp.contract.linearization import Linearization, Vector
 from lnp.contract.options import Options
 from lnp.estimators.trace import Settings
-from lnp.results.decomposition import ByLayer, Decomposition
-from lnp.results.decomposition import decompose as decompose_linearization
+from lnp.results.decomposition import ByLayer, Decomposition, decomposed
 
 
 def precondition(lin: Linearization, diagonal: Vector) -> Linearization:
@@ -44,7 +43,6 @@ def precondition(lin: Linearization, diagonal: Vector) -> Linearization:
         sample_square_norms=None,
         group_square_norms=None,
         subset=None,
-        cheap=False,
         groups=1,
         notes=(*lin.notes, "preconditioned: the kernel is J M J^T"),
     )
@@ -78,7 +76,7 @@ class DecomposePreconditioned(Settings):
 
     def __call__(self, lin: Linearization, update: Vector) -> Decomposition:
         estimator = "joint" if self.estimator == "per_sample" else self.estimator
-        return decompose_linearization(
+        return decomposed(
             precondition(lin, update), estimator=estimator, rtol=self.rtol, max_probes=self.max_probes,
             by_layer=self.by_layer, population=self.population is True,
-        )  # fmt: skip
+        )[0]  # fmt: skip

@@ -102,7 +102,8 @@ class Kernel:
     @property
     def chi_pos(self) -> float:
         """g^T Theta g / (||g||^2 tr Theta), the spectral position; nan for 0/0."""
-        scale = float(np.sum(self.loss_gradient**2)) * self.trace
+        g = self._flat_gradient()
+        scale = float(g @ g) * self.trace
         return self.rate / scale if scale else math.nan
 
     @property
@@ -128,7 +129,7 @@ class Kernel:
                 f"{self.loss_gradient.size} entries. Expected the kernel of all outputs for rate, position and modes. "
                 'Ask for kind="full".'
             )
-        return self.loss_gradient.reshape(-1)
+        return self.loss_gradient.reshape(-1).astype(np.float64)  # whose squares may leave the range of float32
 
 
 def kernel(

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters, Seed, Update
-from lnp.contract.linearization import Linearization, Vector, accumulation_dtype
+from lnp.contract.linearization import Linearization, Vector, accumulation_dtype, unit
 from lnp.contract.options import BatchStatistics, Options
 from lnp.contract.registry import evaluate
 from lnp.estimators.trace import Estimator, Settings, takes_samples_apart
-from lnp.results.decomposition import Decomposition, explained
-from lnp.results.decomposition import decompose as decompose_linearization
+from lnp.results.decomposition import Decomposition, decomposed
+from lnp.results.finished import explained
 from lnp.results.preconditioner import joint_options, precondition
 from lnp.spectral.density import Density, density
 from lnp.spectral.lanczos import Quadrature, Tridiagonal, quadrature, tridiagonalize
@@ -229,11 +229,10 @@ class RunLanczos(Settings):
                 "This model's backend has no Jacobian-vector products, which the spectrum needs beside vector-Jacobian "
                 "ones. Expected a record with jvp. lnp.decompose does without."
             )
-        decomposition = decompose_linearization(
-            lin, estimator=self.estimator, rtol=self.rtol, max_probes=self.max_probes
-        )
+        decomposition, _ = decomposed(lin, estimator=self.estimator, rtol=self.rtol, max_probes=self.max_probes)
         steps = min(self.steps, math.prod(lin.outputs.shape))
-        gradient = _entries(tridiagonalize(lin, lin.loss_gradient, steps), steps)
+        start, _ = unit(lin.xp, lin.loss_gradient)
+        gradient = _entries(tridiagonalize(lin, start, steps), steps)
         return LanczosResult(decomposition, gradient, _probe_tridiagonals(lin, steps, self.probes))
 
 

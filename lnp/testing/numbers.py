@@ -94,6 +94,22 @@ def losses_may_be_callables(kit: Kit) -> None:
         case.true(not any("loss_terms" in note for note in d.notes), f"a note on loss_terms that was given: {d.notes}")
 
 
+def squares_stay_in_range(kit: Kit) -> None:
+    """In float32 too, a loss times 1e-25 or 1e25 has the same position, and no value is lost: its squares would be."""
+    for scale in (1e-25, 1e25):
+        case = kit.cases(scenarios.LINEAR)[-1]
+        d = kit.measure(case.scenario, loss=kit.loss(scaled_mse(scale)), loss_terms=6, population=False)
+        expected = case.truth.factors()
+        case.equal(f"chi_pos, loss times {scale}", d.chi_pos, expected["chi_pos"])
+        case.equal(f"chi_net, loss times {scale}", d.chi_net, expected["chi_net"])
+        if not kit.compiled:  # whose own numbers are of float32
+            for name in ("rate", "chi_loss"):
+                found = float(getattr(d, name)) / scale / scale
+                case.equal(f"{name}, loss times {scale}", found, expected[name])
+            said = [note for note in d.notes if "zero" in note or "finite" in note or "digits" in note]
+            case.true(not said, f"notes of a loss times {scale} are {said}")
+
+
 def named_losses_are_their_formulas(kit: Kit) -> None:
     """The Huber loss and the binary cross-entropy by name, and integer labels for the latter."""
     whole = replace(scenarios.BINARY, targets=np.array([[0, 1], [1, 1], [0, 0]]))
@@ -106,6 +122,11 @@ def named_losses_are_their_formulas(kit: Kit) -> None:
 
 three_times_mse = Loss(lambda xp, f, y: 3 * xp.mean((f - y) ** 2), lambda f, y: 6 * (f - y) / f.size)
 """3 x the mean squared error."""
+
+
+def scaled_mse(scale: float) -> Loss:
+    """The mean squared error times a number."""
+    return Loss(lambda xp, f, y: scale * xp.mean((f - y) ** 2), lambda f, y: scale * 2 * (f - y) / f.size)
 
 
 def cross_response_is_the_dense_one(kit: Kit) -> None:
@@ -194,6 +215,7 @@ NUMBER_CHECKS = (
     population_is_the_mean_over_pairs,
     parameters_are_selected,
     losses_may_be_callables,
+    squares_stay_in_range,
     named_losses_are_their_formulas,
     cross_response_is_the_dense_one,
     loss_changes_are_those_of_the_step,

@@ -7,7 +7,7 @@ import pytest
 
 from core.dense import kernel, network, record
 from lnp.contract.linearization import GradientPass, accumulation_dtype, coupling_tolerance, ratio, square_norm
-from lnp.results.cross_response import cross_response_of
+from lnp.results.cross_response import cross_response_of, finished
 from lnp.results.decomposition import Decomposition, asked, decompose, decomposed, layer_names
 
 JACOBIAN, GRADIENT = network()
@@ -48,7 +48,7 @@ def test_what_is_asked_of_the_backward_pass_can_be_told_beforehand(population, e
         wishes.append({"per_sample": per_sample, "products": products, "vector": vector})
         return GradientPass({name: np.ones(()) for name in JACOBIAN})
 
-    lin = record(JACOBIAN, GRADIENT, separable=True, cheap=cheap, gradient_pass=gradient_pass)
+    lin = record(JACOBIAN, GRADIENT, separable=True, sample_cost=1.0 if cheap else 4.0, gradient_pass=gradient_pass)
     decompose(lin, **settings)
     assert wishes == [asked(lin, **settings)]
     assert wishes[0]["per_sample"] == (population or (population is None and cheap)) * (estimator != "joint")
@@ -134,7 +134,7 @@ class TestCrossResponse:
             np.concatenate([np.tensordot(g, array, axes=2) for array in jacobian.values()])
             for jacobian, g in ((JACOBIAN, GRADIENT), (self.other, self.target))
         ]
-        r = self.response()
+        r = finished(self.response())
         rate = gradients[0] @ gradients[1]
         chi_loss = (6 * np.sum(GRADIENT**2) * 24 * np.sum(self.target**2)) ** 0.5
         chi_net = (np.trace(kernel(JACOBIAN)) / 6 * np.trace(kernel(self.other)) / 24) ** 0.5

@@ -24,7 +24,8 @@ def test_dictionary():
     assert flat["layer/<head>/chi_net"] == 30.0
     assert (flat["samples"], flat["outputs"], flat["estimator"]) == (4, 3, "joint")
     assert "notes" not in flat
-    fields = {name for name in D.__dataclass_fields__ if name not in ("layers", "population", "notes", "total")}
+    others = ("layers", "population", "notes", "total", "magnitude", "least")
+    fields = {name for name in D.__dataclass_fields__ if name not in others}
     assert fields == {name for name in flat if "/" not in name}
     assert flat["population/noise_scale"] == 40.0
     assert not [name for name in replace(D, layers=None, population=None).to_dict() if "/" in name]

@@ -45,7 +45,7 @@ def probed(lin):
 def both(lin):
     """(What signs give, the loss gradient, what its backward pass gives)."""
     found = gradient_pass(lin, per_sample=True, products=PRODUCTS)
-    return probed(lin), lin.loss_gradient, (found.index, found.products, found.sample_square_norms)
+    return probed(lin), lin.loss_gradient / found.magnitude, (found.index, found.products, found.sample_square_norms)
 
 
 def alone(apply, parameters, x, v, g):

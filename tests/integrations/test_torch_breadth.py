@@ -360,7 +360,8 @@ def test_products_of_single_samples_with_the_gradient(name, dtype):
     record = lnp.load("torch").linearize(model, (x, torch.randn_like(out)), lnp.Options(population=True))
     yielded = record.gradient_pass(True, jackknife_size(len(out)), False)
     named = {name: p for name, p in reference.named_parameters() if p.requires_grad}
-    whole, parameters = record.loss_gradient.reshape(out.shape), list(named.values())
+    gradient, parameters = record.loss_gradient / yielded.magnitude, list(named.values())
+    whole = gradient.reshape(out.shape)
     u = torch.autograd.grad(out, parameters, whole, retain_graph=True, allow_unused=True, materialize_grads=True)
     u = [part.to_dense() if part.is_sparse else part for part in u]
     expected = {name: part.abs().square().sum().item() for name, part in zip(named, u, strict=True)}
@@ -372,7 +373,7 @@ def test_products_of_single_samples_with_the_gradient(name, dtype):
     found = yielded.products
     for sample in yielded.index.tolist():
         masked = torch.zeros_like(record.outputs)
-        masked[sample] = record.loss_gradient[sample]
+        masked[sample] = gradient[sample]
         grads = torch.autograd.grad(
             out, parameters, masked.reshape(out.shape), retain_graph=True, allow_unused=True, materialize_grads=True
         )
