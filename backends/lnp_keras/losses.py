@@ -1,11 +1,10 @@
-"""The loss that a model was compiled with, and Keras's own losses, as losses that lnp takes."""
+"""Losses that the user gives, and Keras's own, as losses that lnp takes."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,8 @@ from keras.src.backend import set_keras_mask  # there is no public way to set on
 
 from lnp.contract.trees import leaves
 from lnp.losses.kinds import IGNORE_INDEX, NAMES, resolve
-from lnp_keras.state_guard import Scope, unchanged
+from lnp.state.preserve import reachable_objects
+from lnp_keras.state_guard import FOREIGN, Scope, unchanged
 
 ELEMENTS = (
     *("MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError"),
@@ -29,6 +29,8 @@ ROWS = (
     *("sparse_categorical_crossentropy", "kl_divergence", "cosine_similarity", "categorical_hinge"),
 )
 """Losses that average over rows, one for each vector along the last axis of the outputs."""
+HELD = "values of variables"
+"""Under which name they come with the targets."""
 WEIGHTED = "sample weights scale the terms of the loss, which are counted as without them"
 
 
@@ -36,14 +38,23 @@ WEIGHTED = "sample weights scale the terms of the loss, which are counted as wit
 class KerasLoss:
     """One of Keras's losses, which takes (targets, outputs), as a loss (outputs, targets) -> scalar.
 
-    Targets may be a dictionary with "targets" and "sample_weight".
+    Targets may be a dictionary with "targets", "sample_weight", and `HELD`, the values of `held_variables`.
     """
 
     loss: Any
 
     def __call__(self, outputs: Any, targets: Any) -> Any:
-        with unchanged(self.loss), Scope([]):
-            return plain_value(self.loss, _opened(outputs), *_weighted(targets))
+        with unchanged(self.loss), replaced(self.variables, targets):
+            return self.value(opened(outputs), targets)
+
+    def value(self, outputs: Any, targets: Any) -> Any:
+        """The loss, which may write to what it holds."""
+        return plain_value(self.loss, outputs, *weighted(targets))
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The variables that it may read."""
+        return held_variables([self.loss])
 
     @property
     def separable(self) -> bool:
@@ -52,7 +63,7 @@ class KerasLoss:
 
     def loss_terms(self, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
         """n, and notes on it."""
-        return _terms(self.loss, outputs, targets)
+        return terms_of(self.loss, outputs, targets)
 
 
 @dataclass(frozen=True)
@@ -65,64 +76,42 @@ class OwnLoss:
     loss: Callable
 
     def __call__(self, outputs: Any, targets: Any) -> Any:
-        with unchanged(self.loss), Scope([]):
-            return self.loss(outputs, targets)
+        with unchanged(self.loss), replaced(self.variables, targets):
+            return self.value(opened(outputs), targets)
+
+    def value(self, outputs: Any, targets: Any) -> Any:
+        """The loss, which may write to what it holds."""
+        return self.loss(outputs, _as_given(targets))
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The variables that it may read."""
+        return held_variables([self.loss])
 
     def __getattr__(self, name: str) -> Any:
         if name == "loss":  # while it is copied, before it has one
             raise AttributeError(name)
-        return getattr(self.loss, name)
+        own = getattr(self.loss, name)
+        return own if name != "loss_terms" else lambda outputs, targets: own(bare(outputs), _as_given(targets))
 
 
-@dataclass(frozen=True)
-class CompiledLoss:
-    """What `fit` minimises: the model's `compute_loss`, without the terms that do not come from the outputs.
+def held_variables(roots: Iterable[Any]) -> list[keras.Variable]:
+    """The variables that can be reached from a loss.
 
-    Targets are a dictionary with "inputs", "targets" and "sample_weight".
-
-    Attributes
-    ----------
-    model:
-        Weak reference to it.
-    identity:
-        What it was compiled with for its only output, or None for several.
-    compiled:
-        Weak reference to what `compile` made of it, which a second `compile` replaces.
+    JAX would take their values for constants of what it traces; they come with the targets there.
     """
-
-    model: weakref.ref
-    identity: Any
-    compiled: Any
-
-    def __call__(self, outputs: Any, targets: Any) -> Any:
-        model: Any = self.model()
-        outputs, (y, weight) = _opened(outputs), _weighted(targets)
-        with unchanged(model), _built(model), Scope([]):
-            if not overridden(model):
-                model._losses_override = [keras.ops.zeros(())]
-            return model.compute_loss(x=targets["inputs"], y=y, y_pred=outputs, sample_weight=weight, training=True)
-
-    @property
-    def separable(self) -> bool:
-        """Whether it is a mean over samples."""
-        if overridden(self.model()) or self.identity is None:
-            return False
-        known = isinstance(self.identity, str) and self.identity.lower() in AUTOMATIC
-        return known or KerasLoss(keras.losses.get(self.identity)).separable
-
-    def loss_terms(self, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
-        """n, and notes on it."""
-        if overridden(self.model()) or self.identity is None:
-            samples = leaves(bare(outputs))[0].shape[0]
-            return samples, ("loss_terms counts the samples, which is assumed for this loss; pass loss_terms=",)
-        return _terms(_resolved(self.identity, outputs, targets), outputs, targets)
+    return [x for x in reachable_objects(roots, FOREIGN) if isinstance(x, keras.Variable)]
 
 
-def compiled_loss(model: Any) -> CompiledLoss:
-    """The loss of a compiled model."""
-    single = not isinstance(model.loss, dict | list | tuple)
-    made = getattr(model, "_compile_loss", None)
-    return CompiledLoss(weakref.ref(model), model.loss if single else None, None if made is None else weakref.ref(made))
+def replaced(variables: list[keras.Variable], targets: Any) -> Scope:
+    """A scope that drops what a loss writes, with the values of variables that came with the targets."""
+    given = targets.get(HELD) if isinstance(targets, dict) else None
+    return Scope([] if given is None else list(zip(variables, given, strict=True)))
+
+
+def _as_given(targets: Any) -> Any:
+    """The user's own targets."""
+    return targets["targets"] if isinstance(targets, dict) and HELD in targets else targets
 
 
 AUTOMATIC = ("crossentropy", "ce")
@@ -148,14 +137,10 @@ def plain_value(loss: Any, outputs: Any, targets: Any, weight: Any) -> Any:
     return keras.ops.mean(loss(targets, outputs))
 
 
-def overridden(model: Any) -> bool:
-    """Whether the user's class computes its loss in a way of its own."""
-    return type(model).compute_loss is not keras.Model.compute_loss
-
-
-def _terms(loss: Any, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
+def terms_of(loss: Any, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...]]:
+    """n of one of Keras's losses, and notes on it."""
     shape = tuple(leaves(bare(outputs))[0].shape)
-    _, weight = _weighted(targets)
+    _, weight = weighted(targets)
     notes = () if weight is None else (WEIGHTED,)
     if _reduction(loss) == "sum":
         return 1, (*notes, "the loss is a sum, which averages over nothing: loss_terms is 1")
@@ -171,7 +156,7 @@ def _valid_rows(loss: Any, outputs: Any, targets: Any, shape: tuple) -> Any:
     """How many rows a mask or ignored labels leave, or None for all."""
     masks = outputs["masks"] if _is_masked(outputs) else [None]
     ignored = getattr(loss, "ignore_class", None)
-    y, _ = _weighted(targets)
+    y, _ = weighted(targets)
     kept = [] if masks[0] is None else [keras.ops.broadcast_to(masks[0], shape[:-1])]
     kept += [] if ignored is None else [keras.ops.reshape(y, shape[:-1]) != ignored]
     if not kept:
@@ -189,15 +174,17 @@ def _reduction(loss: Any) -> str:
     return getattr(loss, "reduction", "sum_over_batch_size")
 
 
-def _resolved(identity: Any, outputs: Any, targets: Any) -> Any:
+def resolved(identity: Any, outputs: Any, targets: Any) -> Any:
+    """The loss that a name stands for, of which some follow from the shapes."""
     if isinstance(identity, str) and identity.lower() in AUTOMATIC:
-        y, shape = _weighted(targets)[0], tuple(leaves(bare(outputs))[0].shape)
+        y, shape = weighted(targets)[0], tuple(leaves(bare(outputs))[0].shape)
         sparse = len(y.shape) < len(shape) or y.shape[-1] != shape[-1]
         identity = "binary_crossentropy" if shape[-1] == 1 else f"{'sparse_' * sparse}categorical_crossentropy"
     return keras.losses.get(identity)
 
 
-def _weighted(targets: Any) -> tuple[Any, Any]:
+def weighted(targets: Any) -> tuple[Any, Any]:
+    """(targets, sample weights or None)."""
     if isinstance(targets, dict) and "sample_weight" in targets:
         return targets["targets"], targets["sample_weight"]
     return targets, None
@@ -212,7 +199,7 @@ def bare(outputs: Any) -> Any:
     return outputs["outputs"] if _is_masked(outputs) else outputs
 
 
-def _opened(outputs: Any) -> Any:
+def opened(outputs: Any) -> Any:
     """The outputs as the model returned them, with their masks attached."""
     if not _is_masked(outputs):
         return outputs
@@ -220,43 +207,6 @@ def _opened(outputs: Any) -> Any:
         if mask is not None:
             set_keras_mask(leaf, mask)
     return outputs["outputs"]
-
-
-def is_ready(model: Any) -> bool:
-    """Whether the model's loss has been used before, or needs no preparation."""
-    compiled = getattr(model, "_compile_loss", None)
-    return compiled is None or compiled.built or compiled in _BUILT
-
-
-def build(model: Any, outputs: Any, targets: Any, weight: Any) -> None:
-    """Prepare a loss that the model has not used yet, outside of any trace.
-
-    Keras builds it at its first use, with variables for the values of several losses. The model's own is left as it is:
-    another one with the same settings is built.
-    """
-    compiled = model._compile_loss
-    other = type(compiled)(
-        compiled._user_loss, compiled._user_loss_weights, compiled.reduction, output_names=compiled.output_names
-    )
-    other(targets, outputs, weight)
-    _BUILT[compiled] = other
-
-
-_BUILT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def _built(model: Any) -> Iterator[None]:
-    """The model with a loss that is ready."""
-    own = getattr(model, "_compile_loss", None)
-    if own is None or own.built or own not in _BUILT:
-        yield
-        return
-    try:
-        vars(model)["_compile_loss"] = _BUILT[own]
-        yield
-    finally:
-        vars(model)["_compile_loss"] = own
 
 
 def named_loss(name: str | None, outputs: Any, targets: Any) -> Any:

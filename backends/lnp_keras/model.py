@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,10 @@ from lnp.state.fingerprint import fingerprint
 from lnp_keras.state_guard import FOREIGN, Scope, unchanged
 
 PLAIN = (bool, int, float, str, type(None))
+CHANGED_FLAGS = (
+    "trainable flags have changed after fit compiled its step, which goes on training what it did, and so is measured "
+    "here: compile the model again where this is not meant"
+)
 WRAPPERS = ("TorchModuleWrapper", "TFSMLayer")
 """Layers that hold another framework's module."""
 
@@ -39,15 +44,22 @@ class Stateless:
     frozen:
         Positions among the model's layers of the normalisations that use the statistics that come with the inputs.
     state:
-        What the public attributes of the layers hold: constants in compiled code.
+        What the attributes of the layers hold: constants in compiled code.
+    masks:
+        Whether outputs come with the masks that Keras's losses read from them.
     """
 
     model: weakref.ref
     forward: Callable | None = None
     frozen: tuple[int, ...] = ()
     state: tuple = ()
+    masks: bool = True
 
     def __call__(self, values: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        return self.run(values, batch, _with_masks if self.masks else _alone)
+
+    def run(self, values: Mapping[str, Any], batch: Mapping[str, Any], then: Callable[[Any, Any], Any]) -> Any:
+        """then(model, outputs), while the model's variables have these values."""
         model: Any = self.model()
         known = named_variables(model)
         mapping = [(known[name], value) for name, value in values.items()]
@@ -56,11 +68,19 @@ class Stateless:
             mapping += [(layer.moving_mean, mean[0]), (layer.moving_variance, variance[0])]
         scope = Scope(mapping, model.trainable_variables)
         with unchanged(self.model, self.forward), inference_mode(layers), scope:
-            outputs = (self.forward or called)(model, batch["inputs"])
-            # On JAX they are part of Keras's own state, which is put back after this.
-            masks = [get_keras_mask(leaf) for leaf in leaves(outputs)]
-        _OBSERVED[model] = Observed(bool(scope.losses), scope.overwritten)
-        return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
+            result = then(model, (self.forward or called)(model, batch["inputs"]))
+        _observe(self, model, Observed(bool(scope.losses), scope.overwritten))
+        return result
+
+
+def _alone(model: keras.Layer, outputs: Any) -> Any:
+    return outputs
+
+
+def _with_masks(model: keras.Layer, outputs: Any) -> Any:
+    """The outputs, and the masks that came with them: on JAX part of Keras's own state, which is put back later."""
+    masks = [get_keras_mask(leaf) for leaf in leaves(outputs)]
+    return outputs if all(mask is None for mask in masks) else {"outputs": outputs, "masks": masks}
 
 
 @dataclass(frozen=True)
@@ -72,11 +92,21 @@ class Observed:
 
 
 _OBSERVED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+"""{model: {function of it: what its passes did}}."""
+REMEMBERED = 256
 
 
-def observed(model: keras.Layer) -> Observed:
-    """In its last pass; code that is compiled already was observed when it was traced."""
-    return _OBSERVED.get(model, Observed())
+def _observe(function: Stateless, model: keras.Layer, seen: Observed) -> None:
+    found = _OBSERVED.setdefault(model, OrderedDict())
+    before = found.pop(function, Observed())
+    found[function] = Observed(before.adds_terms or seen.adds_terms, before.overwrites or seen.overwrites)
+    while len(found) > REMEMBERED:
+        found.popitem(last=False)
+
+
+def observed(function: Stateless) -> Observed:
+    """In its passes so far; code that is compiled already was observed when it was traced."""
+    return _OBSERVED.get(function.model(), {}).get(function, Observed())
 
 
 @dataclass(frozen=True)
@@ -139,19 +169,46 @@ def named_variables(model: keras.Layer) -> dict[str, Any]:
 
 
 def selected(model: keras.Layer, parameters: Any) -> list[str]:
-    """The names of the trainable variables, or of those that the user picks."""
-    trainable = {id(variable) for variable in model.trainable_variables}
+    """The names of the variables that are trained, or of those that the user picks: also of frozen layers, but nothing
+    that is no parameter, such as statistics, seeds and counters.
+    """
+    trained = {id(variable) for variable in fitted(model)[0]}
+    own = {id(v) for layer in flat_layers(model) for v in layer._trainable_variables}
     names = [
         name
         for name, variable in named_variables(model).items()
-        if keras.backend.is_float_dtype(variable.dtype) and (id(variable) in trainable or parameters is not None)
+        if id(variable) in trained or (parameters is not None and id(variable) in own)
     ]
-    return select(names, parameters)
+    integers = [name for name in names if "int" in keras.backend.standardize_dtype(named_variables(model)[name].dtype)]
+    return select([name for name in names if name not in integers], parameters)
+
+
+def fitted(model: keras.Layer) -> tuple[list[keras.Variable], tuple[str, ...]]:
+    """The variables that `fit` updates, and notes.
+
+    On TensorFlow a step that is compiled already goes on with those that were trainable then, which are those that the
+    optimizer was built for.
+    """
+    variables, optimizer = list(model.trainable_variables), getattr(model, "optimizer", None)
+    compiled = keras.backend.backend() == "tensorflow" and getattr(model, "train_function", None) is not None
+    if not compiled or getattr(model, "run_eagerly", False) or not getattr(optimizer, "built", False):
+        return variables, ()
+    own = {id(variable) for variable in model.variables}
+    held = [variable for variable in optimizer._trainable_variables if id(variable) in own]
+    if {id(variable) for variable in held} == {id(variable) for variable in variables}:
+        return variables, ()
+    return held, (CHANGED_FLAGS,)
 
 
 def flat_layers(model: keras.Layer) -> list[keras.Layer]:
     """The model and all layers in it, in a fixed order."""
     return list(model._flatten_layers())
+
+
+def computes_narrowly(model: keras.Layer) -> bool:
+    """Whether some of it is computed in less than float32."""
+    kinds = {keras.backend.standardize_dtype(layer.compute_dtype or "float32") for layer in flat_layers(model)}
+    return bool(kinds & {"float16", "bfloat16"})
 
 
 @contextlib.contextmanager

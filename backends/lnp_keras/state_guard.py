@@ -14,6 +14,7 @@ from typing import Any
 import keras
 from keras.src.backend.common import global_state  # there is no public way to what Keras keeps for the thread
 
+import lnp
 from lnp.state.places import places
 from lnp.state.preserve import preserve_state, reachable_objects
 
@@ -42,6 +43,11 @@ def _opened(roots: Iterable[Any]) -> list[Any]:
     from lnp_tensorflow.state_guard import opened
 
     return opened(found)
+
+
+def untouched() -> contextlib.AbstractContextManager:
+    """The random states of the framework that Keras runs on are as before afterwards, where it has any."""
+    return getattr(lnp.load(keras.backend.backend()), "untouched", contextlib.nullcontext)()
 
 
 @contextlib.contextmanager

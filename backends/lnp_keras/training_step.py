@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 import lnp
+from lnp_keras.compiled import is_compute_loss
 from lnp_keras.losses import KerasLoss, adapted, named_loss, plain_value
 from lnp_keras.model import called, named_variables, selected, unpack
 from lnp_keras.state_guard import Scope
@@ -37,8 +38,8 @@ def value_and_grad(
     Returns
     -------
     loss:
-        A tensor; with regularisation and what layers add, where it is the compiled one. The decomposition has a note
-        if there are such terms, for it knows the outputs alone.
+        A tensor; with regularisation and what layers add, where it is the compiled one. The decomposition has them in
+        its `total` alone.
     decomposition:
         A `lnp.Decomposition`.
     gradients:
@@ -86,7 +87,7 @@ def _step(model: Any, batch: Any, loss: Any, forward: Callable | None) -> Callab
 
     def run() -> Any:
         outputs = (forward or called)(model, inputs)
-        if loss is None and getattr(model, "compiled", False):
+        if is_compute_loss(loss, model) or (loss is None and getattr(model, "compiled", False)):
             return model._compute_loss(x=inputs, y=targets, y_pred=outputs, sample_weight=weight, training=True)
         meant = adapted(loss)
         if isinstance(meant, KerasLoss):

@@ -40,16 +40,6 @@ def test_a_layer_that_overwrites_what_is_trained():
     assert any("writes to trained variables" in note for note in d.notes)
 
 
-def test_a_train_step_of_the_user():
-    class Own(keras.Sequential):
-        def train_step(self, *given):
-            return super().train_step(*given)
-
-    model = Own([keras.Input((4,)), layers.Dense(2)])
-    model.compile("sgd", "mse")
-    assert any("train_step" in note for note in lnp.decompose(model, data(0)).notes)
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the oracle is the step on TensorFlow")
 def test_an_optimizer_that_scales_the_loss():
     import tensorflow as tf
