@@ -164,8 +164,9 @@ class StepCriterion:
         self._run = on_its_copy(self.meant.function, state)
 
     def __call__(self, tree: Any) -> torch.Tensor:
-        """The loss at other outputs, shape ()."""
-        return self._run(tree, self._targets).sum()
+        """The loss at other outputs, shape (). It may write to them, and they may lie in the step's own memory."""
+        copies = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
+        return self._run(copies, self._targets).sum()
 
     def terms(self) -> tuple[Any, tuple[str, ...]]:
         """(`loss_terms`, notes), as they are known or seen when the loss is computed once more."""
