@@ -26,7 +26,8 @@ SAME = (
     *(Tensor.double, Tensor.contiguous, Tensor.clone, torch.flatten, torch.squeeze, torch.reshape),
 )
 """Functions whose result holds the same numbers."""
-WATCHED = frozenset({*MEANS, *SUMS, *DIVISIONS, *PRODUCTS, *SAME, *LOSSES})
+ADDING = frozenset({*MEANS, *SUMS, *LOSSES})
+WATCHED = frozenset({*ADDING, *DIVISIONS, *PRODUCTS, *SAME})
 
 
 class Averages(TorchFunctionMode):
@@ -34,25 +35,26 @@ class Averages(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._found: dict[int, tuple[weakref.ref, Reduced]] = {}
-        self._at: dict[Edge, Reduced] = {}
+        self._found: dict[int, tuple[weakref.ref, Reduced, Edge]] = {}
+        self._at: dict[Edge, tuple[Reduced, Edge]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        before = self._of(args[0]) if func in WATCHED and args else None
+        before, added_at = self._of(args[0]) if func in WATCHED and args else (None, None)
         out = func(*args, **kwargs)
         if func in WATCHED and isinstance(out, Tensor) and out.grad_fn is not None:
             found = _result(func, args, kwargs, before, out)
             if found is not None:
-                self._found[id(out)] = weakref.ref(out), found
+                added_at = edge(out) if func in ADDING or added_at is None else added_at
+                self._found[id(out)] = weakref.ref(out), found, added_at
                 if out.numel() == 1:
-                    self._at[edge(out)] = found
+                    self._at[edge(out)] = found, added_at
         return out
 
-    def _of(self, tensor: Any) -> Reduced | None:
-        """What is known of a tensor that a watched call has made."""
-        kept, found = self._found.get(id(tensor), (None, None))
-        return found if kept is not None and kept() is tensor else None
+    def _of(self, tensor: Any) -> tuple[Reduced | None, Edge | None]:
+        """What is known of a tensor that a watched call has made, and where its numbers were added up."""
+        kept, *known = self._found.get(id(tensor), (None, None, None))
+        return (known[0], known[1]) if kept is not None and kept() is tensor else (None, None)
 
     def terms(self, loss: Tensor, outputs: Iterable[Tensor]) -> tuple[Any, tuple[str, ...]] | None:
         """(`loss_terms`, notes) of a loss that was computed from these outputs; None if nothing was seen to average.
@@ -63,12 +65,11 @@ class Averages(TorchFunctionMode):
         found, others = _averages([edge(loss)], self._at, {edge(tensor) for tensor in outputs})
         if not found:
             return None
-        settled = [_settled(one) for one in found]
-        terms, notes = settled[0]
-        notes = tuple(dict.fromkeys(note for _, of_one in settled for note in of_one))
+        terms, notes = _settled(found[0])
         if len(found) > 1:
-            counts = [_number(n) for n, _ in settled]
-            terms, notes = counts[0], (*notes, _several(counts))
+            counts = [_number(_settled(one)[0]) for one in found]
+            weighted = tuple(dict.fromkeys(note for one in found for note in one.notes))
+            terms, notes = counts[0], (*weighted, _several(counts))
         return terms, (*notes, PARTS) if others else notes
 
 
@@ -104,7 +105,7 @@ def _factor(other: Any) -> Any:
 
 
 def _averages(
-    starts: list[Edge], known: Mapping[Edge, Reduced], outputs: Container[Edge]
+    starts: list[Edge], known: Mapping[Edge, tuple[Reduced, Edge]], outputs: Container[Edge]
 ) -> tuple[list[Reduced], bool]:
     """(the last averages on the way from outputs to the starts, in their order; whether there are other ways)."""
     met, _ = reached(starts, _Either(known, outputs))
@@ -113,8 +114,9 @@ def _averages(
         if here not in known:
             others = True
             continue
-        inner, directly = _averages(sources(here), known, outputs)
-        found += [known[here]] if directly else inner
+        average, added_at = known[here]
+        inner, directly = _averages(sources(added_at), known, outputs)
+        found += [average] if directly else inner
     return found, others
 
 

@@ -5,10 +5,12 @@
 
 The Trainer's callbacks see neither inputs nor outputs. `attach` therefore wraps `training_step` on this one trainer,
 which stays what it is: accumulation, label smoothing, `compute_loss_func`, mixed precision and resuming are its own.
+The loss is what the trainer's own `compute_loss` makes of the batch, run once more on a copy of the model.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +19,11 @@ import torch
 
 from lnp.losses import kinds
 from lnp.tracking.tracker import Tracker
+from lnp_torch.host_steps import HostStep, check_same
 
 try:
-    import transformers
-    from transformers.modeling_outputs import SequenceClassifierOutput
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from accelerate.utils import convert_to_fp32
+    from transformers import Trainer
 except ImportError as error:
     raise ImportError(
         "lnp_torch.transformers needs Hugging Face Transformers. Run: pip install 'lnp[transformers]'"
@@ -30,8 +32,13 @@ except ImportError as error:
 LABELS = "labels"
 ZERO_3 = 3
 """The stage from which DeepSpeed shards parameters."""
-CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-"""Names of the classes whose labels are shifted by one."""
+APART = frozenset(
+    {
+        *("train_dataset", "eval_dataset", "optimizer", "lr_scheduler", "callback_handler", "data_collator"),
+        *("processing_class", "tokenizer", "training_step", "_train_batch_size", "hp_search_backend"),
+    }
+)
+"""What a trainer has that is no part of how it computes a loss."""
 
 
 def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = True, **options: Any) -> Tracker:
@@ -54,8 +61,8 @@ def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = 
     TypeError
         If a tracker and options of another one are given.
     ValueError
-        If a tracker is attached already, or if the trainer's class computes a loss of its own and `loss=` is not given;
-        with `on_error="raise"` also, in every process, if the trainer shards parameters.
+        If a tracker is attached already; with `on_error="raise"` also, in every process, if the trainer shards
+        parameters.
     """
     if isinstance(path, Tracker) and (schedule is not None or options):
         raise TypeError(
@@ -65,13 +72,6 @@ def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = 
     if isinstance(vars(trainer).get("training_step"), _Watched):
         raise ValueError("This trainer has a tracker already. Expected one: call detach(trainer) first.")
     tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **options)
-    own = type(trainer).compute_loss is not transformers.Trainer.compute_loss
-    if own and tracker.option("loss") is None:
-        raise ValueError(
-            f"{type(trainer).__name__} overrides compute_loss, and what it computes cannot be seen from outside. "
-            "Expected loss=, a function (outputs, labels) -> scalar; or compute_loss_func= of the Trainer, which is "
-            "understood."
-        )
     reason = _refusal(trainer)
     if reason is None:
         trainer.training_step = _Watched(
@@ -125,11 +125,16 @@ class _Watched:
 
     def __call__(self, model: Any, inputs: Mapping[str, Any], *rest: Any, **more: Any) -> Any:
         self._check(model)
-        step = self.trainer.state.global_step
+        step, measured = self.trainer.state.global_step, None
+        items = more.get("num_items_in_batch", rest[0] if rest else None)
         if self.trainer.is_world_process_zero() and self.tracker.due(step):
             with self.tracker.attempt(step):
-                self._measure(step, model, inputs)
-        return self.original(model, inputs, *rest, **more)
+                measured = self._measure(step, model, inputs, items)
+        loss = self.original(model, inputs, *rest, **more)
+        if measured is not None:
+            with self.tracker.attempt(None, f"assurance that the row of step {step} is of what the trainer minimises"):
+                check_same(loss, *measured, ADVICE)
+        return loss
 
     def _check(self, model: Any) -> None:
         """At the first step, which all processes take: the model is wrapped and sharded only then."""
@@ -137,23 +142,40 @@ class _Watched:
             self.tracker.check(model)
         self.checked = True
 
-    def _measure(self, step: int, model: Any, inputs: Mapping[str, Any]) -> None:
-        """What `training_step` is about to do with the batch, measured."""
+    def _measure(self, step: int, model: Any, inputs: Mapping[str, Any], items: Any) -> tuple[float] | None:
+        """What `training_step` is about to do with the batch, measured; and the loss that it is expected to return."""
         trainer, tracker = self.trainer, self.tracker
         model.train()  # as it does itself, at once
-        options: dict[str, Any] = {}
-        batch, loss = _batch(trainer, trainer._prepare_inputs(dict(inputs)), tracker.option("loss"))
-        if loss is not None:
-            options["loss"] = loss
         unwrapped = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        if "_original_forward" in vars(unwrapped) and tracker.option("forward") is None:
+        batch, options = trainer._prepare_inputs(dict(inputs)), {}
+        given = tracker.option("loss") is not None and LABELS in batch
+        own = items if self._alone else _items(trainer, batch, items)
+        if given:
+            batch = batch, batch.pop(LABELS)
+        if not given and tracker.option("loss") is None and tracker.option("forward") is None:
+            options["forward"] = HostStep(_Computed(_stand_in(trainer), trainer.accelerator, own))
+            batch = {"batch": batch}
+        elif "_original_forward" in vars(unwrapped) and tracker.option("forward") is None:
             options["forward"] = _Forward(trainer.accelerator)
         tracker.tags.setdefault("parameters", sum(p.numel() for p in unwrapped.parameters() if p.requires_grad))
         with trainer.compute_loss_context_manager():
             measured = tracker.observe(step, unwrapped, batch, options=options)
-        if measured is not None and self.log:
+        if measured is None:
+            return None
+        if self.log:
             with tracker.attempt(None, f"the values of step {step} in the trainer's log"):
                 trainer.log(dict(tracker.latest))
+        # a tracker's own batch is another one, and its own loss may be
+        return (measured.loss,) if "forward" in options and self._alone else None
+
+    @property
+    def _alone(self) -> bool:
+        """Whether a batch is all of its update: not one of several, in several processes or on several devices."""
+        arguments = self.trainer.args
+        return arguments.gradient_accumulation_steps == arguments.world_size == 1 and arguments.n_gpu <= 1
+
+
+ADVICE = "Pass loss=, a function (outputs, labels) -> scalar, to say what the trainer's training_step makes of a batch."
 
 
 def _refusal(trainer: Any) -> str | None:
@@ -183,48 +205,52 @@ class _Forward:
             return model._original_forward(**inputs)
 
 
-def _batch(trainer: Any, inputs: dict[str, Any], given: Any) -> tuple[Any, Any]:
-    """(batch, loss) for `lnp.decompose`: the model's own loss from a dictionary, or a loss of the trainer's."""
-    custom = given is not None or trainer.compute_loss_func is not None or trainer.label_smoother is not None
-    if not custom or LABELS not in inputs:
-        return inputs, given
-    labels = inputs.pop(LABELS)
-    if given is not None:
-        return (inputs, labels), given
-    shifted = type(trainer.accelerator.unwrap_model(trainer.model)).__name__ in CAUSAL
-    if trainer.compute_loss_func is not None:
-        return (inputs, labels), _Custom(trainer.compute_loss_func, shifted)
-    return (inputs, labels), _Smoothed(trainer.label_smoother, shifted)
-
-
 @dataclass(frozen=True)
-class _Custom:
-    """`compute_loss_func` as (outputs, labels) -> scalar, a mean over the batch's own labels."""
+class _Computed:
+    """The trainer's own `compute_loss`.
 
-    function: Any
-    shifted: bool
+    Attributes
+    ----------
+    trainer:
+        A stand-in for it.
+    accelerator:
+        Its accelerator.
+    items:
+        `num_items_in_batch`.
+    """
 
-    def __call__(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        return self.function(_outputs(logits), labels, num_items_in_batch=self._counted(labels))
+    trainer: Any
+    accelerator: Any
+    items: Any
 
-    def loss_terms(self, outputs: Any, labels: torch.Tensor) -> tuple[Any, tuple[str, ...]]:
-        """(n, notes): what the trainer counts, the labels that are not ignored."""
-        return self._counted(labels), ()
+    def __call__(self, model: Any, batch: dict[str, Any], outputs: list[Any]) -> torch.Tensor:
+        original = vars(model).get("_original_forward")
+        if original is not None:  # the model in its mixed precision, with its outputs as the model's own loss has them
 
-    def _counted(self, labels: torch.Tensor) -> torch.Tensor:
-        return (labels[..., 1:] if self.shifted else labels).ne(kinds.IGNORE_INDEX).sum()
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with self.accelerator.autocast():
+                    outputs.append(original(*args, **kwargs))
+                return convert_to_fp32(outputs[-1])
 
-
-@dataclass(frozen=True)
-class _Smoothed(_Custom):
-    """Label smoothing, which is a mean over labels and so over samples."""
-
-    separable = True
-
-    def __call__(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        return self.function(_outputs(logits), labels, shift_labels=self.shifted)
+            model.forward = forward
+        more = {} if self.items is None else {"num_items_in_batch": self.items}
+        return self.trainer.compute_loss(model, batch, **more)
 
 
-def _outputs(logits: Any) -> Any:
-    """As the model returns them."""
-    return SequenceClassifierOutput(logits=logits) if isinstance(logits, torch.Tensor) else logits
+def _stand_in(trainer: Any) -> Any:
+    """The trainer, as far as it computes losses, alone in its process and with one device."""
+    made = object.__new__(type(trainer))
+    vars(made).update({name: value for name, value in vars(trainer).items() if name not in APART})
+    made.args, made.state = copy.copy(trainer.args), copy.copy(trainer.state)
+    made.args._n_gpu, made.args.average_tokens_across_devices, made.state.log_history = 1, False, []
+    return made
+
+
+def _items(trainer: Any, batch: Mapping[str, Any], items: Any) -> Any:
+    """`num_items_in_batch` of one batch alone, as the trainer counts them, where it counts them."""
+    if items is None:
+        return None
+    count: Callable | None = getattr(Trainer, "_get_num_items_in_batch", None)
+    if count is not None:
+        return count(_stand_in(trainer), [batch], trainer.args.device)
+    return batch[LABELS].ne(kinds.IGNORE_INDEX).sum()

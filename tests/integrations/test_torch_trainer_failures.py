@@ -63,7 +63,7 @@ def test_batches_that_cannot_be_prepared(tmp_path, told, monkeypatch):
     def unreadable(*given):
         raise KeyError("labels")
 
-    monkeypatch.setattr("lnp_torch.transformers._batch", unreadable)
+    monkeypatch.setattr("lnp_torch.transformers._stand_in", unreadable)
     *watched, _, tracker = hugging_face(tmp_path / "a", lambda trainer: attach(trainer, schedule=1))
     assert same(watched, list(hugging_face(tmp_path / "b")[:4]))
     tracker.close()
