@@ -23,7 +23,7 @@ from lnp.tracking import storage
 from lnp.tracking.history import History
 
 WHOLE = ("rate", "chi_net_stderr", "chi_pos_stderr", "seconds")
-POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "noise_scale_stderr")
+POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "gradient_noise")
 
 
 def write(path: Path, records: int) -> None:

@@ -115,6 +115,7 @@ def record(
             passes.run({name: p + (step * u[name]).astype(p.dtype) for name, p in parameters.items()})
         ),
         separable=loss.separable,
+        sample_terms=loss.prepared.sample_terms,
         violations=(*loss.prepared.violations, *_bent(net, look, signs, loss, verdict)),
         notes=(*net.notes, *([reason] if reason else []), *loss.prepared.notes, *_notes(look)),
         while_loop=loops.while_loop if look is None else look.samples.while_loop,

@@ -70,6 +70,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         sample_cost=1.0,
         loss_along=lambda u, step: value_and_gradient(loss, local.moved(u, step), targets)[0],
         separable=isinstance(loss, str),
+        sample_terms=kinds.sample_label_terms(xp, targets) if loss == "cross_entropy" and integer else None,
         violations=violations,
         notes=notes,
     )

@@ -103,6 +103,7 @@ def record(
         subset_pays=not batch.loops,
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
         separable=loss.separable,
+        sample_terms=loss.prepared.sample_terms,
         violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),
         notes=(*notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,16 @@ class Averages(TorchFunctionMode):
             terms, notes = counts[0], (*weighted, _several(counts))
         return terms, (*notes, PARTS) if others else notes
 
+    def sample_terms(self, loss: Tensor, outputs: Sequence[Tensor]) -> Tensor | None:
+        """What each sample weighs in a mean over labels, (N,); None for any other loss, or where nothing was seen."""
+        found, others = _averages([edge(loss)], self._at, {edge(tensor) for tensor in outputs})
+        if len(found) != 1 or others:
+            return None
+        one, samples = found[0], len(outputs[0])
+        if one.labels is None or not (one.is_mean or _same(one.divisor, one.added)) or one.labels.numel() % samples:
+            return None
+        return one.labels.reshape(samples, -1).sum(dim=1)
+
 
 def _result(
     func: Callable, args: tuple, kwargs: Mapping[str, Any], before: Reduced | None, out: Tensor
@@ -87,14 +97,14 @@ def _result(
             return None
         size, inner = source.numel() // max(out.numel(), 1), before or Reduced(1, 1)
         by = size if func in MEANS else 1
-        return Reduced(size * inner.added, by * inner.divisor, inner.notes)
+        return Reduced(size * inner.added, by * inner.divisor, inner.notes, inner.labels if size == 1 else None)
     factor = _factor(args[1] if len(args) > 1 else kwargs.get("other"))
     if before is None or factor is None or before.is_mean:
         return None
     if func in DIVISIONS:
-        return Reduced(before.added, before.divisor * factor, before.notes)
+        return Reduced(before.added, before.divisor * factor, before.notes, before.labels)
     by = before.divisor / factor
-    return Reduced(before.added, before.added, before.notes) if _same(by, before.added) else None
+    return replace(before, divisor=before.added) if _same(by, before.added) else None
 
 
 def _factor(other: Any) -> Any:

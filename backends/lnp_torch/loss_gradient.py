@@ -38,7 +38,7 @@ class LossAt:
         L, shape ().
     gradient:
         g = dL/df, (N, K), in float32 or better.
-    terms, separable, violations, notes:
+    terms, separable, violations, notes, sample_terms:
         As in `lnp.losses.kinds.Prepared`.
     at:
         Outputs -> L, shape ().
@@ -51,6 +51,7 @@ class LossAt:
     separable: bool
     violations: tuple[tuple[torch.Tensor, str], ...] = ()
     notes: tuple[str, ...] = ()
+    sample_terms: torch.Tensor | None = None
 
 
 def loss_at(
@@ -92,9 +93,12 @@ def _at_outputs(
     if not used:
         raise ValueError(INDEPENDENT)
     outputs = replace(outputs, measured=used)
-    terms, notes = loss.terms, loss.notes
+    terms, notes, weights = loss.terms, loss.notes, loss.sample_terms
+    depended = [parts[place] for place in used]
     if terms is None:
-        terms, notes = seen_terms(averages, value, [parts[place] for place in used], targets)
+        terms, notes = seen_terms(averages, value, depended, targets)
+    if weights is None:
+        weights = averages.sample_terms(value, depended)
 
     def at(other: Outputs) -> torch.Tensor:
         with torch.enable_grad():  # a loss may differentiate in the outputs
@@ -110,7 +114,7 @@ def _at_outputs(
     _, past = reached([edge(value)], {edge(part) for part in parts})
     notes = (*notes, losses.OTHERS) if past else notes
     gradient = flatten([d for d in found if d is not None])
-    return LossAt(value.detach().sum(), gradient, terms, at, separable, loss.violations, notes), outputs
+    return LossAt(value.detach().sum(), gradient, terms, at, separable, loss.violations, notes, weights), outputs
 
 
 def _check_lengths(outputs: Outputs, targets: Any) -> None:
@@ -142,7 +146,11 @@ def _models_own(outputs: Outputs, options: Options, averages: Averages) -> tuple
     _, past = reached([edge(loss)], {edge(leaf) for leaf in outputs.leaves})
     gradient = own_gradient(loss, outputs, terms)
     notes = (*notes, losses.OTHERS) if past else notes
-    return LossAt(loss.detach().sum(), gradient, terms, _computed_by_the_model, False, notes=notes), outputs
+    weights = averages.sample_terms(loss, outputs.leaves)
+    found = LossAt(
+        loss.detach().sum(), gradient, terms, _computed_by_the_model, False, notes=notes, sample_terms=weights
+    )
+    return found, outputs
 
 
 def _computed_by_the_model(outputs: Outputs) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from array_api_compat import torch as xp
 from torch.nn import functional as F
 
-from lnp.contract.linearization import GradientPass, Linearization, Subset, Vector, coupling_tolerance
+from lnp.contract.linearization import GradientPass, Linearization, Subset, Vector, coupling_tolerance, unit
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp.per_sample.self_check import first_that_runs
@@ -72,10 +72,11 @@ class Operators:
 
     def gradient_pass(self, per_sample: bool, products: int, vector: bool) -> GradientPass:
         """What one backward pass of the loss gradient yields; of a whole batch one parameter's gradient at a time."""
-        g, every, whole = self.loss_gradient, list(self.passes.program.parameters), self.options.microbatch is None
+        every, whole = list(self.passes.program.parameters), self.options.microbatch is None
+        g, magnitude = unit(xp, self.loss_gradient)
         if not (per_sample or whole):
-            gradient = self.gradients(g)
-            return GradientPass({name: dot(part, part) for name, part in gradient.items()}, vector=gradient)
+            u = self.gradients(g)
+            return GradientPass({name: dot(part, part) for name, part in u.items()}, vector=u, magnitude=magnitude)
         index, norms = None, None
         if per_sample and self.plan is not None and self.look is not None:
             # the taps have the factors of all parameters at hand, if none takes the general way
@@ -91,7 +92,7 @@ class Operators:
         of_gradient = found.gradient_norms or {name: dot(part, part) for name, part in found.gradient.items()}
         if found.missing:  # the products lack what these parameters add
             found, index = replace(found, products=None), None
-        return GradientPass(of_gradient, norms, found.products, index, found.gradient or None)
+        return GradientPass(of_gradient, norms, found.products, index, found.gradient or None, magnitude)
 
     def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """{name: (N,) array of ||J_nl^T v_n||^2}."""
@@ -106,8 +107,8 @@ class Operators:
             return in_groups(self.passes.some(index), group, self.samples.outputs[index])
 
         def forward(u: Vector) -> torch.Tensor:
+            passes = self.passes.some(index)
             with look.running():
-                passes = self.passes.some(index)
                 return torch.cat([jvp(passes.some(slice(s, s + group)), u) for s in range(0, size, group)])
 
         return Subset(index, lambda v: self._looked_at(some, index, v), forward)
@@ -115,14 +116,12 @@ class Operators:
     def _looked_at(
         self, samples: Callable[[], Samples], index: torch.Tensor | None, v: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """{name: (M,) squared norms} of the samples of an index, or of all; what ran apart is held against the batch.
-
-        The first pass over them is enough for that: all others repeat it.
+        """{name: (M,) squared norms} of the samples of an index, or of all; what ran apart is held against the batch,
+        in the first pass over them, which all others repeat.
         """
         assert self.plan is not None, "the record offers this only then"
         assert self.look is not None, "it comes with a plan"
-        plan, look = self.plan, self.look
-        first = look.is_first(index)
+        plan, look, first = self.plan, self.look, self.look.is_first(index)
 
         def watch(rows: slice, outputs: torch.Tensor) -> None:
             look.outputs(rows if index is None else index[rows], outputs)
@@ -203,10 +202,11 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
         sample_square_norms=operators.sample_square_norms if apart else None,
         subset=operators.subset if apart else None,
         subset_pays=taps is None or taps.products > WORTH.get(flat.device.type, WORTH_ELSEWHERE),
-        cheap=operators.plan is not None and not operators.plan.general,
+        sample_cost=1.0 if operators.plan is None else operators.plan.sample_cost(len(flat)),
         coupled=None if look is None else look.coupled,
         loss_along=lambda u, step: _loss_along(passes, loss, u, step),
         separable=loss.separable,
+        sample_terms=loss.sample_terms,
         violations=loss.violations,
         notes=(*_frozen_notes(passes), *loss.notes),
     )

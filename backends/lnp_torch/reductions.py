@@ -98,11 +98,15 @@ class Reduced:
         By what their sum was divided: n of a mean, 1 of a sum.
     notes:
         What is to be said of it.
+    labels:
+        What each label weighs in their mean, in the labels' shape: 0 if it is ignored, else 1 or its class's weight.
+        None for what is no mean over labels.
     """
 
     added: Any
     divisor: Any
     notes: tuple[str, ...] = ()
+    labels: torch.Tensor | None = None
 
     @property
     def is_mean(self) -> bool:
@@ -128,7 +132,20 @@ def reduced(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Reduced | No
     terms = len(input) if reduction == "batchmean" else _counted(own, input, target)
     weighted = own.weighted and own.over == "labels" and integer(target)
     notes = (WEIGHTED,) if weighted and reduction == "mean" else ()
-    return Reduced(terms, 1 if reduction == "sum" else terms, notes)
+    labels = None
+    if own.over == "labels" and integer(target):
+        # a sum is divided by something of the user's own, which is compared with the number of labels
+        labels = _label_weights(target.detach(), own.ignore_index, given.get("weight") if reduction == "mean" else None)
+    return Reduced(terms, 1 if reduction == "sum" else terms, notes, labels)
+
+
+def _label_weights(labels: torch.Tensor, ignored: int, weight: torch.Tensor | None) -> torch.Tensor:
+    """What each label weighs in PyTorch's mean over labels, in their shape."""
+    kept = labels != ignored
+    if weight is None:
+        return kept
+    weight = weight.detach()
+    return torch.where(kept, weight[labels.clamp(0, len(weight) - 1).long()], torch.zeros_like(weight[:1]))
 
 
 def _bound(func: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

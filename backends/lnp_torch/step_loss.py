@@ -172,10 +172,22 @@ class StepCriterion:
         """(`loss_terms`, notes), as they are known or seen when the loss is computed once more."""
         if self.meant.terms is not None:
             return self.meant.terms, self.meant.notes
+        averages, value, parts = self._seen()
+        return seen_terms(averages, value, parts, self._targets)
+
+    def sample_terms(self) -> torch.Tensor | None:
+        """What each sample weighs, (N,), as it is known or seen when the loss is computed once more."""
+        if self.meant.sample_terms is not None:
+            return self.meant.sample_terms
+        averages, value, parts = self._seen()
+        return averages.sample_terms(value, parts)
+
+    def _seen(self) -> tuple[Averages, torch.Tensor, list[torch.Tensor]]:
+        """What has watched the loss being computed once more, the loss, and the outputs that it was given."""
         parts = [part.detach().requires_grad_() for part in self._outputs.parts]
         with torch.enable_grad(), Averages() as averages:
             value = self(self._outputs.with_parts(parts))
-        return seen_terms(averages, value, parts, self._targets)
+        return averages, value, parts
 
     def is_mean(self) -> bool:
         """Whether it is a mean over samples, known or found out."""
@@ -196,6 +208,15 @@ class StepCriterion:
         """The outputs, in no graph: all of them, or those that are measured."""
         outputs = Outputs(self._outputs.tree) if every else self._outputs
         return outputs.with_parts([part.detach() for part in outputs.parts])
+
+
+def step_sample_terms(
+    averages: Averages, loss: torch.Tensor, outputs: Outputs, criterion: StepCriterion | None
+) -> torch.Tensor | None:
+    """What each sample weighs in a step's loss, (N,): as seen of this very loss, or of the criterion."""
+    if criterion is None or averages.terms(loss, outputs.leaves) is not None:
+        return averages.sample_terms(loss, outputs.leaves)
+    return criterion.sample_terms()
 
 
 DIFFERS = (

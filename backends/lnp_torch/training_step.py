@@ -30,7 +30,7 @@ from lnp_torch.own_loss import shown_mean
 from lnp_torch.record import Operators, graph_gradients, linearization, plan_and_look, tolerance_of
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
 from lnp_torch.state_guard import finished, no_gradients, undisturbed
-from lnp_torch.step_loss import StepCriterion, loss_gradient, step_outputs
+from lnp_torch.step_loss import StepCriterion, loss_gradient, step_outputs, step_sample_terms
 from lnp_torch.taps.backward_pass import Samples, Tapped
 from lnp_torch.taps.reader import Reading
 from lnp_torch.watched_pass import WatchedPass, call_with
@@ -226,7 +226,8 @@ class SharedStep(contextlib.AbstractContextManager):
                 separable = shown_mean(passes, g, terms, tolerance_of(passes.program, parts), options.seed)
         constant = not all(part.requires_grad for part in parts)
         said = [note for note, true in ((losses.OTHERS, others), (CONSTANT, constant), (differs, differs)) if true]
-        meant = LossAt(loss.detach() / scale, g, terms, lambda other: loss, separable, notes=notes)
+        weights = step_sample_terms(watched.averages, loss, outputs, criterion)
+        meant = LossAt(loss.detach() / scale, g, terms, lambda other: loss, separable, (), notes, weights)
         return Step(Operators(samples, plan, look, gradients, g, options), meant, others, (*why, *said))
 
     def _backward(
@@ -293,8 +294,7 @@ class Step:
     def record(self, trained: GradientPass | None = None) -> Linearization:
         """For the core; with what the step's own backward pass has yielded.
 
-        With other terms in the loss the step's gradient is not J^T g, and another pass would pull into the user's
-        `.grad`.
+        With other terms the step's gradient is not J^T g, and another pass would pull into the user's `.grad`.
         """
         taps = next(iter(self.operators.samples.visit())).taps
         yielded = None if trained is None or self.others else lambda *wish: trained

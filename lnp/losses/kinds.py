@@ -120,6 +120,12 @@ def label_terms(xp: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -> Any:
     return xp.sum(xp.astype(labels != ignore_index, xp.int32))
 
 
+def sample_label_terms(xp: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -> Any:
+    """Number of labels of each sample that are not ignored, shape (N,): `sample_terms` of the cross-entropy."""
+    counted = xp.astype(labels != ignore_index, xp.int32)
+    return xp.sum(xp.reshape(counted, (labels.shape[0], -1)), axis=1)
+
+
 def labels_out_of_range(xp: Any, labels: Any, classes: int, ignore_index: int = IGNORE_INDEX) -> tuple[Any, str]:
     """Whether a label is neither in [0, classes) nor ignored, as a check for `Linearization.violations`."""
     wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
@@ -136,6 +142,11 @@ def stated_terms(loss: Any, outputs: Any, targets: Any) -> tuple[Any, tuple[str,
     A library's losses are wrapped in such an object where their reduction is known.
     """
     return loss.loss_terms(outputs, targets) if hasattr(loss, "loss_terms") else None
+
+
+def stated_sample_terms(loss: Any, outputs: Any, targets: Any) -> Any:
+    """What samples weigh in a loss that says so by a method `sample_terms(outputs, targets)`, (N,); None for others."""
+    return loss.sample_terms(outputs, targets) if hasattr(loss, "sample_terms") else None
 
 
 def separable(loss: str | Callable | None) -> bool:
@@ -171,7 +182,7 @@ class Prepared:
         Number of terms that its mean averages.
     separable:
         Whether it is known to be a mean over samples.
-    violations, notes:
+    violations, notes, sample_terms:
         As in `lnp.Linearization`.
     """
 
@@ -180,6 +191,7 @@ class Prepared:
     separable: bool
     violations: tuple[tuple[Any, str], ...] = ()
     notes: tuple[str, ...] = ()
+    sample_terms: Any = None
 
 
 @dataclass(frozen=True)
@@ -242,7 +254,12 @@ def prepare(
         As `resolve`, `class_axis` and `check_same_shape`.
     """
     prepared = _prepared(xp, loss, given, arrays, elementwise, cross_entropy, known, second_axis)
-    return prepared if loss_terms is None else replace(prepared, terms=loss_terms, notes=())
+    if loss_terms is None:
+        return prepared
+    weights = prepared.sample_terms
+    if weights is not None:  # the user may know better than that the terms are labels
+        weights = xp.where(xp.sum(weights) == loss_terms, weights, xp.ones_like(weights))
+    return replace(prepared, terms=loss_terms, notes=(), sample_terms=weights)
 
 
 def _prepared(
@@ -261,15 +278,19 @@ def _prepared(
     if isinstance(meant, str):
         axis = class_axis(shape, given.targets or (), given.integer, second_axis=second_axis)
         terms, violations = class_terms(xp, shape, axis, targets, given.integer)
-        return Prepared(cross_entropy(axis, given.integer), terms, True, violations)
+        weights = sample_label_terms(xp, targets) if given.integer else None
+        return Prepared(cross_entropy(axis, given.integer), terms, True, violations, sample_terms=weights)
     stated = stated_terms(meant, outputs, targets)
     if stated is not None:
-        return Prepared(meant, stated[0], separable(meant), notes=stated[1])
+        weights = stated_sample_terms(meant, outputs, targets)
+        return Prepared(meant, stated[0], separable(meant), notes=stated[1], sample_terms=weights)
     own = known(meant)
     if own is not None:
         return own
     terms, note = assumed_terms(xp, given.first, targets if given.single else None, given.integer)
-    return Prepared(meant, terms, separable(meant), notes=(note,))
+    labels = given.single and given.integer and len(given.targets or ()) < len(given.first)
+    weights = sample_label_terms(xp, targets) if labels else None
+    return Prepared(meant, terms, separable(meant), notes=(note,), sample_terms=weights)
 
 
 def class_terms(

@@ -115,6 +115,7 @@ def chi_pos(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
 def noise_scale(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The gradient noise scale over the steps; for a single run with the size of the batch beside it.
 
+    Where the population's rate is within two standard errors of zero, a triangle that points up is a lower limit.
     Options as for `curve`.
     """
     named = open_runs(runs)
@@ -143,7 +144,11 @@ def _draw_line(ax: Axes, averaged: Curve, logarithmic: bool, single: bool, line:
         _draw_band(ax, averaged, line["color"], single, logarithmic)
     if logarithmic:
         _mark_outside(ax, averaged.step[averaged.mean <= 0], 0.02, "v", line["color"])
-    _mark_outside(ax, averaged.step[averaged.mean == np.inf], 0.98, "^", line["color"])
+    unknown = averaged.mean == np.inf
+    limited = unknown & np.isfinite(averaged.low) & (averaged.low > 0)
+    if limited.any():  # lower limits, as triangles that point up
+        ax.plot(averaged.step[limited], averaged.low[limited], "^", color=line["color"], alpha=0.6, markersize=4)
+    _mark_outside(ax, averaged.step[unknown & ~limited], 0.98, "^", line["color"])
 
 
 def _make_room(ax: Axes) -> None:
@@ -155,8 +160,7 @@ def _make_room(ax: Axes) -> None:
 
 def _draw_band(ax: Axes, averaged: Curve, colour: Colour, single: bool, logarithmic: bool) -> None:
     """One standard error to each side."""
-    low = averaged.mean - averaged.stderr
-    high = averaged.mean + averaged.stderr
+    low, high = averaged.low, averaged.high
     if logarithmic:
         floor = 0.3 * np.nanmin(style.positive(averaged.mean))
         low = np.maximum(low, floor)

@@ -26,7 +26,10 @@ WHOLE = (
     "probed",
 )
 SHAPE = ("samples", "outputs", "estimator")
-POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "noise_scale_stderr")
+POPULATION = (
+    *("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr"),
+    *("noise_scale_low", "noise_scale_high", "gradient_noise"),
+)
 LAYER = ("rate", "chi_net", "chi_net_stderr", "chi_pos", "chi_pos_stderr")
 MEANING = {
     "loss": "loss",
@@ -65,8 +68,7 @@ def to_text(d: Decomposition) -> str:
     if d.population is not None:
         lines += [
             f"{'chi_pos':<10}{_number(d.population.chi_pos):>11}{_error(d.population, 'chi_pos')}   of the population",
-            f"{'noise':<10}{_number(d.population.noise_scale):>11}{_error(d.population, 'noise_scale')}"
-            "   gradient noise scale, samples",
+            f"{'noise':<10}{noise_scale(d.population):>11}   gradient noise scale, samples",
         ]
     if d.total is not None:
         lines += [f"{name:<10}{_number(getattr(d.total, name)):>11}   of the whole loss" for name in ("loss", "rate")]
@@ -89,6 +91,16 @@ def to_html(d: Decomposition) -> str:
         f"<td style='text-align:left'>{meaning}</td></tr>"
         for name, meaning in MEANING.items()
     )
+    if d.population is not None:
+        position = f"{_number(d.population.chi_pos)}{_error(d.population, 'chi_pos')}"
+        for name, value, meaning in (
+            ("chi_pos", position, "of the population"),
+            ("noise", noise_scale(d.population), "gradient noise scale, samples"),
+        ):
+            rows += (
+                f"<tr><td><code>{name}</code></td><td style='text-align:right'>{value}</td>"
+                f"<td style='text-align:left'>{meaning}</td></tr>"
+            )
     layers = "".join(
         f"<tr><td><code>{html.escape(layer)}</code></td><td>rate {_number(part.rate)}, chi_net {_number(part.chi_net)}"
         f"{_error(part, 'chi_net')}</td><td>chi_pos {_number(part.chi_pos)}{_error(part, 'chi_pos')}</td></tr>"
@@ -104,6 +116,23 @@ def provenance(d: Decomposition) -> str:
     probes += "" if d.probed == d.samples else f" of {_count(d.probed)} samples"
     terms = _count(d.loss_terms)
     return f"{d.samples} samples x {d.outputs} outputs, {terms} loss terms; trace: {d.estimator}, {probes}"
+
+
+def noise_scale(p: Values) -> str:
+    """The noise scale with its interval, or what it is above, from population values.
+
+    >>> from lnp import Population
+    >>> noise_scale(Population(1.0, 0.1, 40.0, 0.1, 0.01, 25.0, 90.0, 40.0))
+    '40 (25 to 90)'
+    >>> noise_scale(Population(1.0, 0.1, 40.0, 0.6, 0.06, 25.0, math.inf, 40.0))
+    'above 25'
+    """
+    low, high = p.noise_scale_low, p.noise_scale_high
+    if isinstance(high, float) and math.isinf(high):
+        return f"above {low:.3g}"
+    if isinstance(high, float) and isinstance(low, float) and isinstance(p.noise_scale, float):
+        return f"{p.noise_scale:.3g} ({low:.3g} to {high:.3g})"
+    return f"{p.noise_scale} ({low} to {high})"
 
 
 def _count(value: float | Array) -> str:

@@ -23,6 +23,7 @@ STALLED_SPAN = 1.5
 FACTORS = ("chi_loss", "chi_net", "chi_pos")
 POSITION = "population/chi_pos"
 NOISE_SCALE = "population/noise_scale"
+GRADIENT_NOISE = "population/gradient_noise"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Curve:
         where it has none.
     first, last:
         The window's first and last step.
+    low, high:
+        One standard error to each side; of the noise scale, whose interval is none of equal sides, that of its
+        reciprocal. Where its mean is inf, `low` is a lower limit at two standard errors.
     """
 
     step: np.ndarray
@@ -45,6 +49,8 @@ class Curve:
     stderr: np.ndarray
     first: np.ndarray
     last: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -78,30 +84,45 @@ def curve(history: History, column: str) -> Curve:
     """A column averaged over the windows of the schedule. Rows in which it is nan are left out.
 
     The noise scale is a ratio, of which numerator and denominator are averaged: tr Cov and ||grad L||^2. It is infinite
-    where the mean of the latter is not larger than its standard error: then nobody knows.
+    where the mean of the latter is within two standard errors of zero, and `low` is what it is above.
     """
     if column == NOISE_SCALE:
         return _noise_scale(history)
-    values = history.get(column).astype(np.float64)
+    values = history.numbers(column)
     windows = _windows(history, values)
     error = windows.error(values, history.get(f"{column}_stderr"))
-    return Curve(windows.middle, windows.mean(values), error, *windows.ends)
+    mean = windows.mean(values)
+    with np.errstate(invalid="ignore"):  # of infinities
+        return Curve(windows.middle, mean, error, *windows.ends, mean - error, mean + error)
 
 
 def _noise_scale(history: History) -> Curve:
-    """The noise scale, averaged as a ratio of means; infinite where its denominator may be zero."""
+    """The noise scale tr Cov / ||grad L||^2 as a ratio of means, with the interval of what is not noise.
+
+    With R = ||grad L||^2 the share u = R / (R + tr Cov) has a denominator that is known well, and the noise scale is
+    1/u - 1. Where u is within two standard errors of zero all that is known is what the noise scale is above, `low`.
+    """
     rate = history.get("population/rate").astype(np.float64)
-    trace = history.get(NOISE_SCALE).astype(np.float64) * rate
-    windows = _windows(history, trace)
+    noise = history.get(GRADIENT_NOISE).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of files from before there was the column
+        noise = np.where(np.isnan(noise), history.get(NOISE_SCALE).astype(np.float64) * rate, noise)
+    windows = _windows(history, noise)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean_rate = windows.mean(rate)
-        ratio = windows.mean(trace) / mean_rate
-        residual = trace - windows.at_rows(ratio, len(rate)) * rate
-        error = windows.error(residual) / np.abs(mean_rate)
-        significant = mean_rate > windows.error(rate, history.get("population/rate_stderr"))
-    single = windows.first_of(history.get(f"{NOISE_SCALE}_stderr"))
-    mean = np.where(significant, ratio, np.inf)
-    return Curve(windows.middle, mean, np.where(windows.size > 1, error, single), *windows.ends)
+        whole = rate + noise
+        share = windows.mean(rate) / windows.mean(whole)
+        residual = rate - windows.at_rows(share, len(rate)) * whole
+        scatter = windows.error(residual, history.get("population/rate_stderr"))
+        error = np.nan_to_num(scatter / windows.mean(whole))
+        low, high = (_inverted(share + side * error) for side in (1, -1))
+        unresolved = share <= spectral_reach.RESOLVED * error
+        low = np.where(unresolved, _inverted(np.maximum(share, 0) + spectral_reach.RESOLVED * error), low)
+        mean = np.where(unresolved, np.inf, _inverted(share))
+    return Curve(windows.middle, mean, (high - low) / 2, *windows.ends, low, high)
+
+
+def _inverted(share: np.ndarray) -> np.ndarray:
+    """The noise scale 1/u - 1 of a share u; inf where u is not above zero."""
+    return np.where(share > 0, np.maximum(1 / share - 1, 0.0), np.inf)
 
 
 @dataclass(frozen=True)
@@ -249,7 +270,7 @@ def compute(history: History) -> float:
     2 N for each, a backward pass twice that (Kaplan et al., arXiv 2001.08361); convolutions, which use a parameter at
     many places, cost more.
     """
-    tokens = history.get("tokens_per_step")
+    tokens = history.numbers("tokens_per_step")
     if not len(tokens) or not isinstance(tokens[-1], np.number | int | float):
         return float("nan")
     return 6 * size(history) * float(tokens[-1]) * float(history["step"][-1])

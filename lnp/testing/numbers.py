@@ -53,16 +53,23 @@ def layers_add_up(kit: Kit) -> None:
 
 def population_is_the_mean_over_pairs(kit: Kit) -> None:
     """Rate, position and noise scale over pairs of different samples; None and a note without single samples."""
-    for case in kit.cases(scenarios.SIX):
+    for case in kit.cases(scenarios.SIX, scenarios.PADDED):
         truth = case.truth
-        d, expected = kit.measure(case.scenario, population=True), truth.factors()
+        d, expected = kit.measure(case.scenario, population=True, estimator="exact"), truth.factors()
         n, g = truth.shape[0], truth.gradient
         own = truth.block_square_norms(g, list(range(n))).sum()
-        rate = n / (n - 1) * (expected["rate"] - own)
+        labels = np.asarray(case.scenario.targets)
+        weights = np.ones(n) if case.scenario.loss == "mse" else np.sum(labels >= 0, axis=1)
+        spread = np.sum(weights**2) / np.sum(weights) ** 2
+        rate = (expected["rate"] - own) / (1 - spread)
         case.equal("rate", d.population.rate, rate)
         case.equal("chi_pos", d.population.chi_pos, rate / expected["chi_loss"] / expected["chi_net"])
-        case.equal("noise_scale", d.population.noise_scale, n * own / rate - 1, case.tolerance)
-        errors = [getattr(d.population, f"{name}_stderr") for name in ("rate", "chi_pos", "noise_scale")]
+        scale = max(n * own / rate - n * spread, 0.0) if rate > 0 else np.inf
+        case.equal("noise_scale", d.population.noise_scale, scale, case.tolerance)
+        case.equal("gradient_noise", d.population.gradient_noise, n * own - n * spread * rate, case.tolerance)
+        low, high = float(d.population.noise_scale_low), float(d.population.noise_scale_high)
+        case.true(0 <= low <= scale <= high, f"the noise scale {scale} is not within {low} and {high}")
+        errors = [getattr(d.population, f"{name}_stderr") for name in ("rate", "chi_pos")]
         case.true(all(float(error) > 0 for error in errors), f"standard errors are {errors}")
         d = kit.measure(case.scenario, population=True, estimator="joint")
         case.true(d.population is None, "the joint estimator gave population values")

@@ -137,15 +137,14 @@ def tokens(name: str = "tokens", labels: Any = ((1, -100, 0), (0, 1, 1))) -> Sce
         rows, eye = np.eye(4)[index], np.eye(2)
         table = np.einsum("ntv,dc->ntcvd", rows, p["head.weight"])
         head = np.einsum("ntd,ce->ntcde", p["embedding.table"][index], eye)
-        return {"embedding.table": table.reshape(2, 6, 4, 3), "head.weight": head.reshape(2, 6, 3, 2)}
+        return {"embedding.table": table.reshape(-1, 6, 4, 3), "head.weight": head.reshape(-1, 6, 3, 2)}
 
     def apply(xp: Any, p: Mapping[str, Any], index: Any) -> Any:
         rows = xp.take(p["embedding.table"], xp.reshape(index, (-1,)), axis=0)
         return xp.reshape(rows, (*index.shape, 3)) @ p["head.weight"]
 
-    return Scenario(
-        name, parameters, np.array([[1, 2, 1], [0, 3, 2]]), np.array(labels), "cross_entropy", apply, jacobian
-    )
+    index = np.array([[1, 2, 1], [0, 3, 2], [3, 1, 0], [2, 2, 0]])[: len(labels)]
+    return Scenario(name, parameters, index, np.array(labels), "cross_entropy", apply, jacobian)
 
 
 def centred() -> Scenario:
@@ -197,6 +196,8 @@ ONE_OUTPUT, ONE_SAMPLE = linear(4, 1, "one output"), linear(1, 3, "one sample")
 SINGLE = linear(1, 1, "one sample of one output")
 SIX = linear(6, 2, "six samples")
 """Enough samples for values of the population."""
+PADDED = tokens("padded", ((1, 0, 0), (0, -100, -100), (-100, 1, 1), (1, 1, 0)))
+"""Samples that hold different numbers of labels."""
 INDEPENDENT = (LINEAR, prescribed(), LAYERS, layers("soft targets", soft=True), tied(), TOKENS, ONE_OUTPUT, ONE_SAMPLE)
 """Samples do not interact."""
 INTERACTING = (centred(), gated())

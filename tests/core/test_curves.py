@@ -45,23 +45,54 @@ def test_rows_without_the_value_are_left_out():
     assert curve(History(), "a").step.tolist() == []
 
 
+def noisy(rates, scales, windows, **more):
+    names = ("population/rate", "population/gradient_noise", "window")
+    values = (np.array(rates), np.array(scales) * np.array(rates), windows)
+    return History(
+        {"step": i, **dict(zip(names, row, strict=True)), "population/noise_scale": 0.0, **more}
+        for i, row in enumerate(zip(*(np.asarray(v).tolist() for v in values), strict=True))
+    )
+
+
 def test_the_noise_scale_is_a_ratio_of_means():
-    rate, scale, window = np.array([1.0, 3.0, -0.5, 0.2]), np.array([10.0, 2.0, -40.0, 100.0]), [0, 0, 2, 2]
-    rows = [
-        {"step": i, "population/rate": r, "population/noise_scale": s, "window": w}
-        for i, (r, s, w) in enumerate(zip(rate, scale, window, strict=True))
-    ]
-    line = curve(History(rows), "population/noise_scale")
-    # tr Cov = scale * rate; the second window's rate is not positive, so that nobody knows
-    assert line.mean.tolist() == [(10.0 + 6.0) / (1.0 + 3.0), math.inf]
-    residual = np.array([10.0, 6.0]) - 4.0 * rate[:2]
-    assert line.stderr[0] == pytest.approx(np.std(residual, ddof=1) / math.sqrt(2) / 2.0)
+    rate, scale = np.array([1.0, 1.1, -0.5, 0.2]), np.array([10.0, 9.0, -40.0, 100.0])
+    run = noisy(rate, scale, [0, 0, 2, 2])
+    line = curve(run, "population/noise_scale")
+    # the second window's rate is not above its error, so that only a lower limit is known
+    assert line.mean[0] == pytest.approx((10.0 + 9.9) / 2.1)
+    assert line.mean[1] == math.inf
+    whole = rate * (1 + scale)
+    share = 2.1 / whole[:2].sum()
+    error = np.std((rate - share * whole)[:2], ddof=1) / math.sqrt(2) / whole[:2].mean()
+    assert (line.low[0], line.high[0]) == pytest.approx((1 / (share + error) - 1, 1 / (share - error) - 1))
+    share = -0.3 / whole[2:].sum()
+    error = np.std((rate - share * whole)[2:], ddof=1) / math.sqrt(2) / whole[2:].mean()
+    assert line.low[1] == pytest.approx(1 / (2 * error) - 1)
 
 
-def test_a_noise_scale_within_the_error_of_the_rate_is_not_known():
-    row = {"step": 0, "population/rate": 1.0, "population/noise_scale": 8.0}
-    for stderr, expected in ((0.5, 8.0), (1.5, math.inf)):
-        assert curve(History([row | {"population/rate_stderr": stderr}]), "population/noise_scale").mean[0] == expected
+def test_a_noise_scale_within_two_errors_of_the_rate_is_a_limit():
+    for stderr, expected, low in ((0.4, 8.0, 9 / 1.4 - 1), (0.6, math.inf, 9 / 2.2 - 1)):
+        line = curve(noisy([1.0], [8.0], [0], **{"population/rate_stderr": stderr}), "population/noise_scale")
+        assert (line.mean[0], line.low[0]) == pytest.approx((expected, low))
+
+
+def test_files_without_the_gradient_noise():
+    rows = [{"step": 0, "population/rate": 1.0, "population/noise_scale": 8.0, "population/rate_stderr": 0.1}]
+    assert curve(History(rows), "population/noise_scale").mean[0] == pytest.approx(8.0)
+
+
+def test_windows_of_a_noise_scale_cover_where_noise_dominates():
+    """Windows of 20 measurements whose rate is a tenth to twice its error: the truth is in the interval of one standard
+    error, or above the limit, in 60% and more."""
+    rng, hits = np.random.default_rng(0), []
+    for scale in (30.0, 100.0, 1000.0):
+        for _ in range(60):
+            rates = 1 + scale / 16 * rng.standard_normal(20)
+            run = noisy(rates, (scale * (1 + 0.1 * rng.standard_normal(20))) / rates, [0] * 20)
+            line = curve(run, "population/noise_scale")
+            assert line.mean[0] >= 0
+            hits.append(line.low[0] <= scale and (math.isinf(line.mean[0]) or scale <= line.high[0]))
+    assert np.mean(hits) > 0.62
 
 
 def test_long_histories_become_few_points():

@@ -43,7 +43,7 @@ def test_the_loss_gradient_may_have_any_size(scale):
         assert part.rate / scale / scale == pytest.approx(right.layers[layer].rate, rel=1e-5)
     for name in ("chi_pos", "noise_scale", "chi_pos_stderr"):
         assert getattr(d.population, name) == pytest.approx(getattr(right.population, name), rel=1e-3), name
-    for name in ("rate", "rate_stderr"):
+    for name in ("rate", "rate_stderr", "gradient_noise"):
         assert getattr(d.population, name) / scale / scale == pytest.approx(getattr(right.population, name), rel=1e-3)
     assert d.notes == ()
 

@@ -13,7 +13,7 @@ from lnp.results.decomposition import Layer, decompose
 D = lnp.Decomposition(
     loss=0.5, rate=6.0, chi_loss=2.0, chi_net=30.0, chi_pos=0.1, chi_net_stderr=1.25, chi_pos_stderr=0.02, loss_terms=4,
     probes=3, probed=4, layers={"<head>": Layer(6.0, 30.0, 0.1, 1.5, 0.0)},
-    population=lnp.Population(5.0, 0.0625, 40.0, 1.0, 0.02, 8.0), samples=4, outputs=3, estimator="joint",
+    population=lnp.Population(5.0, 0.0625, 40.0, 1.0, 0.02, 25.0, 90.0, 200.0), samples=4, outputs=3, estimator="joint",
     notes=("a note & more",),
 )  # fmt: skip
 
@@ -39,7 +39,10 @@ def test_text():
     assert any(line.startswith("<head>") for line in lines)
     assert "4 samples x 3 outputs, 4 loss terms; trace: joint, 3 probes" in lines
     assert any("0.0625 ± 0.02   of the population" in line for line in lines)
-    assert any("gradient noise scale" in line for line in lines)
+    assert any(line.startswith("noise     40 (25 to 90)   gradient noise scale") for line in lines)
+    unresolved = replace(D, population=replace(D.population, noise_scale=float("inf"), noise_scale_high=float("inf")))
+    assert "above 25" in str(unresolved)
+    assert "above 25" in unresolved._repr_html_()
     assert "population" not in str(replace(D, population=None))
     assert lines[-1] == "note: a note & more"
     assert "1 probe\n" in str(replace(D, probes=1))

@@ -16,7 +16,7 @@ import lnp
 import lnp_torch
 
 VALUES = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "chi_net_stderr", "chi_pos_stderr")
-POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "noise_scale_stderr")
+POPULATION = ("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr", "gradient_noise")
 
 
 @pytest.fixture(autouse=True)
