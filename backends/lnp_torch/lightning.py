@@ -104,7 +104,7 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if measured is not None and isinstance(loss, torch.Tensor):
             with self.tracker.attempt(None, f"assurance that row {measured[0]} is of what the module minimises"):
-                check_same(loss, measured[1], ADVICE)
+                check_same(loss * trainer.accumulate_grad_batches, measured[1], ADVICE)  # by which it was divided
 
     @property
     def _follows(self) -> bool:
