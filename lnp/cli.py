@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lnp import __version__
+from lnp.printable import printable
 
 if TYPE_CHECKING:
     from lnp.tracking.history import History
 
+LINES = "\n"
 RUNS = "files that trackers wrote, or folders of them"
 
 
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"demo": _demo, "plot": _plot, "compare": _compare}[options.command](options)
     except (ImportError, KeyError, OSError, ValueError) as error:
         # the text of a KeyError is its argument, in quotes
-        print(f"lnp: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        print(f"lnp: {printable(str(reason), keep=LINES)}", file=sys.stderr)
         return 1
 
 
@@ -98,4 +101,4 @@ def _draw(runs: dict[str, History], out: Path, title: str | None = None) -> None
 
     out.parent.mkdir(parents=True, exist_ok=True)
     plot.dashboard(runs, title).savefig(out, dpi=160)
-    print(f"Figure: {out}")
+    print(f"Figure: {printable(out)}")

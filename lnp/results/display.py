@@ -8,6 +8,7 @@ from typing import Any
 
 from lnp.contract.linearization import Array
 from lnp.optional import import_optional
+from lnp.printable import printable
 
 Decomposition = Any
 """A `lnp.Decomposition`, whose own file imports this one."""
@@ -73,14 +74,15 @@ def to_text(d: Decomposition) -> str:
     if d.total is not None:
         lines += [f"{name:<10}{_number(getattr(d.total, name)):>11}   of the whole loss" for name in ("loss", "rate")]
     if d.layers:
-        width = max(len("layer"), *map(len, d.layers))
+        names = {layer: printable(layer) for layer in d.layers}
+        width = max(len("layer"), *map(len, names.values()))
         lines += ["", f"{'layer':<{width}}{'rate':>11}{'chi_net':>11}{'':>11}{'chi_pos':>11}"]
         lines += [
-            f"{layer:<{width}}{_number(part.rate):>11}{_number(part.chi_net):>11}{_error(part, 'chi_net'):>11}"
+            f"{names[layer]:<{width}}{_number(part.rate):>11}{_number(part.chi_net):>11}{_error(part, 'chi_net'):>11}"
             f"{_number(part.chi_pos):>11}{_error(part, 'chi_pos'):>11}"
             for layer, part in d.layers.items()
         ]
-    return "\n".join([*lines, "", provenance(d), *(f"note: {note}" for note in d.notes)])
+    return "\n".join([*lines, "", provenance(d), *(f"note: {printable(note)}" for note in d.notes)])
 
 
 def to_html(d: Decomposition) -> str:
@@ -102,11 +104,11 @@ def to_html(d: Decomposition) -> str:
                 f"<td style='text-align:left'>{meaning}</td></tr>"
             )
     layers = "".join(
-        f"<tr><td><code>{html.escape(layer)}</code></td><td>rate {_number(part.rate)}, chi_net {_number(part.chi_net)}"
+        f"<tr><td><code>{html.escape(printable(layer))}</code></td><td>rate {_number(part.rate)}, chi_net {_number(part.chi_net)}"
         f"{_error(part, 'chi_net')}</td><td>chi_pos {_number(part.chi_pos)}{_error(part, 'chi_pos')}</td></tr>"
         for layer, part in (d.layers or {}).items()
     )
-    notes = "".join(f"<br>{html.escape(line)}" for line in (provenance(d), *d.notes))
+    notes = "".join(f"<br>{html.escape(printable(line))}" for line in (provenance(d), *d.notes))
     return f"<table>{rows}{layers}</table><small>{notes.removeprefix('<br>')}</small>"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lnp.printable import printable
 from lnp.tracking.history import History
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def open_runs(runs: RunSources) -> dict[str, History]:
         For a path at which there is nothing, or a folder without histories.
     """
     if isinstance(runs, Mapping):
-        return {str(name): _history(run) for name, run in runs.items()}
+        return {printable(str(name)): _history(run) for name, run in runs.items()}
     listed = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, str | History) else [runs]
     flat: list[Any] = []
     for run in listed:
@@ -69,7 +70,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     files = sorted(path.glob("*.jsonl"), key=_natural_key)
     if not files:
-        raise FileNotFoundError(f"{path} holds no .jsonl file. Expected the files that trackers write.")
+        raise FileNotFoundError(f"{printable(path)} holds no .jsonl file. Expected the files that trackers write.")
     return files
 
 
@@ -79,12 +80,14 @@ def _natural_key(path: Path) -> tuple[int | str, ...]:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The files' names; with their folders, as many as it takes, where two would be equal."""
+    """The files' names, as a terminal may show them; with their folders, as many as it takes, where two would be
+    equal.
+    """
     if len({path.stem for path in paths}) == len(paths):
-        return [path.stem for path in paths]
+        return [printable(path.stem) for path in paths]
     parts = [path.resolve().with_suffix("").parts for path in paths]
     for depth in range(2, max(map(len, parts)) + 1):
         names = ["/".join(own[-depth:]) for own in parts]
         if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+            return list(map(printable, names))
+    return list(map(printable, paths))

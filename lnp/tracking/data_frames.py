@@ -42,9 +42,11 @@ def to_csv(table: Table, path: str | os.PathLike) -> None:
 
 
 def _with_one_type(values: np.ndarray) -> np.ndarray | list[Any]:
-    """A column as typed libraries take it: values of several types as texts, None where one is missing."""
+    """A column as typed libraries take it: values of several types and integers beyond 64 bits as texts, None where one
+    is missing.
+    """
     if values.dtype != object:
         return values
     listed = values.tolist()
     types = {type(value) for value in listed if value is not None}
-    return listed if len(types) < 2 else [None if value is None else str(value) for value in listed]
+    return listed if len(types) < 2 and types != {int} else [None if value is None else str(value) for value in listed]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lnp.printable import printable
+
 OnError = Literal["warn", "raise"]
 ON_ERROR: tuple[str, ...] = get_args(OnError)
 MISSING_ROW = "a row where this happens"
@@ -106,6 +108,7 @@ def describe(error: BaseException) -> str:
 
 def warn(text: str) -> None:
     """Warn. Where a filter turns warnings into errors the text goes to the log: a warning must not end the run."""
+    text = printable(text, keep="\n\t")
     try:
         warnings.warn(text, stacklevel=_user_level())
     except Warning:

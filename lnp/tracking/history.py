@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lnp.printable import printable
 from lnp.tracking import data_frames, storage
+from lnp.tracking.columns import Column, as_columns, joined, selected
+from lnp.tracking.failures import warn
+from lnp.tracking.names import RESUMED, STEP
+from lnp.tracking.records import encode
 
 if TYPE_CHECKING:
     from lnp.runs.spectral_reach import Reach
 
 Row = dict[str, Any]
 LAYER = "layer/"
-RESUMED = "resumed"
-"""The step from which on a record replaces earlier ones: a run that goes back writes it into its first record."""
 
 
 class History:
@@ -43,8 +46,7 @@ class History:
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._values: dict[str, np.ndarray] = {}
-        self._present: dict[str, np.ndarray] = {}
+        self._columns: dict[str, Column] = {}
         self._length = 0
         self._pending: list[Row] = [dict(row) for row in rows]
 
@@ -59,18 +61,20 @@ class History:
         Raises
         ------
         OSError
-            If there is no such file.
+            If there is no such file, or it is none, such as a folder or a pipe.
         ValueError
-            If it holds no records with steps.
+            If it holds something else than a tracker's records. Single lines that are none are left out with a warning.
         """
         history = cls()
-        history._join([_columns(records) for records in storage.read(path, report) if records])
-        if history._length and "step" not in history._values:
-            raise ValueError(
-                f"{path} has the columns {sorted(history._values)}. Expected a tracker's file, with steps."
-            )
-        if not superseded:
-            history._select(_not_replaced(history._values, history._present))
+        history._join([as_columns(records) for records in storage.read(path, report)])
+        if history._length and not superseded:
+            stays = _not_replaced(history._dense(STEP), history._dense(RESUMED))
+            if unmarked := _replaced_without_mark(history._dense(STEP), history._dense(RESUMED)):
+                warn(
+                    f"{printable(path)}: the record of step {unmarked[1]} comes after one of step {unmarked[0]} and "
+                    "does not say that the run went back. It replaces what was measured from there on; is it damaged?"
+                )
+            history._select(stays)
         return history
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -84,20 +88,20 @@ class History:
         """Forget the measurements at this step and later."""
         self._flush()
         if self._length:
-            self._select(self._values["step"] < step)
+            self._select(self._dense(STEP) < step)
 
     @property
     def last_step(self) -> int | None:
         """The step of the last row; None without rows."""
         if self._pending:
             return int(self._pending[-1]["step"])
-        return int(self._values["step"][-1]) if self._length else None
+        return int(self._columns[STEP].values[-1]) if self._length else None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the columns, in the order in which they first occurred."""
         self._flush()
-        return tuple(self._values)
+        return tuple(self._columns)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -115,21 +119,29 @@ class History:
     def __getitem__(self, name: str) -> np.ndarray:
         """A column: numbers with nan where a row has none, or an object array with None."""
         if name not in self.columns:
-            raise KeyError(f"{name!r} is not a column. Expected one of {', '.join(self.columns)}.")
-        return self._values[name]
+            raise KeyError(f"{name!r} is not a column. Expected one of {printable(', '.join(self.columns))}.")
+        return self._dense(name)
 
     def get(self, name: str) -> np.ndarray:
         """A column, or as many nan as there are rows."""
-        return self._values[name] if name in self.columns else np.full(len(self), math.nan)
+        return self._dense(name) if name in self.columns else np.full(len(self), math.nan)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A column as floats, with nan where a row has no number; of no column, nan alone."""
+        values = self.get(name)
+        if values.dtype != object:
+            return values.astype(np.float64)
+        kinds = int | float | bool
+        return np.array([float(v) if isinstance(v, kinds) else math.nan for v in values.tolist()], dtype=np.float64)
 
     def rows(self) -> list[Row]:
         """One dictionary for each measurement, with the values that it has."""
         self._flush()
         rows: list[Row] = [{} for _ in range(self._length)]
-        for name, values in self._values.items():
-            for row, value, present in zip(rows, values.tolist(), self._present[name].tolist(), strict=True):
-                if present:
-                    row[name] = value
+        for name, column in self._columns.items():
+            places = range(self._length) if column.rows is None else column.rows.tolist()
+            for place, value in zip(places, column.values.tolist(), strict=True):
+                rows[place][name] = value
         return rows
 
     def by_layer(self) -> dict[str, np.ndarray]:
@@ -156,7 +168,7 @@ class History:
 
     def table(self, by_layer: bool = False) -> dict[str, np.ndarray]:
         """{column: values}, of the rows or of the long table of layers."""
-        return self.by_layer() if by_layer else {name: self._values[name] for name in self.columns}
+        return self.by_layer() if by_layer else {name: self._dense(name) for name in self.columns}
 
     def to_pandas(self, by_layer: bool = False) -> Any:
         """A `pandas.DataFrame`; with `by_layer`, one row for each step and layer. Needs pandas."""
@@ -177,7 +189,7 @@ class History:
     def to_jsonl(self, path: str | os.PathLike) -> None:
         """Write the rows as a tracker does, without those that were replaced."""
         with open(path, "wb") as file:
-            file.writelines(storage.encode(row) for row in self.rows())
+            file.writelines(encode(row) for row in self.rows())
 
     def __repr__(self) -> str:
         steps = f", steps {int(self['step'][0])} to {self.last_step}" if len(self) else ""
@@ -188,89 +200,36 @@ class History:
         if not self._pending:
             return
         rows, self._pending = self._pending, []
-        earlier = [Columns(self._values, self._present, self._length)] if self._length else []
-        self._join([*earlier, _columns(rows)])
-        self._select(_not_replaced(self._values, self._present))
+        self._join([(self._columns, self._length), as_columns(rows)])
+        self._select(_not_replaced(self._dense(STEP), self._dense(RESUMED)))
 
-    def _join(self, parts: Sequence[Columns]) -> None:
-        """Make the parts, one after the other, the content of this history."""
-        names = dict.fromkeys(name for part in parts for name in part.values)
-        pieces = {name: [_padded_column(part, name) for part in parts] for name in names}
-        self._length = sum(part.length for part in parts)
-        self._present = {name: np.concatenate([present for _, present in column]) for name, column in pieces.items()}
-        self._values = {name: _concatenate([values for values, _ in column]) for name, column in pieces.items()}
+    def _join(self, parts: list[tuple[dict[str, Column], int]]) -> None:
+        """Make the parts, (columns, rows) one after the other, the content of this history."""
+        self._columns, self._length = joined(parts)
 
     def _select(self, mask: np.ndarray) -> None:
         """Keep the rows where the mask, shape (rows,), is true."""
         if not mask.all():
-            self._values = {name: values[mask] for name, values in self._values.items()}
-            self._present = {name: present[mask] for name, present in self._present.items()}
-            self._length = int(mask.sum())
+            self._columns, self._length = selected(self._columns, mask)
+
+    def _dense(self, name: str) -> np.ndarray:
+        """A column with nan or None where a row has no value; of no column, nan."""
+        column = self._columns.get(name)
+        return np.full(self._length, math.nan) if column is None else column.dense(self._length)
 
 
-class Columns(NamedTuple):
-    """Rows as {column: values} and {column: whether a row has one}, arrays of shape (length,)."""
-
-    values: dict[str, np.ndarray]
-    present: dict[str, np.ndarray]
-    length: int
+def _starts(steps: np.ndarray, resumed: np.ndarray) -> np.ndarray:
+    """The step from which on each row replaces earlier ones."""
+    return np.fmin(steps.astype(np.float64), resumed.astype(np.float64))
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
-    """Rows, at least one, as columns."""
-    first = tuple(rows[0])
-    if all(tuple(row) == first for row in rows):  # several times faster than looking up each name in each row
-        columns = zip(*(row.values() for row in rows), strict=True)
-        values = {name: _array(column) for name, column in zip(first, columns, strict=True)}
-        return Columns(values, dict.fromkeys(first, np.ones(len(rows), dtype=bool)), len(rows))
-    names = dict.fromkeys(name for row in rows for name in row)
-    present = {name: np.array([name in row for row in rows]) for name in names}
-    return Columns({name: _array([row.get(name) for row in rows]) for name in names}, present, len(rows))
-
-
-def _array(values: Sequence[Any]) -> np.ndarray:
-    """Integers as int64, numbers as float64 with nan for None, everything else as objects."""
-    kinds = set(map(type, values))
-    if kinds == {int}:
-        try:
-            return np.array(values, dtype=np.int64)
-        except OverflowError:  # beyond 64 bits: Python's own integers
-            return np.array(values, dtype=object)
-    if str in kinds and kinds <= {int, float, str, type(None)}:
-        values = [storage.NONFINITE.get(v, v) if type(v) is str else v for v in values]
-        kinds = set(map(type, values))
-    if kinds <= {int, float, type(None)} and kinds != {type(None)}:
-        return np.array(
-            [math.nan if v is None else v for v in values] if type(None) in kinds else values, dtype=np.float64
-        )
-    column = np.empty(len(values), dtype=object)
-    column[:] = values
-    return column
-
-
-def _padded_column(part: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column's values and which rows have one; a column that the part lacks is all None."""
-    if name in part.values:
-        return part.values[name], part.present[name]
-    return np.full(part.length, None, dtype=object), np.zeros(part.length, dtype=bool)
-
-
-def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One column from its parts, whose types may differ: parts of None alone become nan among numbers."""
-    if len({part.dtype for part in parts}) == 1 and parts[0].dtype != object:
-        return np.concatenate(parts)
-    if any(part.dtype == object and any(v is not None for v in part) for part in parts):
-        return _array([value for part in parts for value in part.tolist()])
-    return np.concatenate([np.full(len(p), np.nan) if p.dtype == object else p.astype(np.float64) for p in parts])
-
-
-def _not_replaced(values: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]) -> np.ndarray:
+def _not_replaced(steps: np.ndarray, resumed: np.ndarray) -> np.ndarray:
     """Which rows no later one replaces: their step is below every step that the run later went back to."""
-    if "step" not in values:
-        return np.ones(0, dtype=bool)
-    steps = values["step"].astype(np.float64)
-    starts = steps  # the step from which on a row replaces earlier ones
-    if RESUMED in values:
-        starts = np.fmin(steps, np.where(present[RESUMED], values[RESUMED].astype(np.float64), np.inf))
-    lowest_after = np.minimum.accumulate(starts[::-1])[::-1]
+    lowest_after = np.minimum.accumulate(_starts(steps, resumed)[::-1])[::-1]
     return np.append(steps[:-1] < lowest_after[1:], True)
+
+
+def _replaced_without_mark(steps: np.ndarray, resumed: np.ndarray) -> tuple[int, int] | None:
+    """(Step of a row, step of the next) where the second is not beyond the first and does not say that it went back."""
+    places = np.flatnonzero((steps[1:] <= steps[:-1]) & np.isnan(resumed[1:].astype(np.float64)))
+    return (int(steps[places[0]]), int(steps[places[0] + 1])) if len(places) else None

@@ -1,16 +1,25 @@
-"""The options of `lnp.decompose` that a tracker takes."""
+"""The options of `lnp.decompose` that a tracker takes, and the names of its columns."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from lnp import api
 from lnp.contract.options import Options
 from lnp.estimators.trace import Settings
+from lnp.tracking.names import check_names
+
+
+def check_call(options: Mapping[str, Any] | None, values: Iterable[str] | None) -> None:
+    """Raise an error for options, and names of values or tags, that a tracker does not take."""
+    if options:
+        check_options(options)
+    if values:
+        check_names(values)
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from lnp.loggers import Logger
 from lnp.tracking.failures import Failures
-from lnp.tracking.history import RESUMED, History, Row
+from lnp.tracking.history import History, Row
+from lnp.tracking.names import RESUMED
 from lnp.tracking.storage import Appender
 
 
@@ -81,6 +82,9 @@ class Recorder:
         complete = dict(row)
         if notes != self._notes:
             complete["notes"] = "; ".join(notes)
+        last = None if self._history is None else self._history.last_step
+        if self._resumed is None and last is not None and step <= last:
+            self._resumed = step  # a checkpoint was loaded into a tracker that runs
         if self._resumed is not None:
             complete[RESUMED] = self._resumed
         self.latest = logged_values(complete, tags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -189,6 +190,7 @@ class SharedSteps:
             self._awaited = step if comes else None
 
         watched = backend.shared(model, options.get("parameters"))
+        attempt = functools.partial(attempt, step)
         return SharedStep(_SharedMeasurement(watched, model, others, keep, attempt, expect_backward))
 
     def remind(self) -> None:

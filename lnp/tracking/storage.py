@@ -2,145 +2,131 @@ r"""A run's history on disk: JSON Lines, one record per line, appended and never
 
 A file holds data only: nothing in it is executed when it is read. Each record is handed to the operating system in one
 write to the end of the file. A process that is killed at any moment loses at most the record that it was writing: a
-torn last line has no newline, is not read, and is cut off when the file is next written to. That holds for the death of
-a process. Against a power failure `fsync=True` waits for the disk after each record, which costs milliseconds; without
-it the operating system writes within seconds.
+torn last line is not read, and is cut off when the file is next written to. That holds for the death of a process.
+Against a power failure `fsync=True` waits for the disk after each record, which costs milliseconds; without it the
+operating system writes within seconds.
 
-JSON has no numbers for what is not finite: nan and the infinities are written as the strings "NaN", "Infinity" and
-"-Infinity", and become numbers again when they are read.
+A file of something else is refused before a byte of it changes: what a tracker writes to has to be empty, or to hold
+lines that a tracker wrote. Other lines between those are left out when the file is read, with one warning.
 
-A file has one writer at a time: writing takes a lock that the operating system drops when the process ends, however it
-ends. Readers need none.
+A file has one writer at a time: writing takes a lock, which ends with the tracker, or else with the process. Readers
+need none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
-import math
 import os
+import stat
 import sys
-import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from lnp.printable import printable
+from lnp.tracking.failures import warn
+from lnp.tracking.records import Record, decode_all, encode, is_torn, is_tracker_line
 
 CHUNK = 1 << 22
 """Bytes that are read at a time."""
-NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-Record = dict[str, Any]
-
-
-def encode(record: Mapping[str, Any]) -> bytes:
-    r"""A record as one line of JSON.
-
-    >>> encode({"step": 3, "chi_pos": float("nan")})
-    b'{"step": 3, "chi_pos": "NaN"}\n'
-    """
-    values = {name: _json_value(value) for name, value in record.items()}
-    return json.dumps(values, allow_nan=False).encode() + b"\n"
-
-
-def _json_value(value: Any) -> str | bool | float | None:
-    """The value, or the name of a number that is not finite. Numbers of other libraries become Python's."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    try:
-        number = value.item() if hasattr(value, "item") else value
-        if isinstance(number, int):
-            return number
-        number = float(number)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"A record holds a value of type {type(value).__name__}. Expected numbers, texts, booleans or None. "
-            "Turn it into one of these."
-        ) from error
-    if math.isfinite(number):
-        return number
-    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
-
-
-def decode(line: bytes) -> Record:
-    """The record of one line; a ValueError for a line that holds none."""
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"A line holds a {type(record).__name__}. Expected an object.")
-    return record
+QUOTED = 60
+"""Characters of a line that an error quotes."""
 
 
 def read(path: str | os.PathLike, report: Callable[[int], None] = lambda done: None) -> Iterator[list[Record]]:
-    """The records of a file, many at a time; numbers that are not finite are still texts. `report` is called with the
-    bytes that were read.
+    """The records of a file, many at a time, each held against the schema; numbers that are not finite are still
+    texts. `report` is called with the bytes that were read.
 
-    A torn last line is left out. Lines in the middle that hold no record, which only a damaged disk or an editor leaves
-    behind, are skipped with a warning.
+    A torn last line is left out. Other lines that hold no record, which a damaged disk or an editor leaves behind, are
+    left out with one warning.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, and for what is none, such as a pipe.
+    ValueError
+        If it holds something else than a tracker's lines.
     """
-    damaged = 0
+    check_kind(path, os.stat(path).st_mode)
+    count, left_out, first, known, sealed = 0, 0, (0, b""), False, False
     with open(path, "rb") as file:
-        rest = b""
-        while chunk := file.read(CHUNK):
-            block, newline, torn = (rest + chunk).rpartition(b"\n")
-            rest = torn
-            if not newline:
-                continue
-            records, bad = _parse(block)
-            damaged += bad
-            yield records
-            report(len(chunk))
-    if damaged:
-        warnings.warn(f"{path}: {damaged} lines hold no record and were left out", stacklevel=2)
+        for block, size in _blocks(file):
+            numbered = [(number, line) for number, line in enumerate(block, count + 1) if line.strip()]
+            count += len(block)
+            records, sealed = decode_all([line for _, line in numbered], sealed)
+            bad = [pair for pair, record in zip(numbered, records, strict=True) if record is None]
+            first = first if left_out or not bad else bad[0]
+            left_out += len(bad)
+            known = known or len(bad) < len(numbered) or any(is_tracker_line(line) for _, line in bad)
+            yield [record for record in records if record is not None]
+            report(size)
+    if left_out and not known:
+        raise ValueError(
+            f"{printable(path)} holds no measurements; line {first[0]} is {first[1][:QUOTED]!r}. Expected a tracker's "
+            "file, with steps."
+        )
+    if left_out:
+        warn(
+            f"{printable(path)}: {left_out} lines hold no record, or a damaged one, and were left out (of {count}; the "
+            f"first is line {first[0]})"
+        )
 
 
-def _parse(block: bytes) -> tuple[list[Record], int]:
-    """The records of complete lines, and how many lines held none."""
-    count = block.count(b"\n") + 1
-    with contextlib.suppress(ValueError):  # a damaged line: one by one
-        # one call is several times faster than one per line
-        records = parser()("[" + block.replace(b"\n", b",").decode() + "]")
-        if len(records) == count and all(type(record) is dict for record in records):
-            return records, 0
-    records = []
-    lines = [line for line in block.split(b"\n") if line]
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            records.append(decode(line))
-    return records, len(lines) - len(records)
+def _blocks(file: IO[bytes]) -> Iterator[tuple[list[bytes], int]]:
+    """(Lines, bytes that were read for them), many at a time. A last one without newline is there unless it is torn."""
+    pieces: list[bytes] = []
+    while chunk := file.read(CHUNK):
+        head, newline, tail = chunk.rpartition(b"\n")
+        lines = b"".join([*pieces, head]).split(b"\n") if newline else []
+        pieces = [tail] if newline else [*pieces, chunk]
+        yield lines, len(chunk)
+    last = b"".join(pieces)
+    if last and not is_torn(last):
+        yield [last], 0
 
 
-def parser() -> Callable[[str], Any]:
-    """Python's JSON parser, or orjson where it is installed: a million records open in half the time."""
-    try:
-        import orjson
-    except ImportError:
-        return json.loads
-    return orjson.loads
+def check_kind(path: str | os.PathLike, mode: int) -> None:
+    """Raise OSError unless this is the mode of a file of bytes."""
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+        kind = next((name for holds, name in kinds.items() if holds(mode)), "a device")
+        raise OSError(errno.EINVAL, f"{printable(path)} is {kind}. Expected a tracker's file, or a path without one")
 
 
 class Appender:
-    """A file that records are appended to, locked against other writers until it is closed.
+    """A file that records are appended to, locked against other writers until it is closed or let go of.
 
     Raises
     ------
     BlockingIOError
         If another tracker, in this process or another, is writing to the file.
+    FileExistsError
+        If the file holds something else than a tracker's lines. It is left as it is.
+    OSError
+        For what is no file: a folder, a pipe, a device, a link to nothing.
     """
 
     def __init__(self, path: str | os.PathLike, fsync: bool = False) -> None:
         self.path = Path(path)
+        if self.path.exists():
+            check_kind(path, self.path.stat().st_mode)  # beforehand: opening a pipe waits for its other end
+        elif self.path.is_symlink():
+            raise OSError(
+                errno.ENOENT, f"{printable(path)} is a link to nothing. Expected a file, or a path without one"
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         binary = getattr(os, "O_BINARY", 0)  # on Windows, where text would get other line ends
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
         self._fsync = fsync
         self._process = os.getpid()
+        self._let_go = weakref.finalize(self, _let_go, self._file, self._process)
         try:
             self._lock()
-            os.ftruncate(self._file, _end_of_lines(self._file))  # a record that a killed process left torn
+            self._end_last_line()
         except BaseException:
-            os.close(self._file)
+            self._let_go()
             raise
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -155,27 +141,27 @@ class Appender:
         """
         if os.getpid() != self._process:
             raise RuntimeError(
-                f"{self.path} was opened by another process, of which this one is a copy. Expected one writer. Make a "
-                "tracker with a file of its own in each process."
+                f"{printable(self.path)} was opened by another process, of which this one is a copy. Expected one "
+                "writer. Make a tracker with a file of its own in each process."
             )
         line = encode(record)
         size = os.fstat(self._file).st_size
         if os.write(self._file, line) != len(line):  # a full disk takes a part without an error
             os.ftruncate(self._file, size)
-            raise OSError(errno.ENOSPC, f"{self.path} could not take the whole record: is the disk full?")
+            raise OSError(errno.ENOSPC, f"{printable(self.path)} could not take the whole record: is the disk full?")
         if self._fsync:
             os.fsync(self._file)
 
     def close(self) -> None:
         """Wait for the disk, and let others write."""
-        if self._file >= 0 and os.getpid() == self._process:
-            os.fsync(self._file)
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
+        try:
+            if self._let_go.alive and os.getpid() == self._process:
+                os.fsync(self._file)
+        finally:
+            self._let_go()
 
     def _lock(self) -> None:
-        """Lock the file against other writers, without waiting; the operating system ends the lock with the process."""
+        """Lock the file against other writers, without waiting."""
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -188,14 +174,42 @@ class Appender:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                warnings.warn(f"{self.path}: this file system has no locks; see to it that one tracker writes here",
-                              stacklevel=4)  # fmt: skip
+                warn(f"{printable(self.path)}: this file system has no locks; see to it that one tracker writes here")
                 return
             raise BlockingIOError(
                 errno.EAGAIN,
-                f"{self.path} is being written to by another tracker. Expected a file of its own for each run and "
-                "process. Choose another path, or end the other run",
+                f"{printable(self.path)} is being written to by another tracker. Expected a file of its own for each "
+                "run and process. Choose another path, or end the other run",
             ) from error
+
+    def _end_last_line(self) -> None:
+        """Refuse a file of something else; cut off the last line if it is torn, and end it if it has no newline."""
+        size, end = os.fstat(self._file).st_size, _end_of_lines(self._file)
+        with open(self._file, "rb", closefd=False) as file:
+            file.seek(end)
+            last = file.read()
+            torn = is_torn(last)
+            file.seek(0)
+            if not (end == 0 and torn) and size and not any(is_tracker_line(line.rstrip(b"\n")) for line in file):
+                raise FileExistsError(
+                    errno.EEXIST,
+                    f"{printable(self.path)} holds something else than a tracker's measurements and was left as it is. "
+                    "Expected a tracker's file, or a path without one. Choose another path",
+                )
+        if torn:
+            os.ftruncate(self._file, end)
+        elif last:
+            os.write(self._file, b"\n")
+
+
+def _let_go(file: int, process: int) -> None:
+    """Close the file, and end the lock, which a forked process with a copy of the descriptor would keep."""
+    if os.getpid() == process and sys.platform != "win32":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
 
 
 def _end_of_lines(file: int) -> int:

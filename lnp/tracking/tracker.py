@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from lnp.schedule import Schedule, ScheduleSource, as_schedule
 from lnp.tracking.failures import MISSING_ROW, Failures, OnError
 from lnp.tracking.history import History, Row
 from lnp.tracking.measurement import ObservedStep, StepMeasurer, python_numbers
-from lnp.tracking.options import check_options
+from lnp.tracking.options import check_call
 from lnp.tracking.process import refuse
 from lnp.tracking.recorder import Recorder
 from lnp.tracking.shared_step import SharedStep, SharedSteps
@@ -65,7 +64,7 @@ class Tracker:
     TypeError
         For an option that `lnp.decompose` does not have, or a schedule or logger that is none.
     ValueError
-        For the value of an option that cannot be.
+        For the value of an option that cannot be, and for tags under the names of measured columns.
 
     Examples
     --------
@@ -91,7 +90,7 @@ class Tracker:
         on_error: OnError = "warn",
         **options: Any,
     ) -> None:
-        check_options(options)
+        check_call(options, tags)
         self.path = None if path is None else os.fspath(path)
         self.tags = dict(tags or {})
         self.on_error = on_error
@@ -116,23 +115,23 @@ class Tracker:
         options:
             Options of `lnp.decompose` in the place of the tracker's, where they are known only with the batch.
         values:
-            More numbers for the row, such as learning_rate=0.1.
+            More numbers for the row, such as learning_rate=0.1, under names of no measured column.
 
         Returns
         -------
         Decomposition or None
             The training batch's, or that of the tracker's own batch without one. None where nothing was measured.
         """
-        if options:
-            check_options(options)
+        if options or values:
+            check_call(options, values)
         return self._measure(step, model, batch, options, values) if self._selection.claim(step, model) else None
 
     def measure(
         self, step: int, model: Model, batch: Batch = None, *, options: Mapping[str, Any] | None = None, **values: Any
     ) -> Decomposition | None:
         """Measure at this step, whatever the schedule says, unless it has been measured. As `observe`."""
-        if options:
-            check_options(options)
+        if options or values:
+            check_call(options, values)
         return self._measure(step, model, batch, options, values) if self._selection.claim(step, model, False) else None
 
     def shared(self, step: int, model: Model, **values: Any) -> SharedStep:
@@ -151,6 +150,7 @@ class Tracker:
         TypeError
             At the first call: for other models, and a tracker with batches or options that need passes of their own.
         """
+        check_call(None, values)
         self._shared_steps.remind()
         self._shared_steps.check(model, self._measurer.options, own_batches=self._measurer.source is not None)
         if not self._selection.claim(step, model):
@@ -161,12 +161,12 @@ class Tracker:
             self._keep(self._measurer.row(index, decomposition.to_dict(), seconds), decomposition, values)
 
         with self.attempt(index):
-            attempt = functools.partial(self.attempt, index)
-            return self._shared_steps.make(index, model, self._measurer.options_at(index), keep, attempt)
+            return self._shared_steps.make(index, model, self._measurer.options_at(index), keep, self.attempt)
         return SharedStep()
 
     def record(self, step: int, decomposition: Decomposition, **values: Any) -> None:
         """Keep a decomposition of elsewhere (`lnp_jax.value_and_grad`), scheduled or not, unless the step has a row."""
+        check_call(None, values)
         if self._selection.claim_row(step):
             with self.attempt(step):
                 row = self._measurer.row(operator.index(step), python_numbers(decomposition.to_dict()), None)
@@ -185,7 +185,8 @@ class Tracker:
         the parameters is kept meanwhile, where a step is measured. In JAX, where an update makes new parameters, tell
         them: `with tracker.step(...) as watched: ...; watched.after(new_model)`.
         """
-        observed, row = ObservedStep(None, model), None
+        check_call(None, values)
+        observed, row, done = ObservedStep(None, model), None, False
         if self._selection.claim(step, model):
             with self.attempt(operator.index(step)):
                 refuse(model)
@@ -195,7 +196,6 @@ class Tracker:
         if row is None:
             yield observed
             return
-        done = False
         try:
             yield observed
             done = True

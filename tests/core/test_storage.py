@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lnp.tracking import storage
+from lnp.tracking import records, storage
 from lnp.tracking.history import History
+from lnp.tracking.names import FAMILIES, RESERVED
 from lnp.tracking.storage import Appender
 
 KILLED = Path(__file__).with_name("killed.py")
 VALUES = st.floats() | st.integers(-(2**60), 2**60) | st.booleans() | st.none() | st.text().filter(
-    lambda text: text not in storage.NONFINITE
+    lambda text: text not in records.NONFINITE
 )  # fmt: skip
 
 
@@ -36,13 +37,19 @@ def test_a_hundred_kills_lose_nothing_but_the_record_in_flight(tmp_path):
     assert seen["total"] > 200
 
 
-@given(st.dictionaries(st.text(), VALUES))
-def test_records_come_back_as_they_were(record):
-    line = storage.encode(record)
+def is_reserved(name):
+    return name in RESERVED or name.startswith(FAMILIES)
+
+
+@given(st.dictionaries(st.text(), VALUES), st.integers(0, 2**63 - 1))
+def test_records_come_back_as_they_were(record, step):
+    record = {"step": step, **{name: value for name, value in record.items() if not is_reserved(name)}}
+    line = records.encode(record)
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    back = {n: storage.NONFINITE.get(v, v) if isinstance(v, str) else v for n, v in storage.decode(line).items()}
+    assert records.is_sealed(line[:-1])
+    back = {n: records.NONFINITE.get(v, v) if isinstance(v, str) else v for n, v in records.decode(line).items()}
     assert list(back) == list(record)
     assert all(same(back[name], value) for name, value in record.items())
 
@@ -52,18 +59,31 @@ def same(a, b):
 
 
 def test_numbers_of_libraries_become_pythons():
-    line = storage.encode({"a": np.float32(0.5), "b": np.int64(3), "c": np.array(2.0), "d": np.float64("inf")})
-    assert json.loads(line) == {"a": 0.5, "b": 3, "c": 2.0, "d": "Infinity"}
+    line = records.encode({"a": np.float32(0.5), "b": np.int64(3), "c": np.array(2.0), "d": np.float64("inf")})
+    found = json.loads(line)
+    assert len(found.pop("crc32")) == 8
+    assert found == {"a": 0.5, "b": 3, "c": 2.0, "d": "Infinity"}
 
 
 def test_what_is_no_number_is_refused():
     with pytest.raises(TypeError, match="Expected numbers, texts"):
-        storage.encode({"a": [1, 2]})
+        records.encode({"a": [1, 2]})
     with pytest.raises(TypeError, match="type ndarray"):
-        storage.encode({"a": np.ones(3)})
+        records.encode({"a": np.ones(3)})
+    with pytest.raises(ValueError, match="Choose another name"):
+        records.encode({"crc32": 1.0})
 
 
-@pytest.mark.parametrize("cut", [1, 2, 10, 17])
+def test_a_last_line_that_lacks_its_newline_alone_is_kept(tmp_path):
+    path = tmp_path / "run.jsonl"
+    write(path, [0, 1, 2])
+    path.write_bytes(path.read_bytes()[:-1])
+    assert History.read(path)["step"].tolist() == [0, 1, 2]
+    write(path, [3])
+    assert History.read(path)["step"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", [2, 10, 17, 40])
 def test_a_torn_last_line_is_dropped_and_cut_off(tmp_path, cut):
     path = tmp_path / "run.jsonl"
     write(path, [0, 1, 2])
