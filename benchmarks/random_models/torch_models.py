@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import logging
 import random
 import re
@@ -21,7 +22,6 @@ from torch import nn
 import lnp
 from lnp.contract.options import Options
 from lnp.contract.registry import evaluate
-from lnp_torch.outputs import flatten, read
 
 SAMPLES, LENGTH, VOCABULARY, CLASSES = 4, 8, 40, 3
 MOST_PARAMETERS = 3_000_000
@@ -277,9 +277,7 @@ def norms_alone(model: nn.Module, batch: Any, record: dict[str, Any]) -> dict[st
             returned = model(**{name: value[n : n + 1] for name, value in batch.items()})
         else:
             returned = model(batch[0][n : n + 1])
-        flat = flatten(read(returned).parts)
-        if flat.shape[1] != record["v"].shape[1]:
-            raise NotBuilt("outputs that depend on the batch")
+        flat = flattened(returned, record["v"].shape[1])
         names = [name for name in found if name in parameters]
         grads = torch.autograd.grad(
             (flat * record["v"][n]).sum(), [parameters[name] for name in names], allow_unused=True
@@ -287,3 +285,15 @@ def norms_alone(model: nn.Module, batch: Any, record: dict[str, Any]) -> dict[st
         for name, grad in zip(names, grads, strict=True):
             found[name].append(0.0 if grad is None else float(grad.double().square().sum()))
     return {name: (record["norms"][name].tolist(), values) for name, values in found.items() if values}
+
+
+def flattened(returned: Any, count: int) -> torch.Tensor:
+    """(1, K) of the first arrays of one sample's outputs that together have K numbers, as lnp measures them."""
+    found = list(returned.values()) if isinstance(returned, dict) else returned
+    found = list(found) if isinstance(found, tuple | list) else [found]
+    arrays = [a for a in found if isinstance(a, torch.Tensor) and a.is_floating_point() and a.ndim]
+    for size in range(1, len(arrays) + 1):
+        for some in itertools.combinations(arrays, size):
+            if sum(a.numel() for a in some) == count:
+                return torch.cat([a.reshape(1, -1).float() for a in some], dim=1)
+    raise NotBuilt("outputs that depend on the batch")
