@@ -22,7 +22,7 @@ from lnp.per_sample.verdict import BENT, NOT_FINITE, Verdict, failing, found_int
 from lnp_torch import fallback
 from lnp_torch.outputs import flatten
 from lnp_torch.plans import Key, Plan
-from lnp_torch.self_check import FATAL, UNCLEAR, in_float64
+from lnp_torch.self_check import FATAL, ROUNDED, UNCLEAR, in_float64, rounding
 from lnp_torch.taps.backward_pass import Samples
 from lnp_torch.taps.reader import Reading
 
@@ -168,7 +168,8 @@ class Look:
             wide = in_float64(self._samples)
             rounded = all(float(d.again(wide)) <= coupling_tolerance(xp, torch.float64) for d in unclear)
         except Exception:  # a network that is bound to its dtype, or too large
-            rounded = False
+            bound = ROUNDED * rounding(self._samples)
+            rounded = all(value <= bound for value in values if value > self._tolerance)
         return "" if rounded else found_interacting()
 
 

@@ -19,7 +19,7 @@ from lnp.per_sample.self_check import Alone, Differences, Pulled
 from lnp.per_sample.verdict import BENT, Verdict
 from lnp_torch import fallback
 from lnp_torch.fallback import Way
-from lnp_torch.outputs import flatten
+from lnp_torch.outputs import flatten, widened
 from lnp_torch.plans import Key, Plan
 from lnp_torch.replay import Passes
 from lnp_torch.taps.backward_pass import Samples, in_groups
@@ -29,6 +29,8 @@ FATAL = (torch.OutOfMemoryError,)
 """What is not the network's answer to a part of its batch."""
 UNCLEAR = 0.05
 """Relative difference up to which rounding may be all there is: it is looked at again in float64."""
+ROUNDED = 3.0
+"""Times the rounding of parameters that sums in another order may differ by, in a network that float64 cannot tell."""
 
 
 @dataclass
@@ -155,17 +157,33 @@ def _plan_at_parameters(samples: Samples, before: Plan, tolerance: float, pairs:
             break
     if not (unclear and (found.verdict.reason or len(found.general) > len(before.general))):
         return found
-    return _plan_in_float64(samples, before, found, pairs)
+    return _plan_in_float64(samples, before, found, tolerance, pairs)
 
 
-def _plan_in_float64(samples: Samples, before: Plan, found: Plan, pairs: bool) -> Plan:
-    """The plan in float64, if the network runs in it and keeps its samples apart there; else what was found."""
+def _plan_in_float64(samples: Samples, before: Plan, found: Plan, tolerance: float, pairs: bool) -> Plan:
+    """The plan in float64, or up to the network's rounding where it does not run in that; what was found if samples
+    interact there too.
+    """
     try:
         wide = in_float64(samples)
         plan, _ = _plan_by_one_way(wide, before, found.way, coupling_tolerance(xp, torch.float64), pairs)
     except Exception:  # a network that is bound to its dtype, or too large
-        return found
+        plan, _ = _plan_by_one_way(samples, before, found.way, max(tolerance, ROUNDED * rounding(samples)), pairs)
     return found if plan.verdict.reason else plan
+
+
+def rounding(samples: Samples) -> float:
+    """How far the batch's outputs move, relative, when its parameters are rounded in another way.
+
+    That is how far the network itself takes a difference in the last digit; sums in another order make such ones.
+    """
+    passes, moved = samples.passes, {}
+    for number, (name, p) in enumerate(passes.program.parameters.items()):
+        last = torch.finfo(p.dtype).eps * differences.irregular(xp, p.numel(), number, p).reshape(p.shape)
+        moved[name] = (widened(p.detach()) * (1 + last)).to(p.dtype).requires_grad_()
+    return float(
+        differences.outputs_apart(xp, flatten([part.detach() for part in passes.whole(moved).parts]), samples.outputs)
+    )
 
 
 def _plan_by_one_way(samples: Samples, before: Plan, way: Way, tolerance: float, pairs: bool) -> tuple[Plan, float]:
