@@ -53,8 +53,8 @@ class Averages(TorchFunctionMode):
 
     def _of(self, tensor: Any) -> tuple[Reduced | None, Edge | None]:
         """What is known of a tensor that a watched call has made, and where its numbers were added up."""
-        kept, *known = self._found.get(id(tensor), (None, None, None))
-        return (known[0], known[1]) if kept is not None and kept() is tensor else (None, None)
+        known = self._found.get(id(tensor))
+        return known[1:] if known is not None and known[0]() is tensor else (None, None)
 
     def terms(self, loss: Tensor, outputs: Iterable[Tensor]) -> tuple[Any, tuple[str, ...]] | None:
         """(`loss_terms`, notes) of a loss that was computed from these outputs; None if nothing was seen to average.

@@ -92,7 +92,7 @@ class Outputs:
             found = tree[0] if tree else None
         else:
             found = None if isinstance(tree, torch.Tensor) else getattr(tree, "loss", None)
-        return found if continuous(found) and found.numel() == 1 else None
+        return found if isinstance(found, torch.Tensor) and continuous(found) and found.numel() == 1 else None
 
 
 def flatten(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -147,7 +147,8 @@ class _Watched:
         trainer, tracker = self.trainer, self.tracker
         model.train()  # as it does itself, at once
         unwrapped = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        batch, options = trainer._prepare_inputs(dict(inputs)), {}
+        batch: Any = trainer._prepare_inputs(dict(inputs))
+        options: dict[str, Any] = {}
         given = tracker.option("loss") is not None and LABELS in batch
         own = items if self._alone else _items(trainer, batch, items)
         if given:

@@ -273,7 +273,7 @@ def decayed(self, batch):
 
 def test_terms_that_do_not_come_from_outputs_are_said(tmp_path):
     """A mean squared error for labels, with a penalty: it is no cross-entropy."""
-    network, history, _ = fitted(module(decayed), tmp_path)
+    _, history, _ = fitted(module(decayed), tmp_path)
     assert "do not come from the outputs" in history.rows()[0]["notes"]
     torch.manual_seed(0)
     first = Plain()
