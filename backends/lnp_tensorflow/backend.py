@@ -18,6 +18,7 @@ from lnp.contract.trees import leaves, map_leaves
 from lnp.contract.validation import unpack
 from lnp.contract.vectors import update_by_name
 from lnp_tensorflow.compile_cache import Answer, Given, Plan, remember
+from lnp_tensorflow.losses import in_order
 from lnp_tensorflow.measurement import CONVERTED, run, run_inside
 from lnp_tensorflow.model import Arrays, Snapshot, Structure, accepts, is_module, plain_state, separate
 from lnp_tensorflow.record import record
@@ -51,6 +52,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     if isinstance(model, Snapshot):
         with as_before(model):
             return evaluate(computation, model.model, batches, options, **operands)
+    options = replace(options, loss=in_order(options.loss))
     structure, tree, arrays = separate(model, options.forward, options.parameters)
     if operands.get("update") is not None:
         operands["update"] = _as_vector(structure, arrays, operands["update"])
@@ -82,6 +84,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
             "A record of a snapshot was asked for. Expected a model: a record reads the variables when it is used, and "
             "by then they have their values of now. lnp.step_taken and lnp.decompose take snapshots."
         )
+    options = replace(options, loss=in_order(options.loss))
     structure, tree, arrays = separate(model, options.forward, options.parameters)
     inputs, targets = unpack(_tensors(batch))
     with undisturbed(*structure.roots, options.loss):

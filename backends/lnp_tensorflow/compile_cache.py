@@ -21,6 +21,11 @@ from lnp_tensorflow.model import Arrays, Structure
 from lnp_tensorflow.self_check import Checked
 from lnp_tensorflow.state_guard import undisturbed
 
+ONCE = (
+    "The network or its loss calls Python while it runs (tf.py_function), where something failed. The backward pass "
+    "through such a call can run only once, and a measurement needs several. Expected TensorFlow's operations between "
+    "parameters and outputs. Pass forward= or a loss without the call."
+)
 REMEMBERED = 64
 """Measurements whose traced code is kept."""
 
@@ -123,6 +128,8 @@ def run_traced(body: Callable, plan: Plan, given: Given, moving: bool = False) -
         with unchanged, others as arrays:
             packed, *made = traced.function(arrays, *dynamic[1:])
         return _filled(traced.answer, packed.numpy().tolist(), made)
+    except tf.errors.UnknownError as error:
+        raise (ValueError(ONCE) if traced.calls else error) from error
     finally:
         for variable, value in before:
             variable.assign(value)

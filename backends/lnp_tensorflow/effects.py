@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.framework import auto_control_deps_utils  # knows of nested functions what they write to
 
 WRITES = re.compile(r"Assign\w*VariableOp|Resource(Scatter|StridedSliceAssign)\w*|Rng\w+|Stateful(?!Partitioned)\w+")
 DRAWS = re.compile(
@@ -22,6 +23,10 @@ HOST = re.compile(r"(Eager)?PyFunc\w*")
 DRAWN = (
     "the network draws random numbers (dropout does that), which single samples would not see: they are not taken apart"
 )
+OVERWRITES = (
+    "the network writes to trained variables while it runs (spectral normalisation does): the gradient is taken at "
+    "what it then reads, as in a training step, and not through how it came to be"
+)
 CALLED = (
     "the network calls Python while it runs (tf.py_function or tf.numpy_function), which may be another function at "
     "each call: the samples are not taken apart"
@@ -31,6 +36,17 @@ CALLED = (
 def written(graph: Any) -> tuple[tf.Variable, ...]:
     """The variables that a graph uses, if it writes to any."""
     return graph.variables if any(WRITES.fullmatch(node.op) for node in _nodes(graph)) else ()
+
+
+def overwrites(graph: Any, variables: Iterable[tf.Variable]) -> bool:
+    """Whether a graph writes to any of these variables."""
+    handles = {id(variable.handle) for variable in variables}
+    inner = {id(captured) for outer, captured in graph.captures if id(outer) in handles}
+    return any(
+        id(tensor) in inner
+        for op in graph.get_operations()
+        for tensor in auto_control_deps_utils.get_read_write_resource_inputs(op)[1]
+    )
 
 
 def calls_python(graph: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,18 @@ from lnp.losses.mean_test import Leaf, found_mean
 from lnp_tensorflow import array_namespace as xp
 from lnp_tensorflow.fallback import FATAL
 from lnp_tensorflow.outputs import flatten, measured, parts, rebuild
+
+
+def in_order(loss: Any) -> Any:
+    """A loss of Keras, which takes (targets, outputs), as a loss(outputs, targets); any other as it is."""
+    keras = sys.modules.get("keras")
+    if keras is None or not callable(loss):
+        return loss
+    if not (isinstance(loss, keras.losses.Loss) or str(getattr(loss, "__module__", "")).startswith("keras.")):
+        return loss
+    from lnp_keras.losses import adapted  # which needs Keras
+
+    return adapted(loss)
 
 
 def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms: Any) -> kinds.Prepared:

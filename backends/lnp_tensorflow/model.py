@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +100,19 @@ class Snapshot:
 
 
 def accepts(model: Any) -> bool:
-    """Whether the model is a module, or a function with variables or with parameters that are tensors."""
+    """Whether the model is a module, or a function with parameters among which are variables or tensors."""
     if is_module(model) or isinstance(model, Snapshot):
         return True
     if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
         return False
-    values = leaves(model[1])
-    return bool(values) and all(_is_tensor(value) for value in values)
+    return any(_is_tensor(value) for value in leaves(model[1]))
 
 
 def is_module(model: Any) -> bool:
-    """A `tf.Module`, or a callable with trainable variables as a loaded SavedModel is."""
-    if isinstance(model, tf.Module):
+    """A `tf.Module` or another object that tracks its variables, as a loaded SavedModel, or a callable with
+    trainable variables.
+    """
+    if isinstance(model, tf.Module | tf.__internal__.tracking.AutoTrackable):
         return True
     variables = getattr(model, "trainable_variables", None) if callable(model) else None
     return isinstance(variables, list | tuple) and all(isinstance(v, tf.Variable) for v in variables)
@@ -122,6 +123,8 @@ def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Str
 
     Raises
     ------
+    TypeError
+        For parameters that are no tensors.
     ValueError
         For a model without trainable or selected parameters.
     """
@@ -136,15 +139,34 @@ def separate(model: Any, forward: Callable | None, parameters: Any) -> tuple[Str
         )
     function, tree = model
     named_leaves = named(tree)
-    if _closes_over_variables(function):
-        variables = {name: v for name, v in named_leaves.items() if v.dtype.is_floating or v.dtype.is_complex}
-        return _of_variables(function, variables, parameters, called, plain_state(function)), None, {}
-    numbers = {name: leaf for name, leaf in named_leaves.items() if leaf.dtype.is_floating or leaf.dtype.is_complex}
+    _refuse_others(named_leaves)
+    first = first_names(named_leaves)
+    numbers = {n: v for n, v in named_leaves.items() if first[n] == n and (v.dtype.is_floating or v.dtype.is_complex)}
+    numbers = {n: v for n, v in numbers.items() if parameters is not None or getattr(v, "trainable", True)}
+    if _closes_over_variables(function, named_leaves.values()):
+        return _of_variables(function, numbers, parameters, called, plain_state(function)), None, {}
     trained = _real(numbers, select(numbers, parameters))
     template = str(map_leaves(lambda leaf: "*", tree))
-    arrays = {name: tf.convert_to_tensor(leaf) for name, leaf in named_leaves.items()}
+    arrays = {name: tf.convert_to_tensor(leaf) for name, leaf in named_leaves.items() if first[name] == name}
     state = plain_state(function)
-    return Structure("function", function, template, tuple(arrays), tuple(trained), state=state), tree, arrays
+    names = tuple(first.values())
+    return Structure("function", function, template, names, tuple(trained), state=state), tree, arrays
+
+
+def first_names(named_leaves: Mapping[str, Any]) -> dict[str, str]:
+    """{name: the first name of the same variable}: one that is there twice is one parameter."""
+    seen: dict[int, str] = {}
+    return {name: seen.setdefault(id(leaf), name) for name, leaf in named_leaves.items()}
+
+
+def _refuse_others(named_leaves: Mapping[str, Any]) -> None:
+    """Raise TypeError for leaves that are neither tensors nor variables, by their names."""
+    wrong = [f"{name} ({type(leaf).__name__})" for name, leaf in named_leaves.items() if not _is_tensor(leaf)]
+    if wrong:
+        raise TypeError(
+            f"The parameters {', '.join(wrong[:8])} are no tensors. Expected tf.Tensors and tf.Variables only. Put "
+            "what is no parameter into the function, or convert it by tf.constant."
+        )
 
 
 def _real(parameters: Mapping[str, Any], picked: list[str]) -> list[str]:
@@ -160,6 +182,11 @@ def _real(parameters: Mapping[str, Any], picked: list[str]) -> list[str]:
 
 def called(model: Callable, inputs: Any) -> Any:
     """model(x), model(*tuple) or model(**dict)."""
+    if not callable(model):
+        raise TypeError(
+            f"The model is a {type(model).__name__} that cannot be called. Expected one with __call__. Pass forward=, "
+            "a function (model, inputs) -> outputs."
+        )
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, list | tuple):
@@ -196,7 +223,7 @@ def named_variables(module: Any) -> dict[str, tf.Variable]:
                 seen.add(id(value))
                 found.append((path, value))
             return
-        if value is module or isinstance(value, tf.Module):
+        if value is module or isinstance(value, tf.Module | tf.__internal__.tracking.AutoTrackable):
             inner = {} if id(value) in seen else vars(value)
             seen.add(id(value))
         else:
@@ -207,7 +234,8 @@ def named_variables(module: Any) -> dict[str, tf.Variable]:
             visit(child, f"{path}.{key}" if path else str(key))
 
     visit(module, "")
-    own = {id(v): v for v in (getattr(module, "variables", None) or getattr(module, "trainable_variables", None) or ())}
+    listed = getattr(module, "variables", None) or getattr(module, "trainable_variables", None)
+    own = {id(v): v for v in ([v for _, v in found] if listed is None else listed)}
     reached = [(path, v) for path, v in found if id(v) in own]
     hidden = [(v.name.partition(":")[0].replace("/", "."), v) for key, v in own.items() if key not in seen]
     return by_unique_name([*reached, *hidden])
@@ -224,19 +252,29 @@ def plain_state(*roots: Any) -> tuple:
 
 def _of_variables(static: Any, variables: dict, parameters: Any, forward: Callable | None, state: tuple) -> Structure:
     trained = _real(variables, select(variables, parameters))
+    replicated = any(isinstance(v, tf.distribute.DistributedValues) for v in variables.values())
+    if replicated and tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+        raise ValueError(
+            "lnp was called inside of strategy.scope(), where variables have no one replica's values. Expected a call "
+            "outside of the scope or inside of strategy.run. Leave the `with` block first."
+        )
     references = tuple(variables[name].ref() for name in trained)
     return Structure("variables", static, "", (), tuple(trained), references, state, forward)
 
 
-def _closes_over_variables(function: Callable) -> bool:
+def _closes_over_variables(function: Callable, parameters: Iterable[Any]) -> bool:
     """Whether function(inputs) reads its variables by itself, where others are function(parameters, inputs)."""
+    inputs = getattr(function, "structured_input_signature", None)
+    if inputs is not None:  # of a concrete function, whose Python signature tells nothing
+        return len(inputs[0]) + len(inputs[1]) == 1
     try:
-        parameters = inspect.signature(function).parameters.values()
+        found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return not several and sum(p.default is p.empty for p in positional) == 1 and len(positional) == 1
+    positional = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in found) or sum(p.default is p.empty for p in positional) != 1:
+        return False
+    return len(positional) == 1 or all(isinstance(value, tf.Variable) for value in parameters)
 
 
 def _is_tensor(value: Any) -> bool:

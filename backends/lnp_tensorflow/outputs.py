@@ -17,9 +17,14 @@ def parts(tree: Any) -> list[tf.Tensor]:
     Raises
     ------
     ValueError
-        For complex numbers, which are not measured, and would be missing without a word.
+        For complex numbers and ragged or sparse tensors, which are not measured, and would be missing without a word.
     """
     found = leaves(tree)
+    if any(isinstance(leaf, tf.RaggedTensor | tf.SparseTensor) and leaf.dtype.is_floating for leaf in found):
+        raise ValueError(
+            "The model returned a ragged or sparse tensor. Expected dense outputs, with as many numbers for each "
+            "sample. Pass forward=, a function (model, inputs) -> outputs that pads it, such as by .to_tensor()."
+        )
     if any(isinstance(leaf, tf.Tensor) and leaf.dtype.is_complex for leaf in found):
         raise ValueError(
             "The model returned complex numbers. Expected real ones. Pass forward=, a function (model, inputs) -> "

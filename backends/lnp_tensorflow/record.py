@@ -34,6 +34,11 @@ CHANGING = (
     "the loss draws random numbers, calls Python while it runs, or keeps a state: it is not tried for whether it is a "
     "mean over samples, and numbers that it draws are not those of the step"
 )
+TWICE = (
+    "The backward pass of this network cannot be differentiated itself (that of tf.recompute_grad cannot), which gives "
+    "the products J u that a spectrum or a kernel is made of. Expected operations with second derivatives. Pass "
+    "forward=, a function (model, inputs) -> outputs that does not recompute; lnp.decompose needs no such product."
+)
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 
@@ -105,7 +110,7 @@ def record(
         separable=loss.separable,
         sample_terms=loss.prepared.sample_terms,
         violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),
-        notes=(*notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
+        notes=(*notes, *run.notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
     )
     if taken is not None:
@@ -219,7 +224,10 @@ def _jvp(batch: Tapped, u: Vector) -> tf.Tensor:
         outer.watch(w)
         dense = _dense(batch.pulled(w)[0])
     seeds = [tf.cast(u[name], grad.dtype) for name, grad in dense.items()]
-    return outer.gradient(list(dense.values()), w, seeds, tf.UnconnectedGradients.ZERO)
+    try:
+        return outer.gradient(list(dense.values()), w, seeds, tf.UnconnectedGradients.ZERO)
+    except (NotImplementedError, LookupError) as error:
+        raise ValueError(TWICE) from error
 
 
 def _loss_along(

@@ -13,7 +13,7 @@ from tensorflow.python.ops import control_flow_util  # there is no public way to
 from lnp.contract.trees import leaves, map_leaves
 from lnp.state.fingerprint import random_states
 from lnp_tensorflow import array_namespace
-from lnp_tensorflow.effects import custom_backward, draws, replayed, varying, written
+from lnp_tensorflow.effects import OVERWRITES, custom_backward, draws, overwrites, replayed, varying, written
 from lnp_tensorflow.model import Arrays, Structure
 from lnp_tensorflow.outputs import parts
 from lnp_tensorflow.state_guard import FOREIGN, opened, refusing_variables, undisturbed
@@ -44,6 +44,8 @@ class Forward:
         nothing.
     samples:
         N, the length of the outputs' first axis, or 0 where it has not been seen.
+    notes:
+        What the user should know of the function that is measured.
     drawing:
         Not empty where random numbers are drawn by Python while the model or its loss is traced: other ones whenever
         they are traced.
@@ -58,6 +60,7 @@ class Forward:
     custom_backward: bool = False
     varying: str = ""
     samples: int = 0
+    notes: tuple[str, ...] = ()
     drawing: list[str] = field(default_factory=list)
 
     @property
@@ -91,7 +94,11 @@ def forward(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> For
     why, drawing = varying(graph, draws_in_python), ["the network"] if draws_in_python else []
     outputs = graph.structured_outputs
     samples = (outputs[0].shape[0] or 0) if outputs and outputs[0].shape.rank else 0
-    return Forward(structure, tree, arrays, values, narrow, inline, custom_backward(graph), why, samples, drawing)
+    trained = structure.sources(arrays).values() if structure.kind == "variables" else ()
+    notes = (OVERWRITES,) if overwrites(graph, trained) else ()
+    return Forward(
+        structure, tree, arrays, values, narrow, inline, custom_backward(graph), why, samples, notes, drawing
+    )  # fmt: skip
 
 
 def _graph(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> tuple[Any, bool]:

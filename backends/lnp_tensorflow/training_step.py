@@ -10,7 +10,7 @@ import lnp
 from lnp.contract.trees import map_leaves
 from lnp.contract.validation import unpack
 from lnp_tensorflow import losses
-from lnp_tensorflow.model import accepts, called, is_module, named, separate
+from lnp_tensorflow.model import accepts, called, first_names, is_module, named, separate
 from lnp_tensorflow.outputs import parts, rebuild, wide
 from lnp_tensorflow.replay import in_xla
 
@@ -97,7 +97,8 @@ def _step(model: Any, options: dict[str, Any]) -> tuple[list, Any, Any]:
     forward, picked = options.get("forward"), options.get("parameters")
     structure, _, arrays = separate(model, forward, picked)
     if is_module(model):
-        sources = list(model.trainable_variables) if picked is None else _picked(model, structure.sources(arrays))
+        sources = _listed(model) if picked is None else []
+        sources = sources or _picked(model, structure.sources(arrays))
         return sources, lambda inputs: (forward or called)(model, inputs), lambda gradients: gradients
     function, tree = model
     given = named(tree)
@@ -107,16 +108,21 @@ def _step(model: Any, options: dict[str, Any]) -> tuple[list, Any, Any]:
         return function(inputs) if structure.kind == "variables" else function(tree, inputs)
 
     def arrange(gradients: list) -> Any:
-        found, each = dict(zip(names, gradients, strict=True)), iter(given)
+        found, each = dict(zip(names, gradients, strict=True)), iter(first_names(given).values())
         return map_leaves(lambda _: found.get(next(each)), tree)
 
     return [given[name] for name in names], run, arrange
 
 
+def _listed(model: Any) -> list[tf.Variable]:
+    """What a module says that it trains; nothing from a loaded one, which does not say."""
+    return list(getattr(model, "trainable_variables", ()))
+
+
 def _picked(model: Any, sources: dict[str, tf.Variable]) -> list[tf.Variable]:
     """First those that the module trains, in its order."""
     chosen = {v.ref(): v for v in sources.values()}
-    first = [v for v in model.trainable_variables if v.ref() in chosen]
+    first = [v for v in _listed(model) if v.ref() in chosen]
     known = {v.ref() for v in first}
     return [*first, *(v for ref, v in chosen.items() if ref not in known)]
 
@@ -124,7 +130,8 @@ def _picked(model: Any, sources: dict[str, tf.Variable]) -> list[tf.Variable]:
 def _value(loss: Any, outputs: Any, targets: Any) -> Any:
     """The user's loss as it is; one of lnp's own in float32 or better."""
     if callable(loss):
-        return loss(outputs, targets)
+        ordered = losses.in_order(loss)
+        return loss(outputs, targets) if ordered is loss else ordered.value(outputs, targets)
     targets = map_leaves(tf.convert_to_tensor, targets)
     made = rebuild(outputs, [tf.cast(part, wide([part])) for part in parts(outputs)])
     return losses.prepare(loss, made, targets, None).function(made, targets)

@@ -81,3 +81,11 @@ def test_a_second_measurement_traces_nothing():
     assert calls == []
     assert again.first_moment != first.first_moment
     assert not np.array_equal(again.density.nodes, first.density.nodes)
+
+
+def test_what_cannot_be_differentiated_twice_is_refused_in_a_sentence():
+    w = tf.Variable(WEIGHTS["w"])
+    run = lambda x: tf.recompute_grad(lambda x: tf.tanh(x @ w))(x)
+    for measure in (lnp.spectrum, lnp.kernel):
+        with pytest.raises(ValueError, match="cannot be differentiated itself"):
+            measure((run, [w]), (tf.constant(X), tf.constant(Y)))
