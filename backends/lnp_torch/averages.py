@@ -45,7 +45,7 @@ class Averages(TorchFunctionMode):
         if func in WATCHED and isinstance(out, Tensor) and out.grad_fn is not None:
             found = _result(func, args, kwargs, before, out)
             if found is not None:
-                added_at = edge(out) if func in ADDING or added_at is None else added_at
+                added_at = added_at if added_at is not None and (found is before or func not in ADDING) else edge(out)
                 self._found[id(out)] = weakref.ref(out), found, added_at
                 if out.numel() == 1:
                     self._at[edge(out)] = found, added_at
@@ -96,8 +96,10 @@ def _result(
         if not isinstance(source, Tensor) or (func in SUMS and out.numel() > 1):
             return None
         size, inner = source.numel() // max(out.numel(), 1), before or Reduced(1, 1)
+        if size == 1:  # of a number, say
+            return before
         by = size if func in MEANS else 1
-        return Reduced(size * inner.added, by * inner.divisor, inner.notes, inner.labels if size == 1 else None)
+        return Reduced(size * inner.added, by * inner.divisor, inner.notes)
     factor = _factor(args[1] if len(args) > 1 else kwargs.get("other"))
     if before is None or factor is None or before.is_mean:
         return None

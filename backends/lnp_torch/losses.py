@@ -86,14 +86,14 @@ def _prepared_own(loss: Callable, given: kinds.Given, targets: Any) -> kinds.Pre
     samples.
     """
     own = own_loss(loss)
-    if own is None or (own.over == "elements" and given.outputs != given.targets):
-        return kinds.Prepared(loss, None, kinds.separable(loss))
-    if not given.single:
+    if own is not None and not given.single:
         raise TypeError(
             f"{_named(loss)} was given for outputs or targets that are not one tensor each, which it does not take. "
             "Expected a loss that takes what the model returns, whole. Pass loss=, a callable such as "
             "lambda outputs, targets: criterion(outputs.logits, targets)."
         )
+    if own is None or (own.over == "elements" and given.outputs != given.targets):
+        return kinds.Prepared(loss, None, kinds.separable(loss))
     if own.over == "labels":
         check_labels(own, given.outputs or (), targets)
     # A sum is N times a mean over samples, so its position and noise scale would be the mean's; its rate however is
