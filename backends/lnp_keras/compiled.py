@@ -20,6 +20,7 @@ from lnp_keras.losses import (
     opened,
     replaced,
     resolved,
+    sample_terms_of,
     terms_of,
     weighted,
 )
@@ -91,6 +92,12 @@ class CompiledLoss:
         if overrides(self.model(), "compute_loss") or self.identity is None:
             return leaves(bare(outputs))[0].shape[0], (ASSUMED,)
         return terms_of(resolved(self.identity, outputs, targets), outputs, targets)
+
+    def sample_terms(self, outputs: Any, targets: Any) -> Any:
+        """What each sample weighs in the mean, (N,), or None where all weigh the same, or nobody knows."""
+        if overrides(self.model(), "compute_loss") or self.identity is None:
+            return None
+        return sample_terms_of(resolved(self.identity, outputs, targets), outputs, targets)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,10 @@ class KerasLoss:
         """n, and notes on it."""
         return terms_of(self.loss, outputs, targets)
 
+    def sample_terms(self, outputs: Any, targets: Any) -> Any:
+        """What each sample weighs in the mean, (N,), or None where all weigh the same."""
+        return sample_terms_of(self.loss, outputs, targets)
+
 
 @dataclass(frozen=True)
 class OwnLoss:
@@ -92,7 +96,8 @@ class OwnLoss:
         if name == "loss":  # while it is copied, before it has one
             raise AttributeError(name)
         own = getattr(self.loss, name)
-        return own if name != "loss_terms" else lambda outputs, targets: own(bare(outputs), _as_given(targets))
+        counts = name in ("loss_terms", "sample_terms")
+        return own if not counts else lambda outputs, targets: own(bare(outputs), _as_given(targets))
 
 
 def held_variables(roots: Iterable[Any]) -> list[keras.Variable]:
@@ -148,12 +153,32 @@ def terms_of(loss: Any, outputs: Any, targets: Any) -> tuple[Any, tuple[str, ...
     if by is None:
         return shape[0], (*notes, "loss_terms counts the samples, which is assumed for this loss; pass loss_terms=")
     rows, each = math.prod(shape[:-1]), shape[-1] if by == "elements" else 1
-    valid = _valid_rows(loss, outputs, targets, shape)
-    return (rows * each if valid is None else valid * each), notes
+    kept = _kept_rows(loss, outputs, targets, shape)
+    return (rows * each if kept is None else keras.ops.sum(keras.ops.cast(kept, "int32")) * each), notes
 
 
-def _valid_rows(loss: Any, outputs: Any, targets: Any, shape: tuple) -> Any:
-    """How many rows a mask or ignored labels leave, or None for all."""
+def sample_terms_of(loss: Any, outputs: Any, targets: Any) -> Any:
+    """What each sample weighs in the mean of one of Keras's losses, (N,); None where all weigh the same.
+
+    Sample weights count where the mean is divided by them, and else scale the terms.
+    """
+    if _count_by(loss) is None or _reduction(loss) not in MEANS:
+        return None
+    shape = tuple(leaves(bare(outputs))[0].shape)
+    kept, (_, weight) = _kept_rows(loss, outputs, targets, shape), weighted(targets)
+    divided = weight is not None and _reduction(loss) == "mean_with_sample_weight"
+    if kept is None and not divided:
+        return None
+    rows = keras.ops.ones(shape[:-1]) if kept is None else keras.ops.cast(kept, "float32")
+    if divided:
+        sizes = tuple(weight.shape)[: len(rows.shape)]  # a last axis of 1 may be one too many
+        weight = keras.ops.reshape(keras.ops.cast(weight, "float32"), (*sizes, *[1] * (len(rows.shape) - len(sizes))))
+        rows = rows * weight
+    return keras.ops.sum(keras.ops.reshape(rows, (shape[0], -1)), axis=1)
+
+
+def _kept_rows(loss: Any, outputs: Any, targets: Any, shape: tuple) -> Any:
+    """Which rows a mask or ignored labels leave, or None for all."""
     masks = outputs["masks"] if _is_masked(outputs) else [None]
     ignored = getattr(loss, "ignore_class", None)
     y, _ = weighted(targets)
@@ -161,8 +186,7 @@ def _valid_rows(loss: Any, outputs: Any, targets: Any, shape: tuple) -> Any:
     kept += [] if ignored is None else [keras.ops.reshape(y, shape[:-1]) != ignored]
     if not kept:
         return None
-    both = kept[0] if len(kept) == 1 else keras.ops.logical_and(*kept)
-    return keras.ops.sum(keras.ops.cast(both, "int32"))
+    return kept[0] if len(kept) == 1 else keras.ops.logical_and(*kept)
 
 
 def _count_by(loss: Any) -> str | None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lnp.contract.trees import leaves, map_leaves
 from lnp.losses import kinds, mean_test
 from lnp.losses.mean_test import Leaf
+from lnp_torch.averages import Averages
 from lnp_torch.outputs import Outputs, continuous, flatten, wide
 from lnp_torch.reductions import check_labels, integer, own_loss
 
@@ -121,10 +122,12 @@ def found_mean(loss: Callable, run: Loss, outputs: Outputs, targets: Any) -> boo
             """(M, K) loss gradient at stand-ins for the outputs and targets."""
             stand_in = Outputs(_filled(outputs.tree, made, fixed), outputs.measured)
             parts = [part.to(wide([part])).requires_grad_() for part in stand_in.parts]
-            with torch.enable_grad():
+            with torch.enable_grad(), Averages() as averages:
                 value = run(stand_in.with_parts([part.clone() for part in parts]), _filled(targets, labels))
+            weights = averages.sample_terms(value, parts)
             grads = torch.autograd.grad(value.sum(), parts, allow_unused=True, materialize_grads=True)
-            return flatten(list(grads))
+            # samples may weigh differently, by their classes or labels that are ignored: of such a mean W' g' = W g
+            return flatten(list(grads)) * (1.0 if weights is None else weights.sum() / len(weights))
 
         answers[given, wanted] = mean_test.found_mean(xp, gradient, given, wanted, (torch.OutOfMemoryError,))
     return answers[given, wanted]

@@ -73,6 +73,11 @@ class Population:
     noise_scale_high: Any
     gradient_noise: Any
 
+    @property
+    def noise_scale_stderr(self) -> Any:
+        """A quarter of the interval, as if it had equal sides; inf where it is open. Prefer the interval."""
+        return (self.noise_scale_high - self.noise_scale_low) / 4
+
 
 def jackknife_size(samples: int) -> int:
     """Samples that the jackknife leaves out: their inner products with the gradient cost about as much as a pass.

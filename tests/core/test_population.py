@@ -77,6 +77,7 @@ def test_the_noise_scale_has_the_interval_of_the_share_that_is_no_noise():
         high = 1 / (u - 2 * error) - 1 if u > 2 * error else np.inf
         assert found.noise_scale_high == pytest.approx(high, rel=1e-9)
         assert found.noise_scale == pytest.approx(1 / u - 1 if u > 0 else np.inf, rel=1e-9)
+        assert found.noise_scale_stderr == (found.noise_scale_high - found.noise_scale_low) / 4
     assert np.isfinite(high)
 
 
