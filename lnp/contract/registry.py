@@ -1,7 +1,8 @@
 """Finds the backend of a model. Nothing is imported that the user has not imported.
 
 A backend is a module that a distribution names under the entry-point group `lnp.backends`, with the import name of its
-framework as the entry's name. `lnp.contract.backend.Backend` says what it offers.
+framework as the entry's name. `lnp.contract.backend.Backend` says what it offers. A model goes to the first backend
+that accepts it: lnp's own are asked first, then those of other distributions, of which one that fails is passed over.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from lnp.contract.backend import Backend
 from lnp.contract.options import Options
+from lnp.user_warnings import warn
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint, EntryPoints
+    from importlib.metadata import EntryPoint
 
 GROUP = "lnp.backends"
+VERBS = ("accepts", "evaluate", "linearize")
+"""What a backend has at least: see `lnp.contract.backend.Backend`."""
+_TOLD: set[str] = set()
+"""What was passed over with a warning."""
 
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
@@ -36,10 +42,38 @@ def find(model: Any) -> Backend:
     entries = _entries()
     loaded = [entry for entry in entries if entry.name in sys.modules]
     for entry in sorted(loaded, key=_turn):
-        backend = entry.load()
-        if backend.accepts(model):
+        backend = _accepting(entry, model)
+        if backend is not None:
             return backend
     raise TypeError(_unknown(model, [entry.name for entry in entries], [entry.name for entry in loaded]))
+
+
+def _accepting(entry: EntryPoint, model: Any) -> Backend | None:
+    """The entry's backend if it accepts the model. One of another distribution that fails is told once, and passed
+    over.
+    """
+    if _is_own(entry):
+        backend = entry.load()
+        return backend if backend.accepts(model) else None
+    try:
+        backend = entry.load()
+        missing = [verb for verb in VERBS if not callable(getattr(backend, verb, None))]
+        if missing:
+            raise TypeError(f"it has no {', '.join(missing)}")
+        return backend if backend.accepts(model) else None
+    except (Exception, SystemExit) as error:  # whatever somebody's module, or its dependencies, raises
+        _tell(f"the backend {entry.value!r} for {entry.name!r}", error)
+        return None
+
+
+def _tell(what: str, error: BaseException) -> None:
+    """Warn once of something that another distribution has registered."""
+    if what not in _TOLD:
+        _TOLD.add(what)
+        warn(
+            f"lnp passes over {what}, which another distribution has registered under {GROUP}: "
+            f"{type(error).__name__}: {error}. Update or uninstall that distribution."
+        )
 
 
 def load(framework: str) -> Backend:
@@ -52,27 +86,44 @@ def load(framework: str) -> Backend:
     ImportError
         If the framework is not installed.
     """
-    entries = {entry.name: entry for entry in _entries()}
+    entries = {entry.name: entry for entry in sorted(_entries(), key=_turn, reverse=True)}  # lnp's own is the last
     if framework not in entries:
         raise ValueError(f"No lnp backend for {framework!r}. Expected one of {', '.join(sorted(entries))}.")
     return entries[framework].load()
 
 
-def _turn(entry: EntryPoint) -> int:
-    """Keras is asked first, for its models are also modules of the framework under it; NumPy last."""
-    return {"keras": 0, "numpy": 2}.get(entry.name, 1)
+def _turn(entry: EntryPoint) -> tuple[bool, int]:
+    """lnp's own backends are asked before those of other distributions, which may accept anything. Of its own Keras is
+    first, for its models are also modules of the framework under it, and NumPy last.
+    """
+    return not _is_own(entry), {"keras": 0, "numpy": 2}.get(entry.name, 1)
 
 
-def _entries() -> EntryPoints:
+def _is_own(entry: EntryPoint) -> bool:
+    """Whether it is one of the backends that come with lnp."""
+    own = f"lnp_{entry.name}"
+    return getattr(entry, "value", own) == own
+
+
+def _entries() -> list[EntryPoint]:
     return _entries_on(tuple(sys.path))
 
 
 @functools.cache
-def _entries_on(path: tuple[str, ...]) -> EntryPoints:
+def _entries_on(path: tuple[str, ...]) -> list[EntryPoint]:
     """Remembered, since reading every distribution's metadata takes milliseconds."""
-    from importlib.metadata import entry_points  # takes longer to import than all of lnp
+    from importlib.metadata import distributions, entry_points  # takes longer to import than all of lnp
 
-    return entry_points(group=GROUP)
+    try:
+        return list(entry_points(group=GROUP))
+    except Exception:  # one distribution's list cannot be read: the others one by one
+        found: dict[tuple[str, str], EntryPoint] = {}
+        for distribution in distributions():
+            try:
+                found |= {(entry.name, entry.value): entry for entry in distribution.entry_points.select(group=GROUP)}
+            except Exception as error:
+                _tell(f"the entry points of {distribution.metadata['Name']!r}", error)
+        return list(found.values())
 
 
 def _unknown(model: Any, names: list[str], loaded: list[str]) -> str:

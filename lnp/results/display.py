@@ -104,7 +104,8 @@ def to_html(d: Decomposition) -> str:
                 f"<td style='text-align:left'>{meaning}</td></tr>"
             )
     layers = "".join(
-        f"<tr><td><code>{html.escape(printable(layer))}</code></td><td>rate {_number(part.rate)}, chi_net {_number(part.chi_net)}"
+        f"<tr><td><code>{html.escape(printable(layer))}</code></td>"
+        f"<td>rate {_number(part.rate)}, chi_net {_number(part.chi_net)}"
         f"{_error(part, 'chi_net')}</td><td>chi_pos {_number(part.chi_pos)}{_error(part, 'chi_pos')}</td></tr>"
         for layer, part in (d.layers or {}).items()
     )

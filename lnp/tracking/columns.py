@@ -69,15 +69,22 @@ def selected(columns: Columns, mask: np.ndarray) -> tuple[Columns, int]:
 
 def _column(name: str, parts: list[tuple[list[int], tuple]], length: int) -> Column:
     """A column from (rows, values) of several groups of rows."""
-    if len(parts) == 1:
-        (numbers, values), *_ = parts
-    else:
-        pairs = sorted((number, i, j) for i, (numbers, _) in enumerate(parts) for j, number in enumerate(numbers))
-        numbers, values = [number for number, _, _ in pairs], tuple(parts[i][1][j] for _, i, j in pairs)
-    array = as_array(values)
-    if array.dtype == object and holds_numbers(name) and all(isinstance(v, int | float | None) for v in values):
-        array = np.array([math.nan if v is None else float(v) for v in values])  # nothing but None, or large integers
-    return Column(array, None if len(numbers) == length else np.array(numbers, dtype=np.int64))
+    arrays = [_measured(as_array(values)) if holds_numbers(name) else as_array(values) for _, values in parts]
+    values = _concatenated(arrays)
+    if len(parts) == 1 and len(values) == length:
+        return Column(values, None)
+    numbers = np.concatenate([np.array(numbers, dtype=np.int64) for numbers, _ in parts])
+    if len(parts) > 1:
+        order = np.argsort(numbers)
+        numbers, values = numbers[order], values[order]
+    return Column(values, None if len(numbers) == length else numbers)
+
+
+def _measured(array: np.ndarray) -> np.ndarray:
+    """A column that holds numbers: as floats where it is nothing but None, or has large integers."""
+    if array.dtype != object or not all(isinstance(value, int | float | None) for value in array):
+        return array
+    return np.array([math.nan if value is None else float(value) for value in array])
 
 
 def _joined_column(pieces: list[tuple[int, int, Column]], total: int) -> Column:

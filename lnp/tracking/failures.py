@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
-import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lnp.printable import printable
+from lnp.user_warnings import warn
 
 OnError = Literal["warn", "raise"]
 ON_ERROR: tuple[str, ...] = get_args(OnError)
@@ -104,28 +101,3 @@ def describe(error: BaseException) -> str:
         lines = ["its message cannot be read"]
     quoted = "\n".join(lines[:QUOTED_LINES])
     return f"{type(error).__name__}: {quoted[:QUOTED_LENGTH]}"
-
-
-def warn(text: str) -> None:
-    """Warn. Where a filter turns warnings into errors the text goes to the log: a warning must not end the run."""
-    text = printable(text, keep="\n\t")
-    try:
-        warnings.warn(text, stacklevel=_user_level())
-    except Warning:
-        logging.getLogger("lnp").warning(text)
-
-
-def _user_level() -> int:
-    """The stack level of the caller outside of lnp, for `warnings.warn` in the calling function."""
-    frame = sys._getframe(1)
-    level = 1
-    while frame.f_back is not None and _is_lnp(frame.f_globals.get("__name__", "")):
-        frame = frame.f_back
-        level += 1
-    return level
-
-
-def _is_lnp(module: str) -> bool:
-    """Whether a module is one of lnp's, or the one that runs its context managers."""
-    root = module.partition(".")[0]
-    return root == "lnp" or root.startswith("lnp_") or root == "contextlib"

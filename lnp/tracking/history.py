@@ -16,9 +16,9 @@ import numpy as np
 from lnp.printable import printable
 from lnp.tracking import data_frames, storage
 from lnp.tracking.columns import Column, as_columns, joined, selected
-from lnp.tracking.failures import warn
 from lnp.tracking.names import RESUMED, STEP
 from lnp.tracking.records import encode
+from lnp.user_warnings import warn
 
 if TYPE_CHECKING:
     from lnp.runs.spectral_reach import Reach

@@ -160,8 +160,10 @@ def _column_fits(name: str, values: tuple) -> bool:
         return kinds == {int} and min(values) >= 0 and max(values) < LARGEST
     if not kinds <= VALUES:
         return False
-    if int in kinds and not all(-1e308 < value < 1e308 for value in values if type(value) is int):
-        return False
+    if int in kinds:
+        integers = values if len(kinds) == 1 else [value for value in values if type(value) is int]
+        if min(integers) < -1e308 or max(integers) > 1e308:
+            return False
     texts = {value for value in values if type(value) is str} if str in kinds else ()
     if holds_numbers(name):
         return bool not in kinds and NONFINITE.keys() >= set(texts)

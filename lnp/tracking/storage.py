@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lnp.printable import printable
-from lnp.tracking.failures import warn
 from lnp.tracking.records import Record, decode_all, encode, is_torn, is_tracker_line
+from lnp.user_warnings import warn
 
 CHUNK = 1 << 22
 """Bytes that are read at a time."""
