@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from lnp_torch.graph import Edge, edge, reached, sources
@@ -65,11 +66,14 @@ class Averages(TorchFunctionMode):
         found, others = _averages([edge(loss)], self._at, {edge(tensor) for tensor in outputs})
         if not found:
             return None
-        terms, notes = _settled(found[0])
+        terms, notes = _settled(found[0][0])
         if len(found) > 1:
-            counts = [_number(_settled(one)[0]) for one in found]
-            weighted = tuple(dict.fromkeys(note for one in found for note in one.notes))
-            terms, notes = counts[0], (*weighted, _several(counts))
+            counts = [_number(_settled(one)[0]) for one, _ in found]
+            notes = tuple(dict.fromkeys(note for one, _ in found for note in one.notes))
+            if _mean_of_all(loss, found, counts):
+                terms = sum(counts)
+            else:
+                terms, notes = counts[0], (*notes, _several(counts))
         return terms, (*notes, PARTS) if others else notes
 
     def sample_terms(self, loss: Tensor, outputs: Sequence[Tensor]) -> Tensor | None:
@@ -77,8 +81,8 @@ class Averages(TorchFunctionMode):
         found, others = _averages([edge(loss)], self._at, {edge(tensor) for tensor in outputs})
         if len(found) != 1 or others:
             return None
-        one, samples = found[0], len(outputs[0])
-        if one.labels is None or not (one.is_mean or _same(one.divisor, one.added)) or one.labels.numel() % samples:
+        one, samples = found[0][0], len(outputs[0])
+        if one.labels is None or not _averaged(one) or one.labels.numel() % samples:
             return None
         return one.labels.reshape(samples, -1).sum(dim=1)
 
@@ -118,18 +122,33 @@ def _factor(other: Any) -> Any:
 
 def _averages(
     starts: list[Edge], known: Mapping[Edge, tuple[Reduced, Edge]], outputs: Container[Edge]
-) -> tuple[list[Reduced], bool]:
+) -> tuple[list[tuple[Reduced, Edge]], bool]:
     """(the last averages on the way from outputs to the starts, in their order; whether there are other ways)."""
     met, _ = reached(starts, _Either(known, outputs))
+    order = {here: place for place, here in enumerate(known)}
     found, others = [], False
-    for here in sorted(met, key=lambda e: list(known).index(e) if e in known else -1):
+    for here in sorted(met, key=lambda one: order.get(one, -1)):
         if here not in known:
             others = True
             continue
         average, added_at = known[here]
         inner, directly = _averages(sources(added_at), known, outputs)
-        found += [average] if directly else inner
+        found += [(average, here)] if directly else inner
     return found, others
+
+
+def _mean_of_all(loss: Tensor, found: list[tuple[Reduced, Edge]], counts: list[int | float]) -> bool:
+    """Whether a loss of several averages is the mean of all their numbers: each weighs one by how many these are."""
+    if not all(_averaged(one) for one, _ in found):
+        return False
+    ends = [GradientEdge(*here) for _, here in found]
+    weights = torch.autograd.grad(loss.sum(), ends, retain_graph=True)
+    shares = [float(weight.sum()) * sum(counts) / max(count, 1) for weight, count in zip(weights, counts, strict=True)]
+    return all(abs(share - 1) <= EQUAL for share in shares)
+
+
+EQUAL = 1e-3
+"""Relative difference up to which numbers weigh the same in a loss, which may be computed in float16."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +164,17 @@ class _Either(Container):
 
 def _settled(one: Reduced) -> tuple[Any, tuple[str, ...]]:
     """(n, notes) of one average."""
-    if one.is_mean or _same(one.divisor, one.added):
+    if _averaged(one):
         return one.added, one.notes
     if isinstance(one.divisor, int) and one.divisor == 1:
         return 1, (*one.notes, SUM)
     by = _number(one.divisor)
     return by, (*one.notes, f"the loss is a sum of {_number(one.added)} numbers, divided by {by}: loss_terms is {by}")
+
+
+def _averaged(one: Reduced) -> bool:
+    """Whether numbers were divided by how many they are."""
+    return one.is_mean or _same(one.divisor, one.added)
 
 
 def _number(n: Any) -> int | float:

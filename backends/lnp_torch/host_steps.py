@@ -36,6 +36,8 @@ class HostStep:
         outputs: list[Any] = []
         with calls_of(model, outputs):
             loss = self.compute(model, inputs["batch"], outputs)
+        if not isinstance(loss, torch.Tensor):
+            raise ValueError(f"The host's own step gave a {type(loss).__name__} for this batch. Expected a loss.")
         return {"loss": loss, "outputs": outputs}
 
 

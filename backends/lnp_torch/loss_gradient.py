@@ -88,7 +88,7 @@ def _at_outputs(
     with torch.enable_grad(), Averages() as averages:
         value = run(outputs.with_parts([part.clone() for part in parts]), targets)  # a loss may write to outputs
         _check(value)
-    found = torch.autograd.grad(value.sum(), parts, allow_unused=True)
+    found = torch.autograd.grad(value.sum(), parts, allow_unused=True, retain_graph=True)
     used = tuple(place for place, d in enumerate(found) if d is not None)
     if not used:
         raise ValueError(INDEPENDENT)

@@ -76,7 +76,21 @@ LOSSES = {  # loss, n, a word of the only note
     "half": (lambda o, y: 0.5 * each(o, y).mean(), ALL, None),
     "of heads": (
         lambda o, y: torch.stack([F.cross_entropy(o[:, place], y[:, place]) for place in range(TOKENS)]).mean(),
-        SAMPLES, "4 averages over 6 terms each",
+        ALL, None,
+    ),
+    "of single samples": (
+        lambda o, y: sum(F.cross_entropy(a, b) for a, b in zip(o, y, strict=True)) / SAMPLES, ALL, None
+    ),
+    "halves": (lambda o, y: (each(o, y)[:12].mean() + each(o, y)[12:].mean()) / 2, ALL, None),
+    "added": (
+        lambda o, y: each(o, y).mean() + o.square().mean(dim=-1).mean(), ALL, f"averages over {ALL} and {3 * ALL} terms"
+    ),
+    "two heads, added": (
+        lambda o, y: F.cross_entropy(o[:, 0], y[:, 0]) + 0.4 * F.cross_entropy(o[:, 1], y[:, 1]), SAMPLES,
+        "2 averages over 6 terms each",
+    ),
+    "of parts of different sizes": (
+        lambda o, y: (each(o, y)[:9].mean() + each(o, y)[9:].mean()) / 2, 9, "averages over 9 and 15 terms"
     ),
     "of two kinds": (
         lambda o, y: each(o, y).mean() + 0.1 * o.square().mean(), ALL, f"averages over {ALL} and {3 * ALL} terms"
