@@ -17,8 +17,8 @@ from lnp.per_sample.verdict import BENT, FROZEN_DIFFERS, Verdict
 from lnp.results.computations import changes, measured_change, predicted_change
 from lnp.results.preconditioner import DecomposePreconditioned
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
-from lnp_jax.inside_jit import share_nothing
-from lnp_jax.model import Arrays, Structure, accepts, separate
+from lnp_jax.inside_jit import refuse_varying, share_nothing
+from lnp_jax.model import Arrays, Structure, accepts, check_alive, separate
 from lnp_jax.observed import without_states
 from lnp_jax.python_state import loss_state, with_python_state
 from lnp_jax.record import record
@@ -65,8 +65,10 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
 def _evaluated(computation: Callable, model: Any, batches: tuple, options: Options, operands: dict[str, Any]) -> Any:
     """What `evaluate` returns, while what the model holds in Python is kept."""
     structure, arrays = separate(model, options.forward, options.parameters)
+    check_alive(arrays)
     structure = without_states(structure, arrays, validation.unpack(batches[0])[0])
     inside_jit = traced((arrays, batches, options.seed, operands))
+    refuse_varying((arrays, batches))
     structure = with_python_state(structure, model, arrays, batches[0], inside_jit)
     if operands.get("update") is not None:
         diagonal = isinstance(computation, DecomposePreconditioned)
@@ -120,6 +122,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch, not compiled."""
     with leave_no_trace(model, options.loss, options.forward):
         structure, arrays = separate(model, options.forward, options.parameters)
+        check_alive(arrays)
         structure = without_states(structure, arrays, validation.unpack(batch)[0])
         inside_jit = traced((arrays, batch, options.seed))
         structure = with_python_state(structure, model, arrays, batch, inside_jit)

@@ -26,6 +26,24 @@ def share_nothing(measure: Callable[[], Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), made)
 
 
+def refuse_varying(tree: Any) -> None:
+    """Raise ValueError inside of `jax.shard_map` where JAX follows which arrays differ between devices: the constants
+    of a measurement, which are the same on all, would not fit.
+    """
+    if any(map(_varying, jax.tree.leaves(tree))):
+        raise ValueError(
+            "lnp was called inside of jax.shard_map with check_vma=True. Expected check_vma=False, where each device "
+            "measures its own part of the batch. Pass that, or measure outside."
+        )
+
+
+def _varying(leaf: Any) -> bool:
+    """Whether JAX knows that an array differs between devices; the name of what it knows has changed."""
+    aval = getattr(leaf, "aval", None)
+    known = getattr(getattr(aval, "manual_axis_type", None), "varying", getattr(aval, "vma", None))
+    return bool(known)
+
+
 def _opaque_true(arrays: Sequence[Any]) -> jax.Array:
     """True, shape (), made of what is traced, so that XLA cannot know it; a constant where nothing is traced."""
     some = next((array for array in arrays if isinstance(array, jax.core.Tracer) and array.size), jnp.zeros(1))

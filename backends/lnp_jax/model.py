@@ -78,6 +78,8 @@ class Structure:
             model = self.static.bind(variables, rngs=rngs or None, mutable=written)
         else:
             model = tree
+        if self.kind == "equinox" and self.forward is None:
+            return restoring_state(_call_with_batch, model)(model, inputs)
         return restoring_state(self.forward or call_model, model)(model, inputs)
 
 
@@ -140,6 +142,18 @@ def merged(definition: Any, states: tuple) -> Any:
     return merge(definition, *states, **own)
 
 
+def _call_with_batch(model: Callable, inputs: Any) -> Any:
+    """An Equinox module on a batch; most take one sample, and say so in the words of their first operation."""
+    try:
+        return call_model(model, inputs)
+    except Exception as error:
+        raise ValueError(
+            f"The Equinox module {type(model).__name__} was called with the whole batch, and raised "
+            f"{type(error).__name__}: {error} Expected a module that takes batches. If it takes single samples, pass "
+            "forward=, a function defined once that maps it over them: lambda model, x: jax.vmap(model)(x)."
+        ) from error
+
+
 def _opened(model: Any, forward: Callable | None) -> tuple[str, Any, Any, list[bool]]:
     """(kind, static part, tree of arrays, for each leaf whether it may be trained)."""
     if isinstance(model, tuple):
@@ -185,6 +199,16 @@ def _check_leaves(others: list[tuple[tuple, Any]]) -> None:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def check_alive(arrays: Mapping[str, Any]) -> None:
+    """Raise ValueError for arrays that are gone."""
+    gone = [name for name, array in arrays.items() if deleted(array)]
+    if gone:
+        raise ValueError(
+            f"Arrays of the model were donated to a compiled function and are deleted: {gone[:4]}. Expected the model "
+            "that the update has made. In tracker.step, say it: watched.after(new_model)."
+        )
 
 
 def deleted(leaf: Any) -> bool:

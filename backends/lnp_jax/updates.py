@@ -12,7 +12,7 @@ import numpy as np
 
 from lnp.contract.linearization import Vector
 from lnp.contract.vectors import update_by_name
-from lnp_jax.model import Arrays, Structure, accepts, deleted, merged, separate, unbound
+from lnp_jax.model import Arrays, Structure, accepts, check_alive, merged, separate, unbound
 from lnp_jax.outputs import as_real
 from lnp_jax.trained import is_linen, is_nnx
 
@@ -38,12 +38,8 @@ def difference(before: Any, after: Any) -> dict[str, Any]:
         raise ValueError(
             "The model has other trained parameters than before. Expected the same model, before and after one update."
         )
-    gone = [name for name in structure.trained if deleted(new[name]) or deleted(old[name])]
-    if gone:
-        raise ValueError(
-            f"Arrays of the model were donated to a compiled function and are deleted: {gone[:4]}. Expected the model "
-            "that the update has made. In tracker.step, say it: watched.after(new_model)."
-        )
+    for arrays in (old, new):
+        check_alive({name: arrays[name] for name in structure.trained})
     return {name: new[name] - old[name] for name in structure.trained}
 
 
