@@ -28,5 +28,8 @@ def float64(framework):
     if framework != "jax":
         return contextlib.nullcontext()
     import jax
+    import jax.experimental
 
-    return jax.enable_x64(True)
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return jax.experimental.enable_x64(True)  # as it was called before 0.8

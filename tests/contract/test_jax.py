@@ -9,6 +9,7 @@ import pytest
 from jax import numpy as jnp
 
 import lnp
+from contract import namespaces
 from lnp.testing import CHECKS, COMPILED_CHECKS, Kit, flat, frozen, nested
 from lnp.testing.numbers import NUMBER_CHECKS
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:lnp compiled again")  # the kit 
 
 @pytest.fixture(autouse=True)
 def float64():
-    with jax.enable_x64(True):
+    with namespaces.float64("jax"):
         yield
 
 

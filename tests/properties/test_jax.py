@@ -2,12 +2,12 @@
 
 from functools import cache, partial
 
-import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
+from contract.namespaces import float64
 from lnp.testing import Kit, flat, nested
 from properties.common import NAMES, PROPERTIES
 
@@ -35,5 +35,5 @@ kit = Kit("jax", "jax", build, lambda loss: partial(loss.value, jnp), dict)
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_property(holds, scenarios, data):
-    with jax.enable_x64(True):
+    with float64("jax"):
         holds(kit, data.draw(scenarios))

@@ -259,7 +259,9 @@ def _bound(eqn: Any, values: list[Value], jaxpr: Any) -> list[Value]:
         return _values(outs if eqn.primitive.multiple_results else [outs], values)
     # with programs inside, in a program of its own: how those are passed on differs between operations
     given = {atom: a for atom, a in zip(eqn.invars, arrays, strict=True) if not isinstance(atom, core.Literal)}
-    names: Any = None if jaxpr.debug_info is None else jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    names: Any = jaxpr.debug_info  # some releases demand as many names as there are values
+    if names is not None:
+        names = names._replace(arg_names=("",) * len(given), result_paths=("",) * len(eqn.outvars))
     alone = core.Jaxpr((), list(given), eqn.outvars, [eqn], eqn.effects, names)
     return _values(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values()), values)
 
