@@ -108,7 +108,7 @@ class WholeLoss:
     """
 
     function: Stateless
-    loss: CompiledLoss | KerasLoss | OwnLoss
+    loss: CompiledLoss | KerasLoss | OwnLoss | None
 
     def __call__(self, values: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         def loss(model: Any, outputs: Any) -> Any:
@@ -121,6 +121,7 @@ class WholeLoss:
     def _value(self, model: Any, outputs: Any, batch: Mapping[str, Any]) -> Any:
         """The loss, in a scope where the model's variables have their values."""
         if not isinstance(self.loss, CompiledLoss):
+            assert self.loss is not None, "nothing is compared where the loss is inferred"
             return self.loss.value(outputs, batch["targets"])
         if model._compile_loss is None and not (overrides(model, "compute_loss") or model.losses):
             raise ValueError(NOTHING)

@@ -16,10 +16,9 @@ from keras.src.backend import get_keras_mask  # there is no public way to read a
 
 from lnp.contract.trees import leaves, map_leaves
 from lnp.contract.validation import select
-from lnp.state.fingerprint import fingerprint
-from lnp_keras.state_guard import FOREIGN, Scope, unchanged
+from lnp_keras.python_state import plain_state
+from lnp_keras.state_guard import Scope, unchanged
 
-PLAIN = (bool, int, float, str, type(None))
 CHANGED_FLAGS = (
     "trainable flags have changed after fit compiled its step, which goes on training what it did, and so is measured "
     "here: compile the model again where this is not meant"
@@ -147,7 +146,7 @@ def stateless(model: keras.Layer, forward: Callable | None) -> Stateless:
             f"The layers {foreign} hold another framework's module, whose variables Keras cannot replace. Expected "
             "Keras layers. Pass the framework's own module to lnp instead."
         )
-    return Stateless(weakref.ref(model), forward, state=plain_state(model))
+    return Stateless(weakref.ref(model), forward, state=plain_state(flat_layers(model)))
 
 
 def called(model: keras.Layer, inputs: Any) -> Any:
@@ -158,14 +157,29 @@ def called(model: keras.Layer, inputs: Any) -> Any:
 
 
 def named_variables(model: keras.Layer) -> dict[str, Any]:
-    """{dotted path: variable} of all variables, without the model's own name in front."""
+    """{dotted path: variable} of all variables, without the model's own name in front.
+
+    Where layers have the same path, the later ones have underscores behind it, so that no two share a name.
+    """
+    owners = {id(v): id(layer) for layer in flat_layers(model) for v in _own_variables(layer)}
+    taken: dict[str, int] = {}
     found: dict[str, Any] = {}
     for variable in model.variables:
         path = variable.path.replace("/", ".").removeprefix(f"{model.name}.")
+        layer, dot, name = path.rpartition(".")
+        owner = owners.get(id(variable), id(variable))
+        while dot and taken.setdefault(layer, owner) != owner:
+            layer += "_"
+        path = f"{layer}{dot}{name}"
         while path in found:
             path += "_"
         found[path] = variable
     return found
+
+
+def _own_variables(layer: keras.Layer) -> list[Any]:
+    """Those of the layer itself, without those of layers in it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def selected(model: keras.Layer, parameters: Any) -> list[str]:
@@ -189,7 +203,8 @@ def fitted(model: keras.Layer) -> tuple[list[keras.Variable], tuple[str, ...]]:
     On TensorFlow a step that is compiled already goes on with those that were trainable then, which are those that the
     optimizer was built for.
     """
-    variables, optimizer = list(model.trainable_variables), getattr(model, "optimizer", None)
+    variables = list(model.trainable_variables)
+    optimizer: Any = getattr(model, "optimizer", None)
     compiled = keras.backend.backend() == "tensorflow" and getattr(model, "train_function", None) is not None
     if not compiled or getattr(model, "run_eagerly", False) or not getattr(optimizer, "built", False):
         return variables, ()
@@ -222,27 +237,6 @@ def inference_mode(layers: list[keras.Layer]) -> Iterator[None]:
     finally:
         for layer, trainable in zip(layers, before, strict=True):
             layer._trainable = trainable
-
-
-def plain_state(model: keras.Layer) -> tuple:
-    """What is reached from the public attributes of the layers and is no tensor: plain values, arrays, what functions
-    have closed over.
-    """
-    return tuple((layer.trainable, *_public(layer)) for layer in flat_layers(model))
-
-
-def _public(layer: keras.Layer) -> Iterator[tuple]:
-    for name, value in vars(layer).items():
-        if name[0] == "_":
-            continue
-        if isinstance(value, PLAIN):
-            yield name, value
-        elif not isinstance(value, keras.Layer | keras.Variable):
-            yield name, fingerprint([_unwrapped(value)], FOREIGN | {"keras"}, lambda inner: type(inner).__qualname__)
-
-
-def _unwrapped(value: Any) -> Any:
-    return getattr(value, "_storage", getattr(value, "__wrapped__", value))  # TensorFlow's wrappers of containers
 
 
 def as_tensors(tree: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -18,16 +19,27 @@ from lnp_keras.state_guard import foreign_variables_kept, unchanged, untouched
 NOTE = "batch normalisation in training mode keeps this batch's statistics"
 
 
-class _Counting(keras.StatelessScope):
-    """Counts how often each variable is written to."""
+class _Statistics(keras.StatelessScope):
+    """Takes what normalisations with momentum 0 write, and lets them have written what they do by themselves.
 
-    def __init__(self, mapping: list) -> None:
+    Attributes
+    ----------
+    written:
+        {id of a moving statistic: the values that were written to it}.
+    """
+
+    def __init__(self, mapping: list, momenta: dict[int, float]) -> None:
         super().__init__(mapping, initialize_variables=False)
-        self.counts: dict[int, int] = {}
+        self._momenta = momenta
+        self.written: dict[int, list] = {}
 
     def add_update(self, update: tuple) -> None:
-        self.counts[id(update[0])] = self.counts.get(id(update[0]), 0) + 1
-        super().add_update(update)
+        variable, value = update
+        if id(variable) in self._momenta:
+            self.written.setdefault(id(variable), []).append(value)
+            momentum = self._momenta[id(variable)]
+            value = self.get_current_value(variable) * momentum + value * (1.0 - momentum)
+        super().add_update((variable, value))
 
 
 def normalisations(function: Stateless) -> list[int]:
@@ -42,7 +54,7 @@ def frozen(function: Stateless, values: dict, inputs: list) -> tuple[Stateless, 
 
     Nothing is frozen where the outputs would be others than without, whatever a layer does with its statistics.
     """
-    seen = [_apart(function, lambda x=x: _seen(function, values, x)) for x in inputs]
+    seen = [_apart(function, partial(_seen, function, values, x)) for x in inputs]
     used = [position for position in seen[0][0] if all(position in positions for positions, *_ in seen)]
     if not used:
         return function, [[] for _ in inputs], ()
@@ -51,7 +63,7 @@ def frozen(function: Stateless, values: dict, inputs: list) -> tuple[Stateless, 
     ]
     held = replace(function, frozen=tuple(used))
     for x, found, (_, _, outputs) in zip(inputs, statistics, seen, strict=True):
-        again = _apart(function, lambda x=x, found=found: held(values, {"inputs": x, "statistics": found}))
+        again = _apart(function, partial(held, values, {"inputs": x, "statistics": found}))
         if not _same(function.model(), bare(again), bare(outputs)):
             return function, [[] for _ in inputs], (FROZEN_DIFFERS,)
     return held, statistics, (NOTE,)
@@ -85,25 +97,24 @@ def _seen(function: Stateless, values: Mapping[str, Any], inputs: Any) -> tuple[
     """(positions of the layers that are in training mode and used once, [(mean, variance)] of shape (1, C) each, the
     outputs).
 
-    A pass with momentum 0 leaves the batch's mean and biased variance as the layers' moving statistics, in a scope
-    that drops them.
+    With momentum 0 layers write the batch's mean and biased variance as their moving statistics.
     """
     model = function.model()
     known, layers = named_variables(model), flat_layers(model)
-    scope = _Counting([(known[name], value) for name, value in values.items()])
     positions = normalisations(function)
-    momenta = [layers[position].momentum for position in positions]
+    momenta = {position: layers[position].momentum for position in positions}
+    moving = {p: (layers[p].moving_mean, layers[p].moving_variance) for p in positions}
+    scope = _Statistics(
+        [(known[name], value) for name, value in values.items()],
+        {id(variable): momenta[p] for p, variables in moving.items() for variable in variables},
+    )
     try:
         for position in positions:
             layers[position].momentum = 0.0
         with unchanged(function.model, function.forward), scope:
             outputs = (function.forward or called)(model, inputs)
     finally:
-        for position, momentum in zip(positions, momenta, strict=True):
+        for position, momentum in momenta.items():
             layers[position].momentum = momentum
-    used = [p for p in positions if scope.counts.get(id(layers[p].moving_mean)) == 1]
-    statistics = [
-        tuple(scope.get_current_value(v)[None] for v in (layers[p].moving_mean, layers[p].moving_variance))
-        for p in used
-    ]
-    return used, statistics, outputs
+    used = [p for p in positions if all(len(scope.written.get(id(v), ())) == 1 for v in moving[p])]
+    return used, [tuple(scope.written[id(v)][0][None] for v in moving[p]) for p in used], outputs

@@ -107,16 +107,18 @@ class Scope(keras.StatelessScope):
             )
 
     def add_update(self, update: tuple) -> None:
-        """Where a layer writes to a variable that is trained, the gradient is taken at what it wrote: Keras does so
-        where variables are written in place, on TensorFlow and PyTorch.
+        """Where variables are written in place, on TensorFlow and PyTorch, no gradient goes through what is written.
+
+        That of a variable which is trained is then taken at what a layer wrote to it.
         """
         variable, value = update
         self.updates[id(variable)] = update
-        if id(variable) in self._trained:
-            self.overwritten = True
-            start = self.get_current_value(variable)
-            if keras.backend.backend() != "jax" and start is not None:
-                value = keras.ops.stop_gradient(value) + (start - keras.ops.stop_gradient(start))
+        trained = id(variable) in self._trained
+        self.overwritten = self.overwritten or trained
+        if keras.backend.backend() != "jax":
+            start = self.get_current_value(variable) if trained else None
+            value = keras.ops.stop_gradient(value)
+            value = value if start is None else value + (start - keras.ops.stop_gradient(start))
         super().add_update((variable, value))
 
 

@@ -57,6 +57,42 @@ def test_an_optimizer_that_scales_the_loss():
     assert d.rate == pytest.approx(sum(np.sum(numpy(g / 128) ** 2) for g in gradients), rel=1e-4)
 
 
+class Reading(layers.Layer):
+    """Reads a number from wherever a user may keep it."""
+
+    shared = 2.0
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self._private, self.array, self.tensor = kind, 2.0, np.full(3, 2.0), ops.ones(()) * 2.0
+
+    def call(self, x):
+        places = {"private": self._private, "class": self.shared, "global": FACTOR[0]}
+        return x * {**places, "array": self.array[0], "tensor": self.tensor}[self.kind]
+
+
+FACTOR = [2.0]
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="nothing is compiled there")
+@pytest.mark.parametrize("kind", ["private", "class", "global", "array", "tensor"])
+def test_what_a_layer_reads_is_read_anew(kind, monkeypatch):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2), Reading(kind)])
+    options = {"estimator": "joint", "max_probes": 1, "population": False}
+    lnp.decompose(model, data(0), "mse", **options)
+    layer = model.layers[-1]
+    change = {
+        "private": lambda: setattr(layer, "_private", 3.0),
+        "class": lambda: monkeypatch.setattr(Reading, "shared", 3.0),
+        "global": lambda: monkeypatch.setitem(globals(), "FACTOR", [3.0]),
+        "array": lambda: layer.array.fill(3.0),
+        "tensor": lambda: setattr(layer, "tensor", ops.ones(()) * 3.0),
+    }
+    change[kind]()
+    value = numpy(ops.mean((model(data(0)[0]) - data(0)[1]) ** 2))
+    assert lnp.decompose(model, data(0), "mse", **options).loss == pytest.approx(float(value), rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", ["mse", "huber", "binary_cross_entropy", None])
 def test_losses_by_name(loss):
     model, _ = fresh((), "")
