@@ -107,6 +107,36 @@ def test_reach_is_shown_over_the_size():
         lnp.plot.reach_against_size(run(size=None))
 
 
+def test_a_reach_that_is_a_limit_points_down():
+    unresolved = {"population/chi_pos": 1e-5, "population/chi_pos_stderr": 1e-3}
+    ax = lnp.plot.reach_against_size({"value": run(size=10), "limit": run(size=1000, **unresolved)})
+    at = run(size=1000, **unresolved).reach().limit
+    (limit,) = [c for c in ax.containers if c.lines[0].get_xdata().tolist() == [1000.0]]
+    assert limit.lines[0].get_ydata().tolist() == [at]
+    assert limit.lines[0].get_marker() == "v"
+
+
+def test_compute_is_an_axis():
+    runs = {str(n): run(size=n, tokens_per_step=32) for n in (10, 1000)}
+    ax = lnp.plot.reach_against_compute(runs)
+    assert [c.lines[0].get_xdata().tolist() for c in ax.containers] == [[6 * n * 32 * 59.0] for n in (10, 1000)]
+    ax = lnp.plot.against_compute(runs, "loss")
+    assert ax.get_lines()[0].get_xdata()[-1] == pytest.approx(6 * 10 * 32 * 55)  # the middle of the last three windows
+    with pytest.raises(ValueError, match="tokens_per_step"):
+        lnp.plot.against_compute(run())
+
+
+def test_a_noise_scale_that_is_a_limit_points_up():
+    rows = [
+        {"step": s, "population/rate": 0.01 if s else 1.0, "population/rate_stderr": 0.1}
+        | {"population/gradient_noise": 8.0, "population/noise_scale": 8.0}
+        for s in range(3)
+    ]
+    marks = [line for line in lnp.plot.noise_scale(History(rows)).get_lines() if line.get_marker() == "^"]
+    assert [line.get_xdata().tolist() for line in marks] == [[1, 2]]
+    assert marks[0].get_ydata() == pytest.approx([8.01 / 0.21 - 1] * 2)
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
