@@ -73,9 +73,9 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
     if operands.get("update") is not None:
         diagonal = isinstance(computation, DecomposePreconditioned)
         operands = operands | {"update": update_vector(structure, arrays, model, operands["update"], diagonal)}
-    found = as_found(structure, arrays, batches, options) if _hashable(structure) else options
-    if found is not options:
-        return _noted(_evaluated(computation, model, batches, found, operands), (FROZEN_DIFFERS,))
+    settled = as_found(structure, arrays, batches, options) if _hashable(structure) else options
+    if settled is not options:
+        return _noted(_evaluated(computation, model, batches, settled, operands), (FROZEN_DIFFERS,))
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
     if computation in OF_THE_GRADIENT:
