@@ -126,10 +126,38 @@ class Passes:
         """The same with some of the parameters to differentiate."""
         return replace(self, program=self.program.restricted(names))
 
+    def own_statistics(self) -> frozenset[int]:
+        """Numbers of the batch normalisations whose statistics are single samples' own.
+
+        A pass over fewer samples tells: theirs are as many fewer, while those of a batch are as many as before.
+        """
+        whole, few = _lengths(self.record), min(2, self.samples - 1)
+        if few < 1 or not self.divisible or not any(length % self.samples == 0 for length in whole if length):
+            return frozenset()
+        mode, some = Frozen(True, self.program), self.some(slice(0, few))
+        try:
+            with same_randomness(self.state), mode:
+                without_graph(lambda p: self.program.call(p, copied(some.inputs)), self.program.parameters)
+        except Exception:  # a network that does not run on a part of its batch
+            return frozenset()
+        pairs = zip(whole, _lengths(mode.record), strict=False)
+        return frozenset(i for i, (a, b) in enumerate(pairs) if a and b and a != b and a * few == b * self.samples)
+
     @property
     def divisible(self) -> bool:
         """Whether any input does, so that samples can be taken apart."""
         return any(self.over)
+
+
+def _lengths(record: Record) -> list[int]:
+    """How many means each batch normalisation has, 0 where none are held."""
+    found: list[int] = []
+    for kind, value in record:
+        if kind == "no batch's":
+            found.append(0)
+        elif kind == "statistics":
+            found[-1] = len(value[0])
+    return found
 
 
 Result = TypeVar("Result")
@@ -165,18 +193,20 @@ def _copied(leaf: Any) -> Any:
 
 
 def first_pass(
-    program: Program, inputs: Any, statistics: bool, keep_graph: bool, watching: Callable[[], AbstractContextManager]
-) -> tuple[Outputs, Callable[[Outputs], Passes], AbstractContextManager, tuple[str, ...]]:
+    program: Program, inputs: Any, statistics: bool, keep_graph: bool, watching: Callable[[], AbstractContextManager],
+    own: frozenset[int] | None = None,
+) -> tuple[Outputs, Callable[[Outputs], Passes], AbstractContextManager, tuple[str, ...]]:  # fmt: skip
     """The outputs of the whole batch, the passes that repeat it once it is known which of them are measured, what
     watched, and notes.
 
-    Batch normalisation is not held at its statistics where the network would compute something else with them.
+    Batch normalisation is not held at its statistics where the network would compute something else with them, nor
+    where they are single samples' own; which these are (`own`) is found out.
     """
     state, watch = RandomState([program.device]), watching()
 
     def run(parameters: Parameters) -> tuple[Outputs, Frozen]:
         state.restore()
-        with watch, Frozen(statistics, program) as mode:
+        with watch, Frozen(statistics, program, own=own or frozenset()) as mode:
             return Outputs(program.call(parameters, copied(inputs))), mode
 
     outputs, mode = run(program.parameters) if keep_graph else without_graph(run, program.parameters)
@@ -191,4 +221,8 @@ def first_pass(
             explained=explained, hooked=mode.hooked, measured=measured.measured,
         )  # fmt: skip
 
+    found = repeat(outputs).own_statistics() if own is None and any(_lengths(mode.record)) else None
+    if found:
+        state.restore()
+        return first_pass(program, inputs, statistics, keep_graph, watching, found)
     return outputs, repeat, watch, ()

@@ -49,6 +49,8 @@ class Frozen(TorchFunctionMode):
         Whose passes these are: what it shares with the user must not be written to.
     record:
         The values of an earlier pass to replay, or None to record.
+    own:
+        Numbers of the batch normalisations that are left as they are, see `Passes.own_statistics`.
     attention:
         Whether attention that draws its dropout inside a fused kernel is computed with a mask outside of it, which
         rounds differently.
@@ -64,7 +66,12 @@ class Frozen(TorchFunctionMode):
     """
 
     def __init__(
-        self, statistics: bool, program: Program, record: Record | None = None, attention: bool = True
+        self,
+        statistics: bool,
+        program: Program,
+        record: Record | None = None,
+        attention: bool = True,
+        own: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
         self._statistics, self._fused, self._program = statistics, attention, program
@@ -74,6 +81,7 @@ class Frozen(TorchFunctionMode):
         self.record: Record = []
         self.hooked = False
         self.agree: list[torch.Tensor] = []
+        self._own, self._normalisations = own, 0
 
     @property
     def explained(self) -> bool:
@@ -154,13 +162,15 @@ class Frozen(TorchFunctionMode):
     ):
         """Batch normalisation with the statistics of the first pass.
 
-        Statistics of what is computed from parameters alone (weight standardisation) are no batch's.
+        Statistics of what is computed from parameters alone (weight standardisation), or of single samples (instance
+        normalisation), are no batch's.
         """
 
         def as_it_is(input: torch.Tensor) -> torch.Tensor:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
-        if not training or self._fixed("of parameters", lambda: self._of_parameters(input)):
+        self._normalisations += training
+        if not training or self._fixed("no batch's", lambda: self._no_batch_s(input)):
             return as_it_is(input)
         running = [t for t in (running_mean, running_var) if t is not None]
         mean, variance, *after = self._fixed("statistics", lambda: _statistics(input))
@@ -176,10 +186,10 @@ class Frozen(TorchFunctionMode):
                 t.copy_(value)
         return out
 
-    def _of_parameters(self, input: torch.Tensor) -> bool:
-        """Whether a tensor of the first pass was computed without the batch."""
+    def _no_batch_s(self, input: torch.Tensor) -> bool:
+        """Whether statistics of a tensor of the first pass are no batch's."""
         assert self._constants is not None, "it is asked in the first pass"
-        return input in self._constants
+        return self._normalisations - 1 in self._own or input in self._constants
 
     def _attention(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False

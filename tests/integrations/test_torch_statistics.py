@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import lnp
-from integrations.torch_reference import assert_agrees, dense
+from integrations.torch_reference import assert_agrees, dense, with_batch_statistics
 from lnp.per_sample.verdict import FROZEN_DIFFERS
 
 N = 9
@@ -250,3 +250,47 @@ def by_taking_the_step(model, batch, rate):
         for p, grad in zip(there.parameters(), grads, strict=True):
             p -= rate * grad
         return float(F.cross_entropy(there(batch[0]), batch[1]) - loss)
+
+
+class InstanceNorm(nn.Module):
+    """As adaptive instance normalisation is mostly written."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gain = nn.Conv1d(1, 4, 3), nn.Parameter(torch.rand(4))
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x):
+        n, hidden = len(x), self.conv(x[:, None])
+        gain = self.gain.repeat(n)
+        hidden = F.batch_norm(hidden.reshape(1, n * 4, -1), None, None, gain, torch.zeros_like(gain), training=True)
+        return self.head(hidden.reshape(n, -1))
+
+
+class LayerNorm(nn.Linear):
+    def forward(self, x):
+        return F.batch_norm(super().forward(x).t(), None, None, training=True).t()
+
+
+class GroupNorm(nn.Linear):
+    def forward(self, x):
+        groups = super().forward(x).reshape(1, 2 * len(x), 4)
+        return F.batch_norm(groups, None, None, training=True).reshape(len(x), 8)
+
+
+@pytest.mark.parametrize("layer", [InstanceNorm, LayerNorm, GroupNorm])
+def test_statistics_of_single_samples_are_no_batch_s(layer, batch):
+    model = network(layer() if layer is InstanceNorm else layer(6, 8))
+    d = lnp.decompose(model, batch, estimator="exact")
+    assert_agrees(d, as_it_is(model, batch), torch.float64)
+    assert HELD not in d.notes
+    assert d.probes == 3, "the samples are taken apart"
+
+
+def test_statistics_of_a_batch_of_as_many_samples_as_channels_are_held(batch):
+    model = nn.Sequential(nn.Linear(6, N), nn.BatchNorm1d(N), LayerNorm(N, 8), nn.Linear(8, 3)).double()
+    d = lnp.decompose(model, batch, estimator="exact")
+    reference = with_batch_statistics(model, lambda m: m(batch[0]))
+    out = reference(batch[0])
+    assert_agrees(d, dense(reference, out, F.cross_entropy(out, batch[1]), N), torch.float64)
+    assert HELD in d.notes
