@@ -479,8 +479,8 @@ def outside():
 
 def identities(model):
     """The objects under every name."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_modules(remove_duplicate=False)]
-    return {name: id(value) for name, value in named}
+    kinds = model.named_parameters, model.named_buffers, model.named_modules
+    return {(kind.__name__, name): id(value) for kind in kinds for name, value in kind(remove_duplicate=False)}
 
 
 def same(a, b, seen=None):

@@ -1,0 +1,103 @@
+"""After any call a model holds the very same parameters, buffers and modules under every name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lnp
+import lnp_torch
+from integrations.torch_state import identities
+
+
+class TwoNames(nn.Module):
+    """A module under two names, as encoders that share their embedding register it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.embed, self.encoder, self.head = layer, nn.Module(), nn.Linear(4, 3)
+        self.encoder.embed = layer
+        self.listed = nn.ModuleList([layer])
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.encoder.embed(torch.tanh(self.embed(x)))))
+
+
+class OneParameterTwice(nn.Module):
+    """A parameter and a buffer that two modules have under different names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+        self.register_buffer("shift", torch.zeros(4))
+        self.second.register_buffer("again", self.shift)
+
+    def forward(self, x):
+        self.shift += 1
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x + self.shift.detach() * 0)))))
+
+
+def repeated():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(4, 3))
+
+
+def normed():
+    norm = nn.BatchNorm1d(4)
+    return nn.Sequential(norm, nn.Linear(4, 4), norm, nn.Linear(4, 3))
+
+
+MODELS = {
+    "a module under two names": lambda: TwoNames(nn.Linear(4, 4)),
+    "a normalisation under two names": lambda: TwoNames(nn.BatchNorm1d(4)),
+    "a layer that comes twice": repeated,
+    "a normalisation that comes twice": normed,
+    "a parameter and a buffer under two names": OneParameterTwice,
+    "a parametrized weight": lambda: TwoNames(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+}
+
+
+def shared(model, batch):
+    with lnp_torch.shared(model) as step:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+    step.backward(loss, batch[1], F.cross_entropy)
+
+
+def tracked(model, batch):
+    lnp.Tracker(schedule=1, batch=[batch], on_error="raise").observe(0, model, batch)
+    with lnp.Tracker(schedule=1, on_error="raise").step(0, model, batch):
+        pass
+
+
+CALLS = {
+    "decompose": lambda m, b: lnp.decompose(m, b, by_layer=True),
+    "jointly": lambda m, b: lnp.decompose(m, b, estimator="joint", batch_statistics="coupled"),
+    "cross_response": lambda m, b: lnp.cross_response(m, b, b),
+    "predicted": lambda m, b: lnp.predicted_loss_change(m, b, learning_rate=0.1),
+    "measured": lambda m, b: lnp.measured_loss_change(m, b, learning_rate=0.1),
+    "step_taken": lambda m, b: lnp.step_taken(lnp.snapshot(m), m, b),
+    "spectrum": lambda m, b: lnp.spectrum(m, b, steps=3),
+    "kernel": lambda m, b: lnp.kernel(m, b),
+    "linear_operator": lambda m, b: lnp.linear_operator(m, b) @ torch.ones(18).numpy(),
+    "shared": shared,
+    "tracker": tracked,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_objects_are_the_same(name):
+    torch.manual_seed(0)
+    model, batch = MODELS[name](), (torch.randn(6, 4), torch.arange(6) % 3)
+    before, optimizer = identities(model), torch.optim.SGD(model.parameters(), 0.1)
+    for call, function in CALLS.items():
+        function(model, batch)
+        assert identities(model) == before, call
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+    still = [name for name, p in model.named_parameters() if torch.equal(p, values[name]) and p.grad.abs().max() > 1e-6]
+    assert not still
