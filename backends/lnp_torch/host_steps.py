@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,9 +28,12 @@ class HostStep:
     ----------
     compute:
         (model, batch, outputs) -> loss; it may add to the list of outputs.
+    host:
+        Tells hosts apart: what is known of one's samples is found by it at the next step.
     """
 
-    compute: Callable[[nn.Module, Any, list[Any]], Any]
+    compute: Callable[[nn.Module, Any, list[Any]], Any] = field(compare=False)
+    host: int
 
     def __call__(self, model: nn.Module, inputs: Any) -> dict[str, Any]:
         outputs: list[Any] = []

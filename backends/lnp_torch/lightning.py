@@ -116,7 +116,7 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         if self._prepare is not None:
             model, prepared = self._prepare(pl_module, batch)
         elif self._follows:
-            options["forward"] = HostStep(_TrainingStep(_Quiet(trainer), batch_idx))
+            options["forward"] = HostStep(_TrainingStep(_Quiet(trainer), batch_idx), id(trainer))
             prepared = {"batch": batch}
         self.tracker.tags.setdefault("parameters", trained(pl_module))
         with trainer.precision_plugin.train_step_context():

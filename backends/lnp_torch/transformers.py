@@ -154,7 +154,7 @@ class _Watched:
         if given:
             batch = batch, batch.pop(LABELS)
         if not given and tracker.option("loss") is None and tracker.option("forward") is None:
-            options["forward"] = HostStep(_Computed(_stand_in(trainer), trainer.accelerator, own))
+            options["forward"] = HostStep(_Computed(_stand_in(trainer), trainer.accelerator, own), id(trainer))
             batch = {"batch": batch}
         elif "_original_forward" in vars(unwrapped) and tracker.option("forward") is None:
             options["forward"] = _Forward(trainer.accelerator)

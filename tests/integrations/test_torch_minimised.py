@@ -14,6 +14,7 @@ import lnp
 import lnp_torch
 from integrations.torch_architectures import BART, DECODER, ENCODER, T5, TASK
 from integrations.torch_runs import one_thread, warned_of
+from lnp_torch import self_check
 from lnp_torch.lightning import LNPCallback
 from lnp_torch.transformers import attach
 
@@ -176,6 +177,28 @@ def test_a_trainer_that_minimises_something_else_is_told_of(tmp_path, told):
     attach(trainer, schedule=1, log=False, **JOINT)
     trainer.train()
     assert "was measured: the measurement is not of what is minimised" in told()[0]
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """How often samples were compared with the batch in full."""
+    found, compare = [], self_check._plan_by_comparison
+    monkeypatch.setattr(self_check, "_plan_by_comparison", lambda *args: found.append(1) or compare(*args))
+    return found
+
+
+def test_samples_are_compared_once_in_a_run(tmp_path, compared):
+    trainer = trainer_of("Llama", tmp_path, num_train_epochs=3)
+    trainer.args.max_steps = 3
+    tracker = attach(trainer, schedule=1, log=False)
+    trainer.train()
+    assert (len(tracker.history), len(compared)) == (3, 1)
+    torch.manual_seed(0)
+    callback = LNPCallback(schedule=1)
+    lightning = pl.Trainer(max_steps=4, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+                           logger=False, default_root_dir=tmp_path, callbacks=[callback])  # fmt: skip
+    lightning.fit(Plain(), DataLoader(list(zip(INPUTS, CLASSES, strict=True)), batch_size=4))
+    assert (len(callback.tracker.history), len(compared)) == (4, 2)
 
 
 # --- Lightning -----------------------------------------------------------------------------------------------------
