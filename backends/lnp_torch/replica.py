@@ -82,8 +82,7 @@ class Replica:
         """Let everything hold what it held when the copy was made, with {id of a parameter: what stands for it}."""
         self.restore()
         for made in self._empties:
-            if made:
-                made.clear()
+            made.clear()
         for part, made, content in self._constant:
             if not part.same(part.take(made), content):
                 part.put(made, content)
@@ -159,7 +158,10 @@ class Replica:
             return x
         if is_user_module(type(x).__module__):
             self._restored.append(type(x))
-        self._fill(x, made, places(x))
+        try:
+            self._fill(x, made, places(x))
+        except AttributeError:  # it lets nobody write what it holds: it is a value
+            return self._keep(x, x)
         return made
 
     def _fill(self, x: Any, made: Any, parts: tuple[Part, ...]) -> None:
@@ -259,9 +261,7 @@ class Replica:
         return x if made is target else self._keep(x, weakref.ref(made))
 
     def _array(self, x: np.ndarray) -> Any:
-        if x.nbytes > LARGEST or not x.flags.writeable:
-            return x
-        return self._state(x)
+        return x if x.nbytes > LARGEST or not x.flags.writeable else self._state(x)
 
     def _state(self, x: Any) -> Any:
         made = self._keep(x, copy.deepcopy(x))
