@@ -76,7 +76,7 @@ def record(
         The number of the measurement, shape (): another sample is looked at each time.
     """
     before = operations()
-    batch = recorded(run, inputs)
+    batch = recorded(run, inputs, None if options.split else 0)
     drawn = draws_since(before)
     pools = any("MaxPool" in op.type for op in made_since(before))
     flat = flatten(batch.outputs)

@@ -179,7 +179,7 @@ def recorded(run: Forward, inputs: Any, samples: int | None = None) -> Tapped:
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(list(sources.values()))
         count = run.samples if samples is None else samples
-        loops = Loops(tape, graph, before, parameters, _data(inputs, count), count)
+        loops = Loops(tape, graph, before, parameters, _data(inputs, count), count, run.structure.roots)
         with watched(loops):
             returned = run(inputs, sources)
     plain = _plain(returned, sources, tape)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-MOST_TURNS = 2**16
+MOST_TURNS = 2**12
 """Turns of a loop that are counted one by one."""
 
 

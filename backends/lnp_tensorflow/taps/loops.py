@@ -19,6 +19,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops import while_v2  # every loop in a graph is built there, and there is no public way to see it
 
+from lnp_tensorflow.state_guard import undisturbed
 from lnp_tensorflow.taps.constants import constant, number_of_turns, placed
 from lnp_tensorflow.taps.graph import Frontier, Walk, walk
 from lnp_tensorflow.taps.rules import RULES
@@ -42,7 +43,9 @@ class Loops:
     graph, before:
         In which it is traced, and how many operations that had before.
     parameters, data, samples:
-        As `walk` takes them.
+        As `walk` takes them. Of no samples, loops are left as they are.
+    roots:
+        What the user's code may write to while it is traced.
     taps:
         {name of an operation that stands for those of all turns: the zeros that were added to what they return}.
     loops:
@@ -57,18 +60,22 @@ class Loops:
     parameters: dict[str, str]
     data: list[str]
     samples: int
+    roots: tuple
     taps: dict[str, tf.Tensor] = field(default_factory=dict)
     loops: set[str] = field(default_factory=set)
     general: dict[str, str] = field(default_factory=dict)
 
     def built(self, *args: Any, **options: Any) -> Any:
         """The loop as the user asked for it, with taps where it can have some."""
-        if tf.compat.v1.get_default_graph() is not self.graph:
+        if tf.compat.v1.get_default_graph() is not self.graph or not self.samples:
             return _LOOP(*args, **options)
         asked = inspect.signature(_LOOP).bind(*args, **options)
         asked.apply_defaults()
-        loop = _loop(self, asked.arguments)
-        return _LOOP(*args, **options) if loop is None else loop.tapped(self)
+        with contextlib.suppress(Exception):  # what is the user's own error comes again
+            loop = _loop(self, asked.arguments)
+            if loop is not None:
+                return loop.tapped(self)
+        return _LOOP(*args, **options)
 
 
 @contextlib.contextmanager
@@ -180,9 +187,10 @@ class _Loop:
 def _loop(loops: Loops, asked: dict[str, Any]) -> _Loop | None:
     """The loop, if taps can be added to it and it uses parameters."""
     variables = asked["loop_vars"]
-    if asked["shape_invariants"] is not None or type(variables) not in (list, tuple) or not loops.samples:
+    if asked["shape_invariants"] is not None or type(variables) not in (list, tuple):
         return None
-    with loops.tape.stop_recording():  # a tape has loops built in a function of their own
+    code = (*loops.roots, asked["body"], asked["cond"])
+    with loops.tape.stop_recording(), undisturbed(*code):  # a tape has loops built in functions of their own
         op, given = _traced(asked)
     if op is None:
         return None
