@@ -118,6 +118,42 @@ def test_batches_of_its_own_and_a_tracker():
         LNPCallback(tracker, schedule=3)
 
 
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return BATCHES
+
+    def __getitem__(self, index):
+        return INPUTS[8 * index : 8 * index + 8], TARGETS[8 * index : 8 * index + 8]
+
+
+def endless():
+    while True:
+        yield from (Batches()[index] for index in range(BATCHES))
+
+
+FEEDS = {
+    "class weights": lambda: {"x": INPUTS, "y": TARGETS, "batch_size": 8, "class_weight": {0: 1.0, 1: 2.0, 2: 0.5}},
+    "generator": lambda: {"x": endless(), "steps_per_epoch": BATCHES, "shuffle": False},
+    "dataset": lambda: {"x": Batches()},
+    "validation": lambda: {"x": INPUTS, "y": TARGETS, "batch_size": 8, "validation_data": PROBE},
+    "resumed": lambda: {"x": INPUTS, "y": TARGETS, "batch_size": 8, "initial_epoch": 1, "epochs": 3},
+}
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="Keras feeds its loops alike on each framework")
+@pytest.mark.parametrize("feed", FEEDS)
+def test_every_way_to_feed_fit(feed):
+    weights = []
+    for callbacks in ([], [LNPCallback(PROBE, schedule=[1, 7], max_probes=2)]):
+        keras.utils.set_random_seed(1)
+        model = network()
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.fit(**{"epochs": 2, "verbose": 0, **FEEDS[feed]()}, callbacks=callbacks)
+        weights.append([weight.tobytes() for weight in model.get_weights()])
+    assert weights[0] == weights[1]
+    assert callbacks[0].tracker.history["step"].tolist() == [1, 7]
+
+
 # --- what fails ----------------------------------------------------------------------------------------------------
 
 
