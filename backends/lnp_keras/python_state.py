@@ -55,7 +55,8 @@ class Same:
 
 def _attributes(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
     """The layer's own attributes: public ones, and those that the user's code names."""
-    kept, named = _keras_names(), _names_in_code(type(layer))
+    kind: Any = type(layer)
+    kept, named = _keras_names(), _names_in_code(kind)
     for name, value in vars(layer).items():
         if name not in kept and (name[0] != "_" or name in named):
             yield name, value
