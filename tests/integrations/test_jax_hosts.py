@@ -286,11 +286,11 @@ def affine(p, x):
 @pytest.mark.parametrize("flag", STRICT)
 def test_strict_modes(flag):
     model, batch = (affine, weights()), (X, LABELS)
-    expected = lnp.decompose(model, batch)
+    expected = lnp.decompose(model, batch, estimator="per_sample")  # draws signs
     before = getattr(jax.config, flag)
     jax.config.update(flag, STRICT[flag])
     try:
-        d = lnp.decompose(model, batch)
+        d = lnp.decompose(model, batch, estimator="per_sample")
         tracker = lnp.Tracker(schedule=1, on_error="raise")
         with tracker.step(0, model, batch):
             pass
