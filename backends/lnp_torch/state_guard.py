@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from lnp_torch.as_written import as_written
 
@@ -23,12 +24,26 @@ def undisturbed(devices: Iterable[torch.device]) -> Iterator[None]:
     thread measures at a time.
     """
     with _ONE:
-        randomness = RandomState(devices)
+        randomness, transforms = RandomState(devices), _Transforms()
         try:
             with torch.inference_mode(False), torch.enable_grad(), as_written():
                 yield
         finally:
+            finished(transforms.restore)
             finished(randomness.restore)
+
+
+class _Transforms:
+    """Function transforms under way: torch.func leaves its own behind where Ctrl-C comes as it enters one."""
+
+    def __init__(self) -> None:
+        self._depth, self._level = torch._C._functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
+
+    def restore(self) -> None:
+        """End what has been entered since."""
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._depth)
+        while forward_ad._current_level > self._level:
+            forward_ad.exit_dual_level()
 
 
 def finished(restore: Callable[[], None]) -> None:

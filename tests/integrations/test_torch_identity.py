@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import lnp
@@ -101,3 +102,33 @@ def test_the_objects_are_the_same(name):
     optimizer.step()
     still = [name for name, p in model.named_parameters() if torch.equal(p, values[name]) and p.grad.abs().max() > 1e-6]
     assert not still
+
+
+class Interrupted(nn.Linear):
+    """Ctrl-C comes between the moment when a transform is entered and that from which on it is ended in any case."""
+
+    def __init__(self, enter):
+        super().__init__(4, 3)
+        self.enter = enter
+
+    def forward(self, x):
+        self.enter()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "enter",
+    [
+        lambda: torch._C._functorch._vmap_increment_nesting(6, "error"),
+        lambda: torch._C._functorch._grad_increment_nesting(),
+        forward_ad.enter_dual_level,
+    ],
+    ids=["vmap", "grad", "forward mode"],
+)
+def test_an_interruption_leaves_no_transform_behind(enter):
+    batch = (torch.randn(6, 4), torch.arange(6) % 3)
+    with pytest.raises(KeyboardInterrupt):
+        lnp.decompose(Interrupted(enter), batch)
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+    assert forward_ad._current_level == -1
+    assert lnp.decompose(nn.Linear(4, 3), batch).samples == 6
