@@ -159,7 +159,7 @@ class StepCriterion:
 
     def __init__(self, outputs: Outputs, targets: Any, options: Options, state: RandomState) -> None:
         self._outputs, self._targets = outputs, targets
-        tree = self._detached(False)
+        tree = outputs.with_parts([part.detach() for part in outputs.parts])
         self.meant: kinds.Prepared = losses.prepare(options.loss, tree, targets, options.loss_terms)
         self._run = on_its_copy(self.meant.function, state)
 
@@ -194,20 +194,17 @@ class StepCriterion:
         return self.meant.separable or losses.found_mean(self.meant.function, self._run, self._outputs, self._targets)
 
     def difference(self, loss: torch.Tensor) -> str:
-        """What is to be said where it is not the loss that is trained on, or ""."""
+        """What is to be said where it is not the loss that is trained on, or ""; nothing of one with a state."""
+        outputs = Outputs(self._outputs.tree)
         try:
-            with torch.no_grad():
-                own, value = float(self(self._detached(True))), float(loss)
+            with torch.enable_grad():  # a loss may differentiate in the outputs, and write to them
+                tree = outputs.with_parts([part.detach().requires_grad_().clone() for part in outputs.parts])
+                own, value = float(self(tree).detach()), float(loss)
+                if abs(own - value) <= AGREE * max(abs(own), abs(value)) or self._run(tree, self._targets, 2) != own:
+                    return ""
         except Exception:  # what it raises here it did not raise in the step: they are not the same, for sure
             return DIFFERS.format("is another one")
-        if abs(own - value) <= AGREE * max(abs(own), abs(value)):
-            return ""
         return DIFFERS.format(f"is {value:.6g}, and the criterion gives {own:.6g}")
-
-    def _detached(self, every: bool) -> Any:
-        """The outputs, in no graph: all of them, or those that are measured."""
-        outputs = Outputs(self._outputs.tree) if every else self._outputs
-        return outputs.with_parts([part.detach() for part in outputs.parts])
 
 
 def step_sample_terms(
@@ -226,13 +223,14 @@ DIFFERS = (
 
 
 def on_its_copy(function: Callable, state: RandomState) -> losses.Loss:
-    """The user's loss as it was after the forward pass, on a copy of it at each call."""
+    """The user's loss as it was after the forward pass, on a copy of it at each call; called in turn, if asked."""
 
-    def run(outputs: Any, targets: Any) -> torch.Tensor:
+    def run(outputs: Any, targets: Any, times: int = 1) -> torch.Tensor:
         replica = Replica((function,))
         replica.rewind({})
+        loss = repeated(replica.roots[0], state)
         try:
-            return repeated(replica.roots[0], state)(outputs, targets)
+            return [loss(outputs, targets) for _ in range(times)][-1]
         finally:
             replica.restore()
             replica.clear()

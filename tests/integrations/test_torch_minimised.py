@@ -389,6 +389,41 @@ def test_a_loss_that_was_multiplied(factor):
     assert found[1].population is not None
 
 
+class Counting(nn.Module):
+    """A loss with a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, outputs, labels):
+        self.calls += 1
+        return F.cross_entropy(outputs, labels) * self.calls
+
+
+def differentiating(outputs, labels):
+    loss = F.cross_entropy(outputs, labels)
+    return loss + torch.autograd.grad(loss, outputs, create_graph=True)[0].square().sum()
+
+
+def writing(outputs, labels):
+    return F.cross_entropy(outputs.mul_(2.0), labels)
+
+
+def drawing(outputs, labels):
+    return F.cross_entropy(outputs + torch.randn_like(outputs), labels)
+
+
+@pytest.mark.parametrize("criterion", [Counting(), differentiating, writing, drawing])
+def test_a_criterion_that_was_what_it_is_said_to_be(criterion):
+    network = Plain().net
+    with lnp_torch.shared(network) as step:
+        loss = criterion(network(INPUTS), CLASSES)
+    found = step.backward(loss, CLASSES, criterion)
+    assert not any("the loss that is trained on" in note for note in found.notes)
+    assert found.loss_terms == len(INPUTS)
+
+
 @pytest.mark.parametrize("end", ["another step", "close", "with"])
 def test_a_backward_pass_out_of_habit(end, told):
     network, tracker = Plain().net, lnp.Tracker(schedule=1)
