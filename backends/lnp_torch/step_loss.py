@@ -222,7 +222,7 @@ DIFFERS = (
 )
 
 
-def on_its_copy(function: Callable, state: RandomState) -> losses.Loss:
+def on_its_copy(function: Callable, state: RandomState) -> Callable[..., torch.Tensor]:
     """The user's loss as it was after the forward pass, on a copy of it at each call; called in turn, if asked."""
 
     def run(outputs: Any, targets: Any, times: int = 1) -> torch.Tensor:
