@@ -56,7 +56,7 @@ def to_dict(d: Decomposition) -> dict[str, Any]:
 def to_pandas(d: Decomposition) -> Any:
     """A data frame with one row for the whole (index "") and one for each layer."""
     pandas = import_optional("pandas", "to_pandas()", install="pandas")
-    rows = {"": {name: getattr(d, name) for name in (*WHOLE, *SHAPE)}}
+    rows = {"": {name: value for name, value in to_dict(d).items() if not name.startswith("layer/")}}
     rows |= {layer: {name: getattr(part, name) for name in LAYER} for layer, part in (d.layers or {}).items()}
     return pandas.DataFrame.from_dict(rows, orient="index")
 

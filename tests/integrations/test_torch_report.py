@@ -12,4 +12,5 @@ def test_pandas():
     frame = d.to_pandas()
     assert list(frame.index) == ["", "0", "2"]
     assert frame.loc["", "estimator"] == "exact"
+    assert frame.loc["", "population/noise_scale_low"] == d.population.noise_scale_low
     assert abs(frame.loc[["0", "2"], "chi_net"].sum() - d.chi_net) < 1e-5 * d.chi_net
