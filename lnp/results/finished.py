@@ -82,7 +82,8 @@ def _renamed(d: Decomposition) -> Decomposition:
     """With the estimator that was used in the end: the numbers tell, where it was decided while they were computed."""
     if d.estimator == "per_sample" and d.probed == 0:
         return replace(d, estimator="joint", probed=d.samples)
-    if d.estimator == "per_sample" and d.probes > d.outputs and d.chi_net_stderr == 0 < d.chi_net:
+    orthogonal = d.probes > d.outputs > 1 and d.chi_net_stderr == 0 < d.chi_net  # of one output random signs are exact
+    if d.estimator == "per_sample" and orthogonal:
         return replace(d, estimator="exact")
     return d
 
