@@ -62,6 +62,11 @@ class Outputs:
         """The leaves that are measured, as real numbers."""
         return [real(leaf) for leaf in self.leaves]
 
+    @property
+    def samples(self) -> int:
+        """N; a loss that the model has computed itself has no rows."""
+        return next((len(leaf) for leaf in self.leaves if leaf.ndim), 0)
+
     def flat(self) -> torch.Tensor:
         """(N, K) in float32 or better."""
         return flatten(self.parts)

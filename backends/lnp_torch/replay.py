@@ -217,7 +217,7 @@ def first_pass(
 
     def repeat(measured: Outputs) -> Passes:
         return Passes(
-            program, inputs, len(measured.leaves[0]), mode.record, state, after, statistics,
+            program, inputs, measured.samples, mode.record, state, after, statistics,
             explained=explained, hooked=mode.hooked, measured=measured.measured,
         )  # fmt: skip
 
