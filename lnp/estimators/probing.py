@@ -90,12 +90,15 @@ class ProbeAverage:
         How many cotangents were pulled back for each group.
     groups:
         How many groups were probed: G, or M where the pilot was enough.
+    exact:
+        1 where orthogonal probes took over, else 0.
     """
 
     mean: Array
     variance: Array
     probes: Count
     groups: Count
+    exact: Count = 0
 
 
 def pilot_size(samples: int) -> int:
@@ -193,6 +196,7 @@ class _Limits:
             variance=xp.where(over, xp.zeros_like(average.variance), average.variance),
             probes=count + exact.probes * xp.astype(over, xp.int32),
             groups=average.groups,
+            exact=xp.astype(over, xp.int32),
         )
 
     def _exact_is_cheaper(self, count: Count, mean: Array, variance: Array) -> Array:

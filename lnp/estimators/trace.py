@@ -21,6 +21,8 @@ Estimator = Literal["auto", "exact", "per_sample", "grouped", "joint"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 GROUPS = 8
 """Groups that the grouped estimator forms when the batch was not split into micro-batches."""
+WAYS = ("per_sample", "exact", "joint")
+"""What "per_sample" may turn into while it runs."""
 PER_SAMPLE = ("auto", "exact", "per_sample")
 """Estimators that take the samples one at a time where they do not interact."""
 Rows = Sequence[Sequence[str]]
@@ -85,6 +87,8 @@ class TraceEstimate:
     samples:
         (N,) estimates of tr Theta_nn, or None where samples were not taken one at a time. Those that were not probed
         have the mean of the others.
+    way:
+        0 for `estimator`, or which of `WAYS` was used in its place: that is known only once the numbers are.
     """
 
     trace: Array
@@ -93,6 +97,7 @@ class TraceEstimate:
     probes: Count
     probed: Count
     samples: Array | None = None
+    way: Count = 0
 
 
 def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_probes: int) -> TraceEstimate:
@@ -113,6 +118,7 @@ def estimate_of(lin: Linearization, estimator: str, average: ProbeAverage) -> Tr
         probes=average.probes,
         probed=average.groups if independent else lin.outputs.shape[0],
         samples=average.mean[0, :] if independent else None,
+        way=average.exact,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from lnp.contract.linearization import Array, Linearization
 from lnp.estimators.probing import Count, Probe, compute_if, probe_to_tolerance
 from lnp.estimators.trace import (
+    WAYS,
     Rows,
     TraceEstimate,
     estimate,
@@ -88,8 +89,7 @@ def estimate_chosen(
 ) -> TraceEstimate:
     """tr Theta by the chosen estimator, for each row of parameters. Safe to trace and compile.
 
-    `apart` says that single samples are needed for more than the trace. Where the whole batch has turned out to be
-    cheaper, the estimate has `probed` 0: the samples were not taken one at a time.
+    `apart` says that single samples are needed for more than the trace.
     """
     if not choice.weighed:
         return estimate(lin, rows, choice.estimator, rtol, max_probes)
@@ -114,13 +114,22 @@ def _joint_if_cheaper(
 
     def values(probe: Probe, **start: Any) -> tuple[Array, ...]:
         average = probe_to_tolerance(lin, probe, rtol, max_probes, **start)
-        return xp.sum(average.mean, axis=1), average.variance, _array(lin, average.probes), _array(lin, average.groups)
+        counts = (average.probes, average.groups, average.exact)
+        return xp.sum(average.mean, axis=1), average.variance, *(_array(lin, count) for count in counts)
 
-    nothing = xp.zeros_like(trial.variance), trial.variance, _array(lin, 0), _array(lin, 0)
+    nothing = xp.zeros_like(trial.variance), trial.variance, *(_array(lin, 0) for _ in range(3))
     whole = compute_if(lin, pays, lambda: values(joint, start=trial), nothing)
     single = compute_if(lin, xp.logical_not(pays), lambda: values(apart), nothing)
-    total, variance, probes, probed = (xp.where(pays, w, s) for w, s in zip(whole, single, strict=True))
-    return TraceEstimate(total, xp.sqrt(variance), "per_sample", probes, xp.where(pays, _array(lin, 0), probed))
+    total, variance, probes, probed, exact = (xp.where(pays, w, s) for w, s in zip(whole, single, strict=True))
+    every, joint_way = _array(lin, lin.outputs.shape[0]), _array(lin, WAYS.index("joint"))
+    return TraceEstimate(
+        total,
+        xp.sqrt(variance),
+        "per_sample",
+        probes,
+        xp.where(pays, every, probed),
+        way=xp.where(pays, joint_way, exact),
+    )
 
 
 def _array(lin: Linearization, count: Count) -> Array:

@@ -118,6 +118,7 @@ class Decomposition:
     total: Total | None = None
     magnitude: Any = field(default=1.0, repr=False)
     least: Any = field(default=0.0, repr=False)
+    way: Any = field(default=0, repr=False)
 
     def predicted_loss_change(self, learning_rate: float) -> Any:
         """Loss change of one step of gradient descent to first order: -learning_rate * rate."""
@@ -194,6 +195,7 @@ def decomposed(
         notes=(*lin.notes, *choice.notes, *([f"no population values: {reason}"] if reason else [])),
         magnitude=found.magnitude,
         least=float(info.smallest_normal) / float(info.eps),
+        way=estimate.way,
     ), found
 
 

@@ -10,12 +10,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from lnp.estimators.trace import WAYS
+
 Decomposition = Any
 """A `lnp.Decomposition`, whose own file imports this one."""
 SCALED = ("rate", "rate_stderr", "gradient_noise")
-"""Values that go with the square of the loss gradient."""
-RATES = ("rate", "rate_stderr", "gradient_noise")
-"""What is quadratic in g, of a layer or the population."""
+"""Values of a layer or the population that go with the square of the loss gradient."""
 ABOVE_ONE = 1e-3
 """How far a position that is 1 may come out above it by rounding."""
 
@@ -75,17 +75,8 @@ def explained(d: Decomposition, unscaled: bool = False) -> Decomposition:
             "chi_pos is above 1 by more than its error, which cannot be: the kernel's trace is too small for the "
             "gradient, by rounding or by chance of the probes"
         )
-    return replace(_renamed(done), notes=(*d.notes, *notes))
-
-
-def _renamed(d: Decomposition) -> Decomposition:
-    """With the estimator that was used in the end: the numbers tell, where it was decided while they were computed."""
-    if d.estimator == "per_sample" and d.probed == 0:
-        return replace(d, estimator="joint", probed=d.samples)
-    orthogonal = d.probes > d.outputs > 1 and d.chi_net_stderr == 0 < d.chi_net  # of one output random signs are exact
-    if d.estimator == "per_sample" and orthogonal:
-        return replace(d, estimator="exact")
-    return d
+    used = WAYS[int(d.way)] if d.way else d.estimator
+    return replace(done, estimator=used, way=0, notes=(*d.notes, *notes))
 
 
 def _traces(d: Decomposition) -> dict[str, float]:

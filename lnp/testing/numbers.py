@@ -87,7 +87,7 @@ def parameters_are_selected(kit: Kit) -> None:
 
 
 def losses_may_be_callables(kit: Kit) -> None:
-    """A loss times c has chi_loss times c^2 and nothing else; loss_terms is seen or assumed, or given, without a note."""
+    """A loss times c has chi_loss times c^2 and nothing else; loss_terms is seen, assumed or given, without a note."""
     for case in kit.cases(scenarios.LINEAR, dtypes=1):
         expected = case.truth.factors()
         scaled = {**expected, "rate": 9 * expected["rate"], "chi_loss": 9 * expected["chi_loss"]}

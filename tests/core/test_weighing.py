@@ -38,6 +38,7 @@ def test_orthogonal_probes_take_over(loop, samples, outputs):
     assert found.trace[0] == pytest.approx(expected, rel=1e-13)
     assert found.standard_error[0] == 0
     assert outputs + 2 <= found.probes < 64
+    assert trace.WAYS[found.way] == "exact"
     assert found.samples == pytest.approx([np.sum(rows**2) for rows in next(iter(jacobian.values()))], rel=1e-13)
 
 
@@ -78,7 +79,7 @@ def test_the_whole_batch_where_single_samples_are_dear(loop, size, rtol):
     jacobian, gradient = network(32, 20, (size,))
     lin = record(jacobian, gradient, while_loop=loop, sample_cost=32.0, sample_square_norms=pytest.fail)
     _, found = estimated(lin, rtol)
-    assert found.probed == 0
+    assert trace.WAYS[found.way] == "joint"
     assert weighing.TRIAL <= found.probes <= 64
     assert found.standard_error[0] <= rtol * found.trace[0]
     assert abs(found.trace[0] - np.trace(kernel(jacobian))) < 4 * found.standard_error[0]
@@ -113,7 +114,7 @@ def test_coverage_after_a_trial():
     for seed in range(300):
         lin = record(jacobian, gradient, seed=seed, sample_cost=32.0)
         found = estimated(lin, 0.02)[1]
-        assert found.probed == 0
+        assert trace.WAYS[found.way] == "joint"
         away.append(abs(found.trace[0] - truth) / found.standard_error[0])
     for multiple, low, high in ((1, 0.54, 0.74), (2, 0.86, 0.98), (3, 0.95, 1.0)):
         assert low <= np.mean(np.array(away) <= multiple) <= high
