@@ -46,7 +46,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types, without the frameworks: their own annotations change from release to release."""
-    session.install(MYPY, "numpy>=2.0", "array-api-compat>=1.10")
+    session.install(MYPY, "numpy>=2.1", "array-api-compat>=1.12")
     session.run("mypy", *session.posargs)
 
 
