@@ -221,7 +221,9 @@ def first_pass(
             explained=explained, hooked=mode.hooked, measured=measured.measured,
         )  # fmt: skip
 
-    found = repeat(outputs).own_statistics() if own is None and any(_lengths(mode.record)) else None
+    sized = [place for place, leaf in enumerate(outputs.candidates) if leaf.ndim]  # a loss of the model's own is not
+    asked = own is None and any(_lengths(mode.record)) and sized
+    found = repeat(replace(outputs, measured=(sized[0],))).own_statistics() if asked else None
     if found:
         state.restore()
         return first_pass(program, inputs, statistics, keep_graph, watching, found)

@@ -294,3 +294,19 @@ def test_statistics_of_a_batch_of_as_many_samples_as_channels_are_held(batch):
     out = reference(batch[0])
     assert_agrees(d, dense(reference, out, F.cross_entropy(out, batch[1]), N), torch.float64)
     assert HELD in d.notes
+
+
+def test_a_loss_of_the_model_s_own_comes_before_its_outputs(batch):
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(nn.Linear(6, 8), nn.BatchNorm1d(8))
+
+        def forward(self, x, labels):
+            logits = self.net(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    model = WithLoss()
+    d = lnp.decompose(model, {"x": batch[0], "labels": batch[1]})
+    assert d.rate == pytest.approx(lnp.decompose(model.net, batch).rate, rel=1e-9)
+    assert HELD in d.notes
