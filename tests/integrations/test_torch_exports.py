@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lnp.loggers
-from lnp.tracking import storage
+from lnp.tracking import records
 from lnp.tracking.history import History
 
 ROWS = [
@@ -56,10 +56,10 @@ def test_orjson_reads_what_pythons_parser_reads(tmp_path, monkeypatch):
     HISTORY.to_jsonl(path)
     with path.open("ab") as file:
         file.write(b'{"step": 10, "big": 123456789012345678901234567890}\n{"step": 11, "loss": NaN}\n{"step": 12')
-    assert storage.parser().__module__ == "orjson"
+    assert records.parser().__module__ == "orjson"
     fast = History.read(path)
     monkeypatch.setitem(sys.modules, "orjson", None)
-    assert storage.parser() is json.loads
+    assert records.parser() is json.loads
     assert repr(fast.rows()) == repr(History.read(path).rows())
     assert fast["step"].tolist() == [0, 5, 9, 10, 11]
 
