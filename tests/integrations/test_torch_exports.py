@@ -53,7 +53,6 @@ def test_parquet(tmp_path):
 
 def test_orjson_reads_what_pythons_parser_reads(tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
-    HISTORY.to_jsonl(path)
     with path.open("ab") as file:
         file.write(b'{"step": 10, "big": 123456789012345678901234567890}\n{"step": 11, "loss": NaN}\n{"step": 12')
     assert records.parser().__module__ == "orjson"
@@ -61,7 +60,7 @@ def test_orjson_reads_what_pythons_parser_reads(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orjson", None)
     assert records.parser() is json.loads
     assert repr(fast.rows()) == repr(History.read(path).rows())
-    assert fast["step"].tolist() == [0, 5, 9, 10, 11]
+    assert fast["step"].tolist() == [10, 11]
 
 
 def test_tensorboard(tmp_path):
