@@ -127,14 +127,18 @@ def _states(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[frozense
     """
     seen, states, missed = _run(structure, arrays, inputs)
     if missed or (not seen.modules and _of_a_library(structure.static)):
-        with jax.disable_jit():
-            seen, states, missed = _run(structure, arrays, inputs)
+        with jax.disable_jit():  # loops that depend on values cannot be run so: what was seen until then counts
+            seen, states, missed = _run(structure, arrays, inputs, Exception)
     by_name = _in_collections(structure, seen.collections)
     return states | by_name, missed and not by_name
 
 
-def _run(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[_Seen, frozenset[str], bool]:
-    """(What was seen, names of the arrays that are states, whether others are), in one run without numbers."""
+def _run(
+    structure: Structure, arrays: Arrays, inputs: Any, *failing: type[Exception]
+) -> tuple[_Seen, frozenset[str], bool]:
+    """(What was seen, names of the arrays that are states, whether others are), in one run without numbers. It may end in errors
+    that are `failing`.
+    """
     seen, states, missed = _Seen(), set(), False
 
     def run(arrays: Arrays, inputs: Any) -> Any:
@@ -148,7 +152,7 @@ def _run(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[_Seen, froz
                     states.update([names[id(leaf)]] if id(leaf) in names else [])
                     missed |= id(leaf) not in names and isinstance(leaf, jax.core.Tracer)
 
-    with contextlib.suppress(Exception):  # what the user's function raises, it raises again when it is measured
+    with contextlib.suppress(*failing):
         jax.eval_shape(lambda arrays, inputs: run(arrays, inputs), arrays, inputs)
     return seen, frozenset(states), missed
 
