@@ -81,7 +81,7 @@ PENALTY = keras.regularizers.L2(0.3)
 WHOLE, OUTPUTS = True, False
 CASES = {
     "sum": (net, {"loss": MSE(reduction="sum")}, (X, Y), OUTPUTS),
-    "weights": (net, {"loss": MSE(reduction="mean_with_sample_weight")}, (X, Y, W), OUTPUTS),
+    "weights": (net, {"loss": MSE()}, (X, Y, W), OUTPUTS),
     "function": (net, {"loss": lambda y, f: ops.mean((f - y) ** 4, axis=-1), "loss_weights": 0.7}, (X, Y, W), OUTPUTS),
     "scaled": (net, {"loss": "mse", "optimizer": SCALED}, (X, Y), OUTPUTS),
     "compiled step": (net, {"loss": "mse", "run_eagerly": False}, (X, Y), OUTPUTS),
