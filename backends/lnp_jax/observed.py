@@ -136,8 +136,9 @@ def _states(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[frozense
 def _run(
     structure: Structure, arrays: Arrays, inputs: Any, *failing: type[Exception]
 ) -> tuple[_Seen, frozenset[str], bool]:
-    """(What was seen, names of the arrays that are states, whether others are), in one run without numbers. It may end in errors
-    that are `failing`.
+    """(What was seen, names of the arrays that are states, whether others are), in one run without numbers.
+
+    It may end in errors that are `failing`.
     """
     seen, states, missed = _Seen(), set(), False
 

@@ -271,7 +271,8 @@ def test_streams_of_random_numbers(how):
     d = lnp.decompose(model, (X, Y), estimator="exact", population=False)
     agrees(d, dense(lambda p: function(p, X), variables, mean_square(Y), 10), jnp.float32)
     assert any("interact" in note for note in d.notes)
-    assert lnp.step_taken(lnp.snapshot(model), model, (X, Y)).measured == 0
+    # but for rounding, which is another one in another program; another mask would change the loss by a tenth
+    assert abs(lnp.step_taken(lnp.snapshot(model), model, (X, Y)).measured) < 1e-7
 
 
 def test_a_step_refuses_what_it_would_train_and_should_not():
