@@ -14,7 +14,7 @@ from keras.src.backend import set_keras_mask  # there is no public way to set on
 from lnp.contract.trees import leaves
 from lnp.losses.kinds import IGNORE_INDEX, NAMES, resolve
 from lnp.state.preserve import reachable_objects
-from lnp_keras.state_guard import FOREIGN, Scope, unchanged
+from lnp_keras.state_guard import FOREIGN, VARIABLE, Scope, unchanged
 
 ELEMENTS = (
     *("MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError"),
@@ -105,7 +105,7 @@ def held_variables(roots: Iterable[Any]) -> list[keras.Variable]:
 
     JAX would take their values for constants of what it traces; they come with the targets there.
     """
-    return [x for x in reachable_objects(roots, FOREIGN) if isinstance(x, keras.Variable)]
+    return [x for x in reachable_objects(roots, FOREIGN) if isinstance(x, VARIABLE)]
 
 
 def replaced(variables: list[keras.Variable], targets: Any) -> Scope:

@@ -13,7 +13,7 @@ import keras
 from lnp.contract.trees import leaves
 from lnp.state.fingerprint import fingerprint
 from lnp.state.places import global_names
-from lnp_keras.state_guard import FOREIGN
+from lnp_keras.state_guard import FOREIGN, VARIABLE
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -34,7 +34,7 @@ def plain_state(layers: Iterable[keras.Layer]) -> tuple:
         for name, value in _attributes(layer):
             if isinstance(value, PLAIN):
                 plain.append((name, type(value), repr(value) if isinstance(value, float) else value))
-            elif not isinstance(value, keras.Layer | keras.Variable):
+            elif not isinstance(value, (keras.Layer, VARIABLE)):
                 roots.append(_unwrapped(value))
                 plain.append((name, tuple(Same(leaf) for leaf in leaves(roots[-1]) if keras.ops.is_tensor(leaf))))
     return (*plain, fingerprint(roots, FOREIGN | {"keras"}, lambda inner: type(inner).__qualname__))

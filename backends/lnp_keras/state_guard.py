@@ -20,6 +20,10 @@ from lnp.state.preserve import preserve_state, reachable_objects
 
 FOREIGN = frozenset({"tensorflow", "jax", "jaxlib", "torch"})
 """Packages whose objects are not entered."""
+VARIABLE: type = next(
+    base for base in keras.Variable.__mro__ if base.__module__ == "keras.src.backend.common.variables"
+)
+"""What all variables of Keras are; up to Keras 3.6 those of layers are no `keras.Variable`."""
 UNMADE = "uninitialized_variables"
 """Under which name Keras keeps variables that were made in a scope without state."""
 
@@ -61,7 +65,7 @@ def foreign_variables_kept(*roots: Any) -> Iterator[None]:
     held = [
         value
         for x in reachable_objects(_opened(roots), FOREIGN)
-        if not isinstance(x, keras.Variable)
+        if not isinstance(x, VARIABLE)
         for part in places(x)
         if part.refers
         for value in part.take(x)

@@ -130,7 +130,7 @@ def test_rate_of_a_real_step(name):
         rate, loss = stepped(model, batch)
         said = d.total if whole else d
         assert said.rate == pytest.approx(rate, rel=1e-3 if name == "scaled" else 1e-4)
-        if name != "two outputs":  # where Keras reports the mean of what it has seen
+        if name != "two outputs" and model.optimizer.iterations == 1:  # Keras may report the mean of what it has seen
             assert said.loss == pytest.approx(float(loss), rel=1e-5)
 
 
