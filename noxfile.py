@@ -29,7 +29,7 @@ OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """Compiles small programs in half of the time."""
 AS_USERS_COMPILE = "tests/integrations/test_jax_undisturbed.py"
 """Compares compiled steps bit by bit, which the ways of compiling that are only fast may round differently."""
-OF_EVERY_FRAMEWORK = ("samples", "spectrum", "examples", "same_function", "steps")
+OF_EVERY_FRAMEWORK = ("samples", "spectrum", "examples", "same_function", "steps", "self_check", "hosts", "changing")
 """Tests of Keras that run on TensorFlow and PyTorch, and are left out on JAX, where they take minutes to compile."""
 FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras")
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
@@ -224,7 +224,8 @@ def suite(framework: str) -> list[str]:
 def pytest(session: nox.Session, framework: str | None, *arguments: str) -> None:
     """Run tests and doctests; the framework is the one whose README examples are run. No test at all is a failure."""
     env = {"LNP_TEST_FRAMEWORK": framework} if framework else {}
-    session.run("pytest", "-c", "pyproject.toml", "--doctest-modules", *arguments, *session.posargs, env=env)
+    chosen = ("-m", "not thorough")  # -m among the options that are passed on replaces it
+    session.run("pytest", "-c", "pyproject.toml", "--doctest-modules", *chosen, *arguments, *session.posargs, env=env)
 
 
 def show(session: nox.Session, *options: str) -> None:

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 import lnp
 from contract import namespaces
+from contract.gate import most_thorough
 from lnp.testing import CHECKS, COMPILED_CHECKS, Kit, flat, frozen, nested
 from lnp.testing.numbers import NUMBER_CHECKS
 
@@ -66,6 +67,6 @@ def test_contract(check):
     check(kit("eager") if check in NUMBER_CHECKS else kit("eager", dtypes=("float64",)))
 
 
-@pytest.mark.parametrize("check", COMPILED_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", most_thorough(COMPILED_CHECKS))
 def test_contract_inside_jit(check):
     check(kit("inside jit", decompose=compiled, compiled=True, dtypes=("float64",)))

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import lnp
+from contract.gate import most_thorough
 from contract.namespaces import tensorflow
 from lnp.testing import CHECKS, COMPILED_CHECKS, Kit, flat, frozen, nested
 from lnp.testing.estimators import auto_chooses
@@ -119,11 +120,13 @@ IN_FLOAT32 = (
 """Where the type of the numbers decides: dtypes, tolerances, what overflows."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("check", IN_FLOAT32, ids=lambda check: check.__name__)
 def test_contract_in_float32(check):
     check(kit("module", module, dtypes=("float32",)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("check", RECORD_CHECKS, ids=lambda check: check.__name__)
 def test_contract_of_functions(check):
     """What follows from how a function is read; which estimator is taken, and errors, are the same for all models."""
@@ -134,6 +137,6 @@ INSIDE = [check for check in COMPILED_CHECKS if check not in (auto_chooses, para
 """What a graph around the measurement may change: not what is chosen before anything is traced."""
 
 
-@pytest.mark.parametrize("check", INSIDE, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", most_thorough(INSIDE))
 def test_contract_inside_a_function(check):
     check(kit("closure, inside tf.function", closure, decompose=compiled, compiled=True, dtypes=("float64",)))
