@@ -12,7 +12,6 @@ import lnp
 from lnp.contract import validation
 from lnp_jax.losses import step_value
 from lnp_jax.model import separate
-from lnp_jax.observed import without_states
 from lnp_jax.self_check import traced
 
 OPTIONS = ("by_layer", "population", "estimator", "rtol", "max_probes", "loss_terms")
@@ -81,7 +80,7 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
     compiled = jax.jit(step)
 
     def value_and_grad_of(parameters: Any, batch: Any, key: Any) -> tuple[tuple[jax.Array, lnp.Decomposition], Any]:
-        _check_trained(apply, parameters, batch)
+        _check_trained(apply, parameters)
         d = lnp.decompose((apply, parameters), batch, loss, seed=key, **options)  # first: it may refuse
         value, gradients = (step if traced((parameters, batch, key)) else compiled)(parameters, batch)
         return (value, d), gradients
@@ -95,10 +94,9 @@ def _step(apply: Callable, loss: str | Callable | None, parameters: Any, batch: 
     return jax.value_and_grad(lambda p: step_value(loss, apply(p, inputs), targets))(parameters)
 
 
-def _check_trained(apply: Callable, parameters: Any, batch: Any) -> None:
+def _check_trained(apply: Callable, parameters: Any) -> None:
     """Raise ValueError unless all leaves of the parameters can be trained, as `jax.grad` demands."""
-    structure, arrays = separate((apply, parameters), None, None)
-    structure = without_states(structure, arrays, validation.unpack(batch)[0])
+    structure, _ = separate((apply, parameters), None, None)
     if set(structure.trained) != set(structure.names) or structure.fixed:
         other = [name for name in structure.names if name not in structure.trained]
         raise ValueError(
