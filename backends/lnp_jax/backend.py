@@ -18,9 +18,9 @@ from lnp.results.computations import changes, measured_change, predicted_change
 from lnp.results.preconditioner import DecomposePreconditioned
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.inside_jit import refuse_varying, share_nothing
-from lnp_jax.model import Arrays, Structure, accepts, check_alive, separate
+from lnp_jax.model import Arrays, accepts, check_alive, separate
 from lnp_jax.observed import without_states
-from lnp_jax.python_state import loss_state, with_python_state
+from lnp_jax.python_state import hashable, loss_state, with_python_state
 from lnp_jax.record import record
 from lnp_jax.self_check import (
     as_found,
@@ -73,7 +73,7 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
     if operands.get("update") is not None:
         diagonal = isinstance(computation, DecomposePreconditioned)
         operands = operands | {"update": update_vector(structure, arrays, model, operands["update"], diagonal)}
-    settled = as_found(structure, arrays, batches, options) if _hashable(structure) else options
+    settled = as_found(structure, arrays, batches, options) if hashable(structure) else options
     if settled is not options:
         return _noted(_evaluated(computation, model, batches, settled, operands), (FROZEN_DIFFERS,))
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
@@ -140,18 +140,10 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
 
 def _with_known_verdicts(plan: Plan, arrays: Arrays, batches: tuple) -> Plan:
     """The plan with the verdicts that calls outside of compiled functions have found, if there are any."""
-    if plan.verdicts is not None or not _hashable(plan.structure):
+    if plan.verdicts is not None or not hashable(plan.structure):
         return plan
     found = [known_verdict(plan.structure, arrays, batch, plan.options) for batch in batches]
     return plan if None in found else replace(plan, verdicts=tuple(verdict for verdict in found if verdict is not None))
-
-
-def _hashable(structure: Structure) -> bool:
-    try:
-        hash(structure)
-    except TypeError:
-        return False
-    return True
 
 
 def _raise_bent(verdicts: Iterable[Verdict]) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 import jax
 
 from lnp.contract.validation import select
+from lnp.state.fingerprint import fingerprint
 from lnp.state.preserve import reachable_objects
 from lnp_jax.model import Arrays, Structure
+from lnp_jax.python_state import hashable
 from lnp_jax.state_guard import FOREIGN, functions_behind
 
 REMEMBERED = 256
@@ -27,7 +29,7 @@ NAMED = 4
 """Parameters that a note names."""
 
 _FOUND: OrderedDict[tuple, tuple[frozenset[str], bool]] = OrderedDict()
-"""{structure: (names of arrays that are states, whether others may be)}."""
+"""{structure and what it holds: (names of arrays that are states, whether others may be)}."""
 
 
 @dataclass
@@ -111,12 +113,11 @@ def _unsure(names: list[str]) -> str:
 
 
 def _key(structure: Structure, inputs: Any) -> tuple | None:
-    key = (structure, jax.tree.structure(inputs))
-    try:
-        hash(key)
-    except TypeError:
+    """What the answer is remembered for: the structure, and what its functions hold in Python, which may change."""
+    if not hashable(structure):
         return None
-    return key
+    roots = [root for root in (structure.static, structure.forward) if root is not None]
+    return structure, jax.tree.structure(inputs), fingerprint(roots, FOREIGN)
 
 
 def _states(structure: Structure, arrays: Arrays, inputs: Any) -> tuple[frozenset[str], bool]:

@@ -40,7 +40,7 @@ def with_python_state(structure: Structure, model: Any, arrays: Arrays, batch: A
 
     Inside compiled code nothing is traced for this: a program that is not known to be the same has no digest.
     """
-    if not _hashable(structure):
+    if not hashable(structure):
         return structure
     inputs, _ = validation.unpack(batch)
     roots = [structure.static, structure.forward, None if isinstance(model, tuple) else type(model)]
@@ -52,7 +52,7 @@ def with_python_state(structure: Structure, model: Any, arrays: Arrays, batch: A
 
 def loss_state(loss: Any, structure: Structure, arrays: Arrays, batch: Any) -> str:
     """The digest of the loss's program, "" for one of lnp's own."""
-    if not (callable(loss) and _hashable((structure, loss))):
+    if not (callable(loss) and hashable((structure, loss))):
         return ""
     inputs, targets = validation.unpack(batch)
 
@@ -93,7 +93,8 @@ def _digest_of(trace: Callable[[], Any]) -> str:
     return found.hexdigest()
 
 
-def _hashable(value: Any) -> bool:
+def hashable(value: Any) -> bool:
+    """Whether something can be remembered for it."""
     try:
         hash(value)
     except TypeError:

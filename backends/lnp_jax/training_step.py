@@ -12,7 +12,9 @@ import lnp
 from lnp.contract import validation
 from lnp_jax.losses import step_value
 from lnp_jax.model import separate
+from lnp_jax.observed import without_states
 from lnp_jax.self_check import traced
+from lnp_jax.state_guard import leave_no_trace
 
 OPTIONS = ("by_layer", "population", "estimator", "rtol", "max_probes", "loss_terms")
 
@@ -80,7 +82,7 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
     compiled = jax.jit(step)
 
     def value_and_grad_of(parameters: Any, batch: Any, key: Any) -> tuple[tuple[jax.Array, lnp.Decomposition], Any]:
-        _check_trained(apply, parameters)
+        _check_trained(apply, parameters, batch)
         d = lnp.decompose((apply, parameters), batch, loss, seed=key, **options)  # first: it may refuse
         value, gradients = (step if traced((parameters, batch, key)) else compiled)(parameters, batch)
         return (value, d), gradients
@@ -94,9 +96,12 @@ def _step(apply: Callable, loss: str | Callable | None, parameters: Any, batch: 
     return jax.value_and_grad(lambda p: step_value(loss, apply(p, inputs), targets))(parameters)
 
 
-def _check_trained(apply: Callable, parameters: Any) -> None:
+def _check_trained(apply: Callable, parameters: Any, batch: Any) -> None:
     """Raise ValueError unless all leaves of the parameters can be trained, as `jax.grad` demands."""
-    structure, _ = separate((apply, parameters), None, None)
+    model = apply, parameters
+    with leave_no_trace(model):
+        structure, arrays = separate(model, None, None)
+        structure = without_states(structure, arrays, validation.unpack(batch)[0])
     if set(structure.trained) != set(structure.names) or structure.fixed:
         other = [name for name in structure.names if name not in structure.trained]
         raise ValueError(

@@ -14,7 +14,7 @@ from lnp.results.decomposition import ByLayer, Decomposition, decomposed, sum_of
 
 @dataclass(frozen=True)
 class Decompose(Settings):
-    """The computation of `lnp.decompose`, up to what `lnp.results.decomposition.explained` does with numbers."""
+    """The computation of `lnp.decompose`, up to what `lnp.results.finished.explained` does with numbers."""
 
     by_layer: ByLayer = False
     population: bool | None = False
