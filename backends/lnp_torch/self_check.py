@@ -95,9 +95,11 @@ class Operations:
             if not tried:
                 break
             norms = self.samples.tapped(self._cotangent, Reading(layouts=tried)).square_norms
-            chosen = {name: norms[name] for name in tried if name in norms}
-            apart = differences.square_norms_apart(xp, chosen, alone.square_norms, index)
-            found |= {name: layout for name, value in apart.items() if float(value) <= 2 * tolerance}
+            for name in tried.keys() & norms.keys():
+                # each beside itself: beside all others any guess would do for a parameter that contributes little
+                own = {name: norms[name]}, {name: alone.square_norms[name]}
+                if float(differences.square_norms_apart(xp, *own, index)[name]) <= 2 * tolerance:
+                    found[name] = layout
         return found
 
 

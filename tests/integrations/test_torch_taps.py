@@ -285,3 +285,20 @@ def test_the_gradient_of_one_parameter_is_in_memory_at_a_time(population):
     events.sort(key=lambda event: event.start_ns())
     held = itertools.accumulate(event.nbytes() for event in events)
     assert width**2 < max(held) / 4 < 0.75 * layers * width**2
+
+
+LITTLE = {
+    "one and a scale": lambda m, x: m.a(x) + 1e-6 * torch.tanh(x) * (1 + m.w),
+    "exponential": lambda m, x: m.a(x) + 1e-6 * torch.tanh(x) / torch.exp(m.w),
+    "matrix of a product": lambda m, x: m.a(x) + 1e-6 * torch.tanh(x) @ torch.outer(m.w, m.w),
+}
+
+
+@pytest.mark.parametrize("name", LITTLE)
+def test_a_parameter_that_contributes_little_is_not_read_as_zero(name):
+    """Beside all others any guess where its samples are would do; its layer's numbers would be zero, without a note."""
+    model = Runs(LITTLE[name], a=linear(), w=nn.Parameter(torch.randn(4)))
+    record, out = recorded(model, torch.randn(5, 4))
+    found = record.sample_square_norms(torch.ones(record.outputs.shape, dtype=torch.float64))["w"]
+    grads = [torch.autograd.grad(row.sum(), model.w, retain_graph=True)[0] for row in out]
+    assert found.tolist() == pytest.approx([float(grad.square().sum()) for grad in grads], rel=1e-8)
