@@ -102,7 +102,7 @@ def hugging_face_model(kind: str, name: str, task: str, training: bool) -> tuple
     config = transformers.AutoConfig.for_model(kind)
     shrink(config)
     model = limited(lambda: getattr(transformers, name)(config))
-    return model.train(training), hugging_face_batch(task, config)
+    return without_dropout(model).train(training), hugging_face_batch(task, config)
 
 
 def shrink(config: Any, depth: int = 0) -> None:

@@ -267,7 +267,14 @@ PARTS: dict[type, Part] = {
     np.ndarray: Part(_take_array, _put_array, _same_array, refers=False),
 }
 """The places of containers; the first that fits is the one."""
-ATTRIBUTES = Part(lambda x: _flat(vars(x).items()), lambda x, values: _put_dict(vars(x), values))
+
+
+def _attributes(x: Any) -> dict[str, Any]:
+    """What an object holds by name, past code of its own that looks attributes up and may need others for that."""
+    return object.__getattribute__(x, "__dict__")
+
+
+ATTRIBUTES = Part(lambda x: _flat(_attributes(x).items()), lambda x, values: _put_dict(_attributes(x), values))
 """What an object holds by name."""
 CLASS_ATTRIBUTES = Part(_take_class, _put_class)
 """What all objects of a class share."""

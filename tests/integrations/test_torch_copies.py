@@ -282,3 +282,50 @@ def test_an_object_with_slots_is_copied_and_let_go_of():
     assert lnp.decompose(model, batch).rate > 0
     assert (model.settings.calls, model.settings.scale) == (calls, scale)
     assert not hasattr(model.settings, "unset")
+
+
+class LooksUp:
+    """Attributes are found by others, which a copy that is let go of no longer has."""
+
+    def __init__(self, scale):
+        self.table = {"scale": scale}
+
+    def __getattribute__(self, name):
+        table = object.__getattribute__(self, "__dict__")["table"]
+        return table[name] if name in table else object.__getattribute__(self, name)
+
+
+class Delegates:
+    def __init__(self, scale):
+        self.inner = LooksUp(scale)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["inner"], name)
+
+
+class Guarded(LooksUp):
+    """Raises an error of its own where it is used without what it needs."""
+
+    def __getattribute__(self, name):
+        if "table" not in object.__getattribute__(self, "__dict__"):
+            raise RuntimeError("used after it was closed")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("kind", [LooksUp, Delegates, Guarded])
+def test_objects_that_look_attributes_up_themselves(kind):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.settings = nn.Linear(4, 3), kind(2.0)
+
+        def forward(self, x):
+            return self.settings.scale * self.layer(x)
+
+    x, y = batch()
+    model = Scaled()
+    expected = rate(model, x, y)
+    held = object.__getattribute__(model.settings, "__dict__")
+    before = repr({key: vars(value) if kind is Delegates else value for key, value in held.items()})
+    assert lnp.decompose(model, (x, y)).rate == pytest.approx(expected, rel=1e-5)
+    assert before == repr({key: vars(value) if kind is Delegates else value for key, value in held.items()})
