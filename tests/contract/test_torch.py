@@ -1,5 +1,9 @@
-"""The PyTorch backend keeps the contract, with modules and with functions of parameters."""
+"""The PyTorch backend keeps the contract, with modules and with functions of parameters.
 
+LNP_TEST_DEVICE=cuda runs it on a GPU.
+"""
+
+import os
 import random
 from operator import attrgetter
 
@@ -10,6 +14,16 @@ from array_api_compat import torch as xp
 from torch import nn
 
 from lnp.testing import CHECKS, Kit, frozen
+
+DEVICE = os.environ.get("LNP_TEST_DEVICE", "cpu")
+
+
+def tensor(array, **how):
+    return torch.tensor(array, device=DEVICE, **how)
+
+
+def host(value):
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
 class Network(nn.Module):
@@ -26,10 +40,10 @@ class Network(nn.Module):
                 if key not in dict(owner.named_children()):
                     owner.add_module(key, nn.Module())
                 owner = owner.get_submodule(key)
-            parameter = nn.Parameter(torch.tensor(array))
+            parameter = nn.Parameter(tensor(array))
             parameter.grad = torch.ones_like(parameter)
             owner.register_parameter(last, parameter)
-        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("calls", torch.zeros((), device=DEVICE))
         self.idle = nn.Dropout(0.5).eval()
         self.register_forward_hook(lambda module, args, output: output)
 
@@ -39,7 +53,7 @@ class Network(nn.Module):
 
 
 def batch_of(scenario):
-    return torch.tensor(scenario.inputs), torch.tensor(scenario.targets)
+    return tensor(scenario.inputs), tensor(scenario.targets)
 
 
 def module(scenario):
@@ -47,21 +61,22 @@ def module(scenario):
 
 
 def function(scenario):
-    parameters = {name: torch.tensor(array, requires_grad=True) for name, array in scenario.parameters.items()}
+    parameters = {name: tensor(array, requires_grad=True) for name, array in scenario.parameters.items()}
     return (lambda p, x: scenario.apply(xp, p, x), parameters), batch_of(scenario)
 
 
 def snapshot(model, batch):
     state = {
         "torch": frozen(torch.get_rng_state()),
+        "cuda": [frozen(state) for state in torch.cuda.get_rng_state_all()] if DEVICE == "cuda" else [],
         "numpy": str(np.random.get_state()),  # noqa: NPY002
         "python": random.getstate(),
         "gradients enabled": torch.is_grad_enabled(),
         "default dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "inputs": frozen(batch[0]),
-        "targets": frozen(batch[1]),
+        "autocast": torch.is_autocast_enabled(DEVICE),
+        "inputs": frozen(host(batch[0])),
+        "targets": frozen(host(batch[1])),
     }
     if not isinstance(model, Network):
         tensors = model[1]
@@ -73,9 +88,15 @@ def snapshot(model, batch):
                 f"{name} hooks": (*inner._forward_hooks, *inner._backward_hooks),
             }
             state[f"{name} attributes"] = sorted(inner.__dict__)
-    for name, tensor in tensors.items():
-        state[name] = frozen(tensor.detach()), id(tensor), tensor.requires_grad, tensor._version, tensor._backward_hooks
-        state[f"{name}.grad"] = None if tensor.grad is None else (frozen(tensor.grad), id(tensor.grad))
+    for name, parameter in tensors.items():
+        state[name] = (
+            frozen(host(parameter)),
+            id(parameter),
+            parameter.requires_grad,
+            parameter._version,
+            parameter._backward_hooks,
+        )
+        state[f"{name}.grad"] = None if parameter.grad is None else (frozen(host(parameter.grad)), id(parameter.grad))
     return state
 
 
@@ -86,8 +107,8 @@ def kit(name, build):
         build=build,
         loss=lambda loss: lambda f, y: loss.value(xp, f, y),
         snapshot=snapshot,
-        update=lambda update: {key: torch.tensor(array) for key, array in update.items()},
-        to_numpy=lambda value: value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value),
+        update=lambda update: {key: tensor(array) for key, array in update.items()},
+        to_numpy=host,
     )
 
 

@@ -1,4 +1,6 @@
-"""The properties with PyTorch modules."""
+"""The properties with PyTorch modules. LNP_TEST_DEVICE=cuda tries them on a GPU."""
+
+import os
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from lnp.testing import Kit
 from properties.common import EPSILON, NAMES, PROPERTIES
 
+DEVICE = os.environ.get("LNP_TEST_DEVICE", "cpu")
 ACTIVATIONS = {"tanh": torch.tanh, "sin": torch.sin, "softplus": nn.functional.softplus, "relu": torch.relu}
 
 
@@ -40,11 +43,13 @@ class Network(nn.Module):
 
 
 def build(scenario):
-    model = Network(scenario.apply, scenario.parameters)
-    return model, (torch.tensor(scenario.inputs), torch.tensor(scenario.targets))
+    model = Network(scenario.apply, scenario.parameters).to(DEVICE)
+    return model, tuple(torch.tensor(array, device=DEVICE) for array in (scenario.inputs, scenario.targets))
 
 
-kit = Kit("torch", "torch", build, lambda loss: lambda f, y: loss.value(xp, f, y), dict, to_numpy=lambda x: x.numpy())
+kit = Kit(
+    "torch", "torch", build, lambda loss: lambda f, y: loss.value(xp, f, y), dict, to_numpy=lambda x: x.cpu().numpy()
+)
 
 
 @pytest.mark.parametrize(("holds", "scenarios"), PROPERTIES, ids=NAMES)
