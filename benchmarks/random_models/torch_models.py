@@ -1,4 +1,7 @@
-"""PyTorch: tiny configurations of Hugging Face's architectures, torchvision's and timm's smallest networks."""
+"""PyTorch: tiny configurations of Hugging Face's architectures, torchvision's and timm's smallest networks.
+
+LNP_TEST_DEVICE=cuda measures them on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import importlib
 import io
 import itertools
 import logging
+import os
 import random
 import re
 import warnings
@@ -23,6 +27,7 @@ import lnp
 from lnp.contract.options import Options
 from lnp.contract.registry import evaluate
 
+DEVICE = os.environ.get("LNP_TEST_DEVICE", "cpu")
 SAMPLES, LENGTH, VOCABULARY, CLASSES = 4, 8, 40, 3
 MOST_PARAMETERS = 3_000_000
 SMALL = {
@@ -222,6 +227,8 @@ def compared(build: Callable, seed: int) -> tuple[str, str]:
     random.seed(seed)
     try:
         model, batch = build()
+        model = model.to(DEVICE)
+        batch = moved(batch)
         rate = plain_step(model, batch)
     except NotBuilt:
         raise
@@ -242,6 +249,13 @@ def compared(build: Callable, seed: int) -> tuple[str, str]:
     if record["norms"]:
         pairs |= norms_alone(model, batch, record)
     return verdict(pairs, d.notes)
+
+
+def moved(batch: Any) -> Any:
+    """The batch on the device."""
+    if isinstance(batch, dict):
+        return {name: array.to(DEVICE) for name, array in batch.items()}
+    return tuple(array.to(DEVICE) for array in batch)
 
 
 def plain_step(model: nn.Module, batch: Any) -> float:
