@@ -9,7 +9,7 @@ import jax
 import lnp
 from lnp.spectral.spectrum import LanczosResult
 
-STATIC = ("samples", "outputs", "estimator", "notes")
+STATIC = ("samples", "outputs", "estimator", "notes", "loss_name")
 """Fields that are known when a function is traced."""
 
 

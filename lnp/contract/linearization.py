@@ -147,6 +147,8 @@ class Linearization:
         nan where one is True; a backend that can read it raises the error.
     notes:
         What the user should know about how the record was made.
+    loss_name:
+        Which loss it is, in words.
     while_loop:
         (condition, body, state) -> state; a compiling framework's own loop, otherwise Python's.
     """
@@ -173,6 +175,7 @@ class Linearization:
     sample_terms: Array | None = None
     violations: tuple[tuple[Array, str], ...] = ()
     notes: tuple[str, ...] = ()
+    loss_name: str = ""
     while_loop: Callable = while_loop
 
     @property

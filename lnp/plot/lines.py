@@ -25,6 +25,8 @@ LABELS = {
     NOISE_SCALE: "gradient noise scale  (samples)",
 }
 STEP = "training step"
+ROOM = 10.0
+"""How far beyond the positions that are shown the position without preference may lie, to be shown as well."""
 Colour = Any
 """A colour as Matplotlib takes them."""
 
@@ -101,15 +103,37 @@ def chi_pos(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """
     named = open_runs(runs)
     if not all(POSITION in run for run in named.values()):
-        return curve(named, "chi_pos", ax, **options)
+        ax = curve(named, "chi_pos", ax, **options)
+        if len(named) == 1:
+            _mark_no_preference(ax, next(iter(named.values())))
+        return ax
     if len(named) == 1:
         batch: dict[str, Any] = {"color": style.BATCH, "linestyle": "--", "label": "of the batch", "legend": False}
         ax = curve(named, "chi_pos", ax, **batch)
         own: dict[str, Any] = {"label": "of the population"} | options | {"legend": False}
         ax = curve(named, POSITION, ax, **own)
+        _mark_no_preference(ax, next(iter(named.values())))
         style.legend(ax, 2 if options.get("legend", True) else 0)
         return ax
     return curve(named, POSITION, ax, **options)
+
+
+def _mark_no_preference(ax: Axes, run: History) -> None:
+    """A line at 1 / (N K), the position of a batch's gradient without preference, where it is near what is shown."""
+    samples, outputs = run.get("samples"), run.get("outputs")
+    if not len(samples) or not len(outputs) or not samples[-1] * outputs[-1] > 0:
+        return
+    value, (low, high) = 1 / (samples[-1] * outputs[-1]), ax.get_ylim()
+    if low / ROOM < value < high * ROOM:
+        _mark_level(ax, value, "no preference (batch)")
+
+
+def _mark_level(ax: Axes, value: float, text: str) -> None:
+    """A dotted line across the axes, with what it is at its right end."""
+    ax.axhline(value, color=style.BATCH, linewidth=1, linestyle=":")
+    ax.annotate(
+        text, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small", color="#555"
+    )
 
 
 def noise_scale(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
@@ -122,16 +146,7 @@ def noise_scale(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axe
     ax = curve(named, NOISE_SCALE, ax, **options)
     samples = next(iter(named.values())).get("samples")
     if len(named) == 1 and len(samples):
-        ax.axhline(samples[-1], color=style.BATCH, linewidth=1, linestyle=":")
-        ax.annotate(
-            f"batch of {samples[-1]:.0f}",
-            (1, samples[-1]),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize="small",
-            color="#555",
-        )
+        _mark_level(ax, samples[-1], f"batch of {samples[-1]:.0f}")
     return ax
 
 

@@ -91,6 +91,9 @@ class Decomposition:
         Position and rate without the floor of a finite batch, or None unless asked for.
     notes:
         What the user should know.
+    loss_name:
+        Which loss was measured, in words: "cross-entropy of logits, inferred from the targets", or the name of the
+        function that was given.
     total:
         The whole loss, where it has terms that do not come from the outputs and a backend can measure them: its loss,
         and its rate ||J^T g + dR/dtheta||^2 with R the sum of these terms, which all other values leave out. None
@@ -115,10 +118,31 @@ class Decomposition:
     outputs: int
     estimator: str
     notes: tuple[str, ...] = ()
+    loss_name: str = ""
     total: Total | None = None
     magnitude: Any = field(default=1.0, repr=False)
     least: Any = field(default=0.0, repr=False)
     way: Any = field(default=0, repr=False)
+
+    @property
+    def preference(self) -> Any:
+        """chi_pos N K: how much faster the loss gradient decays than a direction without preference among the modes.
+
+            chi_pos N K = (g^T Theta g / ||g||^2) / (tr Theta / (N K))
+
+        the Rayleigh quotient of g in units of the kernel's mean eigenvalue, in [0, N K]: 1 is the mean of all
+        directions, more is the head, less the tail. It has the relative error of chi_pos. It grows with N, for chi_pos
+        does not go as 1/N: compare it within one size of batch (docs/theory.md, "A scale for the position").
+
+        Examples
+        --------
+        >>> import numpy, lnp, lnp_numpy
+        >>> model = lnp_numpy.LinearModel(weight=numpy.zeros((2, 1)))
+        >>> d = lnp.decompose(model, (numpy.array([[2.0, 0.0], [0.0, 1.0]]), numpy.ones((2, 1))))
+        >>> round(d.chi_pos, 6), round(d.preference, 6)  # as much on the eigenvalue 4 as on 1
+        (0.5, 1.0)
+        """
+        return self.chi_pos * (self.samples * self.outputs)
 
     def predicted_loss_change(self, learning_rate: float) -> Any:
         """Loss change of one step of gradient descent to first order: -learning_rate * rate."""
@@ -193,6 +217,7 @@ def decomposed(
         outputs=lin.outputs.shape[1],
         estimator=estimate.estimator,
         notes=(*lin.notes, *choice.notes, *([f"no population values: {reason}"] if reason else [])),
+        loss_name=lin.loss_name,
         magnitude=found.magnitude,
         least=float(info.smallest_normal) / float(info.eps),
         way=estimate.way,

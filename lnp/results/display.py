@@ -22,11 +22,12 @@ WHOLE = (
     "chi_net_stderr",
     "chi_pos",
     "chi_pos_stderr",
+    "preference",
     "loss_terms",
     "probes",
     "probed",
 )
-SHAPE = ("samples", "outputs", "estimator")
+SHAPE = ("samples", "outputs", "estimator", "loss_name")
 POPULATION = (
     *("rate", "chi_pos", "noise_scale", "rate_stderr", "chi_pos_stderr"),
     *("noise_scale_low", "noise_scale_high", "gradient_noise"),
@@ -38,6 +39,7 @@ MEANING = {
     "chi_loss": "loss scale",
     "chi_net": "network scale",
     "chi_pos": "spectral position: 1 dominant mode, 0 tail",
+    "preference": "chi_pos N K: 1 without preference, more is the head",
 }
 
 
@@ -64,7 +66,7 @@ def to_pandas(d: Decomposition) -> Any:
 def to_text(d: Decomposition) -> str:
     """A small table: values, error bars, and how they were obtained."""
     lines = [
-        f"{name:<10}{_number(getattr(d, name)):>11}{_error(d, name)}   {meaning}" for name, meaning in MEANING.items()
+        f"{name:<10}{_number(getattr(d, name)):>11}{_error(d, name)}   {meaning}" for name, meaning in _meanings(d)
     ]
     if d.population is not None:
         lines += [
@@ -90,8 +92,8 @@ def to_html(d: Decomposition) -> str:
     rows = "".join(
         f"<tr><td><code>{name}</code></td>"
         f"<td style='text-align:right'>{_number(getattr(d, name))}{_error(d, name)}</td>"
-        f"<td style='text-align:left'>{meaning}</td></tr>"
-        for name, meaning in MEANING.items()
+        f"<td style='text-align:left'>{html.escape(meaning)}</td></tr>"
+        for name, meaning in _meanings(d)
     )
     if d.population is not None:
         position = f"{_number(d.population.chi_pos)}{_error(d.population, 'chi_pos')}"
@@ -111,6 +113,14 @@ def to_html(d: Decomposition) -> str:
     )
     notes = "".join(f"<br>{html.escape(printable(line))}" for line in (provenance(d), *d.notes))
     return f"<table>{rows}{layers}</table><small>{notes.removeprefix('<br>')}</small>"
+
+
+def _meanings(d: Decomposition) -> list[tuple[str, str]]:
+    """(value's name, what it means), where the loss is the one that was measured."""
+    return [
+        (name, printable(d.loss_name) or meaning) if name == "loss" else (name, meaning)
+        for name, meaning in MEANING.items()
+    ]
 
 
 def provenance(d: Decomposition) -> str:

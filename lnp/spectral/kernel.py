@@ -107,6 +107,11 @@ class Kernel:
         return self.rate / scale if scale else math.nan
 
     @property
+    def preference(self) -> float:
+        """chi_pos N K, see `Decomposition.preference`: 1 for a loss gradient without preference among the modes."""
+        return self.chi_pos * self.loss_gradient.size
+
+    @property
     def entropy(self) -> Any:
         """Von Neumann entropy of the spectrum in nats, see `lnp.spectral.similarity.entropy`; shape (K,) per class."""
         return entropy(self.matrix)
@@ -118,7 +123,9 @@ class Kernel:
 
     @property
     def participation_ratio(self) -> Any:
-        """(tr Theta)^2 / ||Theta||_F^2, between 1 and the number of rows."""
+        """(tr Theta)^2 / ||Theta||_F^2, between 1 and the number of rows: 1 / chi_pos of a mistake that comes from
+        parameters off in random directions.
+        """
         return participation_ratio(self.matrix)
 
     def _flat_gradient(self) -> np.ndarray:

@@ -89,6 +89,20 @@ class Spectrum:
         """The measure's mean in units of the trace: the spectral position."""
         return self.first_moment / self.trace if self.trace else math.nan
 
+    @property
+    def preference(self) -> float:
+        """chi_pos N K, see `Decomposition.preference`: 1 for a loss gradient without preference among the modes."""
+        return self.chi_pos * (self.decomposition.samples * self.decomposition.outputs)
+
+    @property
+    def participation_ratio(self) -> float:
+        """(tr Theta)^2 / tr(Theta^2), how many modes share the kernel, between 1 and N K; nan without probes.
+
+        The trace is the decomposition's, tr(Theta^2) / (N K) the second moment of `density`, with its relative error.
+        """
+        second = math.nan if self.density is None else self.density.dimension * self.density.moment(2)[0]
+        return self.trace**2 / second if second else math.nan
+
     def share_above(self, eigenvalue: float) -> float:
         """Share of the loss decrease on nodes at or above an eigenvalue, in [0, 1]."""
         return float(np.sum(self.shares[self.eigenvalues >= eigenvalue]))

@@ -14,12 +14,14 @@ SEAL = "crc32"
 NUMBERS = frozenset((*WHOLE, "time", "seconds", "window"))
 """Columns that hold numbers, as do those whose names begin with one of the following."""
 FAMILIES = ("population/", "layer/", "cross/", "measured/", "update/", "total/")
+TEXTS = ("measured/estimator", "measured/loss_name")
+"""Columns of these families that hold texts."""
 RESERVED = NUMBERS | {*SHAPE, STEP, RESUMED, NOTES, SEAL}
 
 
 def holds_numbers(name: str) -> bool:
     """Whether a column holds numbers that were measured."""
-    return name in NUMBERS or (name.startswith(FAMILIES) and name != "measured/estimator")
+    return name in NUMBERS or (name.startswith(FAMILIES) and name not in TEXTS)
 
 
 def check_names(names: Iterable[str]) -> None:

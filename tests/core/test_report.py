@@ -14,7 +14,7 @@ D = lnp.Decomposition(
     loss=0.5, rate=6.0, chi_loss=2.0, chi_net=30.0, chi_pos=0.1, chi_net_stderr=1.25, chi_pos_stderr=0.02, loss_terms=4,
     probes=3, probed=4, layers={"<head>": Layer(6.0, 30.0, 0.1, 1.5, 0.0)},
     population=lnp.Population(5.0, 0.0625, 40.0, 1.0, 0.02, 25.0, 90.0, 200.0), samples=4, outputs=3, estimator="joint",
-    notes=("a note & more",),
+    notes=("a note & more",), loss_name="cross-entropy of logits & more",
 )  # fmt: skip
 
 
@@ -26,14 +26,18 @@ def test_dictionary():
     assert "notes" not in flat
     others = ("layers", "population", "notes", "total", "magnitude", "least", "way")
     fields = {name for name in D.__dataclass_fields__ if name not in others}
-    assert fields == {name for name in flat if "/" not in name}
+    assert fields | {"preference"} == {name for name in flat if "/" not in name}
+    assert flat["preference"] == pytest.approx(0.1 * 4 * 3)
     assert flat["population/noise_scale"] == 40.0
     assert not [name for name in replace(D, layers=None, population=None).to_dict() if "/" in name]
 
 
 def test_text():
     lines = str(D).splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["loss", "rate", "chi_loss", "chi_net", "chi_pos"]
+    values = ["loss", "rate", "chi_loss", "chi_net", "chi_pos", "preference"]
+    assert [line.split()[0] for line in lines[: len(values)]] == values
+    assert lines[0].endswith("   cross-entropy of logits & more")
+    assert lines[5].split()[:2] == ["preference", "1.2"]
     assert lines[3].split()[:4] == ["chi_net", "30", "±", "1"]
     assert "±" not in lines[2]
     assert any(line.startswith("<head>") for line in lines)
@@ -63,6 +67,8 @@ def test_html():
     assert "<head>" not in page
     assert "a note &amp; more" in page
     assert all(f"<code>{name}</code>" in page for name in ("loss", "rate", "chi_loss", "chi_net", "chi_pos"))
+    assert "<td style='text-align:right'>1.2</td>" in page
+    assert "cross-entropy of logits &amp; more" in page
 
 
 def test_pandas_missing(monkeypatch):

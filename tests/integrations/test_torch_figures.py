@@ -15,6 +15,16 @@ from lnp.tracking.history import History
 WIDTH = 3
 
 
+def test_position_without_preference_is_marked():
+    """At 1 / (N K) of a single run's batch, and nowhere where that is far from what is shown."""
+    ax = lnp.plot.chi_pos(run(outputs=10))
+    assert [text.get_text() for text in ax.texts] == ["no preference (batch)"]
+    assert ax.texts[0].xy[1] == pytest.approx(1 / 320)
+    assert not lnp.plot.chi_pos(run(outputs=10_000)).texts
+    assert not lnp.plot.chi_pos(run()).texts
+    assert not lnp.plot.chi_pos([run(outputs=10), run(outputs=10)]).texts
+
+
 @pytest.fixture(autouse=True)
 def _no_figures_left():
     yield
