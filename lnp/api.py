@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters, Seed, Update
 from lnp.contract.options import BatchStatistics, Options
@@ -13,6 +14,7 @@ from lnp.results.cross_response import CrossResponse, finished
 from lnp.results.decomposition import ByLayer, Decomposition
 from lnp.results.finished import explained
 from lnp.results.preconditioner import DecomposePreconditioned, joint_options
+from lnp.results.two_losses import respond_to
 
 
 def decompose(
@@ -135,6 +137,7 @@ def cross_response(
     measured_batch: Batch,
     loss: Loss = None,
     *,
+    measured_loss: Loss = None,
     forward: Forward = None,
     parameters: Parameters = None,
     by_layer: ByLayer = False,
@@ -152,8 +155,24 @@ def cross_response(
         -dL_m/dt = <grad L_m, grad L_t> = chi_loss * chi_net * chi_pos
 
     with the geometric means of the two batches' loss and network scales. The position is what is left, in [-1, 1];
-    where it is negative, a step on `train_batch` raises the loss on `measured_batch`. Parameters as for `decompose`;
-    layers and population values are those of the two decompositions.
+    where it is negative, a step on `train_batch` raises the loss on `measured_batch`. Layers and population values are
+    those of the two decompositions.
+
+    Parameters
+    ----------
+    loss:
+        What is trained, on `train_batch`.
+    measured_loss:
+        What is measured, on `measured_batch`, where it is another loss of the outputs: an auxiliary loss, say, or a
+        smooth stand-in for the accuracy. Its n is found as that of any loss; `loss_terms` is that of `loss`. Not
+        inside of a compiled function. None for the same loss.
+    others:
+        As for `decompose`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `decompose`, and for `measured_loss` inside of a compiled function.
 
     Examples
     --------
@@ -162,6 +181,9 @@ def cross_response(
     >>> up, down = (numpy.ones((1, 1)), numpy.ones((1, 1))), (numpy.ones((1, 1)), -numpy.ones((1, 1)))
     >>> round(lnp.cross_response(model, up, down).chi_pos, 6)
     -1.0
+    >>> x, y = numpy.ones((1, 1)), numpy.ones((1, 1))
+    >>> round(lnp.cross_response(model, (x, y), (x, 3 * y), "mse", measured_loss="huber").rate, 6)  # <-2, -1>
+    2.0
     """
     options = Options(
         loss=loss,
@@ -175,7 +197,10 @@ def cross_response(
         population=population,
     )
     computation = Respond(estimator, rtol, max_probes, by_layer, population)
-    return finished(evaluate(computation, model, (train_batch, measured_batch), options))
+    if measured_loss is None:
+        return finished(evaluate(computation, model, (train_batch, measured_batch), options))
+    other = replace(options, loss=measured_loss, loss_terms=None)
+    return respond_to(computation, model, (train_batch, options), (measured_batch, other))
 
 
 def measured_loss_change(

@@ -7,6 +7,7 @@ from dataclasses import fields
 import jax
 
 import lnp
+from lnp.results.gradients import LossGradient
 from lnp.spectral.spectrum import LanczosResult
 
 STATIC = ("samples", "outputs", "estimator", "notes", "loss_name")
@@ -15,7 +16,7 @@ STATIC = ("samples", "outputs", "estimator", "notes", "loss_name")
 
 def register() -> None:
     """Make lnp's results known to JAX."""
-    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse, LanczosResult):
+    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse, LossGradient, LanczosResult):
         names = [field.name for field in fields(result)]
-        static = [name for name in names if name in STATIC and result in (lnp.Decomposition, LanczosResult)]
+        static = [name for name in names if name in STATIC]
         jax.tree_util.register_dataclass(result, [name for name in names if name not in static], static)

@@ -9,13 +9,14 @@ from typing import Any
 import tensorflow as tf
 
 import lnp
+from lnp.results.gradients import LossGradient
 
 
 def register() -> None:
     """Make lnp's results known to `tf.nest`, by the protocol that it has for other people's classes, and its functions
     to AutoGraph as ones that need no conversion.
     """
-    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse):
+    for result in (lnp.Decomposition, lnp.Layer, lnp.Population, lnp.CrossResponse, LossGradient):
         setattr(result, "__tf_flatten__", _flatten)  # noqa: B010 - the classes do not declare it
         setattr(result, "__tf_unflatten__", classmethod(_unflatten))  # noqa: B010
     for name in lnp.__all__:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lnp.contract.linearization import GradientPass, Linearization, ratio, valid
+from lnp.contract.linearization import Array, GradientPass, Linearization, ratio, valid
 from lnp.results.decomposition import Decomposition, sum_of
 from lnp.results.finished import explained
 
@@ -24,9 +24,11 @@ class CrossResponse:
     chi_pos:
         rate / (chi_loss chi_net), in [-1, 1]; nan for 0/0.
     chi_net_stderr, chi_pos_stderr:
-        Standard errors.
+        Standard errors, at most: those of the two traces may go together.
     trained, measured:
         The decomposition of each batch.
+    notes:
+        What the user should know beside the notes of the two decompositions.
     """
 
     rate: Any
@@ -37,6 +39,7 @@ class CrossResponse:
     chi_pos_stderr: Any
     trained: Decomposition
     measured: Decomposition
+    notes: tuple[str, ...] = ()
 
 
 def cross_response_of(
@@ -46,22 +49,26 @@ def cross_response_of(
 ) -> CrossResponse:
     """The cross response of two linearised batches of one model, for `finished`. Pure, safe to trace and compile.
 
-    `decomposed` takes a record to its decomposition and to the backward pass of its loss, with J^T g. The two traces
-    are estimated with independent errors a and b (relative), so that the relative error of their geometric mean is
-    sqrt(a^2 + b^2) / 2.
+    `decomposed` takes a record to its decomposition and to the backward pass of its loss, with J^T g.
     """
-    xp = trained.xp
     t, t_pass = decomposed(trained)
     m, m_pass = decomposed(measured)
     assert t_pass.vector is not None, "`decomposed` asks for it"
     assert m_pass.vector is not None, "`decomposed` asks for it"
-    products = trained.inner_products(t_pass.vector, m_pass.vector)
-    rate = valid(trained, valid(measured, sum_of(products, products)))
+    found = trained.inner_products(t_pass.vector, m_pass.vector)
+    return response(trained.xp, valid(trained, valid(measured, sum_of(found, found))), t, m)
+
+
+def response(xp: Any, rate: Array, t: Decomposition, m: Decomposition) -> CrossResponse:
+    """The factors of <grad L_m, grad L_t>, from the decompositions of both batches.
+
+    With the relative errors a and b of the two traces, that of their geometric mean is (a + b) / 2 at most: both are
+    probed with the same signs, so that their errors go together, on one batch entirely.
+    """
     # the roots and ratios in turn, since products may overflow
     chi_loss = xp.sqrt(t.chi_loss) * xp.sqrt(m.chi_loss)
     chi_net = xp.sqrt(t.chi_net) * xp.sqrt(m.chi_net)
-    errors = [ratio(xp, d.chi_net_stderr, d.chi_net) for d in (t, m)]
-    relative = 0.5 * xp.sqrt(errors[0] ** 2 + errors[1] ** 2)
+    relative = 0.5 * (ratio(xp, t.chi_net_stderr, t.chi_net) + ratio(xp, m.chi_net_stderr, m.chi_net))
     chi_pos = ratio(xp, ratio(xp, rate, chi_loss), chi_net)
     return CrossResponse(
         rate=rate,

@@ -142,11 +142,17 @@ class TestCrossResponse:
         assert found == pytest.approx((rate, chi_loss, chi_net, rate / chi_loss / chi_net, 0), rel=1e-12)
 
     def test_errors(self):
-        """Relative errors a and b of the two traces: half their root sum of squares for the geometric mean."""
+        """Relative errors a and b of the two traces, of the same signs: half their sum for the geometric mean."""
         r = self.response("joint", max_probes=3)
         a, b = (d.chi_net_stderr / d.chi_net for d in (r.trained, r.measured))
-        assert r.chi_net_stderr / r.chi_net == pytest.approx((a**2 + b**2) ** 0.5 / 2, rel=1e-12)
-        assert r.chi_pos_stderr / abs(r.chi_pos) == pytest.approx((a**2 + b**2) ** 0.5 / 2, rel=1e-12)
+        assert r.chi_net_stderr / r.chi_net == pytest.approx((a + b) / 2, rel=1e-12)
+        assert r.chi_pos_stderr / abs(r.chi_pos) == pytest.approx((a + b) / 2, rel=1e-12)
+
+    def test_errors_of_one_batch_are_its_own(self):
+        """Two losses on one batch have one trace, with one error."""
+        lins = record(JACOBIAN, GRADIENT), record(JACOBIAN, self.target)
+        r = cross_response_of(*lins, partial(decomposed, estimator="joint", max_probes=3, vector=True))
+        assert r.chi_net_stderr == pytest.approx(r.trained.chi_net_stderr, rel=1e-12)
 
     def test_opposite_gradients(self):
         lins = record(JACOBIAN, GRADIENT), record(JACOBIAN, -GRADIENT)
