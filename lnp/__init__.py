@@ -6,6 +6,8 @@ position, for PyTorch, JAX, TensorFlow, Keras and NumPy models.
 
 from lnp import schedule
 from lnp.api import cross_response, decompose, measured_loss_change, predicted_loss_change
+from lnp.batches.gram import GradientGram, gradient_gram
+from lnp.batches.nested import NestedBatches, decompose_nested
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
 from lnp.contract.registry import load
@@ -30,11 +32,13 @@ __all__ = [
     "CrossResponse",
     "Decomposition",
     "Density",
+    "GradientGram",
     "History",
     "Kernel",
     "KernelVelocity",
     "Layer",
     "Linearization",
+    "NestedBatches",
     "Options",
     "Population",
     "PowerLaw",
@@ -46,6 +50,8 @@ __all__ = [
     "alignment",
     "cross_response",
     "decompose",
+    "decompose_nested",
+    "gradient_gram",
     "hutch_plus_plus",
     "kernel",
     "kernel_velocity",

@@ -40,6 +40,7 @@ A kit whose `decompose` is compiled runs `COMPILED_CHECKS`, those of the numbers
 framework, and raise AssertionError with the kit, the scenario and both values.
 """
 
+from lnp.testing.batches import BATCH_CHECKS
 from lnp.testing.changing import Changing, changing_networks, check_change
 from lnp.testing.estimators import ESTIMATOR_CHECKS, enumerated_signs_give_trace_and_variance
 from lnp.testing.kit import Kit, flat, frozen, nested
@@ -54,7 +55,7 @@ from lnp.testing.record import RECORD_CHECKS
 from lnp.testing.safety import SAFETY_CHECKS
 from lnp.testing.scenarios import Scenario
 
-CHECKS = (*RECORD_CHECKS, *ESTIMATOR_CHECKS, *NUMBER_CHECKS, *SAFETY_CHECKS)
+CHECKS = (*RECORD_CHECKS, *ESTIMATOR_CHECKS, *NUMBER_CHECKS, *BATCH_CHECKS, *SAFETY_CHECKS)
 """Every check: a function of a `Kit` that raises AssertionError."""
 COMPILED_CHECKS = tuple(
     check

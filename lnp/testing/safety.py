@@ -125,6 +125,7 @@ def _measurements(kit: Kit, s: Scenario) -> dict[str, Callable[[Any, Any], Any]]
         **{name: partial(kit.decompose, loss=s.loss, estimator=name, by_layer=True) for name in ESTIMATORS},
         "microbatch": partial(kit.decompose, loss=s.loss, microbatch=2, estimator="joint"),
         "cross_response": lambda m, b: lnp.cross_response(m, b, b, s.loss),
+        "cross_response of two losses": lambda m, b: lnp.cross_response(m, b, b, s.loss, measured_loss=s.loss),
         "measured_loss_change": partial(lnp.measured_loss_change, loss=s.loss, update=update),
         "predicted_loss_change": partial(lnp.predicted_loss_change, loss=s.loss, learning_rate=0.1),
     }
