@@ -34,6 +34,7 @@ def decompose(
     microbatch: int | None = None,
     batch_statistics: BatchStatistics = "frozen",
     preconditioner: Update = None,
+    sample_losses: bool = False,
 ) -> Decomposition:
     r"""Split the speed at which the loss falls into loss scale, network scale and spectral position.
 
@@ -88,6 +89,9 @@ def decompose(
         The diagonal of M for an optimizer whose update is -eta M grad L, such as Adam's 1 / (sqrt(v) + eps); in the
         form of `measured_loss_change`'s update. Rate, network scale and position are then those of J M J^T, with the
         trace estimated jointly, on the whole batch. See `lnp.results.preconditioner`.
+    sample_losses:
+        Also what each sample adds to the loss, in `Decomposition.sample_losses`: each sample's loss is computed by
+        itself, from the outputs of the same forward pass.
 
     Returns
     -------
@@ -125,9 +129,9 @@ def decompose(
         population=population,
     )
     if preconditioner is None:
-        computation = Decompose(estimator, rtol, max_probes, by_layer, population)
+        computation = Decompose(estimator, rtol, max_probes, by_layer, population, sample_losses)
         return explained(evaluate(computation, model, (batch,), options))
-    preconditioned = DecomposePreconditioned(estimator, rtol, max_probes, by_layer, population)
+    preconditioned = DecomposePreconditioned(estimator, rtol, max_probes, by_layer, population, sample_losses)
     return explained(evaluate(preconditioned, model, (batch,), joint_options(options), update=preconditioner))
 
 
@@ -149,6 +153,7 @@ def cross_response(
     loss_terms: int | None = None,
     microbatch: int | None = None,
     batch_statistics: BatchStatistics = "frozen",
+    sample_losses: bool = False,
 ) -> CrossResponse:
     r"""How fast the loss on one batch falls while gradient descent trains on another.
 
@@ -196,7 +201,7 @@ def cross_response(
         split=takes_samples_apart(estimator, microbatch),
         population=population,
     )
-    computation = Respond(estimator, rtol, max_probes, by_layer, population)
+    computation = Respond(estimator, rtol, max_probes, by_layer, population, sample_losses)
     if measured_loss is None:
         return finished(evaluate(computation, model, (train_batch, measured_batch), options))
     other = replace(options, loss=measured_loss, loss_terms=None)

@@ -35,6 +35,8 @@ class BoundLoss:
         What is known of it.
     separable:
         Whether it is a mean over samples, as known or as found out.
+    alone:
+        () -> (N,) the loss of each sample by itself; nan where it takes no single samples.
     """
 
     of: Callable[[Array], Array]
@@ -42,6 +44,7 @@ class BoundLoss:
     gradient: Array
     prepared: Prepared
     separable: bool
+    alone: Callable[[], Array]
 
 
 def bind(options: Options, net: Network, outputs: Array, targets: Any) -> BoundLoss:
@@ -65,7 +68,24 @@ def bind(options: Options, net: Network, outputs: Array, targets: Any) -> BoundL
     value, gradient = jax.value_and_grad(of)(outputs)
     wanted = options.split and options.population is not False
     known = kinds.separable(options.loss) or (wanted and found_mean(function, made, targets))
-    return BoundLoss(of, value, gradient, prepared, known)
+    return BoundLoss(of, value, gradient, prepared, known, lambda: _alone(function, made, targets, value))
+
+
+def _alone(function: Callable, outputs: Any, targets: Any, like: Array) -> Array:
+    """(N,) the loss of each sample by itself, or nan where it takes no single samples, whatever it raises."""
+    samples = parts(outputs)[0].shape[0]
+
+    def one(n: Array) -> Array:
+        def row(leaf: Any) -> Any:
+            over = jnp.ndim(leaf) and leaf.shape[0] == samples
+            return jax.lax.dynamic_slice_in_dim(leaf, n, 1) if over else leaf
+
+        return jnp.sum(function(*jax.tree.map(row, (outputs, targets)))).astype(like.dtype)
+
+    try:
+        return jax.vmap(one)(jnp.arange(samples))
+    except Exception:
+        return jnp.full(samples, jnp.nan, like.dtype)
 
 
 def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms: Any) -> Prepared:

@@ -116,6 +116,7 @@ def record(
         ),
         separable=loss.separable,
         sample_terms=loss.prepared.sample_terms,
+        sample_losses=loss.alone,
         violations=(*_unlike(net, passes), *loss.prepared.violations, *_bent(net, look, signs, loss, verdict)),
         notes=(*net.notes, *([reason] if reason else []), *loss.prepared.notes, *_notes(look)),
         while_loop=loops.while_loop if look is None else look.samples.while_loop,

@@ -70,10 +70,18 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         sample_cost=1.0,
         loss_along=lambda u, step: value_and_gradient(loss, local.moved(u, step), targets)[0],
         separable=isinstance(loss, str),
+        sample_losses=lambda: _alone(loss, local.outputs, targets),
         sample_terms=kinds.sample_label_terms(xp, targets) if loss == "cross_entropy" and integer else None,
         violations=violations,
         notes=notes,
     )
+
+
+def _alone(loss: Any, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(N,) the loss of each sample by itself."""
+    rows = [slice(n, n + 1) for n in range(len(outputs))]
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        return np.stack([np.asarray(value_and_gradient(loss, outputs[n], targets[n])[0]) for n in rows])
 
 
 def _terms(loss: Any, shape: tuple, targets: np.ndarray, integer: bool, given: int | None) -> tuple[Any, tuple, tuple]:

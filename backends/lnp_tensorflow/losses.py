@@ -15,6 +15,7 @@ from lnp.losses.mean_test import Leaf, found_mean
 from lnp_tensorflow import array_namespace as xp
 from lnp_tensorflow.fallback import FATAL
 from lnp_tensorflow.outputs import flatten, measured, parts, rebuild
+from lnp_tensorflow.state_guard import undisturbed
 
 
 def in_order(loss: Any) -> Any:
@@ -65,6 +66,29 @@ def is_mean_over_samples(function: Callable, outputs: Any, targets: Any) -> bool
 
     with tf.init_scope():
         return found_mean(xp, gradient, [_leaf(x) for x in leaves(outputs)], [_leaf(x) for x in leaves(targets)], FATAL)
+
+
+def alone(function: Callable, loss: Any, outputs: Any, targets: Any, dtype: tf.DType) -> tf.Tensor:
+    """(N,) the loss of each sample by itself, or nan where it takes no single samples, whatever it raises.
+
+    `loss` is what the user passed, which a call may write to.
+    """
+    samples = parts(outputs)[0].shape[0]
+
+    def one(n: tf.Tensor) -> tf.Tensor:
+        def row(leaf: Any) -> Any:
+            over = tf.is_tensor(leaf) and leaf.shape.rank and leaf.shape[0] == samples
+            return leaf[n : n + 1] if over else leaf
+
+        return tf.cast(tf.reshape(function(map_leaves(row, outputs), map_leaves(row, targets)), ()), dtype)
+
+    try:
+        with undisturbed(loss):
+            return tf.map_fn(one, tf.range(samples), fn_output_signature=dtype)
+    except FATAL:
+        raise
+    except Exception:
+        return tf.fill((samples,), tf.constant(float("nan"), dtype))
 
 
 def _leaf(tensor: tf.Tensor) -> Leaf:

@@ -45,13 +45,17 @@ ONE = 0x3F800000
 
 @dataclass(frozen=True)
 class _Loss:
-    """The loss at the batch's outputs, and what is known of it: see `lnp.losses.kinds.Prepared`."""
+    """The loss at the batch's outputs, and what is known of it: see `lnp.losses.kinds.Prepared`.
+
+    `alone` gives the losses of single samples, (N,), of a loss that is the same at every call.
+    """
 
     value: tf.Tensor
     gradient: tf.Tensor
     of: Criterion
     prepared: Prepared
     separable: bool
+    alone: Callable[[], tf.Tensor] | None
 
 
 def record(
@@ -109,6 +113,7 @@ def record(
         loss_along=lambda u, step: _loss_along(run, inputs, drawn, loss, u, step),
         separable=loss.separable,
         sample_terms=loss.prepared.sample_terms,
+        sample_losses=loss.alone,
         violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),
         notes=(*notes, *run.notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
@@ -193,7 +198,10 @@ def _loss(flat: tf.Tensor, batch: Tapped, targets: Any, options: Options) -> _Lo
     if not separable and options.split and options.population is not False and not of.changes:
         with undisturbed(options.loss):
             separable = losses.is_mean_over_samples(prepared.function, returned, targets)
-    return _Loss(value, gradient, of, prepared, separable)
+    alone = (
+        None if of.changes else partial(losses.alone, prepared.function, options.loss, returned, targets, flat.dtype)
+    )
+    return _Loss(value, gradient, of, prepared, separable, alone)
 
 
 def _groups(groups: Groups, options: Options) -> Groups | None:

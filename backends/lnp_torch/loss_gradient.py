@@ -12,14 +12,14 @@ from array_api_compat import torch as xp
 from lnp.contract import validation
 from lnp.contract.options import Options
 from lnp.losses import kinds
-from lnp_torch import losses
+from lnp_torch import losses, sample_losses
 from lnp_torch.averages import Averages
 from lnp_torch.graph import edge, reached
 from lnp_torch.model import Program
 from lnp_torch.outputs import Outputs, flatten, wide
 from lnp_torch.own_loss import checked_own_loss, computed_from, own_gradient, own_terms
 from lnp_torch.reductions import integer
-from lnp_torch.replay import copied
+from lnp_torch.replay import Passes, copied
 from lnp_torch.state_guard import RandomState, same_randomness
 
 INDEPENDENT = (
@@ -42,6 +42,8 @@ class LossAt:
         As in `lnp.losses.kinds.Prepared`.
     at:
         Outputs -> L, shape ().
+    alone:
+        Passes of the batch -> (N,) the loss of each sample by itself; None where nothing can be repeated.
     """
 
     value: torch.Tensor
@@ -52,6 +54,7 @@ class LossAt:
     violations: tuple[tuple[torch.Tensor, str], ...] = ()
     notes: tuple[str, ...] = ()
     sample_terms: torch.Tensor | None = None
+    alone: Callable[[Passes], torch.Tensor] | None = None
 
 
 def loss_at(
@@ -109,12 +112,19 @@ def _at_outputs(
         prepared.rewind()
         return run(outputs, targets)
 
+    def alone(passes: Passes) -> torch.Tensor:
+        prepared.rewind()
+        function = loss.function if loss.function is not options.loss else prepared.loss
+        return sample_losses.of_outputs(function, anew, outputs, targets)
+
     wanted = options.split and options.population is not False
     separable = loss.separable or (wanted and losses.found_mean(loss.function, anew, outputs, targets))
     _, past = reached([edge(value)], {edge(part) for part in parts})
     notes = (*notes, losses.OTHERS) if past else notes
     gradient = flatten([d for d in found if d is not None])
-    return LossAt(value.detach().sum(), gradient, terms, at, separable, loss.violations, notes, weights), outputs
+    value = value.detach().sum()
+    made = LossAt(value, gradient, terms, at, separable, loss.violations, notes, weights, alone=alone)
+    return made, outputs
 
 
 def _check_lengths(outputs: Outputs, targets: Any) -> None:
@@ -148,7 +158,14 @@ def _models_own(outputs: Outputs, options: Options, averages: Averages) -> tuple
     notes = (*notes, losses.OTHERS) if past else notes
     weights = averages.sample_terms(loss, outputs.leaves)
     found = LossAt(
-        loss.detach().sum(), gradient, terms, _computed_by_the_model, False, notes=notes, sample_terms=weights
+        value=loss.detach().sum(),
+        gradient=gradient,
+        terms=terms,
+        at=_computed_by_the_model,
+        separable=False,
+        notes=notes,
+        sample_terms=weights,
+        alone=sample_losses.by_the_model,
     )
     return found, outputs
 

@@ -207,6 +207,7 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
         loss_along=lambda u, step: _loss_along(passes, loss, u, step),
         separable=loss.separable,
         sample_terms=loss.sample_terms,
+        sample_losses=None if loss.alone is None else partial(loss.alone, passes),
         violations=loss.violations,
         notes=(*_frozen_notes(passes), *loss.notes),
     )
@@ -302,13 +303,12 @@ def _signs(seed: Any, like: torch.Tensor) -> Callable[[int], torch.Tensor]:
 
 def _frozen_notes(passes: Passes) -> tuple[str, ...]:
     """What the passes of a measurement keep from the first one."""
-    kinds = {kind for kind, _ in passes.record}
     notes = {
         "statistics": "batch normalisation in training mode keeps this batch's statistics",
         "mask": "dropout keeps one mask for the whole measurement",
         "draw": "random numbers that the network draws are the same ones in the whole measurement",
     }
-    found = [note for kind, note in notes.items() if kind in kinds]
+    found = [note for kind, note in notes.items() if kind in dict(passes.record)]
     return (*found, *([WRITES.format(", ".join(passes.program.written))] if passes.program.written else []))
 
 

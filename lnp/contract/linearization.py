@@ -142,6 +142,9 @@ class Linearization:
     sample_terms:
         w_n, shape (N,): what each sample weighs in that mean, its number of labels or the sum of their classes'
         weights, up to a factor that all have in common. None where all weigh the same, or nobody knows.
+    sample_losses:
+        () -> (N,) array, the loss of each sample by itself, at the outputs that it has in the batch; nan where the loss
+        takes no single samples. None where the backend cannot tell.
     violations:
         (array of shape () that is True when a check of values fails, error message) pairs. The core's numbers are
         nan where one is True; a backend that can read it raises the error.
@@ -173,6 +176,7 @@ class Linearization:
     loss_along: Callable[[Vector, Any], Array] | None = None
     separable: bool = False
     sample_terms: Array | None = None
+    sample_losses: Callable[[], Array] | None = None
     violations: tuple[tuple[Array, str], ...] = ()
     notes: tuple[str, ...] = ()
     loss_name: str = ""

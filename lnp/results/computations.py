@@ -18,6 +18,7 @@ class Decompose(Settings):
 
     by_layer: ByLayer = False
     population: bool | None = False
+    sample_losses: bool = False
 
     def __call__(self, lin: Linearization) -> Decomposition:
         return decomposed(lin, **self._settings)[0]
@@ -32,10 +33,11 @@ class Respond(Decompose):
     """The computation of `lnp.cross_response`."""
 
     def __call__(self, trained: Linearization, measured: Linearization) -> CrossResponse:  # type: ignore[override]
-        return cross_response_of(trained, measured, self._decomposed)
+        def made(lin: Linearization) -> tuple[Decomposition, GradientPass]:
+            of_samples = self.sample_losses and lin is measured
+            return decomposed(lin, **self._settings | {"sample_losses": of_samples}, vector=True)
 
-    def _decomposed(self, lin: Linearization) -> tuple[Decomposition, GradientPass]:
-        return decomposed(lin, **self._settings, vector=True)
+        return cross_response_of(trained, measured, made)
 
 
 def measured_change(lin: Linearization, learning_rate: Any = None, update: Vector | None = None) -> Array:

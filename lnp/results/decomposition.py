@@ -32,6 +32,7 @@ from lnp.estimators.population import Population, jackknife_size, possible
 from lnp.estimators.population import population as population_of
 from lnp.estimators.trace import TraceEstimate
 from lnp.estimators.weighing import choose, estimate_chosen
+from lnp.losses.sample_losses import SampleLosses, sample_losses_of
 from lnp.results import display
 from lnp.results.finished import finished
 
@@ -98,6 +99,8 @@ class Decomposition:
         The whole loss, where it has terms that do not come from the outputs and a backend can measure them: its loss,
         and its rate ||J^T g + dR/dtheta||^2 with R the sum of these terms, which all other values leave out. None
         elsewhere.
+    sample_losses:
+        What each sample adds to the loss, where it was asked for and the loss is a sum over samples; else None.
     magnitude, least:
         Of the computation; 1 and 0 in what is returned. See `lnp.results.finished`.
     """
@@ -120,6 +123,7 @@ class Decomposition:
     notes: tuple[str, ...] = ()
     loss_name: str = ""
     total: Total | None = None
+    sample_losses: SampleLosses | None = field(default=None, repr=False, compare=False)
     magnitude: Any = field(default=1.0, repr=False)
     least: Any = field(default=0.0, repr=False)
     way: Any = field(default=0, repr=False)
@@ -181,6 +185,7 @@ def decomposed(
     by_layer: ByLayer = False,
     population: bool | None = False,
     vector: bool = False,
+    sample_losses: bool = False,
 ) -> tuple[Decomposition, GradientPass]:
     """The decomposition, and the backward pass of the loss that it was made of: with J^T g if `vector` is true.
 
@@ -218,6 +223,7 @@ def decomposed(
         estimator=estimate.estimator,
         notes=(*lin.notes, *choice.notes, *([f"no population values: {reason}"] if reason else [])),
         loss_name=lin.loss_name,
+        sample_losses=sample_losses_of(lin) if sample_losses else None,
         magnitude=found.magnitude,
         least=float(info.smallest_normal) / float(info.eps),
         way=estimate.way,

@@ -73,10 +73,11 @@ class DecomposePreconditioned(Settings):
 
     by_layer: ByLayer = False
     population: bool | None = False
+    sample_losses: bool = False
 
     def __call__(self, lin: Linearization, update: Vector) -> Decomposition:
         estimator = "joint" if self.estimator == "per_sample" else self.estimator
         return decomposed(
             precondition(lin, update), estimator=estimator, rtol=self.rtol, max_probes=self.max_probes,
-            by_layer=self.by_layer, population=self.population is True,
+            by_layer=self.by_layer, population=self.population is True, sample_losses=self.sample_losses,
         )[0]  # fmt: skip

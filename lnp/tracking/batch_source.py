@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ class FixedBatch:
     """One batch, for all measurements."""
 
     position = 0
+
+    key = 0
+    """Which batch the last one was, equal for batches of the same samples; None where none comes again."""
 
     def __init__(self, batch: Batch) -> None:
         self.last = batch
@@ -71,6 +74,11 @@ class CyclingBatches:
             self.last = self._load()
         self.position += 1
         return self.last
+
+    @property
+    def key(self) -> int | None:
+        """Which batch the last one was; None where they are made anew, as loaders do, and none comes again."""
+        return (self.position - 1) % len(self._batches) if isinstance(self._batches, Sequence) else None
 
     def seek(self, position: int) -> None:
         """Make the batch at this position the next one."""

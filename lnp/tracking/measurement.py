@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lnp import api
@@ -14,6 +15,8 @@ from lnp.results.decomposition import Decomposition
 from lnp.results.step_taken import step_taken
 from lnp.tracking.batch_source import CyclingBatches, FixedBatch, batch_source
 from lnp.tracking.history import Row
+from lnp.tracking.learning_rate import LearningRate, LearningRates
+from lnp.tracking.net_rate import NetRates
 from lnp.tracking.process import refuse, single_process
 from lnp.tracking.step_selection import StepSelection
 
@@ -51,12 +54,33 @@ class StepMeasurer:
         Options of `lnp.decompose`.
     source:
         The tracker's own batches, or None.
+    net:
+        Net rates of these batches, or None without them.
+
+    Raises
+    ------
+    ValueError
+        For a learning rate without batches of the tracker's own.
     """
 
-    def __init__(self, options: Mapping[str, Any], batch: Batch | Iterable[Batch], selection: StepSelection) -> None:
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        batch: Batch | Iterable[Batch],
+        learning_rate: LearningRate,
+        selection: StepSelection,
+    ) -> None:
+        if batch is None and learning_rate is not None:
+            raise ValueError(
+                "Tracker received learning_rate= without batch=. Expected both: a net rate is that of a batch which is "
+                "the same at every measurement. Pass batch=, a batch that the run does not train on."
+            )
         self.options = dict(options)
         self.source: FixedBatch | CyclingBatches | None = None if batch is None else batch_source(batch)
+        self.net = None if batch is None else NetRates(LearningRates(learning_rate))
         self._selection = selection
+        if self.net is not None:
+            selection.going_back.append(self.net.go_back)
 
     def options_at(self, step: int) -> dict[str, Any]:
         """The options of a step, with a seed of its own."""
@@ -69,8 +93,17 @@ class StepMeasurer:
         started = time.perf_counter()
         refuse(model)
         own = None if self.source is None else self.source.next(model)
+        options = {**self.options_at(step), **own_options}
+        if own is not None:
+            options["sample_losses"] = True
         with single_process(model):
-            decomposition, values = decompose_batches(step, model, batch, own, {**self.options_at(step), **own_options})
+            decomposition, measured, values = decompose_batches(step, model, batch, own, options)
+        if self.net is not None and self.source is not None:
+            with self._selection.attempt(None, f"the net rate in the row of step {step}", False):
+                rescaled = options.get("preconditioner") is not None
+                found = self.net.values(self._selection.window(step), step, self.source.key, measured, rescaled)
+                values, notes = values | found[0], (*decomposition.notes, *found[1])
+                decomposition = replace(decomposition, notes=notes)
         return self.row(step, values, time.perf_counter() - started), decomposition
 
     def row(self, step: int, values: Mapping[str, Any], seconds: float | None) -> Row:
@@ -94,9 +127,9 @@ class StepMeasurer:
 
 def decompose_batches(
     step: int, model: Model, batch: Batch, own: Batch, options: Mapping[str, Any]
-) -> tuple[Decomposition, dict[str, Any]]:
-    """The decomposition and the values for the row: of the batch that is trained on, with the response of the
-    tracker's own batch to it where both are given, of the one that is given otherwise.
+) -> tuple[Decomposition, Decomposition, dict[str, Any]]:
+    """The decomposition, that of the tracker's own batch, and the values for the row: of the batch that is trained on,
+    with the response of the tracker's own batch to it where both are given, of the one that is given otherwise.
 
     Raises
     ------
@@ -110,9 +143,9 @@ def decompose_batches(
         )
     if batch is None or own is None:
         decomposition = api.decompose(model, own if batch is None else batch, **options)
-        return decomposition, decomposition.to_dict()
+        return decomposition, decomposition, decomposition.to_dict()
     cross = api.cross_response(model, batch, own, **{"population": None, **options})
-    return cross.trained, cross.trained.to_dict() | _cross_values(cross)
+    return cross.trained, cross.measured, cross.trained.to_dict() | _cross_values(cross)
 
 
 def _cross_values(cross: CrossResponse) -> dict[str, Any]:

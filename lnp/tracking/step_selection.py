@@ -27,6 +27,8 @@ class StepSelection:
         A function step -> bool, which may also have a `window` and a budget of time.
     observed:
         The last step that was observed.
+    going_back:
+        What is called with the step that a run has gone back to.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class StepSelection:
         self.observed = BEFORE_FIRST
         self._rank = rank
         self._recorder = recorder
+        self.going_back: list[Callable[[int], None]] = [recorder.go_back]
         self._failures = failures
         self._idle: bool | None = None  # whether another process measures; None until the first step
         self._unchecked = failures.on_error == "raise"
@@ -154,7 +157,8 @@ class StepSelection:
             return False
         if step < self.observed:
             self._first = min(self._first, step)
-            self._recorder.go_back(step)
+            for forget in self.going_back:
+                forget(step)
         self.observed = step
         return True
 

@@ -13,8 +13,11 @@ from lnp.loggers import LoggerSources, as_loggers
 from lnp.results.decomposition import Decomposition
 from lnp.results.step_taken import snapshot
 from lnp.schedule import Schedule, ScheduleSource, as_schedule
+from lnp.tracking.checkpoint import restore, state_of
 from lnp.tracking.failures import MISSING_ROW, Failures, OnError
-from lnp.tracking.history import History, Row
+from lnp.tracking.history import Row
+from lnp.tracking.kept_rows import KeptRows
+from lnp.tracking.learning_rate import LearningRate
 from lnp.tracking.measurement import ObservedStep, StepMeasurer, python_numbers
 from lnp.tracking.options import check_call
 from lnp.tracking.process import refuse
@@ -22,11 +25,8 @@ from lnp.tracking.recorder import Recorder
 from lnp.tracking.shared_step import SharedStep, SharedSteps
 from lnp.tracking.step_selection import StepSelection
 
-VERSION = 1
-"""Version of the state that a checkpoint holds."""
 
-
-class Tracker:
+class Tracker(KeptRows):
     """Measures a run at scheduled steps. Nothing of the run is changed, not by a bit, and a failure never ends it.
 
     Call `observe` at every step, before the update. It answers in about a microsecond where nothing is due; otherwise
@@ -43,7 +43,10 @@ class Tracker:
     batch:
         A batch to measure on instead of the training batch, or something to iterate over, such as a loader, which is
         gone through again and again. Where `observe` gets a training batch as well, the row holds also how fast the
-        loss on `batch` falls while the run trains on its own, under "cross/..." and "measured/...".
+        loss on `batch` falls while the run trains on its own, under "cross/..." and "measured/...". Under "net/..." is
+        how fast the loss on it has really fallen since its last measurement.
+    learning_rate:
+        For the net rate: a number, a function step -> number, or an optimizer of PyTorch. Without, what `observe` gets.
     tags:
         Values that are the same for the whole run, such as its width or seed: they go into every row.
     loggers:
@@ -64,7 +67,7 @@ class Tracker:
     TypeError
         For an option that `lnp.decompose` does not have, or a schedule or logger that is none.
     ValueError
-        For the value of an option that cannot be, and for tags under the names of measured columns.
+        For the value of an option that cannot be, tags named as measured columns, a learning rate without a batch.
 
     Examples
     --------
@@ -83,6 +86,7 @@ class Tracker:
         schedule: ScheduleSource = None,
         *,
         batch: Batch | Iterable[Batch] = None,
+        learning_rate: LearningRate = None,
         tags: Mapping[str, Any] | None = None,
         loggers: LoggerSources = (),
         rank: int | Callable[[], int] | None = None,
@@ -97,11 +101,19 @@ class Tracker:
         self._failures = Failures(on_error)
         self._recorder = Recorder(self.path, fsync, as_loggers(loggers), self._failures)
         self._selection = StepSelection(as_schedule(schedule), rank, self._recorder, self._failures)
-        self._measurer = StepMeasurer(options, batch, self._selection)
+        self._measurer = StepMeasurer(options, batch, learning_rate, self._selection)
+        self._reads = self._measurer.net is not None and self._measurer.net.rates.reads
         self._shared_steps = SharedSteps(self._failures)
 
     def observe(
-        self, step: int, model: Model, batch: Batch = None, *, options: Mapping[str, Any] | None = None, **values: Any
+        self,
+        step: int,
+        model: Model,
+        batch: Batch = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        learning_rate: float | None = None,
+        **values: Any,
     ) -> Decomposition | None:
         """Measure if the schedule says so. Call it before the update of this step, with the batch that it trains on.
 
@@ -114,8 +126,10 @@ class Tracker:
             As for `lnp.decompose`. The batch may be left out if the tracker has one.
         options:
             Options of `lnp.decompose` in the place of the tracker's, where they are known only with the batch.
+        learning_rate:
+            That of this step's update, for the net rate, which is per unit of its sum over all steps; also for the row.
         values:
-            More numbers for the row, such as learning_rate=0.1, under names of no measured column.
+            More numbers for the row, such as epoch=3, under names of no measured column.
 
         Returns
         -------
@@ -124,7 +138,21 @@ class Tracker:
         """
         if options or values:
             check_call(options, values)
-        return self._measure(step, model, batch, options, values) if self._selection.claim(step, model) else None
+        measured = None
+        if self._selection.claim(step, model):
+            given = values if learning_rate is None else {"learning_rate": learning_rate, **values}
+            measured = self._measure(step, model, batch, options, given)
+        if learning_rate is not None or self._reads:
+            self.count(step, learning_rate)
+        return measured
+
+    def count(self, step: int, learning_rate: float | None = None, reason: str = "") -> None:
+        """The learning rate of the update of this step, where `observe` is called only at steps that are due.
+
+        `reason` says why the update is none of gradient descent with it. Then there is a net rate, and no net position.
+        """
+        if self._measurer.net is not None:
+            self._measurer.net.rates.add(step, learning_rate, reason)
 
     def measure(
         self, step: int, model: Model, batch: Batch = None, *, options: Mapping[str, Any] | None = None, **values: Any
@@ -132,7 +160,10 @@ class Tracker:
         """Measure at this step, whatever the schedule says, unless it has been measured. As `observe`."""
         if options or values:
             check_call(options, values)
-        return self._measure(step, model, batch, options, values) if self._selection.claim(step, model, False) else None
+        claimed = self._selection.claim(step, model, False)
+        measured = self._measure(step, model, batch, options, values) if claimed else None
+        self.count(step, values.get("learning_rate"))
+        return measured
 
     def shared(self, step: int, model: Model, **values: Any) -> SharedStep:
         """Measure on the passes of the step itself, if the schedule says so: it then costs its probes alone.
@@ -193,6 +224,7 @@ class Tracker:
                 before = snapshot(model)
                 row, decomposition = self._measurer.measure(operator.index(step), model, batch, {})
                 observed.decomposition = decomposition
+        self.count(step, values.get("learning_rate"))
         if row is None:
             yield observed
             return
@@ -237,32 +269,9 @@ class Tracker:
         """When to measure."""
         return self._selection.schedule
 
-    @property
-    def latest(self) -> dict[str, float]:
-        """The last measurement as loggers get it: {"lnp/chi_pos": 0.01, ...}."""
-        return self._recorder.latest
-
-    @property
-    def history(self) -> History:
-        """The measurements so far, also those of earlier processes."""
-        return self._recorder.history
-
-    def to_pandas(self, by_layer: bool = False) -> Any:
-        """The history as a `pandas.DataFrame`."""
-        return self.history.to_pandas(by_layer)
-
-    def to_polars(self, by_layer: bool = False) -> Any:
-        """The history as a `polars.DataFrame`."""
-        return self.history.to_polars(by_layer)
-
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, of numbers and texts; with the rows where there is no file to hold them."""
-        return {
-            "version": VERSION,
-            **self._selection.state_dict(),
-            "batches": None if self._measurer.source is None else self._measurer.source.position,
-            "rows": self.history.rows() if self.path is None else None,
-        }
+        return state_of(self._selection, self._measurer, self._recorder)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state, also with another schedule than the one it was made with.
@@ -272,16 +281,7 @@ class Tracker:
         ValueError
             For a state that this version does not know.
         """
-        if state.get("version") != VERSION:
-            raise ValueError(
-                f"The state has version {state.get('version')!r}. Expected {VERSION}, as state_dict() writes it. "
-                "Start with a new tracker; its file, if any, is continued."
-            )
-        self._selection.load_state_dict(state)
-        if self._measurer.source is not None and state["batches"] is not None:
-            self._measurer.source.seek(state["batches"])
-        if self.path is None and state["rows"] is not None:
-            self._recorder.restore(state["rows"])
+        restore(state, self._selection, self._measurer, self._recorder)
 
     def close(self) -> None:
         """Let others write to the file, and warn of how often failures came again. Another `observe` opens it again."""
