@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 import sys
 
+import hypothesis
 import numpy as np
 import pytest
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # these machines are noisy: no test is timed
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ def test_networks_that_change_their_mind(name, kit):
     check_change(kit, changing_networks(0, 12, bend)[NAMES.index(name)])
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(name=st.sampled_from(NAMES), seed=st.integers(0, 10**6), half=st.integers(2, 20))
 def test_variants_of_them(name, seed, half):
     check_change(KITS[0], changing_networks(seed, 2 * half, bend)[NAMES.index(name)])

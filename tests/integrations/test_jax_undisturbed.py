@@ -218,7 +218,7 @@ def runs(draw: st.DrawFn) -> Callable[[], Run]:
     return make
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=4, derandomize=True)
 @given(runs(), st.sampled_from(sorted(WAYS)))
 def test_runs_with_several_kinds_of_state(make, way):
     measured, unmeasured = WAYS[way]

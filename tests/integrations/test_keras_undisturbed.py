@@ -144,7 +144,7 @@ def test_losses(kind, way):
     agree(way, ("batch norm",), kind)
 
 
-@hypothesis.settings(max_examples=2, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=2, derandomize=True, database=None)
 @hypothesis.given(
     way=strategies.sampled_from(["value_and_grad", "observe"]),
     names=strategies.lists(strategies.sampled_from(sorted(LAYERS)), min_size=2, max_size=3, unique=True),

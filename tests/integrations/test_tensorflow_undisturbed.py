@@ -90,7 +90,7 @@ def test_losses(kind, way):
     agree(way, ("batch norm",), kind)
 
 
-@hypothesis.settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=3, derandomize=True, database=None)
 @hypothesis.given(
     way=strategies.sampled_from(["value_and_grad", "observe"]),
     features=strategies.lists(strategies.sampled_from(sorted(FEATURES)), min_size=2, max_size=3, unique=True),

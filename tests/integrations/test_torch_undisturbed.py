@@ -118,7 +118,7 @@ def test_all_public_functions(layer):
     assert_same(trained(everything, [layer]), trained(plain, [layer]))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     layers=st.lists(st.sampled_from(sorted(LAYERS)), min_size=2, max_size=4),
     loss=st.sampled_from(sorted(LOSSES)),

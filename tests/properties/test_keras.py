@@ -57,7 +57,7 @@ TRIED = slice(1) if keras.backend.backend() == "jax" else slice(None)
 
 
 @pytest.mark.parametrize(("holds", "scenarios"), PROPERTIES[TRIED], ids=NAMES[TRIED])
-@settings(max_examples=2, deadline=None, derandomize=True)
+@settings(max_examples=2, derandomize=True)
 @given(data=st.data())
 def test_property(holds, scenarios, data):
     holds(kit, data.draw(scenarios))

@@ -19,7 +19,7 @@ kit = Kit("numpy", "numpy", build, lambda loss: lambda f, y: (loss.value(np, f, 
 
 
 @pytest.mark.parametrize(("holds", "scenarios"), PROPERTIES, ids=NAMES)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_property(holds, scenarios, data):
     holds(kit, data.draw(scenarios))

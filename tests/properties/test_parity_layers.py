@@ -160,7 +160,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", FUNCTIONS)
-@settings(max_examples=2, deadline=None, derandomize=True)
+@settings(max_examples=2, derandomize=True)
 @given(data=st.data())
 def test_layers(kind, dtype, data):
     weights, x, labels = data.draw(networks(kind))

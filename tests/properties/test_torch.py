@@ -53,7 +53,7 @@ kit = Kit(
 
 
 @pytest.mark.parametrize(("holds", "scenarios"), PROPERTIES, ids=NAMES)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(data=st.data())
 def test_property(holds, scenarios, data):
     holds(kit, data.draw(scenarios))
