@@ -22,6 +22,7 @@ from lnp.contract.linearization import (
     unit,
 )
 from lnp.contract.options import Options
+from lnp.losses.evidence import told
 from lnp.per_sample import differences, self_check
 from lnp.per_sample.verdict import BENT, FROZEN_DIFFERS, Verdict
 from lnp_jax import fallback, loops, losses
@@ -120,6 +121,7 @@ def record(
         violations=(*_unlike(net, passes), *loss.prepared.violations, *_bent(net, look, signs, loss, verdict)),
         notes=(*net.notes, *([reason] if reason else []), *loss.prepared.notes, *_notes(look)),
         while_loop=loops.while_loop if look is None else look.samples.while_loop,
+        **told(jnp, loss.prepared, loss.gradient),
     )
 
 

@@ -26,6 +26,7 @@ TERMS = (
     "terms of the loss that do not come from the outputs (regularisation, add_loss) are left out: the loss and the "
     "gradient of a training step have them"
 )
+ADDED = "what the model's layers add to the loss"
 OVERWRITES = (
     "a layer writes to trained variables while it runs (spectral normalisation does): on TensorFlow and PyTorch the "
     "gradient is taken at what it wrote, as in a training step, and on JAX through it"
@@ -40,6 +41,8 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     if operands.get("update") is not None:
         operands["update"] = _update(_plain(model), handed.options.parameters, operands["update"])
     result = backend.evaluate(computation, handed.model, handed.batches, handed.options, **operands)
+    if handed.alone and hasattr(result, "loss_name"):
+        result = replace(result, loss_name=ADDED)
     if isinstance(result, lnp.Decomposition) and "update" not in operands and isinstance(result.loss, float):
         return _with_total(result, handed)
     notes = (*handed.notes, *_notes(handed, handed.adds_terms or handed.reads_parameters))

@@ -11,12 +11,14 @@ from typing import Any
 import keras
 
 from lnp.contract.trees import leaves
+from lnp.losses.evidence import LossInputs, in_words
 from lnp_keras.losses import (
     AUTOMATIC,
     KerasLoss,
     OwnLoss,
     bare,
     held_variables,
+    inputs_of,
     opened,
     replaced,
     resolved,
@@ -98,6 +100,15 @@ class CompiledLoss:
         if overrides(self.model(), "compute_loss") or self.identity is None:
             return None
         return sample_terms_of(resolved(self.identity, outputs, targets), outputs, targets)
+
+    def loss_inputs(self, outputs: Any, targets: Any) -> tuple[str, LossInputs | None]:
+        """Its name, and what it is given."""
+        model: Any = self.model()
+        if overrides(model, "compute_loss"):
+            return in_words(model.compute_loss), None
+        if self.identity is None:
+            return "the model's compiled losses", None
+        return inputs_of(resolved(self.identity, outputs, targets), outputs, weighted(targets)[0])
 
 
 @dataclass(frozen=True)

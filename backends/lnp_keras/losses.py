@@ -12,6 +12,7 @@ import keras
 from keras.src.backend import set_keras_mask  # there is no public way to set one
 
 from lnp.contract.trees import leaves
+from lnp.losses.evidence import LossInputs, in_words
 from lnp.losses.kinds import IGNORE_INDEX, NAMES, resolve
 from lnp.state.preserve import reachable_objects
 from lnp_keras.state_guard import FOREIGN, VARIABLE, Scope, unchanged
@@ -29,6 +30,13 @@ ROWS = (
     *("sparse_categorical_crossentropy", "kl_divergence", "cosine_similarity", "categorical_hinge"),
 )
 """Losses that average over rows, one for each vector along the last axis of the outputs."""
+CLASSES = ("categoricalcrossentropy", "sparsecategoricalcrossentropy", "categoricalfocalcrossentropy")
+BINARY = ("binarycrossentropy", "binaryfocalcrossentropy")
+TAKES = (
+    dict.fromkeys(CLASSES, "probabilities") | dict.fromkeys(BINARY, "binary_probabilities"),
+    dict.fromkeys(CLASSES, "cross_entropy") | dict.fromkeys(BINARY, "binary_cross_entropy"),
+)
+"""{loss in small letters: what it takes outputs for}, without and with `from_logits`."""
 HELD = "values of variables"
 """Under which name they come with the targets."""
 WEIGHTED = "sample weights scale the terms of the loss, which are counted as without them"
@@ -69,6 +77,10 @@ class KerasLoss:
         """What each sample weighs in the mean, (N,), or None where all weigh the same."""
         return sample_terms_of(self.loss, outputs, targets)
 
+    def loss_inputs(self, outputs: Any, targets: Any) -> tuple[str, LossInputs | None]:
+        """Its name, and what it is given."""
+        return inputs_of(self.loss, outputs, weighted(targets)[0])
+
 
 @dataclass(frozen=True)
 class OwnLoss:
@@ -91,6 +103,10 @@ class OwnLoss:
     def variables(self) -> list[keras.Variable]:
         """The variables that it may read."""
         return held_variables([self.loss])
+
+    def loss_inputs(self, outputs: Any, targets: Any) -> tuple[str, LossInputs | None]:
+        """Its name, and what it is given."""
+        return inputs_of(self.loss, outputs, _as_given(targets))
 
     def __getattr__(self, name: str) -> Any:
         if name == "loss":  # while it is copied, before it has one
@@ -192,6 +208,19 @@ def _kept_rows(loss: Any, outputs: Any, targets: Any, shape: tuple) -> Any:
 def _count_by(loss: Any) -> str | None:
     name = getattr(loss, "__name__", type(loss).__name__)
     return "elements" if name in ELEMENTS else "rows" if name in ROWS else None
+
+
+def inputs_of(loss: Any, outputs: Any, targets: Any) -> tuple[str, LossInputs | None]:
+    """(A loss's name, what it is given where that is one array each)."""
+    name, given = in_words(loss), leaves(bare(outputs))
+    if len(given) != 1 or not keras.ops.is_tensor(targets):
+        return name, None
+    shape, integer = tuple(given[0].shape), "int" in keras.backend.standardize_dtype(targets.dtype)
+    if integer and tuple(targets.shape) == (*shape[:-1], 1):
+        targets = keras.ops.squeeze(targets, -1)
+    kind = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    takes = TAKES[bool(getattr(loss, "from_logits", False))].get(kind, "")
+    return name, LossInputs(given[0], targets, integer, takes)
 
 
 def _reduction(loss: Any) -> str:

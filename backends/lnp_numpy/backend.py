@@ -14,6 +14,7 @@ from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp.contract.validation import check_lengths, check_outputs, select, unpack
 from lnp.losses import kinds
+from lnp.losses.evidence import described, evidence
 from lnp_numpy.losses import value_and_gradient
 from lnp_numpy.model import JacobianModel, LinearModel, OperatorModel
 
@@ -50,6 +51,8 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         value, gradient = value_and_gradient(loss, local.outputs, targets)
     terms, violations, notes = _terms(loss, shape, targets, integer, options.loss_terms)
+    takes = loss if isinstance(loss, str) else ""
+    name, inputs = described(options.loss, takes, None, (local.outputs, targets), True, integer)
     chosen = select(model.parameters, options.parameters)
     keep = _restrict(chosen)
 
@@ -74,6 +77,8 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         sample_terms=kinds.sample_label_terms(xp, targets) if loss == "cross_entropy" and integer else None,
         violations=violations,
         notes=notes,
+        loss_name=name,
+        evidence=evidence(xp, inputs, gradient),
     )
 
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 from lnp.contract import validation
 from lnp.contract.linearization import GradientPass, Linearization, Vector, coupling_tolerance, unit, while_loop
 from lnp.contract.options import Options
+from lnp.losses.evidence import told
 from lnp.losses.kinds import Prepared
 from lnp.per_sample.self_check import bend_of_batch
 from lnp.per_sample.verdict import BENT
@@ -117,6 +118,7 @@ def record(
         violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),
         notes=(*notes, *run.notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
+        **told(array_namespace, loss.prepared, loss.gradient),
     )
     if taken is not None:
         lin = taken.offered_in(lin)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from lnp.contract.linearization import Linearization, Subset, Vector
@@ -135,16 +136,20 @@ def decided(result: Any, looks: list[Look | None], flags: list[torch.Tensor]) ->
 
 
 def to_host(result: Any, others: list[torch.Tensor]) -> tuple[Any, list[float]]:
-    """Every tensor of shape () as a Python number, and the others as numbers, in one transfer."""
-    tensors = [leaf for leaf in leaves(result) if _is_number(leaf)] + others
+    """Every tensor of shape () as a Python number, others as NumPy arrays, and `others` as numbers, in one transfer."""
+    tensors = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)] + others
     if not tensors:
         return result, []
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    values = torch.stack([tensor.detach().to(dtype) for tensor in tensors]).tolist()
-    numbers = iter([v if t.is_floating_point() else int(v) for v, t in zip(values, tensors, strict=True)])
-    result = map_leaves(lambda leaf: next(numbers) if _is_number(leaf) else leaf, result)
-    return result, list(numbers)
+    values = torch.cat([tensor.detach().to(dtype).reshape(-1) for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    brought = iter([_on_host(values[end - t.numel() : end], t) for end, t in zip(ends, tensors, strict=True)])
+    result = map_leaves(lambda leaf: next(brought) if isinstance(leaf, torch.Tensor) else leaf, result)
+    return result, list(brought)
 
 
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and not leaf.ndim
+def _on_host(values: np.ndarray, like: torch.Tensor) -> Any:
+    """A tensor's values as a number or an array of its shape."""
+    if like.ndim:
+        return values.reshape(like.shape)
+    return float(values[0]) if like.is_floating_point() else int(values[0])

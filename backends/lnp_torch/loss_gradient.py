@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from array_api_compat import torch as xp
 from lnp.contract import validation
 from lnp.contract.options import Options
 from lnp.losses import kinds
+from lnp.losses.evidence import OF_THE_MODEL, OF_THE_STEP, told
 from lnp_torch import losses, sample_losses
 from lnp_torch.averages import Averages
 from lnp_torch.graph import edge, reached
+from lnp_torch.host_steps import HostStep
 from lnp_torch.model import Program
 from lnp_torch.outputs import Outputs, flatten, wide
 from lnp_torch.own_loss import checked_own_loss, computed_from, own_gradient, own_terms
@@ -40,6 +42,8 @@ class LossAt:
         g = dL/df, (N, K), in float32 or better.
     terms, separable, violations, notes, sample_terms:
         As in `lnp.losses.kinds.Prepared`.
+    told:
+        Keywords of `lnp.Linearization`: which loss it is, and what shows whether it was meant.
     at:
         Outputs -> L, shape ().
     alone:
@@ -54,6 +58,7 @@ class LossAt:
     violations: tuple[tuple[torch.Tensor, str], ...] = ()
     notes: tuple[str, ...] = ()
     sample_terms: torch.Tensor | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
     alone: Callable[[Passes], torch.Tensor] | None = None
 
 
@@ -71,7 +76,9 @@ def loss_at(
     """
     if targets is None:
         assert averages is not None, "it has watched the pass in which the model computed its loss"
-        return _models_own(outputs, options, averages)
+        found, outputs = _models_own(outputs, options, averages)
+        name = OF_THE_STEP if isinstance(options.forward, HostStep) else OF_THE_MODEL
+        return replace(found, told={"loss_name": name}), outputs
     _check_lengths(outputs, targets)
     # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
     parts = [part.detach().to(wide([part])).requires_grad_() for part in outputs.parts]
@@ -80,7 +87,8 @@ def loss_at(
     run = repeated(
         loss.function if loss.function is not options.loss else prepared.loss, RandomState([prepared.device])
     )
-    return _at_outputs(prepared, run, loss, outputs, parts, targets, options)
+    found, outputs = _at_outputs(prepared, run, loss, outputs, parts, targets, options)
+    return replace(found, told=told(xp, loss, found.gradient)), outputs
 
 
 def _at_outputs(

@@ -93,13 +93,14 @@ def _prepared_own(loss: Callable, given: kinds.Given, targets: Any) -> kinds.Pre
             "Expected a loss that takes what the model returns, whole. Pass loss=, a callable such as "
             "lambda outputs, targets: criterion(outputs.logits, targets)."
         )
+    takes, axis = ("", None) if own is None else (own.takes, 1 if own.over == "labels" else -1)
     if own is None or (own.over == "elements" and given.outputs != given.targets):
-        return kinds.Prepared(loss, None, kinds.separable(loss))
+        return kinds.Prepared(loss, None, kinds.separable(loss), takes=takes, axis=axis)
     if own.over == "labels":
         check_labels(own, given.outputs or (), targets)
     # A sum is N times a mean over samples, so its position and noise scale would be the mean's; its rate however is
     # that of N times the loss, which says nothing about the population until N is divided out.
-    return kinds.Prepared(loss, None, own.reduction in ("mean", "batchmean"))
+    return kinds.Prepared(loss, None, own.reduction in ("mean", "batchmean"), takes=takes, axis=axis)
 
 
 def _named(loss: Any) -> str:

@@ -139,10 +139,7 @@ class Operators:
 
 
 def record(prepared: Program, batch: Any, options: Options, reason: str = "") -> tuple[Linearization, Look | None]:
-    """Linearise a model on a batch; and what looks at its samples, where they are taken apart.
-
-    `reason` is why they are not to be, or "".
-    """
+    """(The record of a batch, what looks at its samples where they are taken apart); `reason` is why they are not."""
     inputs, targets = split_batch(batch, options.loss)
     # what was made in inference mode can take no part in a derivative
     targets = map_leaves(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, targets)
@@ -210,6 +207,7 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
         sample_losses=None if loss.alone is None else partial(loss.alone, passes),
         violations=loss.violations,
         notes=(*_frozen_notes(passes), *loss.notes),
+        **loss.told,
     )
 
 

@@ -33,6 +33,12 @@ ELEMENTS = (
 """Losses whose mean is over all elements of outputs and targets."""
 LABELS = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 """Losses whose mean is over class labels."""
+TAKES = {
+    "cross_entropy": (nn.CrossEntropyLoss, F.cross_entropy),
+    "log_probabilities": (nn.NLLLoss, F.nll_loss),
+    "binary_cross_entropy": (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits),
+}
+"""What losses take outputs for, where that may be mistaken."""
 SAMPLES = (nn.MultiMarginLoss, nn.MultiLabelMarginLoss, F.multi_margin_loss, F.multilabel_margin_loss)
 """Losses whose mean is over samples, however many classes they have."""
 
@@ -51,12 +57,15 @@ class OwnLoss:
         Label that takes no part.
     weighted:
         Whether weights are given, for classes or elements.
+    takes:
+        What it takes outputs for (`lnp.losses.evidence.LossInputs`), or "".
     """
 
     over: Literal["elements", "labels", "samples"]
     reduction: str
     ignore_index: int
     weighted: bool
+    takes: str = ""
 
 
 def own_loss(loss: Callable) -> OwnLoss | None:
@@ -73,7 +82,8 @@ def own_loss(loss: Callable) -> OwnLoss | None:
     if over is None or {"size_average", "reduce"} & settings.keys():  # the old way to say how a function reduces
         return None
     ignored = settings.get("ignore_index", kinds.IGNORE_INDEX)
-    return OwnLoss(over, settings.get("reduction", "mean"), ignored, settings.get("weight") is not None)
+    takes = next((name for name, losses in TAKES.items() if any(identity is one for one in losses)), "")
+    return OwnLoss(over, settings.get("reduction", "mean"), ignored, settings.get("weight") is not None, takes)
 
 
 REDUCED: dict[Literal["elements", "labels", "samples"], tuple] = {

@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from array_api_compat import torch as xp
 
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp.losses import kinds
+from lnp.losses.evidence import OF_THE_STEP, told
 from lnp_torch import losses
 from lnp_torch.averages import Averages
 from lnp_torch.graph import edge, reached
@@ -214,6 +216,11 @@ def step_sample_terms(
     if criterion is None or averages.terms(loss, outputs.leaves) is not None:
         return averages.sample_terms(loss, outputs.leaves)
     return criterion.sample_terms()
+
+
+def step_told(criterion: StepCriterion | None, gradient: torch.Tensor) -> dict[str, Any]:
+    """Keywords of the record: which loss a step has, and what shows whether it was meant, as far as that is known."""
+    return {"loss_name": OF_THE_STEP} if criterion is None else told(xp, criterion.meant, gradient)
 
 
 DIFFERS = (

@@ -30,7 +30,7 @@ from lnp_torch.own_loss import shown_mean
 from lnp_torch.record import Operators, graph_gradients, linearization, plan_and_look, tolerance_of
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
 from lnp_torch.state_guard import finished, no_gradients, undisturbed
-from lnp_torch.step_loss import StepCriterion, loss_gradient, step_outputs, step_sample_terms
+from lnp_torch.step_loss import StepCriterion, loss_gradient, step_outputs, step_sample_terms, step_told
 from lnp_torch.taps.backward_pass import Samples, Tapped
 from lnp_torch.taps.reader import Reading
 from lnp_torch.watched_pass import WatchedPass, call_with
@@ -86,8 +86,7 @@ class SharedStep(contextlib.AbstractContextManager):
     Attributes
     ----------
     seconds:
-        What the last backward pass of the step itself took, until it returned: the rest of `backward` is the
-        measurement.
+        What the step's own last backward pass took, until it returned: the rest of `backward` is the measurement.
     stepped:
         Whether the step's own backward pass has been run: as long as it has not, nothing has happened, and
         `loss.backward()` gives the parameters the same gradients.
@@ -227,7 +226,8 @@ class SharedStep(contextlib.AbstractContextManager):
         constant = not all(part.requires_grad for part in parts)
         said = [note for note, true in ((losses.OTHERS, others), (CONSTANT, constant), (differs, differs)) if true]
         weights = step_sample_terms(watched.averages, loss, outputs, criterion)
-        meant = LossAt(loss.detach() / scale, g, terms, lambda other: loss, separable, (), notes, weights)
+        value, name = loss.detach() / scale, step_told(criterion, g)
+        meant = LossAt(value, g, terms, lambda other: loss, separable, (), notes, weights, told=name)
         return Step(Operators(samples, plan, look, gradients, g, options), meant, others, (*why, *said))
 
     def _backward(

@@ -7,7 +7,7 @@ offers the Jacobian J = df/dtheta (N*K rows, one column per parameter) as operat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Array = Any
@@ -152,6 +152,8 @@ class Linearization:
         What the user should know about how the record was made.
     loss_name:
         Which loss it is, in words.
+    evidence:
+        Rows of the batch in which it shows whether that loss was meant (`lnp.losses.evidence`).
     while_loop:
         (condition, body, state) -> state; a compiling framework's own loop, otherwise Python's.
     """
@@ -180,6 +182,7 @@ class Linearization:
     violations: tuple[tuple[Array, str], ...] = ()
     notes: tuple[str, ...] = ()
     loss_name: str = ""
+    evidence: Mapping[str, tuple[Array, ...]] = field(default_factory=dict)
     while_loop: Callable = while_loop
 
     @property

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lnp.losses.evidence import LossInputs, described
+
 NAMES = ("cross_entropy", "mse", "binary_cross_entropy", "huber")
 ELEMENTWISE = ("binary_cross_entropy", "mse", "huber")
 """Losses that average over all elements: of a logit and its label or probability, or with delta = 1."""
@@ -184,6 +186,10 @@ class Prepared:
         Whether it is known to be a mean over samples.
     violations, notes, sample_terms:
         As in `lnp.Linearization`.
+    takes, axis:
+        What it takes outputs for, and their axis of classes, as far as it is known: see `LossInputs`.
+    name, inputs:
+        Which loss it is, in words, and what it is given.
     """
 
     function: Callable
@@ -192,6 +198,10 @@ class Prepared:
     violations: tuple[tuple[Any, str], ...] = ()
     notes: tuple[str, ...] = ()
     sample_terms: Any = None
+    takes: str = ""
+    axis: int | None = None
+    name: str = ""
+    inputs: LossInputs | None = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +264,8 @@ def prepare(
         As `resolve`, `class_axis` and `check_same_shape`.
     """
     prepared = _prepared(xp, loss, given, arrays, elementwise, cross_entropy, known, second_axis)
+    name, inputs = described(loss, prepared.takes, prepared.axis, arrays, given.single, given.integer)
+    prepared = replace(prepared, name=name, inputs=inputs)
     if loss_terms is None:
         return prepared
     weights = prepared.sample_terms
@@ -274,12 +286,13 @@ def _prepared(
         resolve(None, (), None, False)  # a named loss needs single arrays just as much
     if isinstance(meant, str) and meant in ELEMENTWISE:
         check_same_shape(shape, given.targets or ())
-        return Prepared(elementwise[meant], math.prod(shape), separable=True)
+        return Prepared(elementwise[meant], math.prod(shape), separable=True, takes=meant)
     if isinstance(meant, str):
         axis = class_axis(shape, given.targets or (), given.integer, second_axis=second_axis)
         terms, violations = class_terms(xp, shape, axis, targets, given.integer)
         weights = sample_label_terms(xp, targets) if given.integer else None
-        return Prepared(cross_entropy(axis, given.integer), terms, True, violations, sample_terms=weights)
+        function = cross_entropy(axis, given.integer)
+        return Prepared(function, terms, True, violations, sample_terms=weights, takes=meant, axis=axis)
     stated = stated_terms(meant, outputs, targets)
     if stated is not None:
         weights = stated_sample_terms(meant, outputs, targets)

@@ -101,8 +101,8 @@ class Decomposition:
         elsewhere.
     sample_losses:
         What each sample adds to the loss, where it was asked for and the loss is a sum over samples; else None.
-    magnitude, least:
-        Of the computation; 1 and 0 in what is returned. See `lnp.results.finished`.
+    magnitude, least, evidence:
+        Of the computation; 1, 0 and empty in what is returned. See `lnp.results.finished`.
     """
 
     loss: Any
@@ -127,6 +127,7 @@ class Decomposition:
     magnitude: Any = field(default=1.0, repr=False)
     least: Any = field(default=0.0, repr=False)
     way: Any = field(default=0, repr=False)
+    evidence: Mapping[str, tuple[Array, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def preference(self) -> Any:
@@ -223,6 +224,7 @@ def decomposed(
         estimator=estimate.estimator,
         notes=(*lin.notes, *choice.notes, *([f"no population values: {reason}"] if reason else [])),
         loss_name=lin.loss_name,
+        evidence=lin.evidence,
         sample_losses=sample_losses_of(lin) if sample_losses else None,
         magnitude=found.magnitude,
         least=float(info.smallest_normal) / float(info.eps),

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lnp.estimators.trace import WAYS
+from lnp.losses.doubts import doubts
 
 Decomposition = Any
 """A `lnp.Decomposition`, whose own file imports this one."""
@@ -40,6 +41,7 @@ def finished(d: Decomposition) -> Decomposition:
         population=None if d.population is None else scaled(d.population),
         magnitude=1.0,
         least=0.0,
+        evidence={},
     )
 
 
@@ -50,7 +52,7 @@ def explained(d: Decomposition, unscaled: bool = False) -> Decomposition:
     """
     if not isinstance(d.loss, float):
         return finished(d)
-    notes, done = [], finished(d)
+    notes, done = list(doubts(d.evidence)), finished(d)
     if not all(map(math.isfinite, (d.loss, d.rate, d.chi_loss, d.chi_net))):
         notes.append("outputs, loss or gradients are not finite, or their squares overflow: what they touch is nan")
     elif not (done.rate < math.inf and done.chi_loss < math.inf) or (d.chi_loss and not done.chi_loss):

@@ -1,0 +1,188 @@
+"""Losses that are probably not meant get a note, and right uses get none; and which loss it was is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import lnp
+import lnp_numpy
+from lnp.losses import doubts
+from lnp.losses.evidence import LossInputs, evidence
+
+RNG = np.random.default_rng(0)
+N, CLASSES = 24, 4
+LABELS = RNG.integers(0, CLASSES, N)
+ONE_HOT = np.eye(CLASSES)[LABELS]
+LOGITS = RNG.normal(0, 1.5, (N, CLASSES))
+PROBABILITIES = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
+SMOOTHED = 0.9 * ONE_HOT + 0.1 / CLASSES
+ONE = RNG.normal(0, 1, (N, 1))
+SIGMOID = 1 / (1 + np.exp(-RNG.normal(0, 2, (N, 1))))
+BINARY = (RNG.random((N, 1)) < 0.5) * 1.0
+
+
+def notes(outputs, targets, loss=None):
+    """Of a model that gives these outputs."""
+    model = lnp_numpy.OperatorModel(outputs, np.eye(outputs.size))
+    found = lnp.decompose(model, (np.zeros((len(outputs), 1)), targets), loss).notes
+    return [note for note in found if note in ALL]
+
+
+ALL = [text for name, text in vars(doubts).items() if name.isupper() and isinstance(text, str)]
+
+
+def softmax(f):
+    return np.exp(f) / np.exp(f).sum(axis=-1, keepdims=True)
+
+
+def of_logits(f, y):
+    """A cross-entropy of logits of the user's own, with its gradient."""
+    y = y if y.ndim == f.ndim else np.eye(f.shape[-1])[y]
+    return -np.mean(np.sum(y * np.log(softmax(f)), axis=-1)), (softmax(f) - y) / len(f)
+
+
+def of_probabilities(f, y):
+    y = np.eye(f.shape[-1])[y]
+    return -np.mean(np.sum(y * np.log(f), axis=-1)), -y / f / len(f)
+
+
+def of_binary_logits(f, y):
+    y = y.reshape(f.shape)
+    return np.mean(np.logaddexp(0, f) - y * f), (1 / (1 + np.exp(-f)) - y) / f.size
+
+
+def broadcast(f, y):
+    """What (f - y) ** 2 makes of (N, 1) and (N,)."""
+    return np.mean((f - y) ** 2), 2 * np.mean(f - y, axis=1, keepdims=True) / len(f)
+
+
+def aligned(f, y):
+    y = y.reshape(f.shape)
+    return np.mean((f - y) ** 2), 2 * (f - y) / f.size
+
+
+def brier(f, y):
+    return aligned(f, np.eye(f.shape[-1])[y])
+
+
+SUSPICIOUS = {
+    "probabilities, inferred": (PROBABILITIES, LABELS, None, doubts.TWICE),
+    "probabilities, named": (PROBABILITIES, SMOOTHED, "cross_entropy", doubts.TWICE),
+    "probabilities, own loss": (PROBABILITIES, LABELS, of_logits, doubts.TWICE),
+    "probabilities, own loss of soft targets": (PROBABILITIES, SMOOTHED, of_logits, doubts.TWICE),
+    "sigmoid": (SIGMOID, BINARY, "binary_cross_entropy", doubts.TWICE_BINARY),
+    "sigmoid, own loss": (SIGMOID, BINARY, of_binary_logits, doubts.TWICE_BINARY),
+    "sigmoid, own loss, flat": (SIGMOID, BINARY[:, 0], of_binary_logits, doubts.TWICE_BINARY),
+    "one-hot, inferred": (LOGITS, ONE_HOT, None, doubts.ONE_HOT),
+    "indices as floats": (ONE, LABELS[:, None] * 1.0, None, doubts.WHOLE_NUMBERS),
+    "no soft labels": (
+        LOGITS,
+        ONE_HOT + np.eye(CLASSES)[(LABELS + 1) % CLASSES],
+        "cross_entropy",
+        doubts.NO_SOFT_LABELS,
+    ),
+    "labels -1 and 1": (ONE, 2 * BINARY - 1, "binary_cross_entropy", doubts.NO_BINARY_LABELS),
+    "one column": (ONE[:6], np.zeros(6, int), None, doubts.ONE_COLUMN),
+    "one label": (LOGITS, np.full(N, 2), None, doubts.CONSTANT),
+    "one number": (ONE, np.full((N, 1), 1.5), None, doubts.CONSTANT),
+    "broadcast": (ONE, RNG.normal(0, 1, N), broadcast, doubts.PAIRS),
+    "broadcast labels": (ONE, LABELS, broadcast, doubts.PAIRS),
+}
+RIGHT = {
+    "logits": (LOGITS, LABELS, None),
+    "small logits": (LOGITS / 100, LABELS, None),
+    "zeros": (0 * LOGITS, LABELS, None),
+    "logarithms": (np.log(PROBABILITIES), LABELS, None),
+    "label smoothing": (LOGITS, SMOOTHED, "cross_entropy"),
+    "one-hot, named": (LOGITS, ONE_HOT, "cross_entropy"),
+    "rows that are left out": (LOGITS, ONE_HOT * (np.arange(N) % 3 > 0)[:, None], "cross_entropy"),
+    "ignored labels": (LOGITS, np.where(np.arange(N) % 3, LABELS, -100), None),
+    "own loss of logits": (LOGITS, LABELS, of_logits),
+    "own loss of probabilities": (PROBABILITIES, LABELS, of_probabilities),
+    "Brier score": (PROBABILITIES, ONE_HOT, "mse"),
+    "Brier score, own": (PROBABILITIES, LABELS, brier),
+    "Brier score of equal probabilities": (np.full((N, CLASSES), 0.25), LABELS, brier),
+    "one-hot, regression named": (LOGITS, ONE_HOT, "mse"),
+    "0 and 1, one output": (ONE, BINARY, None),
+    "0 and 1, probabilities": (SIGMOID, BINARY, None),
+    "several labels": (LOGITS, (RNG.random((N, CLASSES)) < 0.4) * 1.0, "binary_cross_entropy"),
+    "several labels, small logits": (
+        np.abs(LOGITS) / 100,
+        (RNG.random((N, CLASSES)) < 0.4) * 1.0,
+        "binary_cross_entropy",
+    ),
+    "regression": (ONE, RNG.normal(0, 1, (N, 1)), None),
+    "regression to probabilities": (LOGITS, PROBABILITIES, None),
+    "counts, regression named": (ONE, LABELS[:, None] * 1.0, "mse"),
+    "residuals": (ONE, np.zeros((N, 1)), None),
+    "ones of a discriminator": (ONE, np.ones((N, 1)), "binary_cross_entropy"),
+    "four samples of one label": (LOGITS[:4], np.full(4, 2), None),
+    "flat targets, aligned": (ONE, RNG.normal(0, 1, N), aligned),
+    "flat labels, aligned": (ONE, LABELS, aligned),
+    "tokens": (np.stack([LOGITS, LOGITS]), np.stack([LABELS, LABELS]), None),
+    "one sample": (LOGITS[:1], LABELS[:1], None),
+}
+
+
+@pytest.mark.parametrize("case", SUSPICIOUS)
+def test_suspicious(case):
+    *given, expected = SUSPICIOUS[case]
+    assert expected in notes(*given)
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_no_false_alarm(case):
+    assert notes(*RIGHT[case]) == []
+
+
+@pytest.mark.parametrize(("takes", "outputs", "expected"), [
+    ("probabilities", LOGITS, (doubts.NO_PROBABILITIES,)),
+    ("probabilities", PROBABILITIES, ()),
+    ("probabilities", ONE, (doubts.ONE_COLUMN,)),
+    ("binary_probabilities", ONE, (doubts.NO_PROBABILITIES,)),
+    ("binary_probabilities", SIGMOID, ()),
+    ("log_probabilities", LOGITS, (doubts.NO_LOGARITHMS,)),
+    ("log_probabilities", np.log(PROBABILITIES), ()),
+    ("log_probabilities", PROBABILITIES, (doubts.NO_LOGARITHMS,)),
+])  # fmt: skip
+def test_losses_of_probabilities(takes, outputs, expected):
+    given = LossInputs(outputs, LABELS, True, takes)
+    assert doubts.doubts(evidence(np, given, outputs)) == expected
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (40, 6), (2, 4, 3, 3), (9, 2, 200), (50, 70_000)])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_rows_of_outputs_and_labels_belong_together(shape, axis):
+    """Labels say which row they are of; few numbers come to the host, of all samples where they are few."""
+    labels = np.arange(np.prod(shape) // shape[axis]).reshape(np.delete(shape, axis))
+    outputs = np.broadcast_to(np.expand_dims(labels, axis), shape).astype(float)
+    rows, _, kept = evidence(np, LossInputs(outputs, labels, True, axis=axis), outputs)["gradient"]
+    some = min(len(rows), len(kept))
+    assert some >= 2
+    assert (rows[:some] == kept[:some, None]).all()
+    assert rows.shape[1] == shape[axis]
+    assert rows.size <= max(2**14, 2 * shape[axis])
+
+
+def test_names():
+    def told(loss, targets=ONE_HOT):
+        model = lnp_numpy.OperatorModel(LOGITS, np.eye(LOGITS.size))
+        return lnp.decompose(model, (LOGITS, targets), loss).loss_name
+
+    assert told(None, LABELS) == "cross-entropy of logits, inferred from the targets"
+    assert told(None) == "mean squared error, inferred from the targets"
+    assert told("cross_entropy") == "cross-entropy of logits"
+    assert told("binary_cross_entropy") == "binary cross-entropy of logits"
+    assert told("huber") == "Huber loss"
+    assert told(of_logits, LABELS).endswith("test_doubts.of_logits")
+
+
+def test_notes_of_both_batches():
+    model = lnp_numpy.LinearModel(weight=np.zeros((3, CLASSES)))
+    x = RNG.normal(size=(N, 3))
+    both = lnp.cross_response(model, (x, ONE_HOT), (x, ONE_HOT), "cross_entropy")
+    assert both.trained.loss_name == both.measured.loss_name == "cross-entropy of logits"
+    assert both.trained.evidence == {}
+    spectrum = lnp.spectrum(model, (x, ONE_HOT))
+    assert doubts.ONE_HOT in spectrum.decomposition.notes
