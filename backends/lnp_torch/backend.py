@@ -18,6 +18,7 @@ from lnp_torch.model import Program, accepts
 from lnp_torch.on_a_copy import on_a_copy
 from lnp_torch.outputs import real
 from lnp_torch.record import record
+from lnp_torch.refusals import refuse_devices
 from lnp_torch.state_guard import undisturbed
 
 __all__ = ["accepts", "evaluate", "linearize"]
@@ -31,7 +32,11 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     """
     reasons = [""] * len(batches)
     while True:
-        result, looks = _measurement(computation, model, batches, options, reasons, operands)
+        try:
+            result, looks = _measurement(computation, model, batches, options, reasons, operands)
+        except RuntimeError:
+            refuse_devices(model, batches)
+            raise
         found = {place: look for place, look in enumerate(looks) if look is not None and look.reason}
         if not found:
             return result

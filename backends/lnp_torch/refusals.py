@@ -37,6 +37,21 @@ def refuse(model: Any) -> None:
         raise ValueError(reason)
 
 
+def refuse_devices(model: Any, batches: Any) -> None:
+    """Raise ValueError if what failed has its batch on other devices than the model.
+
+    Asked after an error alone: models that are spread over several devices may move their batch themselves.
+    """
+    own = {str(tensor.device) for tensor in _tensors(model)}
+    given = {str(leaf.device) for leaf in leaves(batches) if isinstance(leaf, torch.Tensor)}
+    if own and given and not own & given:
+        there = " and ".join(sorted(own))
+        raise ValueError(
+            f"The batch is on {' and '.join(sorted(given))}, the model on {there}. Expected both on one device. Move "
+            f"the batch: batch.to({min(own)!r}), or each of its tensors."
+        )
+
+
 def _tensors(model: Any) -> list[Any]:
     if isinstance(model, nn.Module):
         return [*model.parameters(), *model.buffers()]

@@ -166,13 +166,13 @@ def test_a_batch_on_another_device_is_refused():
     if DEVICE == "cpu":
         return
     model, (x, y) = made("mlp")
-    with pytest.raises(ValueError, match="device"):
+    with pytest.raises(ValueError, match="The batch is on cpu, the model on cuda:0"):
         lnp.decompose(model, (x.cpu(), y.cpu()))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_how_often_a_measurement_waits_for_the_device(name, record_property):
-    """Once for the numbers of each stage that decides how many probes follow."""
+    """Once for the numbers of each stage, and for each probe beyond those that were planned."""
     if DEVICE == "cpu":
         return
     model, batch = made(name)
@@ -182,11 +182,11 @@ def test_how_often_a_measurement_waits_for_the_device(name, record_property):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            lnp.decompose(model, batch, seed=5)
+            d = lnp.decompose(model, batch, seed=5)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "synchronizing" in str(w.message)]
     places = sorted({f"{os.path.basename(w.filename)}:{w.lineno}" for w in waits})
     print(f"\n{name}: waits {len(waits)} times, at {places}")
     record_property("waits", len(waits))
-    assert len(waits) <= 4
+    assert len(waits) <= 4 + d.probes

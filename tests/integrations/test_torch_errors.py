@@ -16,6 +16,14 @@ def frozen():
     return nn.Linear(4, 3).requires_grad_(False)
 
 
+class Named(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x, labels):
+        return super().forward(x)
+
+
 CASES = {
     "no trainable parameter": (ValueError, "no trainable parameter", lambda: lnp.decompose(frozen(), (X, Y))),
     "no parameter at all": (ValueError, "no trainable parameter", lambda: lnp.decompose(nn.Tanh(), (X, Y))),
@@ -33,6 +41,17 @@ CASES = {
     "loss detached": (
         ValueError, "does not depend on the outputs",
         lambda: lnp.decompose(MODEL, (X, Y), lambda f, y: f.detach().sum())
+    ),
+    "a batch on another device": (
+        ValueError, "The batch is on meta, the model on cpu. .* batch.to.'cpu'.",
+        lambda: lnp.decompose(MODEL, (X.to("meta"), Y.to("meta")))
+    ),
+    "a dictionary on another device": (
+        ValueError, "The batch is on meta", lambda: lnp.decompose(Named(), {"x": X.to("meta"), "labels": Y.to("meta")})
+    ),
+    "two batches on another device": (
+        ValueError, "The batch is on meta",
+        lambda: lnp.cross_response(MODEL, (X.to("meta"), Y.to("meta")), (X.to("meta"), Y.to("meta")))
     ),
     "labels out of range": (ValueError, "outside \\[0, 3\\)", lambda: lnp.decompose(MODEL, (X, Y + 1))),
     "labels negative": (ValueError, "outside \\[0, 3\\)", lambda: lnp.decompose(MODEL, (X, Y - 3))),
