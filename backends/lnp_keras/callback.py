@@ -9,6 +9,7 @@ nothing is due the model is not touched, which on JAX would make Keras rebuild i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -48,6 +49,7 @@ class LNPCallback(keras.callbacks.Callback):
         self.tracker = data if isinstance(data, Tracker) else Tracker(path, schedule, batch=data, **options)
         self._before: int | None = None
         self._every, self._together = 1, 1
+        self._rate: tuple[Any, str] = None, ""
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Say now if the model cannot be measured; find how many batches an update takes and how many run at once."""
@@ -71,10 +73,42 @@ class LNPCallback(keras.callbacks.Callback):
         steps = range(first // self._every, last // self._every + 1)
         if any(map(self.tracker.due, steps)):
             self.tracker.measure(steps[0], self.model)
+        with self.tracker.attempt(None, "the net rate, for which the learning rate is read"):
+            self._count(steps)
+
+    def _count(self, steps: range) -> None:
+        """The learning rates of these updates. On JAX the variable holds none while a step has the optimizer's state;
+        it is what it was then, unless somebody brings the state back to change it.
+        """
+        if getattr(self.model, "_jax_state_synced", True):
+            self._rate = step_size(self.model.optimizer)
+        rate, reason = self._rate
+        for step in steps:
+            self.tracker.count(step, rate(step) if callable(rate) else rate, reason)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Let others write to the file."""
         self.tracker.close()
+
+
+def step_size(optimizer: Any) -> tuple[float | Callable[[int], float], str]:
+    """(Learning rate of the next update, or of each for a schedule; why that is none of gradient descent, or "").
+
+    With momentum m a gradient moves weights by learning_rate / (1 - m) in the end, which is what counts.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales losses
+    plain, name = isinstance(optimizer, keras.optimizers.SGD), type(optimizer).__name__
+    factor = 1 / (1 - optimizer.momentum) if plain else 1.0
+    every = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+    given = getattr(optimizer, "_learning_rate", None)
+    reason = "" if plain else f"{name} rescales the gradient"
+    if not isinstance(given, keras.optimizers.schedules.LearningRateSchedule):
+        return factor * float(keras.ops.convert_to_numpy(optimizer.learning_rate)), reason
+
+    def of_step(step: int) -> float:
+        return factor * float(keras.ops.convert_to_numpy(given(step * every + every - 1)))
+
+    return of_step, reason
 
 
 def trained(model: Any) -> int:

@@ -7,6 +7,7 @@ except ImportError as error:
 
 from lnp_torch.backend import accepts, evaluate, linearize
 from lnp_torch.collectives import alone
+from lnp_torch.optimizers import step_size
 from lnp_torch.refusals import refusal
 from lnp_torch.state_guard import untouched
 from lnp_torch.training_step import shared
@@ -22,5 +23,6 @@ __all__ = [
     "replayed",
     "shared",
     "snapshot",
+    "step_size",
     "untouched",
 ]

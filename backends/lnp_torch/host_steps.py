@@ -14,6 +14,7 @@ DIFFERS = (
     "The loss of this step is {trained:.6g}, where {measured:.6g} was measured: the measurement is not of what is "
     "minimised. Expected the same. {advice}"
 )
+OWN = "own"
 APART = 1e-2
 """Relative difference up to which two losses are taken for the same."""
 
@@ -22,23 +23,30 @@ APART = 1e-2
 class HostStep:
     """`forward=` for `lnp.decompose`: what the host's own code computes from a batch, {"loss": ..., "outputs": ...}.
 
-    The outputs are what the modules that this code calls return. The batch is given as {"batch": ...}.
+    The outputs are what the modules that this code calls return. The batch is given as {"batch": ...}, one of the
+    tracker's own as `as_inputs` makes it.
 
     Attributes
     ----------
     compute:
-        (model, batch, outputs) -> loss; it may add to the list of outputs.
+        (model, batch, outputs, own) -> loss; it may add to the list of outputs. `own` says that the batch is none that
+        the host trains on.
     host:
         Tells hosts apart: what is known of one's samples is found by it at the next step.
     """
 
-    compute: Callable[[nn.Module, Any, list[Any]], Any] = field(compare=False)
+    compute: Callable[[nn.Module, Any, list[Any], bool], Any] = field(compare=False)
     host: int
+
+    def as_inputs(self, batch: Any) -> dict[str, Any]:
+        """A batch of the tracker's own, in the form in which the host's loader gives them, as inputs."""
+        return {OWN: batch}
 
     def __call__(self, model: nn.Module, inputs: Any) -> dict[str, Any]:
         outputs: list[Any] = []
         with calls_of(model, outputs):
-            loss = self.compute(model, inputs["batch"], outputs)
+            own = OWN in inputs
+            loss = self.compute(model, inputs[OWN if own else "batch"], outputs, own)
         if not isinstance(loss, torch.Tensor):
             raise ValueError(f"The host's own step gave a {type(loss).__name__} for this batch. Expected a loss.")
         return {"loss": loss, "outputs": outputs}

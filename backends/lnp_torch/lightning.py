@@ -97,6 +97,7 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         if self.tracker.due(step) or any(self.tracker.due(one) for one in passed):
             with self.tracker.attempt(step):
                 self._measure(trainer, pl_module, batch, batch_idx, step)
+        self.tracker.count(step, trainer.optimizers[0] if len(trainer.optimizers) == 1 else None)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See whether what was measured is the loss of the training step."""
@@ -170,7 +171,7 @@ class _TrainingStep:
     trainer: Any
     index: int
 
-    def __call__(self, model: Any, batch: Any, outputs: list[Any]) -> Any:
+    def __call__(self, model: Any, batch: Any, outputs: list[Any], own: bool) -> Any:
         vars(model).update(_trainer=self.trainer, log=_nothing, log_dict=_nothing)
         takes = inspect.signature(model.training_step).parameters
         index = [self.index] if len(takes) > 1 or "batch_idx" in takes else []

@@ -37,8 +37,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     >>> preconditioner(optimizer, model)["bias"]
     tensor([1.])
     """
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer  # wrapped by Accelerate or Lightning
+    optimizer = _unwrapped(optimizer)
     _check(optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     first = float(optimizer.param_groups[0]["lr"])
@@ -54,6 +53,40 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
             "model."
         )
     return {name: found.get(name, torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def step_size(optimizer: Any) -> tuple[float | None, str]:
+    """(Learning rate of the optimizer's next update, why that is none of gradient descent with it, or "").
+
+    With momentum m a gradient moves parameters by learning_rate (1 - dampening) / (1 - m) in the end, which is what
+    counts. None where parameter groups differ: then no single number says how far a step goes.
+
+    Examples
+    --------
+    >>> step_size(torch.optim.SGD(nn.Linear(2, 1).parameters(), 0.5, momentum=0.75))
+    (2.0, '')
+    >>> step_size(torch.optim.Adam(nn.Linear(2, 1).parameters(), 0.1))
+    (0.1, 'Adam rescales the gradient')
+    """
+    optimizer = _unwrapped(optimizer)
+    plain = isinstance(optimizer, torch.optim.SGD)
+    rates = {float(group["lr"]) * (_persistence(group) if plain else 1.0) for group in optimizer.param_groups}
+    if len(rates) != 1:
+        return None, f"the parameter groups of {type(optimizer).__name__} have learning rates of their own"
+    return rates.pop(), "" if plain else f"{type(optimizer).__name__} rescales the gradient"
+
+
+def _persistence(group: Mapping[str, Any]) -> float:
+    """How much of a gradient arrives in the sum of all updates to come."""
+    momentum = float(group.get("momentum", 0.0))
+    return (1 - float(group.get("dampening", 0.0))) / (1 - momentum) if 0 < momentum < 1 else 1.0
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that Accelerate or Lightning have wrapped."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _check(optimizer: torch.optim.Optimizer) -> None:

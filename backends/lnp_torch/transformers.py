@@ -130,6 +130,7 @@ class _Watched:
         if self.trainer.is_world_process_zero() and self.tracker.due(step):
             with self.tracker.attempt(step):
                 measured = self._measure(step, model, inputs, items)
+        self.tracker.count(step, self.trainer.optimizer)
         loss = self.original(model, inputs, *rest, **more)
         if measured is not None:
             with self.tracker.attempt(None, f"assurance that the row of step {step} is of what the trainer minimises"):
@@ -224,7 +225,9 @@ class _Computed:
     accelerator: Any
     items: Any
 
-    def __call__(self, model: Any, batch: dict[str, Any], outputs: list[Any]) -> torch.Tensor:
+    def __call__(self, model: Any, batch: dict[str, Any], outputs: list[Any], own: bool) -> torch.Tensor:
+        if own:  # the mean over its own labels
+            batch = self.trainer._prepare_inputs(dict(batch))
         original = vars(model).get("_original_forward")
         if original is not None:  # the model in its mixed precision, with its outputs as the model's own loss has them
 
@@ -234,7 +237,7 @@ class _Computed:
                 return convert_to_fp32(outputs[-1])
 
             model.forward = forward
-        more = {} if self.items is None else {"num_items_in_batch": self.items}
+        more = {} if self.items is None or own else {"num_items_in_batch": self.items}
         return self.trainer.compute_loss(model, batch, **more)
 
 

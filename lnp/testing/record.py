@@ -9,6 +9,7 @@ import numpy as np
 
 from lnp.contract.gradient_pass import gradient_pass
 from lnp.contract.linearization import Linearization
+from lnp.losses.sample_losses import sample_losses_of
 from lnp.testing import scenarios
 from lnp.testing.kit import Case, Kit
 
@@ -26,6 +27,10 @@ def record_holds_values(kit: Kit) -> None:
         for what in ("outputs", "loss_gradient"):
             dtype = kit.to_numpy(getattr(lin, what)).dtype
             case.true(dtype == case.dtype, f"{what} has dtype {dtype}")
+        parts = sample_losses_of(lin)
+        if parts is not None:  # nan where they do not add up
+            case.equal("parts of the loss", kit.to_numpy(parts.parts).sum(), truth.loss)
+            case.equal("shares in the loss", kit.to_numpy(parts.shares).sum(), 1.0)
 
 
 def loss_is_inferred(kit: Kit) -> None:

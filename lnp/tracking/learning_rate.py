@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lnp.contract import registry
+from lnp.tracking.failures import describe
 
 LearningRate = Any
 """A number, a function step -> number, an optimizer of PyTorch, or None."""
@@ -52,14 +54,9 @@ class LearningRates:
 
     def __init__(self, source: LearningRate = None) -> None:
         self._number = float(source) if isinstance(source, int | float) else None
-        self._function: Callable[[int], Any] | None = None
-        self._optimizer: Any = None
-        self._read: Callable[[Any], tuple[float | None, str]] | None = None
-        if hasattr(source, "param_groups"):
-            self._optimizer, self._read = source, getattr(registry.load("torch"), "step_size")  # noqa: B009
-        elif callable(source):
-            self._function = source
-        elif source is not None and self._number is None:
+        self._optimizer = source if hasattr(source, "param_groups") else None
+        self._function = source if callable(source) and self._optimizer is None else None
+        if source is not None and self._number is None and self._function is None and self._optimizer is None:
             raise TypeError(
                 f"learning_rate is of type {type(source).__name__}. Expected a number, a function step -> learning "
                 "rate, or an optimizer of PyTorch. With another library's optimizer pass the number to observe()."
@@ -68,25 +65,25 @@ class LearningRates:
         self._since, self._next, self._total = 0, -1, 0.0
 
     @property
-    def fixed(self) -> bool:
-        """Whether the tracker was told, so that nothing is to be added."""
-        return self._number is not None or self._function is not None
-
-    @property
     def reads(self) -> bool:
         """Whether an optimizer is read at every step."""
-        return self._read is not None
+        return self._optimizer is not None
 
     def add(self, step: int, rate: Any = None, reason: str = "") -> None:
-        """The learning rate of the update of this step; None where it is not known. The same step again is no other."""
-        if self._read is not None:
-            rate, reason = self._read(self._optimizer)
+        """The learning rate of the update of this step, or an optimizer that tells it; None where it is not known. The
+        same step again is no other.
+        """
+        if self._number is not None or self._function is not None:
+            return
+        rate = rate if self._optimizer is None else self._optimizer
+        try:
+            if hasattr(rate, "param_groups"):
+                rate, reason = _step_size()(rate)
+            rate = None if rate is None else float(rate)
+        except Exception as error:  # of an optimizer, or whatever a caller notes in the column of this name
+            rate, reason = None, describe(error)
         self.reason = reason
         if rate is None or step == self._next - 1:
-            return
-        try:
-            rate = float(rate)
-        except (TypeError, ValueError):  # whatever a caller notes in the column of this name
             return
         if step != self._next:
             self._since, self._total = step, 0.0
@@ -118,3 +115,9 @@ class LearningRates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._since, self._next, self._total = state["since"], state["next"], state["total"]
+
+
+@functools.cache
+def _step_size() -> Callable[[Any], tuple[float | None, str]]:
+    """What reads an optimizer, which only PyTorch's backend knows how to."""
+    return registry.load("torch").step_size  # type: ignore[attr-defined]

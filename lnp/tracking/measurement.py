@@ -96,6 +96,8 @@ class StepMeasurer:
         options = {**self.options_at(step), **own_options}
         if own is not None:
             options["sample_losses"] = True
+            as_inputs = getattr(options.get("forward"), "as_inputs", None)  # a host's own step takes batches in a form
+            own = own if as_inputs is None else as_inputs(own)
         with single_process(model):
             decomposition, measured, values = decompose_batches(step, model, batch, own, options)
         if self.net is not None and self.source is not None:

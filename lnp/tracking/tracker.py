@@ -146,8 +146,8 @@ class Tracker(KeptRows):
             self.count(step, learning_rate)
         return measured
 
-    def count(self, step: int, learning_rate: float | None = None, reason: str = "") -> None:
-        """The learning rate of the update of this step, where `observe` is called only at steps that are due.
+    def count(self, step: int, learning_rate: Any = None, reason: str = "") -> None:
+        """The learning rate of this step's update, or an optimizer of PyTorch, where `observe` is called only if due.
 
         `reason` says why the update is none of gradient descent with it. Then there is a net rate, and no net position.
         """

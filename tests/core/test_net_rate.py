@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -59,7 +60,7 @@ def test_gradient_descent_with_small_steps_falls_at_its_rate():
         tracker.observe(step, model(weight))
         weight -= rate * float(np.mean(2 * X * (X * weight - Y)))
     rows = tracker.history.rows()
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in itertools.pairwise(rows):
         assert row["net/rate"] == pytest.approx((before["rate"] * row["rate"]) ** 0.5, rel=5e-3)
         assert row["net/chi_pos"] == pytest.approx((before["chi_pos"] * row["chi_pos"]) ** 0.5, rel=5e-3)
     assert "notes" not in rows[-1]
@@ -175,7 +176,7 @@ def test_windows_are_compared_at_the_same_place():
     before, *_, last = list(windows.values())[-3:]
     assert len(last) == len(windows[rows[-1]["window"]])
     steps = list(windows.values())
-    for previous, now in zip(steps, steps[1:], strict=False):
+    for previous, now in itertools.pairwise(steps):
         pairs = {step: step - previous[min(place, len(previous) - 1)] for place, step in enumerate(now)}
         assert all(pairs[step] == span for step, span in late if step in pairs)
 
