@@ -66,6 +66,8 @@ def everything(tracker, step, model, batch, loss, optimizer):
     lnp.decompose(model, batch, loss, estimator="joint", batch_statistics="coupled", rtol=0.5)
     lnp.measured_loss_change(model, batch, loss, learning_rate=0.1)
     lnp.cross_response(model, batch, batch, loss, rtol=0.5)
+    lnp.cross_response(model, batch, batch, loss, measured_loss=loss, rtol=0.5)
+    lnp.gradient_gram(model, batch, loss, groups=2)
     lnp.spectrum(model, batch, loss, steps=2, probes=1)
     lnp.kernel(model, (batch[0][:3], batch[1][:3]), loss, progress=False)
     return observed(tracker, step, model, batch, loss, optimizer)
