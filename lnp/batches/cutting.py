@@ -71,12 +71,15 @@ def part(batch: Batch, rows: slice, samples: int) -> Batch:
 def _rows(leaf: Any, rows: slice, samples: int) -> Any:
     """The rows of an array that runs over the samples; other arrays and plain values as they are."""
     shape = _shape(leaf)
-    if shape is None and not isinstance(leaf, PLAIN):
+    if isinstance(leaf, PLAIN) or (shape is not None and (not shape or shape[0] != samples)):
+        return leaf
+    try:
+        return leaf[rows]
+    except Exception as error:  # no array, or one of a kind that has no slices
         raise ValueError(
-            f"The batch is to be cut into parts, and holds a {type(leaf).__name__}. Expected arrays with the sample "
-            f"axis first, in dictionaries, lists, tuples or dataclasses. {REMEDY}"
-        )
-    return leaf[rows] if shape and shape[0] == samples else leaf
+            f"The batch is to be cut into parts, and holds a {type(leaf).__name__}, which has no slices. Expected "
+            f"arrays with the sample axis first, in dictionaries, lists, tuples or dataclasses. {REMEDY}"
+        ) from error
 
 
 def _shape(leaf: Any) -> tuple[int, ...] | None:

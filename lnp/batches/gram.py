@@ -11,7 +11,6 @@ arXiv 2001.06782.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,10 +160,12 @@ def _gram(gradients: list[LossGradient]) -> GradientGram:
 
 def _batches(batches: Any) -> list[Batch]:
     """The batches of a list, or of anything else that yields them."""
-    found = [batches] if isinstance(batches, Mapping) else list(batches)
+    found = [batches] if isinstance(batches, Mapping) or not isinstance(batches, Iterable) else list(batches)
     wrong = [batch for batch in found if not isinstance(batch, Mapping | list | tuple)]
     if isinstance(batches, Mapping) or wrong or not found:
-        what = f"a {type(batches).__name__}" + (f" of {type(wrong[0]).__name__}" if wrong else "")
+        what = f"a {type(batches).__name__}" + (
+            f" of {type(wrong[0]).__name__}" if wrong and wrong[0] is not batches else ""
+        )
         raise ValueError(
             f"batches is {what if found else 'empty'}. Expected a list of batches, each (inputs, targets) or a "
             "dictionary with labels. For one batch pass groups=, the number of groups to cut it into."
@@ -175,7 +176,7 @@ def _batches(batches: Any) -> list[Batch]:
 def _groups(batch: Batch, groups: int) -> list[Batch]:
     """The groups of a batch's samples."""
     samples = samples_of(batch)
-    if not 1 <= operator.index(groups) <= samples:
+    if not isinstance(groups, int | np.integer) or not 1 <= groups <= samples:
         raise ValueError(f"groups is {groups!r} for {samples} samples. Expected an integer from 1 to {samples}.")
     bounds = [samples * group // groups for group in range(groups + 1)]
     return [part(batch, slice(start, stop), samples) for start, stop in itertools.pairwise(bounds)]

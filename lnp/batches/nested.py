@@ -153,10 +153,14 @@ def _default_sizes(samples: int) -> list[int]:
 
 def _checked_sizes(batch_sizes: Sequence[int], samples: int) -> list[int]:
     """The sizes in increasing order, each once."""
-    sizes = sorted({operator.index(size) for size in batch_sizes})
+    try:
+        sizes = sorted({operator.index(size) for size in batch_sizes})
+    except TypeError:
+        sizes = []
     if not sizes or not 1 <= sizes[0] <= sizes[-1] <= samples:
         raise ValueError(
-            f"batch_sizes is {batch_sizes!r} for a batch of {samples} samples. Expected numbers from 1 to {samples}."
+            f"batch_sizes is {batch_sizes!r} for a batch of {samples} samples. Expected a list of integers from 1 to "
+            f"{samples}."
         )
     return sizes
 

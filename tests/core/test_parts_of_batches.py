@@ -62,9 +62,9 @@ class TestNestedBatches:
         assert nested.population is None
         assert np.isnan(nested.expected_chi_pos(4))
 
-    @pytest.mark.parametrize("sizes", [(), (0, 2), (4, 7), (-1,)])
+    @pytest.mark.parametrize("sizes", [(), (0, 2), (4, 7), (-1,), (2.5,), 4])
     def test_sizes_that_the_batch_does_not_have(self, sizes):
-        with pytest.raises(ValueError, match=r"for a batch of 6 samples\. Expected numbers from 1 to 6"):
+        with pytest.raises(ValueError, match=r"for a batch of 6 samples\. Expected a list of integers from 1 to 6"):
             lnp.decompose_nested(MODEL, BATCH, batch_sizes=sizes)
 
 
@@ -107,7 +107,8 @@ class TestCutting:
             ((x, np.zeros((4, 4))), r"arrays of shapes \[\(4, 2\), \(4, 4\)\]"),  # such as an attention mask
             (np.zeros((3, 4)), r"arrays of shapes \[\(3, 4\)\]"),  # the sample axis is not the first one
             (SimpleNamespace(x=x), "hold no arrays"),
-            ((x, SimpleNamespace(edges=3)), "holds a SimpleNamespace"),
+            ((x, SimpleNamespace(edges=3)), "holds a SimpleNamespace, which has no slices"),
+            ((x, SimpleNamespace(shape=(4, 3))), "holds a SimpleNamespace, which has no slices"),  # as sparse arrays
         ],
     )
     def test_a_batch_that_cannot_be_cut_is_refused(self, inputs, words):
@@ -191,6 +192,8 @@ class TestGradientGram:
             ([BATCH], {"loss": ["mse", "mse"]}, "loss= has 2 entries for 1 batches"),
             (BATCH, {"groups": 7}, "groups is 7 for 6 samples. Expected an integer from 1 to 6"),
             (BATCH, {"groups": 0}, "groups is 0 for 6 samples"),
+            (BATCH, {"groups": "3"}, "groups is '3' for 6 samples"),
+            (None, {}, "batches is a NoneType. Expected"),
         ],
     )
     def test_misuse(self, batches, options, words):
