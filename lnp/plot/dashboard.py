@@ -11,9 +11,9 @@ from lnp.plot import style
 from lnp.plot.layers import layers
 from lnp.plot.lines import chi_loss, chi_net, chi_pos, curve, loss, noise_scale
 from lnp.plot.runs import position_against_loss, reach_against_size
-from lnp.runs.curves import size, summary
+from lnp.runs.curves import NET_POSITION, size, summary
 from lnp.runs.open_runs import Runs, RunSources, open_runs
-from lnp.runs.table import integer, number, reached
+from lnp.runs.table import integer, net_position, number, reached
 from lnp.tracking.history import History
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def story(run: History) -> list[tuple[str, str]]:
         ("loss", f"{number(s.first_loss)} to {number(s.loss)}"),
         ("spectral reach", reached(s.reach)),
         ("reached at step", integer(s.reach.step)),
+        *([("net position", net_position(run))] if NET_POSITION in run else []),
     ]
     names = {"chi_loss": "loss scale", "chi_net": "network scale", "chi_pos": "position"}
     lines += [

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lnp.plot import style
-from lnp.runs.curves import MOST_POINTS, NOISE_SCALE, POSITION, Curve
+from lnp.runs.curves import MOST_POINTS, NET_POSITION, NOISE_SCALE, POSITION, Curve
 from lnp.runs.curves import curve as curve_of
-from lnp.runs.open_runs import RunSources, open_runs
+from lnp.runs.open_runs import Runs, RunSources, open_runs
 from lnp.tracking.history import History
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ LABELS = {
     "chi_net": r"network scale  $\chi_\mathrm{net}$",
     "chi_pos": r"spectral position  $\chi_\mathrm{pos}$ (batch)",
     POSITION: r"spectral position  $\chi_\mathrm{pos}$",
+    NET_POSITION: r"net position  $\chi_\mathrm{pos}$",
+    "net/rate": "net rate  (fall of the loss per learning rate)",
     NOISE_SCALE: "gradient noise scale  (samples)",
 }
 STEP = "training step"
@@ -99,9 +101,22 @@ def chi_net(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
 def chi_pos(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The spectral position over the steps: of the population where it is known, and of the batch for a single run.
 
-    Options as for `curve`.
+    For a single run also its net position, where the tracker had a batch of its own. Options as for `curve`.
     """
     named = open_runs(runs)
+    alone = next(iter(named.values())) if len(named) == 1 else None
+    if alone is not None and NET_POSITION in alone and np.isfinite(curve_of(alone, NET_POSITION).mean).any():
+        ax = _position(named, ax, **options | {"legend": False})
+        label = LABELS[POSITION]
+        ax = curve(named, NET_POSITION, ax, color=style.NET, label="net, of the fall of the loss", legend=False)
+        ax.set_ylabel(label)
+        style.legend(ax, 2 if options.get("legend", True) else 0)
+        return ax
+    return _position(named, ax, **options)
+
+
+def _position(named: Runs, ax: Axes | None = None, **options: Any) -> Axes:
+    """The first-order positions: see `chi_pos`."""
     if not all(POSITION in run for run in named.values()):
         ax = curve(named, "chi_pos", ax, **options)
         if len(named) == 1:

@@ -19,6 +19,8 @@ SINGLE = "#1f5a99"
 """The colour of a run that is alone in its figure."""
 BATCH = "#8a8a8a"
 """The colour of what belongs to the batch, beside the population's."""
+NET = "#c4572a"
+"""The colour of the net position, beside those of first order."""
 
 
 def axes(ax: Axes | None = None) -> Axes:

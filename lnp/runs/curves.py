@@ -22,6 +22,7 @@ STALLED_SPAN = 1.5
 """What is left of the run then has to be at least this factor in steps."""
 FACTORS = ("chi_loss", "chi_net", "chi_pos")
 POSITION = "population/chi_pos"
+NET_POSITION = "net/chi_pos"
 NOISE_SCALE = "population/noise_scale"
 GRADIENT_NOISE = "population/gradient_noise"
 
@@ -83,6 +84,9 @@ class Summary:
 def curve(history: History, column: str) -> Curve:
     """A column averaged over the windows of the schedule. Rows in which it is nan are left out.
 
+    The error of a net rate or position is that of the samples, which all rows of a window have in common, and the noise
+    of the steps, which shows in their spread.
+
     The noise scale is a ratio, of which numerator and denominator are averaged: tr Cov and ||grad L||^2. It is infinite
     where the mean of the latter is within two standard errors of zero, and `low` is what it is above.
     """
@@ -90,8 +94,11 @@ def curve(history: History, column: str) -> Curve:
         return _noise_scale(history)
     values = history.numbers(column)
     windows = _windows(history, values)
-    error = windows.error(values, history.get(f"{column}_stderr"))
-    mean = windows.mean(values)
+    single = history.numbers(f"{column}_stderr")
+    error, mean = windows.error(values, single), windows.mean(values)
+    if column.startswith("net/"):
+        # a window's rows are of the same samples, so that more rows make only the noise of single steps smaller
+        error = np.where(windows.size > 1, np.hypot(error, np.nan_to_num(windows.mean(single))), error)
     with np.errstate(invalid="ignore"):  # of infinities
         return Curve(windows.middle, mean, error, *windows.ends, mean - error, mean + error)
 

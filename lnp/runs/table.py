@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lnp.runs.curves import FACTORS, summary
+from lnp.runs.curves import FACTORS, NET_POSITION, curve, summary
 from lnp.runs.open_runs import RunSources, open_runs
 from lnp.runs.spectral_reach import Reach
 from lnp.tracking.history import History
 
-HEADER = ("run", "size", "last step", "loss", "reach", "at step", *FACTORS)
+HEADER = ("run", "size", "last step", "loss", "reach", "at step", *FACTORS, "net chi_pos")
 ABOUT = """reach: lowest chi_pos over windows of five measurements with its standard error, and the step around which it
 is attained; one half of the measurements chooses the window, the other is averaged, and "below" is an upper limit.
-chi_loss, chi_net, chi_pos: the step from which on the factor stays within 25% of where it ends; - if it moves on."""
+chi_loss, chi_net, chi_pos: the step from which on the factor stays within 25% of where it ends; - if it moves on.
+net chi_pos: from the fall of the loss on the tracker's own batch, in the last window, or below two standard errors."""
 
 
 def compare(runs: RunSources) -> list[tuple[str, ...]]:
@@ -24,7 +25,7 @@ def compare(runs: RunSources) -> list[tuple[str, ...]]:
     >>> import lnp
     >>> rows = [{"step": s, "loss": 1 / (1 + s), "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5} for s in range(9)]
     >>> compare({"a": lnp.History(rows)})
-    [('a', '-', '8', '0.111', '0.5', '2', '1', '1', '1')]
+    [('a', '-', '8', '0.111', '0.5', '2', '1', '1', '1', '-')]
     """
     return [_line(name, run) for name, run in open_runs(runs).items() if len(run)]
 
@@ -76,4 +77,27 @@ def _line(name: str, run: History) -> tuple[str, ...]:
     s = summary(run)
     stalls = (integer(s.stalled[factor]) for factor in FACTORS)
     at = integer(s.reach.step)
-    return (name, number(s.parameters), integer(s.last_step), number(s.loss), reached(s.reach), at, *stalls)
+    return (
+        name,
+        number(s.parameters),
+        integer(s.last_step),
+        number(s.loss),
+        reached(s.reach),
+        at,
+        *stalls,
+        net_position(run),
+    )
+
+
+def net_position(run: History) -> str:
+    """The net position of a run's last window with its standard error, or what it is below; "-" without one.
+
+    >>> row = {"step": 9, "net/chi_pos": 3e-5, "net/chi_pos_stderr": 1e-5}
+    >>> net_position(History([row])), net_position(History([row | {"net/chi_pos": -1e-6}])), net_position(History())
+    ('3.0e-05 ± 1e-05', 'below 2.0e-05', '-')
+    """
+    found = curve(run, NET_POSITION)
+    if not len(found.mean):
+        return "-"
+    value, error = float(found.mean[-1]), float(found.stderr[-1])
+    return reached(Reach(value, error, float(found.step[-1]), 1))

@@ -100,9 +100,9 @@ def position(rate: float, stderr: float, before: Ends, after: Ends) -> tuple[flo
 def compared(rate: float, stderr: float, before: Ends, after: Ends) -> str:
     """The note on a net rate that is not what the first-order rate leads to expect, or ""."""
     least, most = sorted((before, after), key=lambda end: end.rate)
-    if least.rate - SURE * least.rate_stderr > FAR * (rate + SURE * stderr):
+    if least.rate - FAR * rate > SURE * math.hypot(least.rate_stderr, FAR * stderr):
         return NOISE
-    return TOO_FAST if rate - SURE * stderr > FASTER * (most.rate + SURE * most.rate_stderr) else ""
+    return TOO_FAST if rate - FASTER * most.rate > SURE * math.hypot(stderr, FASTER * most.rate_stderr) else ""
 
 
 class NetRates:

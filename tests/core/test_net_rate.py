@@ -13,6 +13,8 @@ import pytest
 import lnp
 import lnp_numpy
 from lnp.losses.sample_losses import sample_losses_of
+from lnp.runs.curves import curve
+from lnp.runs.table import compare
 from lnp.schedule import log_windows
 from lnp.tracking.learning_rate import LearningRates, Mark
 from lnp.tracking.net_rate import NOISE, NOT_AGAIN, TOO_FAST, Ends, compared, fall, position
@@ -169,16 +171,29 @@ def test_a_resumed_run_goes_on_with_its_sum_and_its_losses(tmp_path):
 def test_windows_are_compared_at_the_same_place():
     schedule = log_windows(points_per_decade=1, width=2, last=200)
     rows = run(lnp.Tracker(schedule=schedule, batch=(X, Y), learning_rate=0.1), range(201))
-    late = [(row["step"], row["net/steps"]) for row in rows if row["step"] > 20]
     windows = {}
     for row in rows:
-        windows.setdefault(row["window"], []).append(row["step"])
-    before, *_, last = list(windows.values())[-3:]
-    assert len(last) == len(windows[rows[-1]["window"]])
-    steps = list(windows.values())
-    for previous, now in itertools.pairwise(steps):
-        pairs = {step: step - previous[min(place, len(previous) - 1)] for place, step in enumerate(now)}
-        assert all(pairs[step] == span for step, span in late if step in pairs)
+        windows.setdefault(row["window"], []).append(row)
+    for before, now in itertools.pairwise(windows.values()):
+        for place, row in enumerate(now):
+            assert row["step"] - row["net/steps"] == before[min(place, len(before) - 1)]["step"]
+    assert max(map(len, windows.values())) > 1
+
+
+def test_a_window_s_error_is_that_of_its_samples_and_of_its_steps():
+    rows = [
+        {"step": step, "window": 10, "net/chi_pos": value, "net/chi_pos_stderr": 0.4}
+        for step, value in enumerate((1.0, 2.0, 3.0), 9)
+    ]
+    assert curve(lnp.History(rows), "net/chi_pos").stderr == pytest.approx([np.hypot(0.4, 1 / 3**0.5)])
+    assert curve(lnp.History(rows[:1]), "net/chi_pos").stderr == pytest.approx([0.4])
+
+
+def test_the_table_has_the_net_position():
+    rows = [
+        {"step": step, "loss": 1.0, "chi_pos": 0.5, "net/chi_pos": 0.2, "net/chi_pos_stderr": 0.05} for step in (1, 2)
+    ]
+    assert compare({"a": lnp.History(rows)})[0][-1] == "0.2 ± 0.05"
 
 
 def test_each_batch_of_a_list_is_compared_with_itself():

@@ -25,6 +25,13 @@ def test_position_without_preference_is_marked():
     assert not lnp.plot.chi_pos([run(outputs=10), run(outputs=10)]).texts
 
 
+def test_net_position_stands_beside_those_of_first_order():
+    ax = lnp.plot.chi_pos(run(**{"net/chi_pos": 1e-5, "net/chi_pos_stderr": 1e-6}))
+    assert [text.get_text() for text in ax.get_legend().get_texts()][-1] == "net, of the fall of the loss"
+    assert ax.get_ylim()[0] < 1e-5
+    assert len(lnp.plot.chi_pos(run(**{"net/chi_pos": math.nan})).get_legend().get_texts()) == 2
+
+
 @pytest.fixture(autouse=True)
 def _no_figures_left():
     yield
