@@ -162,6 +162,8 @@ def _rows(xp: Any, array: Array, axis: int | None) -> Array:
     some = array[:: max(1, array.shape[0] // (PLACES if several else ROWS))]
     if axis is not None and axis not in (-1, len(array.shape) - 1):
         some = xp.moveaxis(some, axis, -1)
+    if several:  # before anything is copied, which reshaping does
+        some = some[:, :: max(1, int(some.shape[1]) * PLACES // ROWS)]
     width = 1 if axis is None else int(some.shape[-1])
     flat = xp.reshape(some, (-1,) if axis is None else (-1, width))
     return flat[:: max(1, int(flat.shape[0]) // ROWS)][: min(ROWS, max(2, NUMBERS // width))]
