@@ -240,6 +240,21 @@ def test_a_rate_that_is_noise_and_one_that_is_another_optimizer_s_get_a_note():
     assert NOISE in tracker.history.rows()[1]["notes"]
 
 
+def test_the_noise_of_steps_holds_a_rate_up_and_leaves_no_net_rate():
+    """A parabola L = a + curvature (w - best)^2 / 2, at whose bottom noisy gradient descent has come to rest."""
+    generator, rate, noise, best = np.random.default_rng(0), 0.1, 0.5, float((X * Y).sum() / (X * X).sum())
+    curvature, weight = float(2 * (X * X).mean()), best
+    tracker = lnp.Tracker(schedule=20, batch=(X, Y), learning_rate=rate)
+    for step in range(6001):
+        tracker.observe(step, model(weight))
+        weight -= rate * (curvature * (weight - best) + noise * generator.standard_normal())
+    rates, net = tracker.history["rate"], tracker.history["net/rate"][1:]
+    assert np.mean(rates) == pytest.approx(rate * curvature * noise**2 / (2 - rate * curvature), rel=0.2)
+    assert abs(np.mean(net)) < 0.01 * np.mean(rates)
+    # the same from the second order of a single step: rate - rate/2 (g H g + tr H C) = 0
+    assert np.mean(rates) * (1 - rate * curvature / 2) == pytest.approx(rate / 2 * curvature * noise**2, rel=0.2)
+
+
 def test_learning_rates_that_cannot_be_are_refused_and_others_are_left_out():
     with pytest.raises(TypeError, match="learning_rate is of type str"):
         lnp.Tracker(batch=(X, Y), learning_rate="0.1")
