@@ -279,6 +279,18 @@ def test_a_loop_may_say_the_learning_rate_without_observing():
     assert "it is Lion" in row["notes"]
 
 
+def test_a_rate_in_the_optimizer_s_own_kernel_has_a_position():
+    tracker = lnp.Tracker(schedule=1, batch=(X, Y))
+    for step in range(2):
+        kernel = {"preconditioner": {"weight": np.full((1, 1), 0.25)}}
+        tracker.observe(step, model(step / 100), options=kernel)
+        tracker.count(step, 0.01 / (0.25 * 7), "it is Adam")  # as far as 0.25 times the gradient, 7, takes it
+    before, row = tracker.history.rows()
+    assert row["net/rate"] == pytest.approx(before["rate"], rel=0.2)
+    assert row["net/chi_pos"] == pytest.approx(before["chi_pos"], rel=0.2)
+    assert row["net/rate_stderr"] > 0
+
+
 def test_a_step_that_is_not_due_adds_its_learning_rate_and_nothing_else():
     tracker, calls = lnp.Tracker(schedule=lambda step: step == 0, batch=(X, Y)), []
     tracker.observe(0, model(0.1), learning_rate=0.1)
