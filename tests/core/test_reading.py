@@ -72,6 +72,18 @@ def test_participation_ratio_of_a_spectrum():
     assert np.isnan(lnp.spectrum(model, batch, "mse").participation_ratio)
 
 
+def test_a_file_tells_loss_and_preference(tmp_path):
+    """Of both batches: texts beside numbers, also under the names of measured ones."""
+    model, x, _ = linear(8, 3, 2)
+    batch = (x, RNG.normal(size=(8, 2)))
+    with lnp.Tracker(tmp_path / "run.jsonl", [0], batch=batch, loss="mse") as tracker:
+        d = tracker.observe(0, model, batch)
+    run = lnp.History.read(tmp_path / "run.jsonl")
+    assert run["preference"] == pytest.approx([d.preference])
+    assert run["measured/preference"] == pytest.approx([d.preference])
+    assert list(run["loss_name"]) == list(run["measured/loss_name"]) == ["mean squared error"]
+
+
 def test_preference_grows_with_the_batch():
     """K chi_pos (N + B) with the population's position and the noise scale B: doubling a large batch doubles it."""
     weights = np.array([1.0, -2.0, 0.5])
