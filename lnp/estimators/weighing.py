@@ -60,7 +60,7 @@ def choose(lin: Linearization, estimator: str, rtol: float, max_probes: int) -> 
     samples, outputs = lin.outputs.shape
     independent = lin.sample_square_norms is not None
     if estimator == "auto":
-        if independent and outputs <= expected_probes(samples, rtol, max_probes):
+        if independent and outputs <= _exact_from_the_start(samples, rtol, max_probes):
             return Choice("exact")
         if independent:
             return Choice("per_sample", weighed=True)
@@ -82,6 +82,14 @@ def expected_probes(samples: int, rtol: float, max_probes: int) -> float:
     if rtol == 0:
         return max_probes
     return min(max_probes, max(LEAST_PROBES, (TYPICAL_DEVIATION / rtol) ** 2 / samples))
+
+
+def _exact_from_the_start(samples: int, rtol: float, max_probes: int) -> float:
+    """Outputs up to which exact probes are made at once. Where random ones are likely to be more than the fewest, they
+    may as well prove too noisy, and the exact ones then come on top of the fewest.
+    """
+    likely = expected_probes(samples, rtol, max_probes)
+    return likely + LEAST_PROBES if LEAST_PROBES < likely < max_probes else likely
 
 
 def estimate_chosen(

@@ -170,8 +170,10 @@ def test_tolerance_is_that_of_the_whole():
     [
         ((100, 2), True, "auto", "exact", False),
         ((100, 3), True, "auto", "per_sample", False),
-        ((4, 25), True, "auto", "exact", False),
-        ((4, 26), True, "auto", "per_sample", False),
+        ((4, 27), True, "auto", "exact", False),
+        ((4, 28), True, "auto", "per_sample", False),
+        ((32, 5), True, "auto", "exact", False),
+        ((32, 6), True, "auto", "per_sample", False),
         ((1, 64), True, "auto", "exact", False),
         ((1, 65), True, "auto", "per_sample", False),
         ((4, 4), False, "auto", "exact", False),
