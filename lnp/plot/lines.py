@@ -21,6 +21,7 @@ LABELS = {
     "chi_loss": r"loss scale  $\chi_\mathrm{loss}$",
     "chi_net": r"network scale  $\chi_\mathrm{net}$",
     "chi_pos": r"spectral position  $\chi_\mathrm{pos}$ (batch)",
+    "preference": r"preference  $\chi_\mathrm{pos} N K$",
     POSITION: r"spectral position  $\chi_\mathrm{pos}$",
     NET_POSITION: r"net position  $\chi_\mathrm{pos}$",
     "net/rate": "net rate  (fall of the loss per learning rate)",
