@@ -86,6 +86,14 @@ def test_the_error_of_a_fall_covers_the_truth(weighted):
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(falls), rel=0.06)
 
 
+def test_samples_that_all_fall_alike_leave_no_error_whatever_they_weigh():
+    shares = np.array([0.5, 0.3, 0.2])
+    before = ends(parts=shares * np.array([1.0, 2.0, 5.0]), shares=shares)
+    after = ends(parts=shares * np.array([0.9, 1.9, 4.9]), shares=shares)
+    assert fall(before, after) == pytest.approx((0.1, 0.0), abs=1e-12)
+    assert math.isnan(fall(before, ends(loss=1.0))[1])
+
+
 def test_the_error_of_a_position_is_that_of_the_fall_and_of_both_traces():
     found, stderr = position(2.0, 0.3, ends(scales=4.0, relative=0.1), ends(scales=16.0, relative=0.2))
     assert (found, stderr) == pytest.approx((0.25, math.hypot(0.3 / 8, 0.25 * math.hypot(0.1, 0.2) / 2)))

@@ -41,11 +41,22 @@ class Counting(nn.Module):
         return F.cross_entropy(outputs, targets) if float(outputs.sum()) < 1e9 else outputs.sum()
 
 
+class Growing(nn.Module):
+    """A loss that weighs more at each call."""
+
+    calls = 0
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        return self.calls * F.cross_entropy(outputs, targets)
+
+
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 
 
 @pytest.mark.parametrize(
-    "loss", [None, F.cross_entropy, nn.CrossEntropyLoss(WEIGHTS), nn.CrossEntropyLoss(reduction="sum"), Counting()]
+    "loss",
+    [None, F.cross_entropy, nn.CrossEntropyLoss(WEIGHTS), nn.CrossEntropyLoss(reduction="sum"), Counting(), Growing()],
 )
 def test_each_sample_s_part_of_the_loss(loss):
     torch.manual_seed(0)
@@ -121,6 +132,7 @@ def test_hugging_face(tmp_path):
     assert same(watched[:4], hugging_face(tmp_path / "b", **given)[:4])
     rows = tracker.history.rows()
     assert rows[1]["net/learning_rate_sum"] == pytest.approx(0.1 + 0.075)  # of four steps, down to zero
+    assert rows[1]["measured/loss_terms"] == 5 * 3  # labels of its own, and not those of the update
     assert rows[1]["net/loss_fall"] == pytest.approx(rows[0]["measured/loss"] - rows[1]["measured/loss"], abs=1e-6)
     assert rows[1]["net/rate_stderr"] > 0
     assert "net/chi_pos" in rows[1]
