@@ -171,4 +171,10 @@ def _rows(xp: Any, array: Array, axis: int | None) -> Array:
 
 def told(xp: Any, prepared: Any, gradient: Array) -> dict[str, Any]:
     """What a record tells of a prepared loss (`lnp.losses.kinds.Prepared`), as keywords of `Linearization`."""
-    return {"loss_name": prepared.name, "evidence": evidence(xp, prepared.inputs, gradient)}
+    try:
+        found = evidence(xp, prepared.inputs, gradient)
+    except (
+        Exception
+    ):  # sparse, ragged and nested arrays have no rows to be taken: a loss of the user's reads them itself
+        found = {}
+    return {"loss_name": prepared.name, "evidence": found}

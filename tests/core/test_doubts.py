@@ -7,8 +7,8 @@ import pytest
 
 import lnp
 import lnp_numpy
-from lnp.losses import doubts
-from lnp.losses.evidence import LossInputs, evidence
+from lnp.losses import doubts, kinds
+from lnp.losses.evidence import IN_WORDS, LossInputs, evidence
 
 RNG = np.random.default_rng(0)
 N, CLASSES = 24, 4
@@ -176,6 +176,10 @@ def test_names():
     assert told("binary_cross_entropy") == "binary cross-entropy of logits"
     assert told("huber") == "Huber loss"
     assert told(of_logits, LABELS).endswith("test_doubts.of_logits")
+
+
+def test_each_of_our_own_losses_has_words():
+    assert set(IN_WORDS) == set(kinds.NAMES)
 
 
 def test_notes_of_both_batches():

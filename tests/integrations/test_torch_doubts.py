@@ -61,6 +61,19 @@ def test_notes(name):
     assert d.evidence == {}
 
 
+def test_targets_without_rows_are_left_alone():
+    """Sparse ones, which only the user's loss can read."""
+
+    def squared(outputs, targets):
+        return (outputs - targets.to_dense()).square().mean()
+
+    batch = INPUTS, F.one_hot(LABELS, 4).float()
+    expected = lnp.decompose(net(), batch, "mse")
+    d = lnp.decompose(net(), (INPUTS, batch[1].to_sparse()), squared)
+    assert (d.loss, d.rate) == pytest.approx((expected.loss, expected.rate))
+    assert d.notes == ()
+
+
 def test_names():
     model, batch = net(), (INPUTS, LABELS)
     assert lnp.decompose(model, batch).loss_name == "cross-entropy of logits, inferred from the targets"
