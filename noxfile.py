@@ -75,6 +75,14 @@ def whole_of_torch(session: nox.Session) -> None:
     pytest(session, "torch", *PARALLEL, "--pyargs", "lnp_torch", *suite("torch"))
 
 
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """PyTorch on a GPU: the conformance kit, the properties, and what only a GPU can get wrong."""
+    install(session, *OF_TORCH)
+    session.env["LNP_TEST_DEVICE"] = "cuda"
+    pytest(session, "torch", "tests/contract/test_torch.py", "tests/properties/test_torch.py", "tests/gpu")
+
+
 @nox.session
 def jax(session: nox.Session) -> None:
     """JAX with the libraries whose models lnp takes."""
