@@ -39,9 +39,9 @@ def test_folders_of_one_machine_are_recognised(line):
 
 
 def test_every_test_belongs_to_a_session():
-    # noxfile.py runs two folders, and elsewhere what is named for a backend or for the parity of two.
+    # noxfile.py runs three folders, one of them on GPUs, and elsewhere what is named for a backend or for the parity of two.
     named = re.compile(
-        r"(core|packaging)/|\w+/test_(numpy|torch|jax|tensorflow|keras)|properties/test_parity(_layers)?\.py"
+        r"(core|packaging|gpu)/|\w+/test_(numpy|torch|jax|tensorflow|keras)|properties/test_parity(_layers)?\.py"
     )
     tests = [path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
     assert [path for path in tests if not named.match(path)] == []
