@@ -54,7 +54,8 @@ def decompose(
     loss:
         `loss(outputs, targets) -> scalar`, or a name: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or
         "huber" (delta = 1). None takes the model's own (Hugging Face, compiled Keras models), else cross-entropy for
-        integer targets and mean squared error for float targets of the outputs' shape. Population values need
+        integer targets and mean squared error for float targets of the outputs' shape; `Decomposition.loss_name` tells
+        which it was, and a note if it was probably not meant. Population values need
         a mean over samples: a callable of your own is called on some of the samples to find out, once, or says so by an
         attribute `separable = True`.
     forward:

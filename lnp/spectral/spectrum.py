@@ -120,6 +120,8 @@ class Spectrum:
         ]
         lines += [
             f"chi_pos {self.chi_pos:.4g} from {self.eigenvalues.size} nodes, off by {self.moment_error:.1g} (relative)",
+            f"preference {self.preference:.4g}: chi_pos N K, 1 without preference",
+            *([f"participation ratio {self.participation_ratio:.4g}"] if self.density is not None else []),
             *(f"note: {note}" for note in (*self.decomposition.notes, *self.notes)),
         ]
         return "\n".join(lines)
