@@ -145,8 +145,9 @@ def to_host(result: Any, others: list[torch.Tensor]) -> tuple[Any, list[float]]:
     tensors = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)] + others
     if not tensors:
         return result, []
-    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    values = torch.cat([tensor.detach().to(dtype).reshape(-1) for tensor in tensors]).cpu().numpy()
+    device = tensors[0].device  # a loss of the user's may have brought its targets there itself
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    values = torch.cat([tensor.detach().to(device, dtype).reshape(-1) for tensor in tensors]).cpu().numpy()
     ends = np.cumsum([tensor.numel() for tensor in tensors])
     brought = iter([_on_host(values[end - t.numel() : end], t) for end, t in zip(ends, tensors, strict=True)])
     result = map_leaves(lambda leaf: next(brought) if isinstance(leaf, torch.Tensor) else leaf, result)
