@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lnp
+from lnp.losses.doubts import TWICE
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEVICE = os.environ.get("LNP_TEST_DEVICE", "cpu")
@@ -160,6 +161,15 @@ def test_labels_out_of_range_are_refused_before_the_device_is_lost():
     with pytest.raises(ValueError, match="label"):
         lnp.decompose(model, (x, y + 1))
     assert torch.isfinite(model(x)).all()
+
+
+def test_targets_that_a_loss_brings_to_the_device_itself():
+    """Rows of them are looked at wherever they are, and come to the host with the numbers."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 3), nn.Softmax(-1)).to(DEVICE), torch.randn(16, 6), torch.arange(16) % 3
+    d = lnp.decompose(model, (x.to(DEVICE), y), lambda outputs, targets: F.cross_entropy(outputs, targets.to(DEVICE)))
+    assert TWICE in d.notes
+    assert d.loss == pytest.approx(lnp.decompose(model, (x.to(DEVICE), y.to(DEVICE))).loss, rel=1e-5)
 
 
 def test_a_batch_on_another_device_is_refused():
