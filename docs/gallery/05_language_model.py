@@ -1,27 +1,33 @@
-r"""A small language model on the source text of Python's standard library: the same findings.
+r"""A small language model on the source text of Python's standard library: the same questions.
 
 The paper claims for language models what it claims for vision: chi_pos falls during training, larger models reach
 further, chi_net rises as chi_pos falls, and without feature learning the loss stalls.
 
 This study trains transformers of two layers, 8 to 64 wide, on characters, one pass over text that they cannot hold,
-with Adam and one learning rate; and the widest one again with all but its output layer frozen. Samples are sequences of
-64 characters. Late in training the position of a batch this small is its sampling noise: what is shown is the
-population's.
+with Adam and for each width the best learning rate (`python 05_language_model.py tune`); and the widest one again with
+all but its output layer frozen. The learning rate is constant and then cools down to zero, which takes the noise of the
+optimizer away. Samples are sequences of 64 characters, positions those of the population. Three seeds.
 """
 
+import math
+import sys
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import torch
-from shared import film_strip, plt, positive, save, schedule, shades
+from shared import film_strip, plt, positive, save, shades
 from torch import nn
 from torch.nn import functional as F
 
 import lnp
 
-WIDTHS, HEADS, LENGTH, STEPS, BATCH, RATE, WARM = (8, 16, 32, 64), 4, 64, 1500, 16, 2e-3, 100
-MEASURED, WINDOW, FRAMES, FILMED = 96, 4, (0, 15, 150, 1500), 48
+RATES = {8: 0.1, 16: 0.03, 32: 0.03, 64: 0.01}
+"""The best learning rate of each width."""
+LADDER, SEEDS, HEADS, LENGTH, BATCH = (0.01, 0.03, 0.1), 3, 4, 64, 16
+STEPS, WARM, COOL = 800, 100, 600
+POINTS, FRAMES = (3, 10, 30, 100, 200, 400, COOL, STEPS), (3, 30, COOL, STEPS)
+MEASURED, MORE, FILMED, LAST = 96, 512, 48, 2
 
 
 def text():
@@ -74,86 +80,140 @@ def draw(corpus, samples, generator):
     return sequences[:, :-1], sequences[:, 1:]
 
 
-def run(corpus, symbols, width, frozen=False, filmed=False):
-    """(trained parameters, [(step, Decomposition)], {step: Spectrum})."""
-    torch.manual_seed(width)
-    generator = torch.Generator().manual_seed(0)
+def step_size(step):
+    """The learning rate at a step, in units of the highest."""
+    return min(1, (step + 1) / WARM, (STEPS - step) / (STEPS - COOL))
+
+
+def network(symbols, width, frozen, seed):
+    """A model, of which all or the output layer alone can be trained."""
+    torch.manual_seed(100 * width + seed)
     model = Language(symbols, width)
-    trained = list((model.head if frozen else model).parameters())
-    optimizer = torch.optim.Adam(trained, RATE, betas=(0.9, 0.99))
-    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM))
-    points, found, spectra = schedule(STEPS, 12), [], {}
-    options = {"parameters": "head.*" if frozen else None, "rtol": 0.03}
+    model.requires_grad_(not frozen)
+    model.head.requires_grad_(True)
+    return model
+
+
+def run(corpus, model, rate, seed, points=POINTS, frames=()):
+    """([decomposition at each point], {step: Spectrum})."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, step_size)
+    found, spectra = [], {}
     for step in range(STEPS + 1):
         if step in points:
-            new = draw(corpus, MEASURED, generator)
-            found.append((step, lnp.decompose(model, new, population=True, seed=step, **options)))
-        if filmed and step in FRAMES:
-            spectra[step] = lnp.spectrum(model, draw(corpus, FILMED, generator), steps=24, **options)
+            new = draw(corpus, MORE if step >= COOL else MEASURED, generator)
+            found.append(lnp.decompose(model, new, population=True, seed=step, rtol=0.03))
+        if step in frames:
+            spectra[step] = lnp.spectrum(model, draw(corpus, FILMED, generator), steps=24, rtol=0.03)
         inputs, targets = draw(corpus, BATCH, generator)
         optimizer.zero_grad()
         F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
         optimizer.step()
-        warm.step()
-    return sum(p.numel() for p in trained), found, spectra
+        schedule.step()
+    return found, spectra
 
 
-def curves(axes, found, label, **style):
-    """Loss, position and network scale along a run."""
-    steps = [max(step, 0.7) for step, _ in found]
-    axes["loss"].loglog(steps, [d.loss for _, d in found], label=label, **style)
-    axes["net"].loglog(steps, [d.chi_net / found[0][1].chi_net for _, d in found], **style)
-    parts = [d.population for _, d in found]
-    positive(axes["position"], steps, [p.chi_pos for p in parts], [p.chi_pos_stderr for p in parts], **style)
+def tune():
+    """The loss at the end after each of the learning rates, with a seed that is not used again."""
+    corpus, symbols = text()
+    for width, frozen in [(width, False) for width in RATES] + [(max(RATES), True)]:
+        ends = {r: run(corpus, network(symbols, width, frozen, 9), r, 9, [STEPS])[0][0].loss for r in LADDER}
+        print(f"width {width}{', frozen' if frozen else ''}: {ends}", flush=True)
+
+
+def over_seeds(values):
+    """(mean, standard error)."""
+    return np.mean(values, axis=0), np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
+
+
+def curves(axes, runs, size, label, **style):
+    """Loss, position and network scale along the runs; the position against loss and compute."""
+    loss, net, position = (
+        over_seeds([[read(d) for d in found] for found in runs])
+        for read in (lambda d: d.loss, lambda d: d.chi_net, lambda d: d.population.chi_pos)
+    )
+    axes["loss"].errorbar(POINTS, *loss, label=label, **style)
+    axes["net"].errorbar(POINTS, *net, **style)
+    positive(axes["position"], POINTS, *position, **style)
+    if style["ls"] == "-":
+        positive(axes["against"], loss[0], *position, **style)
+        positive(axes["compute"], 6 * size * BATCH * LENGTH * np.array(POINTS), *position, **style)
+    told = [f"{s}: {a:.1e} ± {b:.0e} ({y:.3f})" for s, a, b, y in zip(POINTS, *position, loss[0], strict=True)]
+    print(f"{label}, {size} parameters: chi_net {net[0][0]:.0f} x {net[0][-1] / net[0][0]:.2f}, ", end="")
+    print(f"chi_pos at each step (and loss): {', '.join(told)}", flush=True)
+    return loss[0][-1], loss[1][-1]
+
+
+def reaches_of(runs):
+    """(reach while the learning rate is constant, position after the cool-down), means of the runs."""
+    parts = [[d.population for d in found] for found in runs]
+    before = [([p.chi_pos for p in part[:-1]], [p.chi_pos_stderr for p in part[:-1]]) for part in parts]
+    return (
+        lnp.reach_of_runs([lnp.reach(POINTS[:-1], *values, window="last", size=LAST) for values in before]),
+        lnp.reach_of_runs([lnp.Reach(part[-1].chi_pos, part[-1].chi_pos_stderr, STEPS, 1) for part in parts]),
+    )
 
 
 def main():
     """Train the ladder and the frozen one, fit, draw."""
     torch.set_num_threads(1)
     corpus, symbols = text()
-    figure, axes = plt.subplot_mosaic([["loss", "position", "net"], ["reach", "film", "film"]], figsize=(11, 7))
+    rows = [["loss", "position", "net"], ["compute", "against", "reach"], ["film", "film", "film"]]
+    figure, axes = plt.subplot_mosaic(rows, figsize=(11, 10))
     sizes, losses, reaches = [], [], []
-    runs = [(width, False) for width in WIDTHS] + [(WIDTHS[-1], True)]
-    for (width, frozen), color in zip(runs, [*shades(len(WIDTHS)), "C3"], strict=True):
-        size, found, spectra = run(corpus, symbols, width, frozen, filmed=width == WIDTHS[-1] and not frozen)
-        label = f"{width}, all but the output layer frozen" if frozen else f"width {width}"
-        curves(axes, found, label, color=color, ls="--" if frozen else "-")
-        parts = [d.population for _, d in found]
-        r = lnp.reach(
-            [step for step, _ in found], [p.chi_pos for p in parts], [p.chi_pos_stderr for p in parts], window=WINDOW
-        )
-        first, last = found[0][1], found[-1][1]
-        at_the_end = last.population
+    kinds = [(width, False) for width in RATES] + [(max(RATES), True)]
+    for (width, frozen), color in zip(kinds, [*shades(len(RATES)), "C3"], strict=True):
+        size = sum(p.numel() for p in network(symbols, width, frozen, 0).parameters() if p.requires_grad)
+        runs = []
+        for seed in range(SEEDS):
+            filmed = FRAMES if width == max(RATES) and not frozen and seed == 0 else ()
+            found, spectra = run(corpus, network(symbols, width, frozen, seed), RATES[width], seed, frames=filmed)
+            runs.append(found)
+            if spectra:
+                film_strip(axes["film"], spectra, decades=7)
+        label = f"width {width}, all but the output layer frozen" if frozen else f"width {width}"
+        loss = curves(axes, runs, size, label, color=color, ls="--" if frozen else "-")
+        reach = reaches_of(runs)
         print(
-            f"{label}, {size} parameters: loss {first.loss:.2f} -> {last.loss:.3f}, chi_net x "
-            f"{last.chi_net / first.chi_net:.2f}, chi_pos {first.population.chi_pos:.1e} -> {at_the_end.chi_pos:.1e} ± "
-            f"{at_the_end.chi_pos_stderr:.0e} (the batch's {last.chi_pos:.1e}), reach {r.chi_pos:.1e} ± {r.stderr:.0e}",
-            flush=True,
+            f"  loss {loss[0]:.4f} ± {loss[1]:.4f}; reach before the cool-down {reach[0]}, after {reach[1]}", flush=True
         )
         if not frozen:
             sizes.append(size)
-            losses.append(np.mean([d.loss for _, d in found[-2:]]))
-            reaches.append((max(r.chi_pos, r.stderr), r.stderr))
-        if spectra:
-            film_strip(axes["film"], spectra, decades=7)
+            losses.append(loss)
+            reaches.append(reach)
     finish(figure, axes, sizes, losses, reaches)
 
 
 def finish(figure, axes, sizes, losses, reaches):
     """Fits, titles, legends."""
-    loss_law, law = lnp.power_law(sizes, losses), lnp.power_law(sizes, *zip(*reaches, strict=True))
-    print(f"loss: {loss_law}\nreach: {law}; chi^2 {law.chi_square:.1f} for {law.degrees} degrees of freedom")
-    values, errors = zip(*reaches, strict=True)
-    axes["reach"].errorbar(sizes, values, errors, fmt="C3.", label="reach")
-    axes["reach"].loglog(sizes, [law.predict(size)[0] for size in sizes], "C3-", lw=1)
-    exponent = f"{law.exponent:.2f} \\pm {law.exponent_stderr:.2f}"
-    axes["reach"].set(xlabel="parameters", title=f"reach $\\propto$ parameters$^{{{exponent}}}$")
-    titles = {"loss": "loss", "position": "$\\chi_{pos}$ of the population", "net": "$\\chi_{net}$ / its first value"}
-    for name, title in titles.items():
-        axes[name].set(xscale="log", yscale="log", xlabel="step", title=title)
-    axes["loss"].legend()
+    law = lnp.power_law(sizes, *zip(*losses, strict=True))
+    print(f"loss: {law}; chi^2 per degree of freedom {law.chi_square_per_degree:.1f}")
+    both = zip(("constant learning rate", "cooled down"), ("C1", "C0"), zip(*reaches, strict=True), strict=True)
+    for label, color, found in both:
+        law = lnp.power_law(sizes, found)
+        print(f"reach, {label}: {law}; chi^2 per degree of freedom {law.chi_square_per_degree:.1f}")
+        positive(
+            axes["reach"], sizes, [r.chi_pos for r in found], [r.stderr for r in found], ls="", color=color, label=label
+        )
+        axes["reach"].loglog(sizes, [law.predict(size)[0] for size in sizes], color=color, lw=1)
+    titles = {
+        "loss": ("loss", "step"),
+        "net": ("$\\chi_{net}$", "step"),
+        "position": ("$\\chi_{pos}$ of the population", "step"),
+        "against": ("$\\chi_{pos}$", "loss"),
+        "compute": ("$\\chi_{pos}$", "compute, $6ND$ (floating-point operations)"),
+        "reach": ("reach", "parameters"),
+    }
+    for name, (title, xlabel) in titles.items():
+        axes[name].set(xscale="log", yscale="log", xlabel=xlabel, title=title)
+    for axis in (axes["loss"].yaxis, axes["against"].xaxis):
+        axis.set_ticks([2, 2.5, 3, 4], ["2", "2.5", "3", "4"])
+        axis.set_ticks([], minor=True)
+    axes["loss"].legend(loc="lower left")
+    axes["reach"].legend()
     save(figure, "05_language_model")
 
 
 if __name__ == "__main__":
-    main()
+    tune() if "tune" in sys.argv else main()
