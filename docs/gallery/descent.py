@@ -45,14 +45,14 @@ def watched(model: nn.Module, seed: int, rate: float, points: list[int], measure
     teacher, generator = Teacher(), torch.Generator().manual_seed(seed)
     held_out = teacher.draw(measured, torch.Generator().manual_seed(10_000 + seed))
     tracker = lnp.Tracker(schedule=points, batch=held_out, population=False, rtol=0.05)
-    mean, way, found = averaged(model), 0.0, Run(points, tracker.history, [], [])
+    mean, way, moment, smooth = averaged(model), 0.0, [], []
     mean.update_parameters(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate)
     for step in range(points[-1] + 1):
         if step in points:
             few, many = teacher.draw(measured // 4, generator), teacher.draw(measured, generator)
-            found.moment.append(lnp.decompose(model, few, population=True, seed=step))
-            found.averaged.append(lnp.decompose(mean.module, many, population=True, seed=step))
+            moment.append(lnp.decompose(model, few, population=True, seed=step))
+            smooth.append(lnp.decompose(mean.module, many, population=True, seed=step))
         # Averaged weights lag behind: their learning rates sum up to the average of the sums, not to the last one.
         before, way = way, way + ((step + 1) * rate - way) * SHARE / (step + 1 + SHARE)
         tracker.observe(step, mean.module, learning_rate=way - before)
@@ -60,5 +60,4 @@ def watched(model: nn.Module, seed: int, rate: float, points: list[int], measure
         loss_of(model, teacher.draw(BATCH, generator)).backward()
         optimizer.step()
         mean.update_parameters(model)
-    found.net = tracker.history
-    return found
+    return Run(points, tracker.history, moment, smooth)
