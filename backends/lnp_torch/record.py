@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from array_api_compat import torch as xp
-from torch.nn import functional as F
 
 from lnp.contract.linearization import GradientPass, Linearization, Subset, Vector, coupling_tolerance, unit
 from lnp.contract.options import Options
@@ -29,6 +28,7 @@ from lnp_torch.own_loss import shown_mean, split_batch
 from lnp_torch.plans import Plan, key_of
 from lnp_torch.replay import Passes, first_pass, without_graph
 from lnp_torch.self_check import FATAL, plan_for
+from lnp_torch.signs import signs_of
 from lnp_torch.state_guard import undisturbed
 from lnp_torch.taps.backward_pass import Samples, Tapped, in_groups
 from lnp_torch.taps.function_mode import Taps
@@ -194,7 +194,7 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
         vjp=operators.gradients,
         gradient_pass=operators.gradient_pass if taps is not None or options.microbatch is not None else None,
         inner_products=lambda u, w: {name: dot(u[name], w[name]) for name in passes.program.parameters},
-        signs=_signs(options.seed, flat),
+        signs=signs_of(options.seed, flat),
         jvp=lambda u: jvp(passes, u),
         sample_square_norms=operators.sample_square_norms if apart else None,
         subset=operators.subset if apart else None,
@@ -282,21 +282,6 @@ def _loss_along(passes: Passes, loss: LossAt, u: Vector, step: Any) -> torch.Ten
             name: (widened(p.detach()) + step * widened(u[name])).to(p.dtype) for name, p in program.parameters.items()
         }
         return loss.at(without_graph(passes.whole, moved))
-
-
-def _signs(seed: Any, like: torch.Tensor) -> Callable[[int], torch.Tensor]:
-    """index -> (N, K) random signs."""
-    table = 1 - 2 * (torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1)
-    table = table.to(like.dtype)  # the eight signs that each byte stands for
-
-    def signs(index: int) -> torch.Tensor:
-        state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(like.device).manual_seed(int(state >> 1))
-        count = like.numel() // 32 + 1
-        words = torch.randint(-(2**31), 2**31, (count,), generator=generator, device=like.device, dtype=torch.int32)
-        return F.embedding(words.view(torch.uint8).int(), table).view(-1)[: like.numel()].view(like.shape)
-
-    return signs
 
 
 def _frozen_notes(passes: Passes) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ from lnp.contract.linearization import Array, accumulation_dtype
 
 BUDGET = 2**22
 """Numbers that are in memory at a time, beside what is given."""
+ON_A_DEVICE = 2**25
+"""The same on a GPU, which has no use for small caches, and waits for the launches of small pieces."""
 GRAM_ADVANTAGE = 1.2
 """How many times fewer multiplications the Gram form needs to be preferred: its products are smaller."""
 
@@ -215,6 +217,8 @@ def _take(xp: Any, left: Array, index: Array) -> Array:
 def _chunked(xp: Any, function: Callable[..., Array], arrays: tuple[Array, ...], size: int, budget: int) -> Array:
     """function(*arrays), on as many samples at a time as the budget holds at `size` numbers each."""
     samples = arrays[0].shape[0]
+    if getattr(getattr(arrays[0], "device", None), "type", "cpu") != "cpu":
+        budget = max(budget, ON_A_DEVICE)
     chunk = max(1, budget // max(size, 1))
     if chunk >= samples:
         return function(*arrays)

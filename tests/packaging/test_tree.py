@@ -39,7 +39,7 @@ def test_folders_of_one_machine_are_recognised(line):
 
 
 def test_every_test_belongs_to_a_session():
-    # noxfile.py runs three folders, one of them on GPUs, and elsewhere what is named for a backend or for the parity of two.
+    # noxfile.py runs three folders, one of them on GPUs, and what is named for a backend or for the parity of two.
     named = re.compile(
         r"(core|packaging|gpu)/|\w+/test_(numpy|torch|jax|tensorflow|keras)|properties/test_parity(_layers)?\.py"
     )
