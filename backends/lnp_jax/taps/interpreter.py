@@ -141,8 +141,8 @@ class Walk:
             return _bound(eqn, values, jaxpr), {}
         if name in INLINED:
             return self.run(_closed(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]), values)
-        if name == "scan":
-            return self._scan(eqn, values)
+        if name == "scan" and (parts := _parts_of_scan(eqn.params)) is not None:
+            return self._scan(eqn, values, *parts)
         if name in CHECKPOINTS:
             return self._checkpoint(eqn, values)
         if name == "cond" and 0 not in at:
@@ -191,10 +191,9 @@ class Walk:
             if self.found_uses is not None and value.view is not None:
                 self.found_uses.general.setdefault(value.view.group, why)
 
-    def _scan(self, eqn: Any, values: list[Value]) -> tuple[list[Value], dict[Path, Any]]:
+    def _scan(self, eqn: Any, values: list[Value], head: int, carries: int) -> tuple[list[Value], dict[Path, Any]]:
         """Over its leading axis a parameter is used in pieces; otherwise again at each step."""
-        params, depth = eqn.params, len(self.scans)
-        head, carries, length = params["num_consts"], params["num_carry"], params["length"]
+        params, depth, length = eqn.params, len(self.scans), eqn.params["length"]
         consts, init, xs = values[:head], values[head : head + carries], values[head + carries :]
         self._general(init, "carry of a scan")
         batched = any(value.batched for value in values)
@@ -206,7 +205,7 @@ class Walk:
             inner = replace(self, outputs=taps, scans=(*self.scans, length))
             steps = [Value(array, view, batched) for array, view in zip(arrays, views, strict=True)]
             outs, kept = inner.run(
-                params["jaxpr"], [*consts, *(Value(array, None, batched) for array in carry), *steps]
+                _closed(params["jaxpr"]), [*consts, *(Value(array, None, batched) for array in carry), *steps]
             )
             self._general(outs, "result of a scan")
             arrays = [out.array for out in outs]
@@ -278,6 +277,17 @@ def _operation(eqn: Any, position: int) -> Callable:
 def _values(arrays: Sequence, given: Sequence[Value]) -> list[Value]:
     batched = any(value.batched for value in given)
     return [Value(array, None, batched) for array in arrays]
+
+
+def _parts_of_scan(params: Any) -> tuple[int, int] | None:
+    """(constants, carries) that stand before what a scan goes over; None where a release tells it in another way."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    try:
+        consts, carries, _ = map(len, params["ft_in"].elts)  # from JAX 0.11 on
+    except (KeyError, AttributeError, TypeError, ValueError):
+        return None
+    return consts, carries
 
 
 def _closed(program: Any) -> Any:
