@@ -16,7 +16,7 @@ from lnp.contract.validation import select
 from lnp_torch.clones import cast
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import continuous, like, real
-from lnp_torch.refusals import refuse
+from lnp_torch.refusals import refuse, refuse_transforms
 from lnp_torch.replica import Replica
 from lnp_torch.writes import Guard
 
@@ -124,11 +124,14 @@ def program(
     ------
     ValueError
         For models that cannot be measured without touching them, see `lnp_torch.refusals`.
+    RuntimeError
+        Inside a transform of torch.func.
     """
     if isinstance(model, Snapshot):
         made = program(model.model, forward, parameters, loss, written)
         return replace(made, parameters=model.parameters)
     refuse(model)
+    refuse_transforms()
     if isinstance(model, nn.Module):
         return _on_a_device(_module(unwrapped(model), forward, parameters, loss, written))
     if forward is not None:

@@ -37,6 +37,17 @@ def refuse(model: Any) -> None:
         raise ValueError(reason)
 
 
+def refuse_transforms() -> None:
+    """Raise RuntimeError inside a transform of torch.func, of which a measurement would become a part."""
+    functorch: Any = torch._C._functorch
+    if functorch.get_dynamic_layer_stack_depth():
+        kind = functorch.peek_interpreter_stack().key().name.lower()
+        raise RuntimeError(
+            f"lnp was called inside a transform of torch.func ({kind}). Expected a call outside of transforms: a "
+            "measurement makes passes of its own, which the transform would change. Measure before or after it."
+        )
+
+
 def refuse_devices(model: Any, batches: Any) -> None:
     """Raise ValueError if what failed has its batch on other devices than the model.
 

@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,13 @@ def undisturbed(devices: Iterable[torch.device]) -> Iterator[None]:
             finished(randomness.restore)
 
 
+ENDS = {
+    "Vmap": "_vmap_decrement_nesting", "Grad": "_grad_decrement_nesting", "Jvp": "_jvp_decrement_nesting",
+    "Functionalize": "_func_decrement_nesting",
+}  # fmt: skip
+"""{transform: what ends it}."""
+
+
 class _Transforms:
     """Function transforms under way: torch.func leaves its own behind where Ctrl-C comes as it enters one."""
 
@@ -40,8 +48,10 @@ class _Transforms:
         self._depth, self._level = torch._C._functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
 
     def restore(self) -> None:
-        """End what has been entered since."""
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._depth)
+        """End what has been entered since, one by one: PyTorch's own way to a depth ends one too many up to 2.11."""
+        functorch: Any = torch._C._functorch
+        while functorch.get_dynamic_layer_stack_depth() > self._depth:
+            getattr(functorch, ENDS[functorch.peek_interpreter_stack().key().name])()
         while forward_ad._current_level > self._level:
             forward_ad.exit_dual_level()
 

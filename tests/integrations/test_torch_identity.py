@@ -124,9 +124,12 @@ class Interrupted(nn.Linear):
     [
         lambda: torch._C._functorch._vmap_increment_nesting(6, "error"),
         lambda: torch._C._functorch._grad_increment_nesting(),
+        lambda: torch._C._functorch._jvp_increment_nesting(),
+        lambda: torch._C._functorch._func_increment_nesting(True),
+        lambda: [torch._C._functorch._grad_increment_nesting() for _ in range(3)],
         forward_ad.enter_dual_level,
     ],
-    ids=["vmap", "grad", "forward mode"],
+    ids=["vmap", "grad", "jvp", "functionalize", "three of them", "forward mode"],
 )
 def test_an_interruption_leaves_no_transform_behind(enter):
     batch = (torch.randn(6, 4), torch.arange(6) % 3)
@@ -135,3 +138,18 @@ def test_an_interruption_leaves_no_transform_behind(enter):
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
     assert forward_ad._current_level == -1
     assert lnp.decompose(nn.Linear(4, 3), batch).samples == 6
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.vmap])
+def test_a_transform_of_the_users_is_refused_and_goes_on(transform):
+    """Nothing of it is ended, and what comes next is measured."""
+    model, batch = nn.Linear(4, 3), (torch.randn(6, 4), torch.arange(6) % 3)
+
+    def loss(w):
+        with pytest.raises(RuntimeError, match="inside a transform of torch"):
+            lnp.decompose(model, batch)
+        return w.pow(3).sum()
+
+    expected = [1.0, 1.0] if transform is torch.vmap else [3.0, 3.0]
+    assert transform(loss)(torch.ones(2)).tolist() == expected
+    assert lnp.decompose(model, batch).samples == 6
