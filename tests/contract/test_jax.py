@@ -63,8 +63,13 @@ def kit(name, **how):
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check):
-    """The numbers in both types; how things are done does not depend on them, and takes long to compile."""
-    check(kit("eager") if check in NUMBER_CHECKS else kit("eager", dtypes=("float64",)))
+    check(kit("eager", dtypes=("float64",)))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("check", sorted(NUMBER_CHECKS, key=CHECKS.index), ids=lambda check: check.__name__)
+def test_contract_in_float32(check):
+    check(kit("eager", dtypes=("float32",)))
 
 
 @pytest.mark.parametrize("check", most_thorough(COMPILED_CHECKS))

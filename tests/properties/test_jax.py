@@ -32,7 +32,7 @@ kit = Kit("jax", "jax", build, lambda loss: partial(loss.value, jnp), dict)
 
 
 @pytest.mark.parametrize(("holds", "scenarios"), PROPERTIES, ids=NAMES)
-@settings(max_examples=4, derandomize=True)
+@settings(max_examples=3, derandomize=True)
 @given(data=st.data())
 def test_property(holds, scenarios, data):
     with float64("jax"):
