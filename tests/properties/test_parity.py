@@ -19,7 +19,7 @@ KITS = (test_torch.kit, test_jax.kit, test_tensorflow.kit, test_keras.kit)
 NUMBERS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "loss_terms")
 
 
-@settings(max_examples=6, derandomize=True)
+@settings(max_examples=4, derandomize=True)
 @given(scenario=scenarios())
 def test_parity(scenario):
     expected = test_numpy.kit.measure(scenario, estimator="exact", by_layer=True)
