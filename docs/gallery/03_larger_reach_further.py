@@ -107,7 +107,7 @@ def curves(axes, width, size, runs, of_runs, color):
 def finish(axes):
     """Titles, scales, legends."""
     titles = (
-        ("step", "$\\chi_{pos}$ of the population, averaged weights, by width"), ("step", "net position"),
+        ("step", "$\\chi_{pos}$ of the population, averaged weights"), ("step", "net position"),
         ("loss", "net position against loss"), ("compute, $6ND$ (floating-point operations)", "net position"),
         ("parameters", "reach"), ("parameters", "loss, and a power law with an offset"),
     )  # fmt: skip
@@ -118,7 +118,7 @@ def finish(axes):
     for axis, ticks in ((axes[0, 2].xaxis, (0.6, 0.8, 1, 1.5, 2)), (axes[1, 2].yaxis, (0.6, 0.8, 1, 1.2))):
         axis.set_ticks(ticks, [str(x) for x in ticks])
         axis.set_ticks([], minor=True)
-    axes[0, 0].legend(ncols=2, loc="lower left")
+    axes[0, 0].legend(ncols=2, loc="lower left", title="width")
     axes[1, 1].set_ylim(1e-8)
     axes[1, 1].legend(loc="lower left")
 
