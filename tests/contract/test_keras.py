@@ -10,8 +10,10 @@ import pytest
 
 from contract import namespaces
 from lnp.testing import CHECKS, Kit, frozen
+from lnp.testing.batches import BATCH_CHECKS
 from lnp.testing.estimators import ESTIMATOR_CHECKS
 from lnp.testing.numbers import exact_factors_are_those_of_the_dense_kernel, layers_add_up
+from lnp.testing.record import RECORD_CHECKS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lnp compiled again"),  # the kit makes new functions on purpose
@@ -85,8 +87,17 @@ ELSEWHERE = (*ESTIMATOR_CHECKS, exact_factors_are_those_of_the_dense_kernel, lay
 """What does not depend on how a model is read: tried by the contracts of the frameworks' own backends."""
 
 
+SLOW = (*RECORD_CHECKS, *BATCH_CHECKS) if keras.backend.backend() == "jax" else ()
+"""What takes minutes to compile there, and says what Keras on other frameworks and JAX's own contract say."""
+
+
 @pytest.mark.parametrize(
-    "check", [check for check in CHECKS if check not in ELSEWHERE], ids=lambda check: check.__name__
+    "check",
+    [
+        pytest.param(check, id=check.__name__, marks=[pytest.mark.thorough] * (check in SLOW))
+        for check in CHECKS
+        if check not in ELSEWHERE
+    ],
 )
 def test_contract(check):
     check(kit)
