@@ -22,7 +22,7 @@ from lnp.per_sample.verdict import BENT, NOT_FINITE, Verdict, failing, found_int
 from lnp_torch import fallback
 from lnp_torch.outputs import flatten
 from lnp_torch.plans import Key, Plan
-from lnp_torch.self_check import FATAL, ROUNDED, UNCLEAR, in_float64, rounding
+from lnp_torch.self_check import FATAL, ROUNDED, in_float64, rounding, unclear_up_to
 from lnp_torch.taps.backward_pass import Samples
 from lnp_torch.taps.reader import Reading
 
@@ -113,7 +113,7 @@ class Look:
         if not self._differences:
             return torch.zeros((), dtype=torch.bool, device=self._samples.outputs.device)
         largest = torch.stack([difference.value.float() for difference in self._differences]).amax()
-        return ~(largest <= UNCLEAR)  # nan, too
+        return ~(largest <= unclear_up_to(self._tolerance))  # nan, too
 
     @property
     def values(self) -> list[torch.Tensor]:
@@ -159,7 +159,7 @@ class Look:
         """Why the samples are not taken apart, or ""; what may be rounding is looked at again in float64."""
         if any(map(math.isnan, values)) and bool(torch.isfinite(self._samples.outputs).all()):
             return NOT_FINITE
-        if any(value > UNCLEAR for value in values):
+        if any(value > unclear_up_to(self._tolerance) for value in values):
             return found_interacting()
         unclear = [d for d, value in zip(self._differences, values, strict=True) if value > self._tolerance]
         if not unclear:

@@ -27,8 +27,8 @@ from lnp_torch.taps.reader import LAYOUTS, Layouts, Reading
 
 FATAL = (torch.OutOfMemoryError,)
 """What is not the network's answer to a part of its batch."""
-UNCLEAR = 0.05
-"""Relative difference up to which rounding may be all there is: it is looked at again in float64."""
+UNCLEAR, NARROW = 0.3, 20.0
+"""Relative difference up to which rounding may be all there is, as a number, and in tolerances of narrow types."""
 ROUNDED = 3.0
 """Times the rounding of parameters that sums in another order may differ by, in a network that float64 cannot tell."""
 
@@ -103,6 +103,11 @@ class Operations:
         return found
 
 
+def unclear_up_to(tolerance: float) -> float:
+    """The relative difference up to which samples are looked at again in float64: deep networks take roundings far."""
+    return max(UNCLEAR, NARROW * tolerance)
+
+
 def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: float, custom_backward: bool) -> Plan:
     """How the samples are taken apart: what is remembered, or found out now.
 
@@ -154,7 +159,7 @@ def _plan_at_parameters(samples: Samples, before: Plan, tolerance: float, pairs:
         if before.way is fallback.LOOPED and way is fallback.VECTORIZED:
             continue
         found, worst = _plan_by_one_way(samples, before, way, tolerance, pairs)
-        unclear |= tolerance < worst <= UNCLEAR
+        unclear |= tolerance < worst <= unclear_up_to(tolerance)
         if not found.verdict.reason:
             break
     if not (unclear and (found.verdict.reason or len(found.general) > len(before.general))):
