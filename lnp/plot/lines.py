@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -141,15 +141,14 @@ def _mark_no_preference(ax: Axes, run: History) -> None:
         return
     value, (low, high) = 1 / (samples[-1] * outputs[-1]), ax.get_ylim()
     if low / ROOM < value < high * ROOM:
-        _mark_level(ax, value, "no preference (batch)")
+        _mark_level(ax, value, "no preference (batch)", side="left")  # at the right the positions come down to it
 
 
-def _mark_level(ax: Axes, value: float, text: str) -> None:
-    """A dotted line across the axes, with what it is at its right end."""
+def _mark_level(ax: Axes, value: float, text: str, side: Literal["left", "right"] = "right") -> None:
+    """A dotted line across the axes, with what it is at one end."""
     ax.axhline(value, color=style.BATCH, linewidth=1, linestyle=":")
-    ax.annotate(
-        text, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small", color="#555"
-    )
+    at, place = (float(side == "right"), value), ("axes fraction", "data")
+    ax.annotate(text, at, xycoords=place, ha=side, va="bottom", fontsize="small", color="#555")
 
 
 def noise_scale(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
