@@ -130,6 +130,10 @@ def logical_not(x: tf.Tensor) -> tf.Tensor:
     return tf.logical_not(x)
 
 
+def searchsorted(x1: tf.Tensor, x2: tf.Tensor) -> tf.Tensor:
+    return tf.searchsorted(x1, x2)
+
+
 def take(x: tf.Tensor, indices: tf.Tensor, *, axis: int) -> tf.Tensor:
     return tf.gather(x, indices, axis=axis)
 

@@ -39,7 +39,7 @@ class Subset:
     Attributes
     ----------
     index:
-        Which samples, shape (M,).
+        Which samples, ascending, shape (M,).
     sample_square_norms:
         v (M, K) -> {parameter name: (M,) array of ||J_ml^T v_m||^2}.
     jvp:

@@ -26,7 +26,7 @@ class Pilot:
     Attributes
     ----------
     index:
-        The indices of the samples, shape (M,).
+        The indices of the samples, ascending, shape (M,).
     square_norms:
         v (N, K) -> (R, M) array of ||J_rm^T v_m||^2.
     """
@@ -262,9 +262,11 @@ def _variance_of_differences(xp: Namespace, first: Array, second: Array, index: 
 
 def _fill_with_mean(xp: Namespace, few: Array, index: Array, samples: int) -> Array:
     """(R, M) values at their places among N samples, the others filled with their mean. (R, N)."""
-    mean = xp.mean(few, axis=1, keepdims=True)
-    places = xp.astype(xp.arange(samples, device=getattr(few, "device", None))[None, :] == index[:, None], few.dtype)
-    return mean + xp.matmul(few - mean, places)
+    everyone = xp.astype(xp.arange(samples, device=getattr(few, "device", None)), index.dtype)
+    place = xp.searchsorted(index, everyone)
+    place = xp.where(place < index.shape[0], place, xp.zeros_like(place))
+    found = xp.take(index, place, axis=0) == everyone
+    return xp.where(found[None, :], xp.take(few, place, axis=1), xp.mean(few, axis=1, keepdims=True))
 
 
 def _variance_across_groups(xp: Namespace, values: Array) -> Array:

@@ -8,6 +8,7 @@ from core.dense import drawn, kernel, network, offdiagonal, record
 from core.test_trace import compiled_loop
 from lnp.contract.linearization import while_loop
 from lnp.estimators import trace
+from lnp.estimators.probing import _fill_with_mean
 
 SEEDS = 400
 ROWS = [("layer0.weight", "layer1.weight"), ("layer1.weight",)]
@@ -135,3 +136,12 @@ def test_a_probe_varies_as_its_kernel_says():
     theta = kernel(jacobian)
     variance = 2 * sum(offdiagonal(theta[4 * n : 4 * n + 4, 4 * n : 4 * n + 4]) for n in range(160))
     assert 0.01 < variance**0.5 / np.trace(theta) < 0.03
+
+
+def test_a_large_batch_is_filled_up_without_a_table_of_pairs():
+    """Which, of 25,000 among 200,000 samples, would take 40 GB."""
+    index = np.sort(np.random.default_rng(0).permutation(200_000)[:25_000])
+    few = np.arange(25_000.0)[None, :]
+    found = _fill_with_mean(np, few, index, 200_000)
+    assert np.array_equal(found[:, index], few)
+    assert np.all(np.delete(found, index, axis=1) == few.mean())
