@@ -14,7 +14,7 @@ cotangent, are held against lnp's. A model is
     wrong     they do not agree, and no note says why
 
 What a family cannot build from its drawn settings is drawn anew and not counted. The table goes to
-`results/random_models_<family>.md`.
+`results/random_models_<family>_<seed>.md`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def main() -> int:
     print(f"{len(rows)} models: {summary}; {time.time() - start:.0f} s")
     if options.write:
         command = f"python benchmarks/random_models {options.family} --seed {options.seed} --count {options.count}"
-        write(HERE.parent / "results" / f"random_models_{options.family}.md", command, summary, rows, family.VERSIONS)
+        command += f" --only {options.only}" * bool(options.only)
+        path = HERE.parent / "results" / f"random_models_{options.family}_{options.seed}.md"
+        write(path, command, summary, rows, family.VERSIONS)
     return 1 if counts["wrong"] or counts["crashed"] else 0
 
 
