@@ -32,7 +32,7 @@ kit = Kit("tensorflow", "tensorflow", build, lambda loss: partial(loss.value, xp
 
 
 @pytest.mark.parametrize(("holds", "scenarios"), PROPERTIES, ids=NAMES)
-@settings(max_examples=3, derandomize=True)
+@settings(max_examples=2, derandomize=True)
 @given(data=st.data())
 def test_property(holds, scenarios, data):
     holds(kit, data.draw(scenarios))
