@@ -218,7 +218,18 @@ def look_at_one(samples: Samples, g: tf.Tensor, flat: tf.Tensor, uses: Uses | No
     else:
         in_batch, apart = _in_the_batch(samples, g, uses, number), look(xp, flat, placed)
     apart = xp.maximum(apart, look(xp, flat, flat, [(in_batch, own)]))
-    return Look(apart, _bend(samples.run, alone, row, gradient))
+    bend = _bend(samples.run, alone, row, gradient)
+    return Look(apart, bend if bend is None else xp.maximum(bend, _bend_of_largest(samples, g)))
+
+
+def _bend_of_largest(samples: Samples, g: tf.Tensor) -> tf.Tensor:
+    """The bend of the sample with the largest loss gradient, which a backward pass that clips reaches first."""
+    number = tf.argmax(tf.reduce_sum(g * g, axis=1), output_type=tf.int32)[None]
+    alone = replace(recorded(samples.run, cut(samples.inputs, number, samples.shape[0]), 0), taps=(), sites=())
+    row = tf.gather(g, number)
+    bend = _bend(samples.run, alone, row, alone.pulled(row)[0])
+    assert bend is not None, "the backward pass was written by somebody"
+    return bend
 
 
 def _in_the_batch(samples: Samples, g: tf.Tensor, uses: Uses, number: tf.Tensor) -> Norms:
