@@ -22,6 +22,7 @@ from lnp.estimators.population import Population
 from lnp.optional import import_optional
 from lnp.printable import printable
 from lnp.results.decomposition import Decomposition
+from lnp.results.display import error, number
 
 SMALLEST = 8
 """Samples of the smallest batch, where none is given: fewer say little of a population."""
@@ -73,10 +74,10 @@ class NestedBatches:
         head = "".join(f"{name:>11}" for name in columns)
         lines = [f"{'samples':>8}{head}   {'of the population':<24}expected"]
         for d in self.decompositions:
-            values = "".join(f"{_number(getattr(d, name)):>11}" for name in columns)
+            values = "".join(f"{number(getattr(d, name)):>11}" for name in columns)
             p = d.population
-            own = "-" if p is None else f"{_number(p.chi_pos)} ± {_number(p.chi_pos_stderr, 1)}"
-            lines.append(f"{d.samples:>8}{values}   {own:<24}{_number(self.expected_chi_pos(d.samples))}")
+            own = "-" if p is None else f"{number(p.chi_pos)}{error(p, 'chi_pos')}"
+            lines.append(f"{d.samples:>8}{values}   {own:<24}{number(self.expected_chi_pos(d.samples))}")
         notes: dict[str, list[int]] = {}
         for d in self.decompositions:
             for note in d.notes:
@@ -163,7 +164,3 @@ def _checked_sizes(batch_sizes: Sequence[int], samples: int) -> list[int]:
             f"{samples}."
         )
     return sizes
-
-
-def _number(value: Any, digits: int = 4) -> str:
-    return f"{value:.{digits}g}" if isinstance(value, int | float) else str(value)

@@ -173,8 +173,6 @@ def told(xp: Any, prepared: Any, gradient: Array) -> dict[str, Any]:
     """What a record tells of a prepared loss (`lnp.losses.kinds.Prepared`), as keywords of `Linearization`."""
     try:
         found = evidence(xp, prepared.inputs, gradient)
-    except (
-        Exception
-    ):  # sparse, ragged and nested arrays have no rows to be taken: a loss of the user's reads them itself
+    except Exception:  # sparse, ragged and nested arrays have no rows to take: the user's own loss reads them itself
         found = {}
     return {"loss_name": prepared.name, "evidence": found}

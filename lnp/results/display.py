@@ -65,23 +65,21 @@ def to_pandas(d: Decomposition) -> Any:
 
 def to_text(d: Decomposition) -> str:
     """A small table: values, error bars, and how they were obtained."""
-    lines = [
-        f"{name:<10}{_number(getattr(d, name)):>11}{_error(d, name)}   {meaning}" for name, meaning in _meanings(d)
-    ]
+    lines = [f"{name:<10}{number(getattr(d, name)):>11}{error(d, name)}   {meaning}" for name, meaning in _meanings(d)]
     if d.population is not None:
         lines += [
-            f"{'chi_pos':<10}{_number(d.population.chi_pos):>11}{_error(d.population, 'chi_pos')}   of the population",
+            f"{'chi_pos':<10}{number(d.population.chi_pos):>11}{error(d.population, 'chi_pos')}   of the population",
             f"{'noise':<10}{noise_scale(d.population):>11}   gradient noise scale, samples",
         ]
     if d.total is not None:
-        lines += [f"{name:<10}{_number(getattr(d.total, name)):>11}   of the whole loss" for name in ("loss", "rate")]
+        lines += [f"{name:<10}{number(getattr(d.total, name)):>11}   of the whole loss" for name in ("loss", "rate")]
     if d.layers:
         names = {layer: printable(layer) for layer in d.layers}
         width = max(len("layer"), *map(len, names.values()))
         lines += ["", f"{'layer':<{width}}{'rate':>11}{'chi_net':>11}{'':>11}{'chi_pos':>11}"]
         lines += [
-            f"{names[layer]:<{width}}{_number(part.rate):>11}{_number(part.chi_net):>11}{_error(part, 'chi_net'):>11}"
-            f"{_number(part.chi_pos):>11}{_error(part, 'chi_pos'):>11}"
+            f"{names[layer]:<{width}}{number(part.rate):>11}{number(part.chi_net):>11}{error(part, 'chi_net'):>11}"
+            f"{number(part.chi_pos):>11}{error(part, 'chi_pos'):>11}"
             for layer, part in d.layers.items()
         ]
     return "\n".join([*lines, "", provenance(d), *(f"note: {printable(note)}" for note in d.notes)])
@@ -91,12 +89,12 @@ def to_html(d: Decomposition) -> str:
     """The same table for notebooks."""
     rows = "".join(
         f"<tr><td><code>{name}</code></td>"
-        f"<td style='text-align:right'>{_number(getattr(d, name))}{_error(d, name)}</td>"
+        f"<td style='text-align:right'>{number(getattr(d, name))}{error(d, name)}</td>"
         f"<td style='text-align:left'>{html.escape(meaning)}</td></tr>"
         for name, meaning in _meanings(d)
     )
     if d.population is not None:
-        position = f"{_number(d.population.chi_pos)}{_error(d.population, 'chi_pos')}"
+        position = f"{number(d.population.chi_pos)}{error(d.population, 'chi_pos')}"
         for name, value, meaning in (
             ("chi_pos", position, "of the population"),
             ("noise", noise_scale(d.population), "gradient noise scale, samples"),
@@ -107,8 +105,8 @@ def to_html(d: Decomposition) -> str:
             )
     layers = "".join(
         f"<tr><td><code>{html.escape(printable(layer))}</code></td>"
-        f"<td>rate {_number(part.rate)}, chi_net {_number(part.chi_net)}"
-        f"{_error(part, 'chi_net')}</td><td>chi_pos {_number(part.chi_pos)}{_error(part, 'chi_pos')}</td></tr>"
+        f"<td>rate {number(part.rate)}, chi_net {number(part.chi_net)}"
+        f"{error(part, 'chi_net')}</td><td>chi_pos {number(part.chi_pos)}{error(part, 'chi_pos')}</td></tr>"
         for layer, part in (d.layers or {}).items()
     )
     notes = "".join(f"<br>{html.escape(printable(line))}" for line in (provenance(d), *d.notes))
@@ -152,10 +150,14 @@ def _count(value: float | Array) -> str:
     return str(int(value)) if isinstance(value, int | float) and not math.isnan(value) else str(value)
 
 
-def _number(value: float | Array) -> str:
+def number(value: float | Array) -> str:
+    """A value as it is printed."""
     return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
-def _error(d: Values, name: str) -> str:
-    error = getattr(d, f"{name}_stderr", None)
-    return "" if error is None or error == 0 else f" ± {error:.1g}" if isinstance(error, int | float) else f" ± {error}"
+def error(d: Values, name: str) -> str:
+    """A value's standard error as it is printed behind it; "" without one, and for none at all."""
+    stderr = getattr(d, f"{name}_stderr", None)
+    if stderr is None or stderr == 0:
+        return ""
+    return f" ± {stderr:.1g}" if isinstance(stderr, int | float) else f" ± {stderr}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from lnp.contract.options import Options
 from lnp_jax import self_check
 from lnp_jax.bound_model import bind
 from lnp_jax.model import separate
-from lnp_jax.taps import backward_pass
+from lnp_jax.taps import backward_pass, interpreter
 
 PRODUCTS = 3
 
@@ -298,3 +299,11 @@ def test_nothing_of_the_size_of_all_gradients_is_made(name, estimator):
     largest = max(sizes(jax.make_jaxpr(measure)(parameters, x).jaxpr))
     numbers = sum(p.size for p in parameters.values())
     assert numbers < largest < len(x) * max(p.size for p in parameters.values())
+
+
+def test_where_a_scan_tells_its_parts():
+    """In two ways, by release; what is told in neither is left to single samples."""
+    ways = {"num_consts": 2, "num_carry": 1}, {"ft_in": SimpleNamespace(elts=((0, 0), (0,), (0, 0, 0)))}
+    assert [interpreter._parts_of_scan(params) for params in ways] == [(2, 1), (2, 1)]
+    assert interpreter._parts_of_scan({"ft_in": ()}) is None
+    assert interpreter._parts_of_scan({}) is None

@@ -251,3 +251,23 @@ def test_overlapping_parts_of_a_weight():
     found = measured(model, x)
     same(found, model, x, "float64")
     assert any("p.w (several uses)" in note for note in found["notes"])
+
+
+def test_a_backward_pass_that_clips_one_sample_alone():
+    """All others have hardly any loss gradient, whichever of them is looked at."""
+    rng = np.random.default_rng(0)
+    x, w, v = rng.normal(size=(12, 3)), rng.normal(size=(3, 4)), rng.normal(size=(4, 2))
+
+    @tf.custom_gradient
+    def clipped(h):
+        return tf.identity(h), lambda d: tf.clip_by_value(d, tf.constant(-2.0, d.dtype), tf.constant(2.0, d.dtype))
+
+    hidden, head = tf.Variable(w), tf.Variable(0.01 * v)
+    model = (lambda inputs: clipped(tf.tanh(inputs @ hidden)) @ head, [hidden, head])
+    lnp.decompose(model, (tf.constant(x), tf.zeros((12, 2), tf.float64)), "mse")
+    head.assign(30 * v)
+    targets = np.tanh(x @ w) @ (30 * v) + 1e-6 * rng.normal(size=(12, 2))
+    targets[7] += 100
+    for _ in range(4):
+        with pytest.raises(ValueError, match="not linear"):
+            lnp.decompose(model, (tf.constant(x), tf.constant(targets)), "mse")
