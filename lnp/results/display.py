@@ -156,7 +156,7 @@ def number(value: float | Array) -> str:
 
 
 def error(d: Values, name: str) -> str:
-    """A value's standard error as it is printed behind it; "" without one, and for none at all."""
+    """A value's standard error as it is printed behind it; "" where there is none, or it is 0."""
     stderr = getattr(d, f"{name}_stderr", None)
     if stderr is None or stderr == 0:
         return ""
