@@ -23,6 +23,7 @@ from lnp_jax.observed import without_states
 from lnp_jax.python_state import hashable, loss_state, with_python_state
 from lnp_jax.record import record
 from lnp_jax.self_check import (
+    NOT_ASKED,
     as_found,
     find_verdict,
     known_verdict,
@@ -79,7 +80,7 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
     if computation in OF_THE_GRADIENT:
-        plan = replace(plan, verdicts=(Verdict(),) * len(batches))
+        plan = replace(plan, verdicts=(NOT_ASKED,) * len(batches))
     if inside_jit:
         return share_nothing(lambda: measure(_with_known_verdicts(plan, arrays, batches), *dynamic).result)
     check_hashable(plan)

@@ -30,7 +30,7 @@ from lnp_jax.bound_model import Network, bind
 from lnp_jax.losses import BoundLoss
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.passes import BatchPasses, SamplePasses, batch_passes
-from lnp_jax.self_check import WholeBatch, bends, check_single_samples, first_that_runs, pair_differs
+from lnp_jax.self_check import NOT_ASKED, WholeBatch, bends, check_single_samples, first_that_runs, pair_differs
 from lnp_jax.taps.backward_pass import tap
 
 DRAWN = 2**31 - 1
@@ -172,17 +172,15 @@ def _bent(
     net: Network, look: _Look | None, signs: Callable, loss: BoundLoss, verdict: Verdict | None
 ) -> tuple[tuple[Array, str], ...]:
     """The check whether the backward pass is linear, where somebody wrote it: of one sample, another one at each
-    measurement; of the batch, where samples are not taken apart and nothing was found out before.
+    measurement, and of the one that pulls most; of the batch, where samples are not taken apart.
     """
-    if not net.custom_backward:
+    if not net.custom_backward or verdict == NOT_ASKED:
         return ()
     if verdict is not None and verdict.bent:
         return ((jnp.asarray(True), BENT),)
     if look is not None:
-        return ((bends(net, signs(0), loss.value), BENT),)
-    if verdict is not None:
-        return ()
-    return ((self_check.bend_of_batch(WholeBatch(net)) > net.tolerance, BENT),)
+        return ((bends(net, signs(0), loss.gradient, loss.value), BENT),)
+    return ((self_check.bend_of_batch(WholeBatch(net), loss.gradient) > net.tolerance, BENT),)
 
 
 def _notes(look: _Look | None) -> tuple[str, ...]:

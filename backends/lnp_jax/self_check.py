@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lnp.contract import validation
-from lnp.contract.linearization import Vector
+from lnp.contract.linearization import Vector, unit
 from lnp.contract.options import Options
-from lnp.per_sample import differences, self_check
+from lnp.per_sample import self_check
 from lnp.per_sample.self_check import Alone, Differences, Pulled
 from lnp.per_sample.verdict import Verdict, found_interacting
 from lnp_jax import fallback
@@ -28,6 +28,9 @@ REMEMBERED = 256
 _VERDICTS: OrderedDict[tuple, Verdict] = OrderedDict()
 _NOT_HELD: OrderedDict[tuple, None] = OrderedDict()
 """Models, with shapes, that are not themselves with their batch statistics held fixed."""
+
+NOT_ASKED = Verdict(sure=False)
+"""Nothing was compared: what is measured is made of the gradient that training follows, whatever its backward pass."""
 
 jax.tree_util.register_dataclass(Differences, [field.name for field in fields(Differences)], [])
 
@@ -189,16 +192,24 @@ def pair_differs(net: Network, outputs: jax.Array) -> jax.Array:
     return beside_others | differences.exceed(jnp, net.tolerance)
 
 
-def bends(net: Network, v: jax.Array, drawn: jax.Array) -> jax.Array:
-    """Whether the backward pass of one sample is not linear, shape (); which one, the bits of `drawn` say."""
+def bends(net: Network, v: jax.Array, g: jax.Array, drawn: jax.Array) -> jax.Array:
+    """Whether the backward pass of one sample is not linear, shape (); which one, the bits of `drawn` say. And that of
+    the sample with the largest loss gradient, which a clip reaches before all others.
+    """
     bits = jax.lax.bitcast_convert_type(drawn.astype(jnp.float32), jnp.uint32)
     sample = (bits % net.split.samples).astype(jnp.int32)
-    of_one, row = fallback.single(net.function, net.split), [row[sample] for row in net.split.rows]
-    _, pullback = jax.vjp(lambda p: of_one(p, row), dict(net.parameters))
-    short: Vector = pullback(v[sample] * self_check.SMALLER)[0]
-    scaled = {name: part / self_check.SMALLER for name, part in short.items()}
-    found = differences.gradients_apart(jnp, scaled, pullback(v[sample])[0])
-    return differences.largest(jnp, list(found.values())) > net.tolerance
+    pull, (u, magnitude) = _pull_of(net, sample), unit(jnp, g)
+    at_random = self_check.bend_at(jnp, pull, v[sample], pull(v[sample]), (self_check.SMALLER,))
+    largest = jnp.argmax(jnp.max(jnp.abs(u), axis=1))
+    at_largest = self_check.bend_of_loss(jnp, _pull_of(net, largest), u[largest], magnitude)
+    return jnp.maximum(at_random, at_largest) > net.tolerance
+
+
+def _pull_of(net: Network, sample: jax.Array) -> Callable[[jax.Array], Vector]:
+    """Cotangent (K,) of one sample -> its gradient."""
+    of_one, rows = fallback.single(net.function, net.split), [row[sample] for row in net.split.rows]
+    outputs, pullback = jax.vjp(lambda p: of_one(p, rows), dict(net.parameters))
+    return lambda v: pullback(v.astype(outputs.dtype))[0]
 
 
 def _compared(net: Network, structure: Structure, arrays: Arrays, inputs: Any, how: Options) -> Verdict:

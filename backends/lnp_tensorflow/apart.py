@@ -129,6 +129,7 @@ class Apart:
 def apart(
     samples: Samples,
     g: tf.Tensor,
+    magnitude: tf.Tensor,
     flat: tf.Tensor,
     cotangents: list | None,
     seed: tf.Tensor,
@@ -140,6 +141,8 @@ def apart(
 
     Parameters
     ----------
+    g, magnitude:
+        The loss gradient (N, K), divided by this.
     cotangents:
         At the taps of the batch, by g, or None.
     turn:
@@ -161,7 +164,7 @@ def apart(
         uses = samples.uses(samples.batch, cotangents)
     made = Apart(samples, g, flat, seed, uses, general, wrong, flags)
     if checked is not None and turn is not None and samples.shape[0] > 1:
-        seen = look_at_one(samples, g, flat, uses, turn)
+        seen = look_at_one(samples, g, magnitude, flat, uses, turn)
         made.flags.append(seen.apart > made.tolerance)
         made.violations = () if seen.bend is None else ((seen.bend > made.tolerance, BENT),)
     return made, made.notes

@@ -7,6 +7,7 @@ used: TensorFlow places an operation where its operands are.
 from __future__ import annotations
 
 import builtins
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,14 @@ def sin(x: tf.Tensor) -> tf.Tensor:
 
 def floor(x: tf.Tensor) -> tf.Tensor:
     return tf.floor(x)
+
+
+def log2(x: tf.Tensor) -> tf.Tensor:
+    return tf.math.log(x) / math.log(2.0)
+
+
+def clip(x: tf.Tensor, low: float, high: float) -> tf.Tensor:
+    return tf.clip_by_value(x, tf.cast(low, x.dtype), tf.cast(high, x.dtype))
 
 
 def abs(x: tf.Tensor) -> tf.Tensor:

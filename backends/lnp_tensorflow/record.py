@@ -95,7 +95,7 @@ def record(
     passes = _Passes(batch, groups, g)
     samples = Samples(run, inputs, tuple(flat.shape), flat.dtype, microbatch=options.microbatch)
     samples = replace(samples, batch=batch if groups is None else None)
-    taken, why = apart(samples, g, flat, passes.cotangents, seed, options, checked, turn)
+    taken, why = apart(samples, g, magnitude, flat, passes.cotangents, seed, options, checked, turn)
     lin = Linearization(
         xp=array_namespace,
         outputs=flat,
@@ -115,7 +115,10 @@ def record(
         separable=loss.separable,
         sample_terms=loss.prepared.sample_terms,
         sample_losses=loss.alone,
-        violations=(*loss.prepared.violations, *(_bent(run, inputs, batch) if taken is None else taken.violations)),
+        violations=(
+            *loss.prepared.violations,
+            *(_bent(run, inputs, batch, loss.gradient) if taken is None else taken.violations),
+        ),
         notes=(*notes, *run.notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
         **told(array_namespace, loss.prepared, loss.gradient),
@@ -215,11 +218,11 @@ def _groups(groups: Groups, options: Options) -> Groups | None:
     return None if options.microbatch is None else groups
 
 
-def _bent(run: Forward, inputs: Any, batch: Tapped) -> tuple[tuple[tf.Tensor, str], ...]:
+def _bent(run: Forward, inputs: Any, batch: Tapped, g: tf.Tensor) -> tuple[tuple[tf.Tensor, str], ...]:
     """Whether the backward pass of a whole batch is not linear, where somebody wrote it. float16 lacks the digits."""
     if not run.custom_backward or run.narrow == tf.float16:
         return ()
-    bend = bend_of_batch(Network(run, inputs, batch))
+    bend = bend_of_batch(Network(run, inputs, batch), g)
     return ((bend > coupling_tolerance(array_namespace, run.narrow), BENT),)
 
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
-from lnp.contract.linearization import Array, coupling_tolerance
+from lnp.contract.linearization import Array, Vector, coupling_tolerance
 from lnp.per_sample.self_check import (
     COMPARED,
     SMALLER,
     Alone,
     Differences,
     Pulled,
+    bend_at,
+    bend_of_loss,
     compare,
     first_that_runs,
-    gradients_apart,
-    largest,
     look,
 )
 from lnp.per_sample.verdict import Verdict
@@ -193,13 +193,15 @@ class Look:
     bend: tf.Tensor | None
 
 
-def look_at_one(samples: Samples, g: tf.Tensor, flat: tf.Tensor, uses: Uses | None, turn: tf.Tensor) -> Look:
+def look_at_one(
+    samples: Samples, g: tf.Tensor, magnitude: tf.Tensor, flat: tf.Tensor, uses: Uses | None, turn: tf.Tensor
+) -> Look:
     """Run a sample alone whose number is drawn from `turn`, and hold it against the batch.
 
     Parameters
     ----------
-    g, flat:
-        Loss gradient and outputs (N, K).
+    g, magnitude, flat:
+        Loss gradient (N, K), divided by this, and outputs (N, K).
     uses:
         What the operations make of the parameters by g; None in micro-batches, where a group of samples with the one in
         it is run for the purpose.
@@ -219,17 +221,14 @@ def look_at_one(samples: Samples, g: tf.Tensor, flat: tf.Tensor, uses: Uses | No
         in_batch, apart = _in_the_batch(samples, g, uses, number), look(xp, flat, placed)
     apart = xp.maximum(apart, look(xp, flat, flat, [(in_batch, own)]))
     bend = _bend(samples.run, alone, row, gradient)
-    return Look(apart, bend if bend is None else xp.maximum(bend, _bend_of_largest(samples, g)))
+    return Look(apart, bend if bend is None else xp.maximum(bend, _bend_of_largest(samples, g, magnitude)))
 
 
-def _bend_of_largest(samples: Samples, g: tf.Tensor) -> tf.Tensor:
+def _bend_of_largest(samples: Samples, g: tf.Tensor, magnitude: tf.Tensor) -> tf.Tensor:
     """The bend of the sample with the largest loss gradient, which a backward pass that clips reaches first."""
-    number = tf.argmax(tf.reduce_sum(g * g, axis=1), output_type=tf.int32)[None]
+    number = tf.argmax(tf.reduce_max(tf.abs(g), axis=1), output_type=tf.int32)[None]
     alone = replace(recorded(samples.run, cut(samples.inputs, number, samples.shape[0]), 0), taps=(), sites=())
-    row = tf.gather(g, number)
-    bend = _bend(samples.run, alone, row, alone.pulled(row)[0])
-    assert bend is not None, "the backward pass was written by somebody"
-    return bend
+    return bend_of_loss(xp, _pull_of(alone), tf.gather(g, number), magnitude)
 
 
 def _in_the_batch(samples: Samples, g: tf.Tensor, uses: Uses, number: tf.Tensor) -> Norms:
@@ -259,8 +258,12 @@ def _bend(run: Forward, alone: Tapped, row: tf.Tensor, gradient: Gradients) -> t
     """How far J^T v of one sample is from J^T (s v) / s. Shape (). float16 has no digits for such v."""
     if not run.custom_backward or run.narrow == tf.float16:
         return None
-    again = {n: part / SMALLER for n, part in _in_one_dtype(alone.pulled(row * SMALLER)[0], row.dtype).items()}
-    return largest(xp, list(gradients_apart(xp, again, _in_one_dtype(gradient, row.dtype)).values()))
+    return bend_at(xp, _pull_of(alone), row, _in_one_dtype(gradient, row.dtype), (SMALLER,))
+
+
+def _pull_of(alone: Tapped) -> Callable[[tf.Tensor], Vector]:
+    """v -> J^T v of samples that run alone, in v's dtype."""
+    return lambda v: _in_one_dtype(alone.pulled(v)[0], v.dtype)
 
 
 def _within(tolerance: float, values: list[tf.Tensor]) -> tf.Tensor:

@@ -46,7 +46,7 @@ class Joint:
         return Pulled(self.gradients(v), {})
 
 
-def refuse_bent(joint: Joint, tolerance: float) -> None:
+def refuse_bent(joint: Joint, g: torch.Tensor, tolerance: float) -> None:
     """Raise ValueError for a backward pass that is not linear, of a network whose samples are not taken apart."""
-    if float(self_check.bend_of_batch(joint)) > tolerance:
+    if float(self_check.bend_of_batch(joint, g)) > tolerance:
         raise ValueError(BENT)

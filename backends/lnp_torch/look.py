@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from array_api_compat import torch as xp
 
-from lnp.contract.linearization import coupling_tolerance
+from lnp.contract.linearization import coupling_tolerance, unit
 from lnp.per_sample import self_check
 from lnp.per_sample.self_check import SMALLER
 from lnp.per_sample.verdict import BENT, NOT_FINITE, Verdict, failing, found_interacting
@@ -61,6 +62,8 @@ class Look:
         How its samples are taken apart.
     key:
         What this is remembered for.
+    g:
+        The loss gradient (N, K).
     tolerance:
         Relative difference from which on samples interact.
 
@@ -70,8 +73,8 @@ class Look:
         Why the samples are not to be taken apart after all, or "".
     """
 
-    def __init__(self, samples: Samples, plan: Plan, key: Key, tolerance: float) -> None:
-        self._samples, self._plan, self._key, self._tolerance = samples, plan, key, tolerance
+    def __init__(self, samples: Samples, plan: Plan, key: Key, g: torch.Tensor, tolerance: float) -> None:
+        self._samples, self._plan, self._key, self._g, self._tolerance = samples, plan, key, g, tolerance
         self._differences: list[Difference] = []
         self._bends: list[torch.Tensor] = []
         self._drawn: tuple[int, torch.Tensor, dict[str, torch.Tensor]] | None = None
@@ -110,6 +113,8 @@ class Look:
             self._looked = True
             with self.running():
                 self._run_alone(*self._drawn)
+                if self._plan.custom_backward:
+                    self._run_largest()
         if not self._differences:
             return torch.zeros((), dtype=torch.bool, device=self._samples.outputs.device)
         largest = torch.stack([difference.value.float() for difference in self._differences]).amax()
@@ -154,6 +159,14 @@ class Look:
             shorter, _ = _alone(self._samples, sample, v * SMALLER)
             longer = {name: norm / SMALLER**2 for name, norm in shorter.items()}
             self._bends.append(self_check.look(xp, row, row, [(longer, found)]))
+
+    def _run_largest(self) -> None:
+        """How far the backward pass is bent at the largest loss gradient, which a clip reaches before all others."""
+        u, magnitude = unit(xp, self._g)
+        largest = u.abs().amax(dim=1).argmax()[None]
+        passes = self._samples.passes.some(largest)
+        pull = fallback.looped(passes)
+        self._bends.append(self_check.bend_of_loss(xp, partial(fallback.total, pull), u[largest], magnitude))
 
     def _reason(self, values: list[float]) -> str:
         """Why the samples are not taken apart, or ""; what may be rounding is looked at again in float64."""

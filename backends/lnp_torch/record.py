@@ -164,7 +164,7 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
         pull_groups = fallback.looped(passes, size)
         samples = in_groups(passes, size, flat)
         gradients = partial(fallback.total, pull_groups)
-    plan, look, notes = plan_and_look(samples, gradients, parts, options, passes.hooked, reason)
+    plan, look, notes = plan_and_look(samples, gradients, parts, loss.gradient, options, passes.hooked, reason)
     if targets is None and plan is not None and options.population is not False:
         tolerance = tolerance_of(prepared, parts)
         loss = replace(loss, separable=shown_mean(passes, loss.gradient, loss.terms, tolerance, options.seed))
@@ -215,6 +215,7 @@ def plan_and_look(
     samples: Samples,
     gradients: Callable[[torch.Tensor], Vector],
     parts: list[torch.Tensor],
+    g: torch.Tensor,
     options: Options,
     hooked: bool,
     reason: str = "",
@@ -239,14 +240,14 @@ def plan_and_look(
             plan = plan_for(samples, key, options.microbatch, tolerance, written)
             reason = plan.verdict.reason
             if not reason:
-                return plan, Look(samples, plan, key, tolerance), plan.verdict.notes
+                return plan, Look(samples, plan, key, g, tolerance), plan.verdict.notes
     if options.microbatch is not None:
         raise ValueError(
             f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
             "microbatch unset, or remove what couples them."
         )
     if written:
-        refuse_bent(Joint(samples.outputs, gradients), tolerance)
+        refuse_bent(Joint(samples.outputs, gradients), g, tolerance)
     return None, None, (reason,) if reason else ()
 
 

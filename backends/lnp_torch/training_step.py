@@ -213,7 +213,7 @@ class SharedStep(contextlib.AbstractContextManager):
         samples = Samples(passes, lambda: one, flat, apart=False)
         gradients = graph_gradients(parts, self._own)
         with no_gradients(dict(self._module.named_parameters())):
-            plan, look, why = plan_and_look(samples, gradients, parts, options, hooked=False)
+            plan, look, why = plan_and_look(samples, gradients, parts, g, options, hooked=False)
         terms, notes = self._terms(loss, outputs, criterion, options)
         _, others = reached([edge(loss)], {edge(leaf) for leaf in outputs.leaves})
         differs = "" if criterion is None or others else criterion.difference(loss.detach() / scale)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lnp.contract.linearization import Array, Vector, accumulation_dtype
+from lnp.contract.linearization import Array, Vector, accumulation_dtype, unit
 from lnp.per_sample.differences import (
     SquareNorms,
     device_of,
@@ -247,25 +247,49 @@ def first_that_runs(ways: Sequence[Callable[[], Any]], fatal: tuple[type[BaseExc
     return None, reason
 
 
-def bend_of_batch(operations: BatchOperations) -> Array:
-    """How far the backward pass of a whole batch is from linear, where its samples cannot be compared. Shape ()."""
+def bend_of_batch(operations: BatchOperations, g: Array | None = None) -> Array:
+    """How far the backward pass of a whole batch is from linear, where its samples cannot be compared: for random signs
+    and, where it is given, for the loss gradient g (N, K). Shape ().
+    """
     xp, outputs = operations.xp, operations.outputs
     noise = irregular(xp, math.prod(outputs.shape), 0, outputs)
     signs = xp.where(noise < 0, -xp.ones_like(noise), xp.ones_like(noise))
     v = xp.astype(xp.reshape(signs, outputs.shape), outputs.dtype)
-    return _bend(operations, v, operations.pull(v).gradient)
+    found = _bend(operations, v, operations.pull(v).gradient)
+    if g is None:
+        return found
+    of_loss = bend_of_loss(xp, lambda v: operations.pull(v).gradient, *unit(xp, g))
+    return xp.maximum(found, xp.astype(of_loss, found.dtype))
+
+
+def bend_of_loss(xp: Any, pull: Callable[[Array], Vector], u: Array, magnitude: Array) -> Array:
+    """How far J^T is from linear at a loss gradient g = m u, of all samples or of one. Shape ().
+
+    What is measured comes of u, whose entries are at most 1; training pulls back g itself, which one sample far from
+    its target makes as long as can be. The rows (M, K) of u are pulled back as they are, shorter, and about as long as
+    in training: by a power of two, which rounds nothing.
+    """
+    power = xp.clip(xp.floor(xp.log2(magnitude)), -30, 100)  # float32 needs room around it
+    return bend_at(xp, pull, u, pull(u), (SMALLER, 2.0**power))
+
+
+def bend_at(
+    xp: Any, pull: Callable[[Array], Vector], v: Array, gradient: Vector, scales: Sequence[float | Array]
+) -> Array:
+    """How far the gradient J^T v is from J^T (s v) / s, the largest of some scales s. Shape ()."""
+    found = [xp.zeros((), dtype=accumulation_dtype(xp, v.dtype), device=device_of(v))]
+    for scale in scales:
+        again = {name: widened(xp, part) / scale for name, part in pull(v * scale).items()}
+        found += [xp.astype(value, found[0].dtype) for value in gradients_apart(xp, again, gradient).values()]
+    return largest(xp, found)
 
 
 def _bend(operations: BatchOperations, v: Array, gradient: Vector) -> Array:
     """How far the backward pass is from linear, where somebody wrote it: J^T (s v) / s for shorter and longer v."""
-    xp, samples = operations.xp, operations.outputs.shape[0]
+    samples = operations.outputs.shape[0]
     longer = 2.0 ** math.ceil(math.log2(2 * math.sqrt(samples / len(compared_samples(samples)))))
-    zero = xp.zeros((), dtype=accumulation_dtype(xp, v.dtype), device=device_of(v))
-    found = [zero]
-    for scale in (SMALLER, longer) if operations.custom_backward else ():
-        again = {name: widened(xp, part) / scale for name, part in operations.pull(v * scale).gradient.items()}
-        found += [xp.astype(value, zero.dtype) for value in gradients_apart(xp, again, gradient).values()]
-    return largest(xp, found)
+    scales = (SMALLER, longer) if operations.custom_backward else ()
+    return bend_at(operations.xp, lambda v: operations.pull(v).gradient, v, gradient, scales)
 
 
 def _placed(xp: Any, some: Array, index: Sequence[int], outputs: Array) -> Array:

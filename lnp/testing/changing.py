@@ -98,7 +98,7 @@ def changing_networks(
         (cotangent -> cotangent) -> the identity with this backward pass; without it there are no bent ones.
     """
     made = [*_gates(seed, samples), *_neighbours(seed, samples), _experts(seed, samples), _counter(seed, samples)]
-    return (*made, _routed(seed, samples), *([] if bend is None else [_clipped(seed, samples, bend)]))
+    return (*made, _routed(seed, samples), *([] if bend is None else _clipped(seed, samples, bend)))
 
 
 def _scenario(
@@ -262,12 +262,18 @@ def _limited(xp: Any, d: Any) -> Any:
     return xp.where(d > 2, 2 + 0 * d, xp.where(d < -2, -2 + 0 * d, d))
 
 
-def _clipped(seed: int, samples: int, bend: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]) -> Changing:
-    """A backward pass that clips, which nothing reaches at first."""
+def _clipped(
+    seed: int, samples: int, bend: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
+) -> tuple[Changing, Changing]:
+    """A backward pass that clips, which nothing reaches at first, and later all samples, or one."""
 
     def clipped(xp: Any, p: Mapping[str, Any], x: Any) -> Any:
         h = _hidden(xp, p, x)
         return (h if xp is np else bend(partial(_limited, xp))(h)) @ p["v"]
 
     made = _scenario("a backward pass that clips", seed, samples, clipped)
-    return Changing(_at(made, v=0.01 * made.parameters["v"]), _at(made, v=30 * made.parameters["v"]))
+    far = replace(made, name="a target far away, and a backward pass that clips", targets=np.copy(made.targets))
+    far = _at(far, v=0.3 * made.parameters["v"])
+    far.targets[samples // 2, 0] += 1e5  # what is pulled back of g / m, and all signs, stay below the limit
+    early = _at(made, v=0.01 * made.parameters["v"])
+    return Changing(early, _at(made, v=30 * made.parameters["v"])), Changing(replace(early, name=far.name), far)

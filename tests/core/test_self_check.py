@@ -8,6 +8,7 @@ import array_api_strict
 import numpy as np
 import pytest
 
+from lnp.contract.linearization import unit
 from lnp.per_sample import differences, self_check
 from lnp.per_sample.self_check import Alone, Differences, Pulled
 from lnp.per_sample.verdict import Verdict
@@ -225,6 +226,32 @@ def test_a_whole_batch_shows_whether_its_backward_pass_is_linear():
     clipped = lambda gradient, v: {name: np.clip(part, -2, 2) for name, part in gradient.items()}
     assert self_check.bend_of_batch(Network()) < 1e-12
     assert self_check.bend_of_batch(Network(gradient=clipped)) > 0.1
+
+
+PULLS = {
+    "linear": (lambda v: v, 1e-300, False),
+    "linear, and far away": (lambda v: v, 1e30, False),
+    "clipped beyond the signs": (lambda v: np.clip(v, -500, 500), 1e5, True),
+    "clipped beyond everything": (lambda v: np.clip(v, -500, 500), 100.0, False),
+    "small ones dropped": (lambda v: np.where(np.abs(v) < 1e-6, 0, v), 1e-7, True),
+    "small ones kept": (lambda v: np.where(np.abs(v) < 1e-6, 0, v), 1e-1, False),
+}
+
+
+@pytest.mark.parametrize("name", PULLS)
+def test_a_loss_gradient_is_pulled_back_at_the_length_that_it_has_in_training(name):
+    pull, largest, bent = PULLS[name]
+    g = np.asarray([[0.5, -0.2, 0.1], [1.0, 0.3, -0.7]]) * largest
+    found = self_check.bend_of_loss(np, lambda v: {"a": pull(v)}, *unit(np, g))
+    assert found > 0.1 if bent else found < 1e-12
+
+
+def test_a_batch_is_pulled_back_at_the_length_of_its_loss_gradient():
+    clipped = lambda gradient, v: {name: np.clip(part, -1e4, 1e4) for name, part in gradient.items()}
+    network = Network(gradient=clipped)
+    assert self_check.bend_of_batch(network) < 1e-12
+    assert self_check.bend_of_batch(network, np.ones_like(F)) < 1e-12
+    assert self_check.bend_of_batch(network, 1e6 * np.ones_like(F)) > 0.1
 
 
 @pytest.mark.parametrize("xp", [np, array_api_strict])
