@@ -105,6 +105,29 @@ def compared(rate: float, stderr: float, before: Ends, after: Ends) -> str:
     return TOO_FAST if rate - FASTER * most.rate > SURE * math.hypot(stderr, FASTER * most.rate_stderr) else ""
 
 
+def between(before: Ends, after: Ends, rates: LearningRates, rescaled: bool) -> tuple[dict[str, float], list[str]]:
+    """(Columns, notes) of the row at the later of two ends of the same samples; `rescaled` says that its rate is that
+    of the optimizer's own kernel.
+    """
+    lost, stderr = fall(before, after)
+    found = {
+        "net/steps": after.mark.step - before.mark.step,
+        "net/loss_fall": lost,
+        "net/loss_fall_stderr": stderr,
+    }
+    notes = [NO_ERROR] if math.isnan(stderr) else []
+    total = rates.sum_since(before.mark, after.mark.step)
+    if total is None:
+        return found, [*notes, f"no net rate: {rates.reason or SKIPPED}"]
+    rate, error = lost / total, stderr / total
+    found |= {"net/learning_rate_sum": total, "net/rate": rate, "net/rate_stderr": error}
+    if rates.reason and not rescaled:
+        return found, [*notes, RESCALED.format(rates.reason)]
+    found["net/chi_pos"], found["net/chi_pos_stderr"] = position(rate, error, before, after)
+    note = compared(rate, error, before, after)
+    return found, [*notes, note] if note else notes
+
+
 class NetRates:
     """Falls of the loss between measurements of the same batch, from one window of a schedule to the next: each between
     measurements at the same place of both, so that their mean is the fall of the windows' means.
@@ -122,23 +145,11 @@ class NetRates:
         """
         if key is None:
             return {}, [NOT_AGAIN]
-        after = _end(self.rates.mark(step), d)
+        after = end_of(self.rates.mark(step), d)
         before = self._seen.setdefault(str(key), _Windows()).pair(step if window is None else window, after)
         if before is None or before.mark.step >= step:
             return {}, []
-        lost, stderr = fall(before, after)
-        found = {"net/steps": step - before.mark.step, "net/loss_fall": lost, "net/loss_fall_stderr": stderr}
-        notes = [NO_ERROR] if math.isnan(stderr) else []
-        total = self.rates.sum_since(before.mark, step)
-        if total is None:
-            return found, [*notes, f"no net rate: {self.rates.reason or SKIPPED}"]
-        rate, error = lost / total, stderr / total
-        found |= {"net/learning_rate_sum": total, "net/rate": rate, "net/rate_stderr": error}
-        if self.rates.reason and not rescaled:
-            return found, [*notes, RESCALED.format(self.rates.reason)]
-        found["net/chi_pos"], found["net/chi_pos_stderr"] = position(rate, error, before, after)
-        note = compared(rate, error, before, after)
-        return found, [*notes, note] if note else notes
+        return between(before, after, self.rates, rescaled)
 
     def go_back(self, step: int) -> None:
         """Forget what was measured at this step and later."""
@@ -195,7 +206,7 @@ class _Windows:
             self._now, self._before = self._before, []
 
 
-def _end(mark: Mark, d: Decomposition) -> Ends:
+def end_of(mark: Mark, d: Decomposition) -> Ends:
     """What a decomposition says at one end of a span."""
     first = d if d.population is None else d.population
     stderr = 0.0 if d.population is None else d.population.rate_stderr

@@ -163,19 +163,9 @@ class Appender:
     def _lock(self) -> None:
         """Lock the file against other writers, without waiting."""
         try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                os.lseek(self._file, 1 << 62, os.SEEK_SET)  # far behind the data: others may read those
-                msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            if not lock(self._file):
                 warn(f"{printable(self.path)}: this file system has no locks; see to it that one tracker writes here")
-                return
+        except OSError as error:
             raise BlockingIOError(
                 errno.EAGAIN,
                 f"{printable(self.path)} is being written to by another tracker. Expected a file of its own for each "
@@ -200,6 +190,31 @@ class Appender:
             os.ftruncate(self._file, end)
         elif last:
             os.write(self._file, b"\n")
+
+
+def lock(file: int, wait: bool = False) -> bool:
+    """Lock an open file against other processes until it is closed; whether this file system has locks.
+
+    Raises
+    ------
+    OSError
+        If another process holds the lock, and this one is not to wait.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(file, 1 << 62, os.SEEK_SET)  # far behind the data: others may read those
+            msvcrt.locking(file, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return False
+        raise
+    return True
 
 
 def _let_go(file: int, process: int) -> None:
