@@ -17,7 +17,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "numpy", "array-api-compat", "torch", "jax", "jaxlib", "flax", "equinox", "tensorflow", "tensorflow-cpu", "keras",
+    "numpy", "array-api-compat", "torch", "transformers", "timm", "torchvision", "peft", "jax", "jaxlib", "flax",
+    "equinox", "tensorflow", "tensorflow-cpu", "keras",
     "opacus", "backpack-for-pytorch", "nngeometry", "curvlinops-for-pytorch", "neural-tangents", "matfree",
 )  # fmt: skip
 """Whose versions are named where they are installed."""
@@ -69,6 +70,19 @@ def median(values: Sequence[float]) -> float:
     ordered = sorted(values)
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def resident_peak(run: Callable[[], Any]) -> int:
+    """Peak resident bytes of this process during a call, above those before. Linux only."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def machine() -> dict[str, Any]:

@@ -17,11 +17,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from report import interleaved, machine, ratios, write
+from report import interleaved, machine, ratios, resident_peak, write
 from torch import nn
 from torch.nn import functional as F
 from torch_peers import PER_SAMPLE, TRACES
@@ -246,15 +245,7 @@ def peak(name: str, case: str) -> int:
     for _ in range(2):
         run()
     model.zero_grad()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    return resident_peak(run)
 
 
 GROWTH: dict[str, tuple[str, str, tuple[int, ...], dict[str, int]]] = {
