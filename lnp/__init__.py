@@ -8,6 +8,7 @@ from lnp import schedule
 from lnp.api import cross_response, decompose, measured_loss_change, predicted_loss_change
 from lnp.batches.gram import GradientGram, gradient_gram
 from lnp.batches.nested import NestedBatches, decompose_nested
+from lnp.checkpoints.measure import MeasuredCheckpoints, measure_checkpoints
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
 from lnp.contract.registry import load
@@ -38,6 +39,7 @@ __all__ = [
     "KernelVelocity",
     "Layer",
     "Linearization",
+    "MeasuredCheckpoints",
     "NestedBatches",
     "Options",
     "Population",
@@ -57,6 +59,7 @@ __all__ = [
     "kernel_velocity",
     "linear_operator",
     "load",
+    "measure_checkpoints",
     "measured_loss_change",
     "power_law",
     "predicted_loss_change",
