@@ -136,11 +136,25 @@ def convolution(xp: Any, x: Array, d: Array, window: Window, budget: int = BUDGE
     return xp.sum(xp.reshape(norms, (-1, window.groups)), axis=1)
 
 
-def _convolution_direct(xp: Any, x: Array, d: Array, window: Window) -> Array:
+def convolution_gradients(xp: Any, x: Array, d: Array, window: Window) -> Array:
+    """dL_n/dW (N, O, C, *kernel) themselves, of the weight whose squared norms `convolution` gives."""
+    channels, outputs, parts = x.shape[1] // window.groups, d.shape[1], d.shape[0] * window.groups
+    x = xp.reshape(_wide(xp, x), (parts, channels, *x.shape[2:]))
+    d = xp.reshape(_wide(xp, d), (parts, outputs // window.groups, *d.shape[2:]))
+    found = xp.matmul(xp.reshape(d, (*d.shape[:2], -1)), xp.matrix_transpose(_patches(xp, x, d, window)))
+    offsets_first = xp.reshape(found, (-1, outputs, math.prod(window.kernel), channels))
+    return xp.reshape(xp.matrix_transpose(offsets_first), (-1, outputs, channels, *window.kernel))
+
+
+def _patches(xp: Any, x: Array, d: Array, window: Window) -> Array:
+    """(N, offsets * C, positions): what lies under the kernel."""
     offsets = itertools.product(*(_cuts(axis, size, window) for axis, size in enumerate(d.shape[2:])))
     pieces = [xp.reshape(x[(slice(None), slice(None), *cuts)], (*x.shape[:2], -1)) for cuts in offsets]
-    stacked = xp.reshape(xp.stack(pieces, axis=1), (d.shape[0], -1, pieces[0].shape[2]))
-    return _direct(xp, xp.reshape(d, (*d.shape[:2], -1)), stacked)
+    return xp.reshape(xp.stack(pieces, axis=1), (d.shape[0], -1, pieces[0].shape[2]))
+
+
+def _convolution_direct(xp: Any, x: Array, d: Array, window: Window) -> Array:
+    return _direct(xp, xp.reshape(d, (*d.shape[:2], -1)), _patches(xp, x, d, window))
 
 
 def _convolution_gram(xp: Any, x: Array, d: Array, window: Window) -> Array:

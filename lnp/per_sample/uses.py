@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from lnp.contract.linearization import Array
 from lnp.per_sample import norms
+from lnp.per_sample.differences import device_of
 
 Kind = Literal["outer", "rows", "dense", "convolution"]
 
@@ -103,6 +104,25 @@ def square_norms(
     if outer and rows:
         found.append(2 * norms.rows_and_outer(xp, index, values, left, right, budget))
     return total(xp, found)
+
+
+def gradients(xp: Any, use: Factors, shape: Sequence[int]) -> Array:
+    """The gradients of N samples themselves, (N, *shape) for a parameter that the use sees in this shape.
+
+    For what is computed from a parameter before it meets the samples: its gradient has to be there to be pulled back
+    to the parameter's.
+    """
+    if use.kind == "convolution":
+        return xp.reshape(norms.convolution_gradients(xp, *use.arrays), (-1, *shape))
+    if use.kind == "dense":
+        return xp.reshape(use.arrays[0], (-1, *shape))
+    if use.kind == "outer":
+        left, right = use.arrays
+        return xp.reshape(xp.matmul(xp.matrix_transpose(left), right), (-1, *shape))
+    index, values = use.arrays
+    rows = xp.arange(shape[0], dtype=index.dtype, device=device_of(index))
+    chosen = xp.astype(index[:, None, :] == rows[None, :, None], values.dtype)
+    return xp.reshape(xp.matmul(chosen, values), (-1, *shape))
 
 
 def inner_products(xp: Any, use: Factors, u: Array) -> Array:

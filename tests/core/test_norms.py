@@ -103,8 +103,9 @@ def test_convolution(name, budget, advantage, monkeypatch):
         for size, width, jump, step in zip(shape[1:], kernel, stride, dilation, strict=True)
     ]
     x, d = normal(5, *shape), normal(5, outputs, *places, seed=1)
-    expected = square(kernel_gradients(x, d, window))
-    np.testing.assert_allclose(norms.convolution(np, x, d, window, budget, budget), expected, rtol=1e-12)
+    gradients = kernel_gradients(x, d, window)
+    np.testing.assert_allclose(norms.convolution(np, x, d, window, budget, budget), square(gradients), rtol=1e-12)
+    np.testing.assert_allclose(norms.convolution_gradients(np, x, d, window), gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_float32_for_narrower_types():

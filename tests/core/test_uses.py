@@ -6,7 +6,7 @@ import array_api_strict
 import numpy as np
 import pytest
 
-from lnp.per_sample.uses import Factors, addable, by_frame, inner_products, readable, square_norms
+from lnp.per_sample.uses import Factors, addable, by_frame, gradients, inner_products, readable, square_norms
 
 N, ROWS, COLUMNS = 4, 5, 3
 DRAW = np.random.default_rng(0)
@@ -58,6 +58,8 @@ def test_against_the_gradients(case, xp):
     given = [Factors(use.kind, tuple(map(xp.asarray, use.arrays))) for use in uses]
     whole = sum(gradient(use) for use in uses)
     assert np.asarray(square_norms(xp, given)) == pytest.approx((whole**2).sum((1, 2)), rel=1e-13)
+    formed = sum(np.asarray(gradients(xp, use, (ROWS, COLUMNS))) for use in given)
+    assert formed == pytest.approx(whole, rel=1e-12, abs=1e-12)
     products = sum(np.asarray(inner_products(xp, use, xp.asarray(u))) for use in given)
     assert products == pytest.approx((whole * u).sum((1, 2)), rel=1e-12, abs=1e-12)
 
