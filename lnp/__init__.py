@@ -8,6 +8,7 @@ from lnp import schedule
 from lnp.api import cross_response, decompose, measured_loss_change, predicted_loss_change
 from lnp.batches.gram import GradientGram, gradient_gram
 from lnp.batches.nested import NestedBatches, decompose_nested
+from lnp.checkpoints.folder import Checkpoints, open_checkpoints
 from lnp.checkpoints.measure import MeasuredCheckpoints, measure_checkpoints
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
@@ -30,6 +31,7 @@ from lnp.tracking.tracker import Tracker
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoints",
     "CrossResponse",
     "Decomposition",
     "Density",
@@ -61,6 +63,7 @@ __all__ = [
     "load",
     "measure_checkpoints",
     "measured_loss_change",
+    "open_checkpoints",
     "power_law",
     "predicted_loss_change",
     "reach",

@@ -148,6 +148,13 @@ class _Work:
         """What tells whether a checkpoint has changed."""
         return str(getattr(self.load, "stamp", lambda step: "")(step))
 
+    def is_missing(self, step: int, results: Results) -> bool:
+        """Whether a checkpoint has not been measured as it is now."""
+        try:
+            return results.part(step, self.stamp(step)) is None
+        except OSError:  # measuring it says what is wrong with it
+            return True
+
     def measure(self, step: int) -> Part:
         """What a file keeps of a checkpoint. The model is gone when this returns."""
         stamp, started = self.stamp(step), time.perf_counter()
@@ -179,9 +186,9 @@ def _measure_all(
         with results.claim(step) as own:
             if not own:
                 elsewhere.append(step)
-            elif results.part(step, work.stamp(step)) is None:
-                results.forget(step)
+            elif work.is_missing(step, results):
                 try:
+                    results.forget(step)
                     results.keep(step, work.measure(step))
                 except Exception as error:  # whatever a file, a framework or a model raises
                     if work.on_error == "raise":
@@ -191,7 +198,7 @@ def _measure_all(
                 gc.collect()  # models in cycles of references, before the next one is loaded
                 results.write_history(rows, in_time=True)
         advance(1)
-    elsewhere = [step for step in elsewhere if results.part(step, work.stamp(step)) is None]
+    elsewhere = [step for step in elsewhere if work.is_missing(step, results)]
     history = results.write_history(rows)
     assert history is not None, "it was not left for later"
     return history, skipped, elsewhere
