@@ -102,11 +102,11 @@ class Checkpoints:
         except ImportError:
             raise
         except Exception as error:  # whatever a library raises of a damaged file
-            if isinstance(error, ValueError) and str(path) in str(error):
-                raise
+            if isinstance(error, ValueError) and str(path) in str(error) and "Expected" in str(error):
+                raise  # a reader has said what is wrong
             raise ValueError(
-                f"{printable(path)} cannot be read ({describe(error)}). Expected a complete checkpoint of the kind "
-                f"{self.kind}. Save or copy it again."
+                f"{printable(path)} cannot be read ({' '.join(describe(error).split())}). Expected a complete checkpoint "
+                f"of the kind {self.kind}, of the model that is measured. Save or copy it again, or give another model."
             ) from error
 
     def stamp(self, step: int) -> str:

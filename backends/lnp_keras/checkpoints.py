@@ -1,0 +1,66 @@
+"""Reader of Keras's files, .keras and .h5: the weights alone, into a model that is given.
+
+The configuration in a .keras file is never read. It says which objects to make, and has been a way to run code with
+Keras's safe mode on (CVE-2025-1550, CVE-2025-9906, CVE-2026-1462).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lnp.arguments import Batch
+from lnp.printable import printable
+from lnp_keras.callback import trained
+
+
+def reader(
+    kind: str, *, model: Callable[[], Any] | None, entry: str | None, device: str | None, dtype: str | None
+) -> KerasWeights:
+    """The reader; a ValueError without the model that it needs, and for what is set in Keras itself."""
+    if model is None:
+        raise ValueError(
+            "Of Keras's checkpoints the weights are read, and received no model. Expected a function that makes the "
+            "model they belong to: a configuration in a file can run code. Pass model=, or --model mine.py:build."
+        )
+    if device or dtype or entry:
+        raise ValueError(
+            f"Received {'device' if device else 'dtype' if dtype else 'entry'}= for Keras's checkpoints. Expected "
+            "none: set it in the function that makes the model, such as keras.config.set_floatx(...)."
+        )
+    return KerasWeights(model)
+
+
+class KerasWeights:
+    """Puts the weights of a file into a new model."""
+
+    def __init__(self, model: Callable[[], Any]) -> None:
+        self._model = model
+
+    def step(self, path: Path, step: int) -> int:
+        """The step in the name."""
+        return step
+
+    def load(self, path: Path) -> Any:
+        """A new model with these weights; Keras raises an error for some that do not fit."""
+        model = self._model()
+        if not model.weights:
+            raise ValueError(
+                f"{printable(path)} cannot be read into a model without weights. Expected a model that is built: give "
+                "it a keras.Input, or call it once in the function that makes it."
+            )
+        model.load_weights(path)
+        return model
+
+    def prepare(self, batch: Batch) -> Batch:
+        """NumPy's arrays, as Keras takes them."""
+        return batch
+
+    def size(self, model: Any) -> int:
+        """Number of trained parameters."""
+        return trained(model)
+
+    def tags(self, path: Path) -> Mapping[str, Any]:
+        """Nothing is said about the run."""
+        return {}

@@ -1,0 +1,73 @@
+"""Saved weights of a Keras model give what a callback in the run gave, and no configuration in a file is read."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+
+import lnp
+from lnp_keras.callback import LNPCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside Keras
+R = np.random.default_rng(0)
+X = R.standard_normal((12, 4)).astype("float32")
+Y = X @ R.standard_normal((4, 2)).astype("float32")
+
+
+def network(units=3):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(units, "tanh", name="hidden"), keras.layers.Dense(2, name="head")]
+    )
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_weights_of_each_epoch(tmp_path):
+    watched = LNPCallback((X, Y), schedule=1)
+    saving = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True)
+    network().fit(X, Y, batch_size=12, epochs=3, verbose=0, callbacks=[watched, saving])
+    checkpoints = lnp.open_checkpoints(tmp_path, model=network)
+    assert checkpoints.steps == (1, 2, 3)
+    history = lnp.measure_checkpoints(checkpoints, batches=(X, Y), on_error="raise").history
+    for row, other in zip(history.rows()[:2], watched.tracker.history.rows()[1:], strict=True):
+        for name in ("step", "loss", "rate", "chi_loss", "chi_net", "chi_pos", "parameters"):
+            assert row[name] == pytest.approx(other[name], rel=1e-5), name
+
+
+def test_a_keras_file_gives_its_weights_alone(tmp_path):
+    mark = tmp_path / "ran"
+    model = network()
+    model.get_layer("head").bias.assign([5.0, 6.0])
+    model.save(tmp_path / "1.keras")
+    with zipfile.ZipFile(tmp_path / "1.keras") as whole, zipfile.ZipFile(tmp_path / "2.keras", "w") as evil:
+        for name in whole.namelist():
+            if name != "config.json":
+                evil.writestr(name, whole.read(name))
+            else:
+                command = {"args": [["touch", str(mark)]], "name": "evil"}
+                layer = {"module": "subprocess", "class_name": "run", "config": command, "registered_name": None}
+                evil.writestr("config.json", json.dumps({**layer, "build_config": {"input_shape": [4]}}))
+    network(units=5).save(tmp_path / "3.keras")
+    (tmp_path / "4.keras").write_bytes((tmp_path / "1.keras").read_bytes()[:300])
+    checkpoints = lnp.open_checkpoints(tmp_path, model=network)
+    for step in (1, 2):
+        assert np.asarray(checkpoints(step).get_layer("head").bias).tolist() == [5.0, 6.0]
+    for step in (3, 4):
+        with pytest.raises(ValueError, match=rf"{step}.keras cannot be read \(.*Expected a complete checkpoint"):
+            checkpoints(step)
+    assert not mark.exists()
+
+
+def test_what_is_missing_is_said(tmp_path):
+    network().save_weights(tmp_path / "1.weights.h5")
+    with pytest.raises(ValueError, match=r"received no model.*model="):
+        lnp.open_checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"Received dtype="):
+        lnp.open_checkpoints(tmp_path, model=network, dtype="float64")
+    with pytest.raises(ValueError, match="model without weights"):
+        lnp.open_checkpoints(tmp_path, model=lambda: keras.Sequential([keras.layers.Dense(2)]))(1)
