@@ -1,4 +1,4 @@
-"""The command line: `lnp demo`, `lnp plot`, `lnp compare`."""
+"""The command line: `lnp demo`, `lnp plot`, `lnp compare`, `lnp measure`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lnp import __version__
+from lnp.checkpoints import command
 from lnp.printable import printable
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare = commands.add_parser("compare", help="runs next to each other: loss, reach, where each factor stalls")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUNS)
     compare.add_argument("--out", type=Path, help="also draw them, to this PNG, PDF or SVG file")
+    command.add_arguments(commands.add_parser("measure", help="measure the saved checkpoints of runs that are over"))
     options = parser.parse_args(arguments)
     if options.command == "demo" and (options.steps < 3 or options.seeds < 1):
         parser.error(f"received --steps {options.steps} --seeds {options.seeds}; expected at least 3 steps and 1 seed")
     try:
-        return {"demo": _demo, "plot": _plot, "compare": _compare}[options.command](options)
-    except (ImportError, KeyError, OSError, ValueError) as error:
+        return {"demo": _demo, "plot": _plot, "compare": _compare, "measure": command.run}[options.command](options)
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         # the text of a KeyError is its argument, in quotes
         reason = error.args[0] if isinstance(error, KeyError) else error
         print(f"lnp: {printable(str(reason), keep=LINES)}", file=sys.stderr)

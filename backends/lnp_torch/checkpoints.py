@@ -106,6 +106,14 @@ class TransformersCheckpoints(Reader):
         """The tokenizer that was saved with a checkpoint."""
         return self._folders.tokenizer(path)
 
+    def quiet(self) -> None:
+        """Keep transformers from showing a progress bar and a table of its own for each model, in this process."""
+        self._folders.quiet()
+
+    def check_language_model(self, path: Path) -> None:
+        """A ValueError for a model whose labels are not its inputs."""
+        self._folders.check_language_model(path)
+
 
 class StateDictionaries(Reader):
     """Files of `torch.save`, Lightning or safetensors, of which the weights go into a model that is given."""

@@ -15,6 +15,8 @@ from lnp.printable import printable
 LARGEST_JSON = 1 << 26
 """Bytes of a configuration beyond which it is none."""
 PLAIN = {"local_files_only": True, "trust_remote_code": False}
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Files of which a tokenizer has one."""
 LISTED = 3
 """Names that an error lists."""
 
@@ -48,12 +50,34 @@ class TransformersReader:
         """The tokenizer in the folder of a checkpoint."""
         transformers = _transformers()
         try:
+            if not any((path / name).is_file() for name in VOCABULARIES):
+                raise FileNotFoundError("no vocabulary")  # transformers would make a tokenizer that knows no words
             return transformers.AutoTokenizer.from_pretrained(path, **PLAIN)
         except Exception as error:
             raise ValueError(
                 f"{printable(path)} holds no tokenizer that can be read ({type(error).__name__}). Expected the one "
                 "that the model was trained with. Pass --tokenizer FOLDER, or tokens: --tokens FILE.npy."
             ) from error
+
+    def quiet(self) -> None:
+        """Keep transformers from showing a progress bar and a table of its own for each model, in this process."""
+        messages = _transformers().utils.logging
+        messages.disable_progress_bar()
+        messages.set_verbosity_error()
+
+    def check_language_model(self, path: Path) -> None:
+        """A ValueError unless the model predicts each token from those before, with its inputs as labels."""
+        if (path / "adapter_config.json").exists():
+            kind, known = _json(path / "adapter_config.json").get("task_type"), ["CAUSAL_LM"]
+        else:
+            kind = (_json(path / "config.json").get("architectures") or [None])[0]
+            auto = _transformers().models.auto.modeling_auto
+            known = list(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        if kind not in known:
+            raise ValueError(
+                f"{printable(path)} is a {printable(str(kind))}, and received text or tokens. Expected a causal "
+                "language model, whose labels are its inputs. Make the batches yourself: --batches mine.py:batches."
+            )
 
     def _adapted(self, path: Path) -> torch.nn.Module:
         """The base model with an adapter on it, whose weights are what is trained."""

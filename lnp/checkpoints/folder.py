@@ -105,8 +105,8 @@ class Checkpoints:
             if isinstance(error, ValueError) and str(path) in str(error) and "Expected" in str(error):
                 raise  # a reader has said what is wrong
             raise ValueError(
-                f"{printable(path)} cannot be read ({' '.join(describe(error).split())}). Expected a complete checkpoint "
-                f"of the kind {self.kind}, of the model that is measured. Save or copy it again, or give another model."
+                f"{printable(path)} cannot be read ({' '.join(describe(error).split())}). Expected a complete "
+                f"checkpoint of the kind {self.kind}, of the model that is measured. Save it again, or give its model."
             ) from error
 
     def stamp(self, step: int) -> str:
@@ -177,8 +177,8 @@ def open_checkpoints(
     """
     path = Path(folder)
     kind, found = _found(path, pattern)
-    backend = registry.load(FRAMEWORKS[kind])
-    readers = importlib.import_module(f"{backend.__name__}.checkpoints")  # type: ignore[attr-defined]
+    backend: Any = registry.load(FRAMEWORKS[kind])
+    readers = importlib.import_module(f"{backend.__name__}.checkpoints")
     reader: Reader = readers.reader(kind, model=model, entry=entry, device=device, dtype=dtype)
     files: dict[int, Path] = {}
     for name, at in sorted(found.items()):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lnp
+from lnp import cli
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of the hosts' own, about each other
@@ -334,3 +335,72 @@ def test_folders_that_hold_no_checkpoints_or_several(tmp_path):
     (tmp_path / "3.keras").touch()
     with pytest.raises(FileNotFoundError, match="of several kinds"):
         lnp.open_checkpoints(tmp_path, model=network, pattern="[!o]*")
+
+
+def byte_tokenizer(folder):
+    """A tokenizer of 32 characters, in a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz.,;:!?")}
+    made = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (0, 5):
+        gpt2(step).save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    text = "".join(np.random.default_rng(0).choice(list("abcdefgh. "), 1000))
+    (tmp_path / "text.txt").write_text(text)
+    command = ["measure", "run", "--text", "text.txt", "--length", "8", "--batch-size", "3"]
+    assert cli.main(command) == 1
+    assert "holds no tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run.jsonl").exists()
+    byte_tokenizer(tmp_path / "run" / "checkpoint-5")
+    assert cli.main([*command, "--count", "2", "--tag", "tokens_per_step=10", "--by-layer"]) == 0
+    assert capsys.readouterr().out == "run.jsonl: 2 checkpoints measured\n"
+    history = lnp.History.read(tmp_path / "run.jsonl")
+    assert "layer/transformer.wte/rate" in history
+    assert history["net/rate_per_token"][1] == pytest.approx(-np.diff(history["loss"])[0] / 50, rel=1e-3)
+    assert cli.main(["compare", "run.jsonl"]) == 0
+    (tmp_path / "run" / "checkpoint-5" / "config.json").write_text("{}")
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    again = ["measure", "run", "--tokens", "tokens.npy", "--batch-size", "6", "--out", "other.jsonl"]
+    assert cli.main(again) == 1  # of which kind the last one is, is not known
+    gpt2().save_pretrained(tmp_path / "run" / "checkpoint-6")
+    capsys.readouterr()
+    assert cli.main(again) == 3
+    told = capsys.readouterr()
+    assert told.out == "other.jsonl: 2 checkpoints measured, 1 skipped\n"
+    assert told.err.startswith("lnp: the checkpoint of step 5 was skipped: ")
+    d = lnp.decompose(gpt2(0).eval(), {"input_ids": torch.tensor(TOKENS), "labels": torch.tensor(TOKENS)})
+    assert lnp.History.read(tmp_path / "other.jsonl")["rate"][0] == pytest.approx(d.rate, rel=1e-6)
+
+
+def test_the_command_line_with_a_model_of_one_s_own(tmp_path, capsys):
+    torch.save(network().state_dict(), tmp_path / "1.pt")
+    np.savez(tmp_path / "data.npz", inputs=X, targets=Y)
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))\n"
+    )
+    command = ["measure", str(tmp_path), "--arrays", str(tmp_path / "data.npz"), "--batch-size", "12"]
+    out = ["--out", str(tmp_path / "run.jsonl")]
+    assert cli.main([*command, *out]) == 1
+    assert "--model mine.py:build" in capsys.readouterr().err
+    assert cli.main([*command, *out, "--model", f"{tmp_path / 'mine.py'}:build", "--dtype", "float64"]) == 0
+    d = lnp.decompose(network().double(), (torch.tensor(X).double(), torch.tensor(Y)), seed=1)
+    assert lnp.History.read(tmp_path / "run.jsonl")["chi_net"][0] == pytest.approx(d.chi_net, rel=1e-12)
+
+
+def test_text_needs_a_causal_language_model(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "checkpoint-1")
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    with pytest.raises(ValueError, match=r"is a BertForMaskedLM, .*--batches"):
+        lnp.open_checkpoints(tmp_path).reader.check_language_model(tmp_path / "checkpoint-1")

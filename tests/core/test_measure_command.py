@@ -1,0 +1,127 @@
+"""What `lnp measure` makes of its arguments and files, without a framework."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lnp import cli
+from lnp.checkpoints import command, data
+from lnp.checkpoints.folder import open_checkpoints, step_in
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(["run", "--text", "file", *arguments])
+
+
+def test_steps_are_chosen_among_those_that_there_are():
+    there = (0, 5, 10, 15, 20, 100)
+    chosen = {
+        "10:": [10, 15, 20, 100],
+        ":10": [0, 5, 10],
+        "0:20:10": [0, 10, 20],
+        "5:100:10": [5, 15],
+        "0,7,100": [0, 100],
+    }
+    for text, expected in chosen.items():
+        assert parsed("--steps", text).steps(there) == expected, text
+
+
+def test_tags_are_numbers_where_they_can_be():
+    assert dict(parsed("--tag", "seed=1", "--tag", "name=a=b", "--tag", "lr=1e-3").tag) == {
+        "seed": 1,
+        "name": "a=b",
+        "lr": 1e-3,
+    }
+
+
+@pytest.mark.parametrize("wrong", [["--tag", "seed"], ["--batch-size", "0"], ["--count", "x"], ["--arrays", "b.npz"]])
+def test_wrong_arguments_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*wrong)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_sequences_are_spread_over_the_tokens_and_never_overlap():
+    parts = data.sequences(np.arange(1003), 10, 4, 3)
+    assert [part.shape for part in parts] == [(4, 10)] * 3
+    rows = np.concatenate(parts)
+    assert len(np.unique(rows)) == 120
+    assert (rows == rows[:, :1] + np.arange(10)).all()
+    assert {rows[:, 0].min(), rows[:, 0].max()} == {0, 990}
+    given = data.sequences(np.arange(60).reshape(6, 10), 3, 6, 1)
+    assert given[0].shape == (6, 10)
+    with pytest.raises(ValueError, match=r"hold 100 sequences. Expected 120, for 3 batches of 40"):
+        data.sequences(np.arange(1003), 10, 40, 3)
+
+
+def test_files_of_arrays(tmp_path):
+    x, y = np.arange(20.0).reshape(10, 2), np.arange(10)
+    np.savez(tmp_path / "pair.npz", inputs=x, targets=y)
+    np.savez(tmp_path / "named.npz", pixels=x, labels=y)
+    first, second = data.array_batches(tmp_path / "pair.npz", 5, 2)
+    assert sorted([*first[1], *second[1]]) == list(range(10))
+    assert (first[0] == x[first[1]]).all()
+    (batch,) = data.array_batches(tmp_path / "named.npz", 3, 1)
+    assert batch["labels"].tolist() == [0, 4, 9]
+    assert (batch["pixels"] == x[[0, 4, 9]]).all()
+    np.save(tmp_path / "tokens.npy", y)
+    assert data.read_tokens(tmp_path / "tokens.npy").tolist() == y.tolist()
+
+
+def test_files_of_something_else_are_refused(tmp_path):
+    np.save(tmp_path / "floats.npy", np.ones(3))
+    np.save(tmp_path / "objects.npy", np.array([print], dtype=object))
+    np.savez(tmp_path / "other.npz", a=np.ones(3))
+    np.savez(tmp_path / "uneven.npz", inputs=np.ones(3), targets=np.ones(2))
+    (tmp_path / "text.npy").write_text("hello")
+    for name in ("floats.npy", "objects.npy", "other.npz", "text.npy"):
+        with pytest.raises(ValueError, match=f"{name} holds .*Expected"):
+            data.read_tokens(tmp_path / name)
+    for name in ("other.npz", "uneven.npz", "floats.npy"):
+        with pytest.raises(ValueError, match=f"{name} holds .*Expected"):
+            data.array_batches(tmp_path / name, 1, 1)
+
+
+def test_names_in_a_python_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import numpy, neighbour\n"
+        "one = (numpy.ones(2), numpy.ones(2))\n"
+        "def several():\n    for _ in range(neighbour.COUNT): yield one\n"
+    )
+    (tmp_path / "neighbour.py").write_text("COUNT = 3\n")
+    assert len(data.python_batches(f"{file}:one")) == 1
+    assert len(data.python_batches(f"{file}:several")) == 3
+    assert data.function_from_file(None) is None
+    with pytest.raises(ValueError, match="has no 'four'"):
+        data.python_batches(f"{file}:four")
+    with pytest.raises(ValueError, match="Expected a function that makes the model"):
+        data.function_from_file(f"{file}:one")
+    for source in ("mine.py", "gone.py:batches"):
+        with pytest.raises(ValueError, match="Expected a Python file and a name in it"):
+            data.from_file(source)
+
+
+def test_where_histories_go():
+    runs = [Path("a/w16"), Path("b/w32")]
+    assert command._paths(runs, None) == {runs[0]: Path("w16.jsonl"), runs[1]: Path("w32.jsonl")}
+    assert command._paths(runs[:1], Path("x/y.jsonl")) == {runs[0]: Path("x/y.jsonl")}
+    with pytest.raises(ValueError, match="there are 2 runs"):
+        command._paths(runs, Path("y.jsonl"))
+    with pytest.raises(ValueError, match="the same name"):
+        command._paths([Path("a/run"), Path("b/run")], None)
+
+
+def test_steps_in_names_and_folders_of_nothing(tmp_path, capsys):
+    names = {"global_step1000": 1000, "ckpt-3.index": 3, "epoch=3-step=400.ckpt": 400, "1.weights.h5": 1, "v2-7": 7}
+    assert {name: step_in(Path(name)) for name in names} == names
+    with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+        open_checkpoints(tmp_path)
+    assert cli.main(["measure", str(tmp_path), "--text", "file"]) == 1
+    assert "holds no checkpoints. Expected a folder" in capsys.readouterr().err
