@@ -121,6 +121,7 @@ def _paths(folders: list[Path], out: Path | None) -> dict[Path, Path]:
 def _plain_warnings() -> Iterator[None]:
     """Warnings as one line each, without the place in the code."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("always", "lnp: the checkpoint of step")  # each is named, whatever filters there are
         warnings.showwarning = lambda message, *others: print(printable(str(message), keep="\n"), file=sys.stderr)
         yield
 
