@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent
 RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
 TENSORFLOW = "tensorflow-cpu"
 FORMATS = "pandas,polars,pyarrow,orjson"
-OF_TORCH = (f".[torch,transformers,lightning,tensorboard,{FORMATS},demo,test]", "pytest-xdist", "peft>=0.14")
+OF_TORCH = (f".[torch,transformers,lightning,tensorboard,{FORMATS},demo,report,test]", "pytest-xdist", "peft>=0.14")
 OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """Compiles small programs in half of the time."""
 AS_USERS_COMPILE = "tests/integrations/test_jax_undisturbed.py"

@@ -1,8 +1,9 @@
-"""The command line: `lnp demo`, `lnp plot`, `lnp compare`, `lnp measure`."""
+"""The command line: `lnp demo`, `lnp plot`, `lnp compare`, `lnp measure`, `lnp watch`, `lnp report`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,11 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUNS)
     compare.add_argument("--out", type=Path, help="also draw them, to this PNG, PDF or SVG file")
     command.add_arguments(commands.add_parser("measure", help="measure the saved checkpoints of runs that are over"))
+    watch = commands.add_parser("watch", help="follow runs while they go on")
+    watch.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUNS)
+    watch.add_argument("--every", type=float, default=2.0, help="seconds between two looks (default: 2)")
+    watch.add_argument("--once", action="store_true", help="show them once, and end")
+    report = commands.add_parser("report", help="one page for a browser, that needs no network")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUNS)
+    report.add_argument("--out", type=Path, default=Path("lnp.html"), help="HTML file (default: lnp.html)")
+    report.add_argument("--title", help="default: the run's name")
     options = parser.parse_args(arguments)
     if options.command == "demo" and (options.steps < 3 or options.seeds < 1):
         parser.error(f"received --steps {options.steps} --seeds {options.seeds}; expected at least 3 steps and 1 seed")
+    run = {"demo": _demo, "plot": _plot, "compare": _compare, "watch": _watch, "report": _report}
     try:
-        return {"demo": _demo, "plot": _plot, "compare": _compare, "measure": command.run}[options.command](options)
+        return (run | {"measure": command.run})[options.command](options)
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         # the text of a KeyError is its argument, in quotes
         reason = error.args[0] if isinstance(error, KeyError) else error
@@ -77,6 +87,24 @@ def _compare(options: argparse.Namespace) -> int:
     print(to_text(compare(runs)))
     if options.out is not None:
         _draw(runs, options.out)
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    """Follow the runs until Ctrl-C."""
+    from lnp.views.watch import watch
+
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(options.runs, options.every, options.once)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Write the page."""
+    from lnp.views.report import write_report
+
+    write_report(_read(options.runs), options.out, options.title)
+    print(f"Page: {printable(options.out)}")
     return 0
 
 

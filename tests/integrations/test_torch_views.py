@@ -1,0 +1,107 @@
+"""The terminal's table and the page of runs: what they say is what the files hold, whatever the files hold."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import lnp
+import lnp_numpy
+from lnp import cli
+from lnp.runs.curves import curve
+from lnp.views import figures
+from lnp.views.report import page
+from lnp.views.watch import BARS, COLUMNS, Watched, line, sparkline
+
+EVIL = "</script><script>alert(1)</script>&<b>"
+
+
+def history(scale=1.0, size=100, notes=""):
+    rows = [
+        {
+            "step": step, "time": 1000.0 + step, "seconds": 0.5, "loss": scale / (1 + step), "rate": 1.0,
+            "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5 / (1 + step), "chi_pos_stderr": 0.01,
+            "parameters": size, "samples": 8, "outputs": 3, "layer/a.one/rate": 0.25, "layer/a.two/rate": 0.75, "notes": notes,
+        }
+        for step in range(12)
+    ]  # fmt: skip
+    return lnp.History(rows)
+
+
+def test_the_page_holds_everything_and_asks_for_nothing():
+    text = page({"small": history(), "large": history(0.5, 1000, "a note")})
+    assert "default-src 'none'" in text
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", text)
+    assert text.count("Plotly.newPlot(") >= 6
+    assert "<b>large</b>, from step 0: a note" in text
+    assert "8 samples x 3 outputs" in text
+    assert "arXiv 2605.31244" in text
+    assert text.count("plotly.js v") == 1
+
+
+def test_figures_show_what_the_histories_hold():
+    runs = {"small": history(), "large": history(0.5, 1000)}
+    colours = figures.colours(runs)
+    assert len(set(colours.values())) == 2
+    loss = figures.along(runs, colours, "loss", lambda run: "loss")
+    lines = [trace for trace in loss.data if trace.fill is None]
+    for trace, (name, run) in zip(lines, runs.items(), strict=True):
+        assert trace.meta == name
+        assert np.array_equal(trace.y, curve(run, "loss").mean)
+        assert trace.x[0] == figures.ZERO
+        assert np.array_equal(trace.x[1:], run["step"][1:])
+    against = figures.against_size(runs, colours)
+    assert [tuple(trace.x) for trace in against.data] == [(100,), (1000,)]
+    assert [trace.y[0] for trace in against.data] == [run.reach().chi_pos for run in runs.values()]
+    layers = figures.by_layer(history())
+    assert layers.data[0].z[1][0] == 0.75
+    assert list(layers.data[0].y) == ["one", "two"]
+    assert figures.along(runs, colours, "net", lambda run: "net/rate_per_step") is None
+
+
+def test_names_and_notes_are_text_and_never_code(tmp_path):
+    text = page({EVIL: history(notes=EVIL), "other": history()}, title=EVIL)
+    assert "<script>alert" not in text
+    assert "<b>&lt;/script&gt;" in text
+    assert 'data-run="&amp;lt;/script&amp;gt;' in text
+
+
+def test_runs_without_numbers_for_a_figure_have_a_page():
+    empty = lnp.History([{"step": 0, "loss": float("nan"), "chi_loss": 0.0, "chi_net": float("inf"), "chi_pos": -1.0}])
+    assert "Figures" in page({"empty": empty})
+    with pytest.raises(ValueError, match="no measurements to show"):
+        page({"none": lnp.History()})
+
+
+def test_the_table_of_the_terminal(tmp_path, capsys):
+    cells = dict(zip([name for name, _ in COLUMNS], line("run", history(), now=1071.0), strict=True))
+    assert (cells["step"], cells["loss"], cells["measuring"], cells["last"]) == ("11", "0.0833", "6 s", "1 min ago")
+    falling = sparkline(history(), "loss")
+    assert (falling[0], falling[-1]) == (BARS[-1], BARS[0])
+    assert sparkline(history(), "chi_net") == BARS[0] * 16
+    history().to_jsonl(tmp_path / "run.jsonl")
+    assert cli.main(["watch", str(tmp_path)]) == 0  # no terminal: once
+    assert "0.0833" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_files_that_grow_come_and_go(tmp_path):
+    watched = Watched([tmp_path])
+    assert "holds no .jsonl file" in watched.table(80, 0.0).columns[1]._cells[0]
+    path = tmp_path / "run.jsonl"
+    path.touch()
+    assert "nothing yet" in watched.table(80, 0.0).columns[1]._cells
+    with lnp.Tracker(path, 1) as tracker:
+        for step in range(2):
+            model = lnp_numpy.LinearModel(weight=np.full((2, 1), 0.1 * step))
+            tracker.observe(step, model, (np.eye(2), np.ones((2, 1))))
+            assert watched.table(80, 0.0).columns[1]._cells == [str(step)]
+    (tmp_path / "other.jsonl").write_text("hello\nworld\n")
+    told = watched.table(80, 0.0).columns[1]._cells
+    assert any("holds no measurements" in cell for cell in told)
+    assert "1" in told
+    path.unlink()
+    assert watched.table(80, 0.0).row_count == 1
