@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from lnp_torch.replica import Replica
 from lnp_torch.writes import tensors
+
+
+class Beginning(Protocol):
+    """What a pass begins with."""
+
+    given: set[int]
 
 
 class Constants:
@@ -16,21 +21,21 @@ class Constants:
 
     Parameters
     ----------
-    replica:
-        Knows what the pass begins with.
+    beginning:
+        Knows what the pass begins with: its `given` are the ids of parameters and buffers.
     """
 
-    def __init__(self, replica: Replica) -> None:
-        self._replica, self._made, self._written = replica, dict[int, weakref.ref](), set[int]()
+    def __init__(self, beginning: Beginning) -> None:
+        self._beginning, self._made, self._written = beginning, dict[int, weakref.ref](), set[int]()
 
     def __contains__(self, tensor: Tensor) -> bool:
         made = self._made.get(id(tensor))
         if made is not None and made() is tensor:
             return True
-        return id(tensor) in self._replica.given and id(tensor) not in self._written
+        return id(tensor) in self._beginning.given and id(tensor) not in self._written
 
-    def follow(self, args: tuple, kwargs: dict, out: Any) -> None:
-        """An operation was called: its output is one of these if all tensors that went in are."""
+    def follow(self, args: tuple, kwargs: dict, out: Any) -> bool:
+        """An operation was called: its output is one of these if all tensors that went in are. Whether they are."""
         constant = all(tensor in self for tensor in tensors((args, kwargs)))
         for tensor in tensors(out):
             if constant:
@@ -38,3 +43,4 @@ class Constants:
             elif tensor in self:  # the batch was written to it
                 self._made.pop(id(tensor), None)
                 self._written.add(id(tensor))
+        return constant

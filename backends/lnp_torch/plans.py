@@ -114,7 +114,7 @@ def key_of(passes: Passes, outputs: torch.Tensor, first: tuple[list[torch.Tensor
     if first is None:
         return Key(program.owner, shapes, (), True)
     parts, taps = first
-    return Key(program.owner, shapes, (taps.program, taps.recorded(parts)), not taps.rerouting)
+    return Key(program.owner, shapes, (taps.sequence.identity, taps.recorded(parts)), not taps.sequence.reroutes(parts))
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

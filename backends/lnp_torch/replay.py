@@ -20,6 +20,7 @@ from lnp_torch.outputs import Outputs
 from lnp_torch.replay_modes import Frozen
 from lnp_torch.replica import Replica
 from lnp_torch.state_guard import RandomState, same_randomness
+from lnp_torch.taps.function_mode import Taps
 
 Part: TypeAlias = slice | torch.Tensor
 """Which samples: a slice, or their indices."""
@@ -203,6 +204,8 @@ def first_pass(
     where they are single samples' own; which these are (`own`) is found out.
     """
     state, watch = RandomState([program.device]), watching()
+    if isinstance(watch, Taps):
+        watch.begin_with(program.replica)
 
     def run(parameters: Parameters) -> tuple[Outputs, Frozen]:
         state.restore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class WatchedPass(contextlib.AbstractContextManager):
     def __init__(self, module: nn.Module, parameters: Parameters, selected: Any) -> None:
         self._module, self._selected = module, selected
         self._device = next(iter(parameters.values())).device
-        self.taps, self.draws = Taps(parameters), Watched(self._device, module.parameters())
+        own = SimpleNamespace(given=set(map(id, [*module.parameters(), *module.buffers()])))
+        self.taps, self.draws = Taps(parameters, own), Watched(self._device, module.parameters())
         self.taps.watching = False
         self.averages = Averages()
         self.calls = 0

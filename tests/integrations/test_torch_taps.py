@@ -11,50 +11,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lnp
+from integrations.torch_single_samples import NOTE, Runs, assert_single_samples, recorded
 from lnp.per_sample import self_check
 from lnp_torch.taps import rules
-
-NOTE = "run on their own"
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-class Runs(nn.Module):
-    """run(self, x) with named parts."""
-
-    def __init__(self, run, **parts):
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-def recorded(model, x, **options):
-    """(record, outputs) in float64."""
-    model, x = model.double(), x.double() if x.is_floating_point() else x
-    y = torch.randn_like(model(x))
-    return lnp.load("torch").linearize(model, (x, y), lnp.Options(**options)), model(x)
-
-
-def assert_single_samples(model, x, **options):
-    """Squared norms as by one backward pass per sample; returns the record."""
-    record, out = recorded(model, x, **options)
-    assert record.sample_square_norms is not None, record.notes
-    v = torch.randn(record.outputs.shape, dtype=torch.float64)
-    found = record.sample_square_norms(v)
-    for sample in range(len(v)):
-        masked = torch.zeros_like(v)
-        masked[sample] = v[sample]
-        grads = torch.autograd.grad(out, list(model.parameters()), masked.reshape(out.shape), retain_graph=True)
-        for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
-            assert found[name][sample].item() == pytest.approx(grad.square().sum().item(), rel=1e-10, abs=1e-13), name
-    return record
 
 
 def linear():
@@ -96,11 +60,6 @@ UNREAD = {
     "packed": (packed, (6, 3, 4)),
     "einsum": (
         lambda m, x: torch.tanh(torch.einsum("oi,ni->no", m.a.weight, x) + m.a.bias) @ m.b.weight + m.b.bias,
-        (6, 4),
-    ),
-    "product from the left": (lambda m, x: (m.b.weight @ torch.tanh(m.a(x)).T).T + m.b.bias, (6, 4)),
-    "stacked weights": (
-        lambda m, x: F.linear(torch.tanh(x), torch.cat([m.a.weight, m.b.weight])) + torch.cat([m.a.bias, m.b.bias]),
         (6, 4),
     ),
 }

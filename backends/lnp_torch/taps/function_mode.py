@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,18 +19,14 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
 
+from lnp_torch.constants import Beginning, Constants
 from lnp_torch.draws import HOOKS
 from lnp_torch.model import Parameters, own_memory
-from lnp_torch.taps.reader import Frame, Lookup, Pullback, Reader, Reading, Site
-from lnp_torch.taps.rules import Use, recognised
+from lnp_torch.taps.derived import Derived, Frame, Lookup
+from lnp_torch.taps.reader import Pullback, Reader, Reading, Site
+from lnp_torch.taps.rules import Use, looks_up, recognised, spreads, unspread
+from lnp_torch.taps.sequence import Sequence
 from lnp_torch.writes import tensors
-
-REROUTING = frozenset(
-    {"randperm", "randint", "multinomial", "nonzero", "argwhere", "masked_select", "argsort", "bincount", "unique"}
-)
-"""Operations by which rows move as chance or values decide: in one batch a rule may read them right, in another not."""
-SMALL = 16
-"""Integers up to which each is a setting of its own (an axis, a shift)."""
 
 
 class Taps(TorchFunctionMode):
@@ -38,21 +36,21 @@ class Taps(TorchFunctionMode):
     ----------
     parameters:
         {name: leaf} that are watched.
+    derived:
+        {name of its own: what was computed from parameters alone}.
     general:
         {name of a parameter whose use was not recognised: the operation}.
     watching:
         Whether operations are tapped; can be switched.
     products:
         Multiplications of the forward pass, about.
-    program:
-        What identifies the sequence of operations: their names and settings, and the shapes at the sites.
-    rerouting:
-        Whether rows move as chance or values decide.
+    sequence:
+        Of the operations: their names and settings, and the shapes at the sites.
     hooked:
         Whether hooks were put on activations: they run in the backward pass.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, beginning: Beginning | None = None) -> None:
         super().__init__()
         self.parameters = parameters
         self.watching = True
@@ -63,10 +61,15 @@ class Taps(TorchFunctionMode):
         self.general: dict[str, str] = {}
         self._tables: dict[str, Tensor] = {}  # what was looked up for all samples at once
         self._lookups: dict[str, Lookup] = {}
+        self.derived: dict[str, Derived] = {}
+        self.begin_with(beginning or SimpleNamespace(given=set(map(id, parameters.values()))))
         self._copies: list[Tensor] = []
         self._began: int | None = None
-        self.program = self.products = 0
-        self.rerouting = self.hooked = False
+        self.sequence, self.products, self.hooked = Sequence(), 0, False
+
+    def begin_with(self, beginning: Beginning) -> None:
+        """The pass begins with these tensors that do not come from the samples."""
+        self._constants = Constants(beginning)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -77,31 +80,54 @@ class Taps(TorchFunctionMode):
         if not self.watching or torch.compiler.is_compiling():  # what the user's compiler follows stays as it is
             return out
         name = getattr(func, "__name__", "") or str(func)
-        if name != "__get__":
-            self.program = hash((self.program, name, *_settings(args), *_settings(kwargs.values())))
-        self.rerouting |= name in REROUTING or (name == "__getitem__" and _masked(args))
+        constant = self._constants.follow(args, kwargs, out)
+        self.sequence.follow(name, args, kwargs, out, constant)
         self.hooked |= func in HOOKS
         used = [tensor for tensor in tensors((args, kwargs)) if self._name(tensor) is not None]
         if not used or not _differentiable(out) or self._only_views(out):
             return out
-        return self._tapped(func, name, args, kwargs, out, used)
+        if constant and self._derives(func, args, out, used):
+            return out
+        return self._tapped(func, name, args, kwargs, out, used, constant)
+
+    def _derives(self, func: Callable, args: tuple, out: Any, used: list[Tensor]) -> bool:
+        """Watch what is computed from parameters alone, unless copies of it, or rows, go to the samples at once."""
+        made, looked_up = list(tensors(out)), looks_up(func, args) and self._name(used[0]) in self.parameters
+        if looked_up or not all(map(_plain, made)) or any(spreads(func, args, used, tensor) for tensor in made):
+            return False
+        sources: dict[str, Tensor] = {}
+        for tensor in used:
+            name = self._name(tensor) or ""
+            known = self.derived.get(name)
+            sources |= known.sources if known is not None else {name: self._whole(name)}
+        for tensor in made:
+            own = f"derived {len(self.derived)}"
+            self.derived[own], self._names[id(tensor)] = Derived(tensor, sources), own
+        return True
+
+    def _whole(self, name: str) -> Tensor:
+        """The parameter, table or derived tensor of a name."""
+        if name in self.derived:
+            return self.derived[name].tensor
+        return self._tables[name] if name in self._tables else self.parameters[name]
 
     def __exit__(self, *exception):
         self._tables.clear()  # they hold the graph, which holds this
         self._copies.clear()
         return super().__exit__(*exception)
 
-    def _tapped(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any, used: list[Tensor]) -> Any:
+    def _tapped(
+        self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any, used: list[Tensor], constant: bool
+    ) -> Any:
         """The output with a tap on it, if it is known how the parameters in it were used."""
-        single = isinstance(out, Tensor) and out.is_floating_point() and out.layout == torch.strided
-        single = single and not (out.is_nested or functorch.is_functorch_wrapped_tensor(out))
+        single = isinstance(out, Tensor) and _plain(out)
         # without their graph, which would otherwise hold itself in memory by way of the taps
         bare = _mapped(lambda t: t if self._name(t) is not None else t.detach(), (args, kwargs))
         uses = recognised(func, *bare) if single else []
         sites = self._sites_of([use for use in uses if self._name(use.tensor) is not None], used, name)
         if not sites:
             return out
-        self.program = hash((self.program, tuple(out.shape), *((s.name, s.frame, s.flipped) for s in sites)))
+        self.sequence.add(tuple(out.shape), *((s.name, s.frame, s.flipped) for s in sites))
         self.products += sum(site.use.products(out) for site in sites)
         self._sites.append(sites)
         if self._anchor is None:
@@ -110,8 +136,11 @@ class Taps(TorchFunctionMode):
         if self._began is None and tapped.grad_fn is not None:
             self._began = tapped.grad_fn._sequence_nr()
         for site in sites:
-            if site.use.index is not None:
-                self._watch(tapped, Lookup(site.name, site.frame, site.use.index))
+            index = site.use.index
+            shared = index is not None and (index.ndim < 2 or len(index) == 1)
+            if index is not None and site.name in self.parameters and (constant or shared):
+                self._watch(tapped, Lookup(site.name, site.frame, index, constant and shared))
+                self._constants.follow((), {}, tapped)
         return tapped
 
     def _sites_of(self, uses: list[Use], used: list[Tensor], operation: str) -> list[Site]:
@@ -147,18 +176,18 @@ class Taps(TorchFunctionMode):
         """Where in the parameter the tensor lies; None if that cannot be said."""
         name, tensor = self._name(use.tensor) or "", use.tensor
         strides = tensor.stride()
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, strides, strict=True)):
+        shape = unspread(tensor)
+        if shape != tensor.shape and use.kind != "dense":
             self.general.setdefault(name, "expand")
             return None
-        turned = tensor.ndim == 2 and strides[0] < strides[1]
+        turned = tensor.ndim == 2 and strides[0] < strides[1] and use.kind != "dense"
         if turned and use.kind == "rows":
             self.general.setdefault(name, "embedding of a transposed weight")
             return None
-        whole = self._tables[name] if name in self._tables else self.parameters[name]
         order = -1 if turned else 1
-        start = tensor.storage_offset() - whole.storage_offset()
-        frame: Frame = (start, tuple(tensor.shape)[::order], tuple(strides)[::order])
-        return Site(name, use, frame, use.transposed != turned, self.rerouting)
+        start = tensor.storage_offset() - self._whole(name).storage_offset()
+        frame: Frame = (start, tuple(shape)[::order], tuple(strides)[::order])
+        return Site(name, use, frame, use.transposed != turned, self.sequence.rerouting)
 
     def recorded(self, outputs: list[Tensor]) -> int:
         """Operations of autograd between the first tap and the outputs: some come from functions that no mode sees."""
@@ -191,7 +220,7 @@ class Taps(TorchFunctionMode):
     @contextlib.contextmanager
     def read(self, reading: Reading, samples: int) -> Iterator[Callable[[torch.device], Pullback]]:
         """During the backward pass inside, the taps are read; afterwards what is yielded returns what was found."""
-        reader = Reader(self._sites, self._lookups, reading, set(self.general), samples)
+        reader = Reader(self._sites, self._lookups, self.derived, reading, set(self.general), samples)
         self._reader = reader
         met = self.parameters.items() if reading.gradient_norms else []
         hooks = [p.register_hook(functools.partial(reader.meet, name, p.detach())) for name, p in met]
@@ -239,26 +268,15 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, anchor, taps, index):
-        ctx.taps, ctx.index = taps, index
+        ctx.taps, ctx.index = weakref.ref(taps), index  # who holds the graph as well
         return y.data  # in the same memory, but no view, so that it may be written to as y could
 
     @staticmethod
     def backward(ctx, d):
-        ctx.taps.receive(ctx.index, d)
+        taps = ctx.taps()
+        if taps is not None:
+            taps.receive(ctx.index, d)
         return d, None, None, None
-
-
-def _masked(args: tuple) -> bool:
-    return any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
-
-
-def _settings(values: Iterable[Any]) -> Iterator[Any]:
-    """The words and small integers among an operation's arguments: an axis, a shift, a mode."""
-    for value in values:
-        if type(value) in (tuple, list):
-            yield from _settings(value)
-        elif isinstance(value, bool | str | None) or (isinstance(value, int) and abs(value) <= SMALL):
-            yield value
 
 
 def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -270,6 +288,13 @@ def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     if type(value) is dict:
         return {key: _mapped(function, item) for key, item in value.items()}
     return value
+
+
+def _plain(out: Tensor) -> bool:
+    """Whether a tensor has the numbers that its operation says."""
+    if not (out.is_floating_point() and out.layout == torch.strided):
+        return False
+    return not (out.is_nested or functorch.is_functorch_wrapped_tensor(out))
 
 
 def _differentiable(out: Any) -> bool:

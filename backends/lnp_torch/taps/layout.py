@@ -13,7 +13,7 @@ class Unread(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the samples are in the arrays of a site: (N, S, ...) and (N * S, ...), or (S, N, ...) and (S * N, ...).
+    """Where the samples are in the arrays of a site: (N, S, ...) and (N * S, ..., p), or (S, N, ...) and (S * N, ...).
 
     Attributes
     ----------
@@ -38,10 +38,13 @@ class Layout:
             If the samples are not there.
         """
         samples, outer = self.samples, array.ndim - inner
-        if outer == 1 and array.shape[0] % samples == 0 and (self.time_major or array.shape[0] != samples):
+        if outer < 1:
+            raise Unread
+        in_one_axis = outer == 1 or (not self.time_major and array.shape[0] != samples)  # windows of a sample, say
+        if in_one_axis and array.shape[0] % samples == 0 and (self.time_major or array.shape[0] != samples):
             array = array.unflatten(0, (-1, samples) if self.time_major else (samples, -1))
         axis = 1 if self.time_major else 0
-        if (outer == 1 and self.rerouted) or outer < 1 or axis >= array.ndim - inner or array.shape[axis] != samples:
+        if (in_one_axis and self.rerouted) or axis >= array.ndim - inner or array.shape[axis] != samples:
             raise Unread
         return array.movedim(axis, 0)
 
@@ -61,7 +64,7 @@ class Layout:
 
     def channels(self, d: Tensor, count: int) -> Tensor:
         """(N, C, ...) summed over all that follows, and over the channels if they share one parameter."""
-        if self.time_major or d.ndim < 2 or d.shape[0] != self.samples:
+        if self.time_major or d.ndim < 2:
             raise Unread
-        flat = d.reshape(self.samples, d.shape[1], -1).sum(2)
+        flat = self.first(d.reshape(*d.shape[:2], -1).sum(2), 1).reshape(self.samples, -1, d.shape[1]).sum(1)
         return flat if count != 1 else flat.sum(1, keepdim=True)

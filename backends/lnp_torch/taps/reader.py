@@ -13,14 +13,12 @@ from array_api_compat import torch as xp
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnp.per_sample import norms, uses
+from lnp.per_sample import uses
 from lnp.per_sample.uses import Factors
 from lnp_torch.outputs import dot, widened
+from lnp_torch.taps.derived import Derived, Frame, Lookup, square_norms, totals
 from lnp_torch.taps.layout import Layout, Unread
 from lnp_torch.taps.rules import Use
-
-Frame = tuple[int, tuple[int, ...], tuple[int, ...]]
-"""Which numbers of a parameter's memory: (first, shape, strides)."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +46,13 @@ class Site:
     rerouted: bool = False
 
 
-LayoutName = Literal["second axis", "looked up once"]
-LAYOUTS: tuple[LayoutName, ...] = ("second axis", "looked up once")
+LayoutName = Literal["second axis", "looked up once", "looked up by sample"]
+LAYOUTS: tuple[LayoutName, ...] = ("second axis", "looked up once", "looked up by sample")
 """Where else the samples of a parameter's operations are found: the second axis of time-major arrays; or nowhere, in an
-embedding that is looked up once for all samples, such as that of positions, before it meets them."""
+embedding that is looked up once for all samples, such as that of positions, before it meets them. One that is looked up
+by numbers along one axis that do not come from the samples is taken for the latter, unless told otherwise."""
 Layouts = Mapping[str, LayoutName]
 """{name of a parameter: where its operations have the samples}, where not along the first axis."""
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """Rows of an embedding that were looked up once for all samples; what was looked up is watched as a table of its
-    own.
-
-    Attributes
-    ----------
-    name, frame:
-        The embedding's.
-    rows:
-        Which.
-    """
-
-    name: str
-    frame: Frame
-    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -146,6 +127,7 @@ class Reader:
         self,
         sites: list[list[Site]],
         lookups: dict[str, Lookup],
+        derived: dict[str, Derived],
         reading: Reading,
         unrecognised: set[str],
         samples: int,
@@ -153,17 +135,26 @@ class Reader:
         self._sites, self._lookups, self._samples = sites, lookups, samples
         self._layouts, self._index, general = reading.layouts, reading.index, {*reading.general, *unrecognised}
         self._kept: dict[str, list[tuple[Frame, Factors]]] = {}
+        self._parts: dict[str, list[tuple[Frame, Factors]]] = {}
         self.gradient_norms: dict[str, Tensor] = {}
         self.products: Tensor | None = None
         self._uses: dict[str, list[Site]] = {}
         for site in itertools.chain.from_iterable(sites):
             self._uses.setdefault(site.name, []).append(site)
-        self.unread = {name: "overlapping views" for name, of_one in self._uses.items() if not _readable(of_one)}
-        self._tables = {own for own, it in lookups.items() if self._layouts.get(it.name) == "looked up once"}
+        self._derived = {own: it for own, it in derived.items() if own in self._uses or own in unrecognised}
+        self._sources = {name: t for it in self._derived.values() for name, t in it.sources.items()}
+        summed = {*self._derived, *self._sources}  # there, uses of any kind and view can be added
+        uses_of = {name: of_one for name, of_one in self._uses.items() if name not in summed}
+        self.unread = {name: "overlapping views" for name, of_one in uses_of.items() if not _readable(of_one)}
+        self._tables = {own for own, lookup in lookups.items() if self._as_table(lookup)}
+        looked_up = {lookups[own].name for own in self._tables}
         for own in self._tables:
-            if own in general or own in self.unread or own not in self._uses:
+            if own in general or own in self.unread or own not in {*self._uses, *self._sources}:
                 self.unread[lookups[own].name] = "what was looked up is used in another way"
-        self._skip = {*general, *self.unread, *(lookups.keys() - self._tables)}
+        for own in self._derived.keys() & unrecognised:
+            self._leave(own, "what is computed from it is used in a way without a rule")
+        self._skip = {*general, *self.unread, *looked_up, *(lookups.keys() - self._tables)}
+        self._met: dict[str, Tensor] = {}
         self._waiting: dict[tuple[str, Frame], list[Factors]] = {}
         self._found: dict[str, Tensor] = {}
 
@@ -171,8 +162,13 @@ class Reader:
         """Called with the cotangent d of the output of the operation of this number."""
         with torch.no_grad(), without_autocast(d.device.type):
             for site in self._sites[index]:
-                if site.name not in self._skip and self._layouts.get(site.name) != "looked up once":
+                if site.name not in self._skip:
                     self._read(site, d)
+
+    def _as_table(self, lookup: Lookup) -> bool:
+        """Whether a lookup is read where what was looked up meets the samples: one that is told so, or the only use."""
+        layout, only = self._layouts.get(lookup.name), len(self._uses[lookup.name]) == 1
+        return layout == "looked up once" or (lookup.shared and only and layout is None)
 
     def _read(self, site: Site, d: Tensor) -> None:
         """Form the factors of one use, and square the uses of its frame once all of them are there."""
@@ -181,10 +177,12 @@ class Reader:
             factors = Factors(site.use.kind, _comparable(site.use.factors(d, layout)))
         except Unread:
             self._skip.add(site.name)
-            name = self._lookups[site.name].name if site.name in self._tables else site.name
-            self.unread[name] = "the samples are not along the first axis"
+            self._leave(site.name, "the samples are not along the first axis")
             return
         factors = factors.transposed() if site.flipped else factors
+        if site.name in self._derived or site.name in self._sources:
+            self._parts.setdefault(site.name, []).append((site.frame, factors))
+            return
         if self._index is not None:
             name, frame, some = self._of_some(site, factors, self._index)
             self._kept.setdefault(name, []).append((frame, some))
@@ -193,20 +191,24 @@ class Reader:
         if len(waiting) == sum(other.frame == site.frame for other in self._uses[site.name]):
             self._add(site.name, site.frame)
 
+    def _leave(self, name: str, why: str) -> None:
+        """The parameters behind a name are not read."""
+        for source in self._derived[name].sources if name in self._derived else [name]:
+            if source not in self._lookups:
+                self.unread[source] = why
+            elif source in self._tables:
+                self.unread[self._lookups[source].name] = why
+
     def _add(self, name: str, frame: Frame) -> None:
         """Square the sum of the uses of one frame."""
         factors = self._waiting.pop((name, frame))
         if name in self._tables:
             gradient = uses.total(xp, [use.arrays[0] for use in factors])
-            name, value = self._lookups[name].name, norms.rows(xp, *self._looked_up(name, gradient))
+            value = uses.square_norms(xp, [self._lookups[name].of(gradient)])
+            name = self._lookups[name].name
         else:
             value = uses.square_norms(xp, factors)
         self._found[name] = self._found[name] + value if name in self._found else value
-
-    def _looked_up(self, table: str, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, values) of a table whose gradient (N, ...) is there."""
-        rows = self._lookups[table].rows
-        return rows.reshape(1, -1).expand(len(gradient), -1), gradient.reshape(len(gradient), rows.numel(), -1)
 
     def meet(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
         """Called with the gradient of a parameter, which comes right after the last of its uses: neither the gradient
@@ -215,6 +217,8 @@ class Reader:
         with torch.no_grad(), without_autocast(gradient.device.type):
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
             self.gradient_norms[name] = dot(gradient, gradient)
+            if self._index is not None and self._is_summed(name):
+                self._met[name] = gradient
             for frame, factors in self._kept.pop(name, ()):
                 product = _inner_products(frame, factors, parameter, gradient)
                 self.products = product if self.products is None else self.products + product
@@ -224,14 +228,51 @@ class Reader:
         some = tuple(f[index] if isinstance(f, Tensor) else f for f in factors.arrays)
         if site.name in self._tables:
             lookup = self._lookups[site.name]
-            return lookup.name, lookup.frame, Factors("rows", self._looked_up(site.name, some[0]))
+            return lookup.name, lookup.frame, lookup.of(some[0])
         return site.name, site.frame, Factors(factors.kind, some)
+
+    def _is_summed(self, name: str) -> bool:
+        """Whether something was computed from a parameter, or from rows of it, before it met the samples."""
+        return name in self._sources or any(self._lookups[own].name == name for own in self._tables & {*self._sources})
+
+    def _sum(self) -> None:
+        """Add what was computed from parameters to their own uses, and square it."""
+        wanted = {
+            name: tensor
+            for name, tensor in self._sources.items()
+            if name not in self._skip and (name in self._tables or name not in self._lookups)
+        }
+        if not wanted:
+            return
+        found = square_norms(self._samples, self._derived, self._parts, wanted, self._of_source)
+        for name, value in found.items():
+            of = self._lookups[name].name if name in self._tables else name
+            self._found[of] = self._found[of] + value if of in self._found else value
+        if self._index is not None:
+            self._multiply(totals(self._index, len(self._index), self._derived, self._parts, wanted))
+
+    def _of_source(self, name: str, gradient: Tensor) -> Factors:
+        """The gradient (C, *shape) of a parameter, or of a table that was looked up in one."""
+        if name in self._tables:
+            return self._lookups[name].of(gradient)
+        return Factors("dense", (gradient,))
+
+    def _multiply(self, found: dict[str, Tensor]) -> None:
+        """Add the products of some samples' gradients with the batch's."""
+        for name, gradient in found.items():
+            of = self._lookups[name].name if name in self._tables else name
+            met = self._met.get(of)
+            if met is not None:
+                product = uses.inner_products(xp, self._of_source(name, gradient), met)
+                self.products = product if self.products is None else self.products + product
 
     def result(self) -> dict[str, Tensor]:
         """{name: (N,)}. A use that no cotangent reached has contributed nothing."""
         for name, frame in list(self._waiting):
             if name not in self._skip:
                 self._add(name, frame)
+        with torch.no_grad():
+            self._sum()
         return {name: value for name, value in self._found.items() if name not in self.unread}
 
 

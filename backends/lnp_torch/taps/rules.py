@@ -9,7 +9,6 @@ the general way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,39 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lnp.per_sample.norms import Window
-from lnp.per_sample.uses import Kind
-from lnp_torch.taps.layout import Layout, Unread
-
-
-@dataclass(frozen=True)
-class Use:
-    """One parameter in one operation.
-
-    Attributes
-    ----------
-    tensor:
-        The parameter, or the view of it, that the operation received.
-    kind:
-        In which form its gradients are.
-    factors:
-        (cotangent of the output, layout) -> the arrays of `lnp.per_sample.uses.Factors` of that kind.
-    transposed:
-        Of an "outer" use: whether left runs over the tensor's columns.
-    index:
-        Of a "rows" use: which rows are looked up, where they may be the same for all samples.
-    """
-
-    tensor: Tensor
-    kind: Kind
-    factors: Callable[[Tensor, Layout], tuple]
-    transposed: bool = False
-    index: Tensor | None = None
-
-    def products(self, out: Tensor) -> int:
-        """Multiplications that made the output, if there are many."""
-        if self.kind not in ("outer", "convolution"):
-            return 0
-        return out.numel() * self.tensor.numel() // self.tensor.shape[1 if self.transposed else 0]
+from lnp_torch.taps.copies import NOTHING, Unknown, Use, joined, rearranged, repeated, unspread
+from lnp_torch.taps.layout import Unread
 
 
 def recognised(func: Callable, args: tuple, kwargs: dict) -> list[Use]:
@@ -64,13 +32,6 @@ def recognised(func: Callable, args: tuple, kwargs: dict) -> list[Use]:
         return []
 
 
-NOTHING = Use(None, "dense", lambda d, at: ())
-
-
-class Unknown(Exception):
-    """A variant that no rule is written for."""
-
-
 def _linear(input, weight, bias=None):
     return [Use(weight, "outer", lambda d, at: (at.positions(d), at.positions(input))), *_bias(bias)]
 
@@ -80,10 +41,15 @@ def _bias(bias):
 
 
 def _matmul(input, other, **kwargs):
-    """x @ W; W @ x has its samples elsewhere."""
-    if kwargs or other.ndim != 2:
+    """x @ W, and W @ x with the samples before the last two axes, or along the last one."""
+    if kwargs:
         raise Unknown
-    return [Use(other, "outer", lambda d, at: (at.positions(d), at.positions(input)), transposed=True)]
+    uses = []
+    if other.ndim == 2:
+        uses.append(Use(other, "outer", lambda d, at: (at.positions(d), at.positions(input)), transposed=True))
+    if input.ndim == 2:
+        uses.append(Use(input, "outer", lambda d, at: (at.positions(d.mT), at.positions(other.mT))))
+    return uses
 
 
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
@@ -100,8 +66,48 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
         return at.first(index, 0).reshape(at.samples, -1), at.positions(d)
 
     index = input if padding_idx is None else torch.where(input == padding_idx % weight.shape[0], -1, input)
-    shared = input.ndim < 2 or input.shape[0] == 1  # positions, say
-    return [Use(weight, "rows", rows, index=index if shared else None)]
+    return [Use(weight, "rows", rows, index=index)]
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """What is added to the scores, such as a bias by distance: its gradient is that of the scores."""
+    if not isinstance(attn_mask, Tensor) or dropout_p or is_causal:
+        raise Unknown
+
+    def factors(d, at):
+        k, v = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) if enable_gqa else t for t in (key, value))
+        scores = query @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale) + attn_mask
+        weights, of_weights = torch.softmax(scores, -1), d @ v.mT
+        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+        return (at.reduced(of_scores, unspread(attn_mask)),)
+
+    return [Use(attn_mask, "dense", factors)]
+
+
+def _getitem(input, index):
+    """Rows of a matrix; what else is looked up is found by autograd, if all samples share it."""
+    if not isinstance(index, Tensor) or index.dtype in (torch.bool, torch.uint8) or input.ndim != 2:
+        raise Unknown
+    return _embedding(index % input.shape[0], input)  # negative ones count from the end
+
+
+def looks_up(func: Callable, args: tuple) -> bool:
+    """Whether an operation takes rows of a matrix, by their numbers."""
+    return func is F.embedding or (func is Tensor.__getitem__ and bool(recognised(func, args, {})))
+
+
+def spreads(func: Callable, args: tuple, used: list[Tensor], out: Tensor) -> bool:
+    """Whether an operation on parameters alone makes copies of them along the first axis, for the samples, or has been
+    given such copies.
+    """
+    if func in REPEATS:
+        return bool(recognised(func, args, {}))
+    return all(_grows(unspread(tensor), out.shape) for tensor in used) and bool(recognised(func, args, {}))
+
+
+def _grows(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether what has this shape is broadcast along the first axis of a whole."""
+    return len(whole) > 0 and whole[0] > 1 and (len(shape) < len(whole) or shape[0] == 1)
 
 
 def _multiply(input, other):
@@ -111,7 +117,7 @@ def _multiply(input, other):
 def _scale(tensor, beside):
     if not isinstance(tensor, Tensor) or tensor.is_complex():
         return NOTHING
-    return Use(tensor, "dense", lambda d, at: (at.reduced(d * beside, tensor.shape),))
+    return Use(tensor, "dense", lambda d, at: (at.reduced(d * beside, unspread(tensor)),))
 
 
 def _divide(input, other, *, rounding_mode=None):
@@ -119,7 +125,7 @@ def _divide(input, other, *, rounding_mode=None):
         raise Unknown
     uses = [_scale(input, 1 / other)]
     if isinstance(other, Tensor) and not other.is_complex():
-        uses.append(Use(other, "dense", lambda d, at: (at.reduced(-d * input / other**2, other.shape),)))
+        uses.append(Use(other, "dense", lambda d, at: (at.reduced(-d * input / other**2, unspread(other)),)))
     return uses
 
 
@@ -134,7 +140,7 @@ def _subtract(input, other, *, alpha=1):
 def _shift(tensor, factor):
     if not isinstance(tensor, Tensor) or tensor.is_complex() or isinstance(factor, Tensor):
         return NOTHING
-    return Use(tensor, "dense", lambda d, at: (at.reduced(factor * d, tensor.shape),))
+    return Use(tensor, "dense", lambda d, at: (at.reduced(factor * d, unspread(tensor)),))
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -254,6 +260,7 @@ def _variants(*names: str) -> list[Callable]:
     return [function for function in found if function is not None]
 
 
+REPEATS = frozenset({Tensor.repeat, Tensor.tile})
 RULES: dict[Callable, Callable] = {
     F.linear: _linear,
     F.embedding: _embedding,
@@ -270,6 +277,11 @@ RULES: dict[Callable, Callable] = {
     **dict.fromkeys(_variants("div", "divide", "true_divide", "__truediv__"), _divide),
     **dict.fromkeys(_variants("add", "__add__", "__radd__"), _add),
     **dict.fromkeys(_variants("sub", "subtract", "__sub__"), _subtract),
+    F.scaled_dot_product_attention: _attention,
+    Tensor.__getitem__: _getitem,
+    **dict.fromkeys(REPEATS, repeated),
+    **dict.fromkeys(_variants("cat", "concat", "concatenate"), joined),
+    **dict.fromkeys(_variants("reshape", "contiguous", "clone", "to", "type_as", "float"), rearranged),
     **_variants_of_convolution(1),
     **_variants_of_convolution(2),
     **_variants_of_convolution(3),
