@@ -23,7 +23,8 @@ def history(scale=1.0, size=100, notes=""):
         {
             "step": step, "time": 1000.0 + step, "seconds": 0.5, "loss": scale / (1 + step), "rate": 1.0,
             "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 0.5 / (1 + step), "chi_pos_stderr": 0.01,
-            "parameters": size, "samples": 8, "outputs": 3, "layer/a.one/rate": 0.25, "layer/a.two/rate": 0.75, "notes": notes,
+            "parameters": size, "samples": 8, "outputs": 3, "layer/a.one/rate": 0.25, "layer/a.two/rate": 0.75,
+            "notes": notes,
         }
         for step in range(12)
     ]  # fmt: skip
