@@ -13,7 +13,7 @@ import lnp
 from lnp.contract import validation
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
-from lnp.per_sample.verdict import BENT, FROZEN_DIFFERS, Verdict
+from lnp.per_sample.verdict import BENT, Verdict
 from lnp.results.computations import changes, measured_change, predicted_change
 from lnp.results.preconditioner import DecomposePreconditioned
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
@@ -24,11 +24,9 @@ from lnp_jax.python_state import hashable, loss_state, with_python_state
 from lnp_jax.record import record
 from lnp_jax.self_check import (
     NOT_ASKED,
-    as_found,
     find_verdict,
     known_verdict,
     remember_interacting,
-    remember_not_held,
     traced,
 )
 from lnp_jax.state_guard import leave_no_trace
@@ -74,9 +72,6 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
     if operands.get("update") is not None:
         diagonal = isinstance(computation, DecomposePreconditioned)
         operands = operands | {"update": update_vector(structure, arrays, model, operands["update"], diagonal)}
-    settled = as_found(structure, arrays, batches, options) if hashable(structure) else options
-    if settled is not options:
-        return _noted(_evaluated(computation, model, batches, settled, operands), (FROZEN_DIFFERS,))
     plan = Plan(computation, structure, replace(options, seed=None, parameters=None))
     dynamic = (arrays, batches, options.seed, operands)
     if computation in OF_THE_GRADIENT:
@@ -90,9 +85,6 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
         plan = replace(plan, verdicts=found)
     plan = replace(plan, losses=tuple(loss_state(options.loss, structure, arrays, batch) for batch in batches))
     answer, notes = _run_checked(plan, dynamic)
-    if any(flag for flag, text in zip(answer.violated, answer.messages, strict=True) if text == FROZEN_DIFFERS):
-        remember_not_held(structure, arrays, batches, options)
-        return _evaluated(computation, model, batches, options, operands)
     _raise(answer)
     return _noted(jax.tree.map(_to_number, answer.result), notes)
 
@@ -129,14 +121,9 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         structure = with_python_state(structure, model, arrays, batch, inside_jit)
         if inside_jit:
             return record(structure, arrays, batch, options.seed, options, None)
-        found = as_found(structure, arrays, [batch], options)
-        verdict = find_verdict(structure, arrays, batch, found)
+        verdict = find_verdict(structure, arrays, batch, options)
         _raise_bent([verdict])
-        made = record(structure, arrays, batch, options.seed, found, verdict)
-    if any(flag for flag, text in made.violations if text == FROZEN_DIFFERS):
-        remember_not_held(structure, arrays, [batch], options)
-        return linearize(model, batch, options)
-    return made if found is options else _noted(made, (FROZEN_DIFFERS,))
+        return record(structure, arrays, batch, options.seed, options, verdict)
 
 
 def _with_known_verdicts(plan: Plan, arrays: Arrays, batches: tuple) -> Plan:

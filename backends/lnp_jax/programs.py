@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-CALLS = frozenset(
-    {
-        "jit",
-        "pjit",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "custom_vjp_call_jaxpr",
-        "checkpoint",
-    }
-)
-"""Operations that run one program on their inputs, once."""
+from jax.extend import core
+
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
+CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
 
 def operations_of(jaxpr: Any) -> Iterator[Any]:
@@ -37,13 +28,25 @@ def programs_in(params: Mapping[str, Any]) -> Iterator[Any]:
                 yield inner
 
 
-def reached(jaxpr: Any, given: Sequence[bool]) -> list[bool]:
-    """Which outputs of a program depend on those of its inputs that are `given`; rather too many than too few."""
-    known = {var for var, flag in zip(jaxpr.invars, given, strict=True) if flag}
-    for eqn in jaxpr.eqns:
-        flags = [not hasattr(atom, "val") and atom in known for atom in eqn.invars]
-        inside = [program for program in programs_in(eqn.params) if len(program.invars) == len(flags)]
-        called = eqn.primitive.name in CALLS and len(inside) == 1
-        outs = reached(inside[0], flags) if called else [any(flags)] * len(eqn.outvars)
-        known |= {var for var, flag in zip(eqn.outvars, outs, strict=True) if flag}
-    return [not hasattr(atom, "val") and atom in known for atom in jaxpr.outvars]
+def bound(eqn: Any, arrays: Sequence[Any], jaxpr: Any) -> list[Any]:
+    """What one operation of a program makes of these arrays."""
+    if not any(True for _ in programs_in(eqn.params)):
+        outs = eqn.primitive.bind(*arrays, **eqn.params)
+        return list(outs) if eqn.primitive.multiple_results else [outs]
+    # with programs inside, in a program of its own: how those are passed on differs between operations
+    given = {atom: a for atom, a in zip(eqn.invars, arrays, strict=True) if not isinstance(atom, core.Literal)}
+    names: Any = jaxpr.debug_info  # some releases demand as many names as there are values
+    if names is not None:
+        names = names._replace(arg_names=("",) * len(given), result_paths=("",) * len(eqn.outvars))
+    alone = core.Jaxpr((), list(given), eqn.outvars, [eqn], eqn.effects, names)
+    return list(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values()))
+
+
+def called_by(eqn: Any) -> Any:
+    """The closed program that a call runs."""
+    return closed(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
+
+
+def closed(program: Any) -> Any:
+    """A program with its constants."""
+    return program if hasattr(program, "consts") else core.ClosedJaxpr(program, ())

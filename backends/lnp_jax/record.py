@@ -24,7 +24,7 @@ from lnp.contract.linearization import (
 from lnp.contract.options import Options
 from lnp.losses.evidence import told
 from lnp.per_sample import differences, self_check
-from lnp.per_sample.verdict import BENT, FROZEN_DIFFERS, Verdict
+from lnp.per_sample.verdict import BENT, Verdict
 from lnp_jax import fallback, loops, losses
 from lnp_jax.bound_model import Network, bind
 from lnp_jax.losses import BoundLoss
@@ -118,7 +118,7 @@ def record(
         separable=loss.separable,
         sample_terms=loss.prepared.sample_terms,
         sample_losses=loss.alone,
-        violations=(*_unlike(net, passes), *loss.prepared.violations, *_bent(net, look, signs, loss, verdict)),
+        violations=(*loss.prepared.violations, *_bent(net, look, signs, loss, verdict)),
         notes=(*net.notes, *([reason] if reason else []), *loss.prepared.notes, *_notes(look)),
         while_loop=loops.while_loop if look is None else look.samples.while_loop,
         **told(jnp, loss.prepared, loss.gradient),
@@ -161,11 +161,6 @@ def _gradient_pass(
         return replace(look.gradient_pass(g, gradient, square_norms), magnitude=magnitude)
 
     return gradient_pass
-
-
-def _unlike(net: Network, passes: BatchPasses) -> tuple[tuple[Array, str], ...]:
-    """The check whether the network with its statistics held fixed is the network, where they are."""
-    return () if net.original is None else ((net.differs(passes.outputs), FROZEN_DIFFERS),)
 
 
 def _bent(

@@ -114,6 +114,8 @@ def handed_over(model: Any, batches: tuple, options: Options) -> Handed:
     names = selected(model, options.parameters)
     notes = (*notes, *(fitted(model)[1] if options.parameters is None else ()))
     options = replace(options, loss=loss, forward=None, parameters=names)
+    if keras.backend.backend() == "jax":  # which statistics are held is settled, as it is on other frameworks
+        options = replace(options, batch_statistics="coupled")
     handed = Handed((function, values), given, options, notes, (whole, of_whole))
     if isinstance(loss, CompiledLoss) and model._compile_loss is None and not overrides(model, "compute_loss"):
         return replace(

@@ -157,7 +157,8 @@ def test_linen_batch_statistics_are_read_and_never_changed():
     module, (x, y) = Normed(), batch(jnp.float32, 6, 4)
     variables = module.init(jax.random.key(0), x, train=False)
     still = lnp.decompose(module.bind(variables), (x, y), forward=evaluating, estimator="exact")
-    moving = lnp.decompose(module.bind(variables), (x, y), forward=training, estimator="exact")
+    how = {"batch_statistics": "coupled", "estimator": "exact"}
+    moving = lnp.decompose(module.bind(variables), (x, y), forward=training, **how)
     parameters = variables["params"]
     rest = {"batch_stats": variables["batch_stats"]}
     agrees(
@@ -166,9 +167,9 @@ def test_linen_batch_statistics_are_read_and_never_changed():
         jnp.float32,
     )
     coupled = lambda p: module.apply({"params": p} | rest, x, True, mutable=["batch_stats"])[0]
+    assert any("interact" in note for note in moving.notes)
     agrees(moving, dense(coupled, parameters, cross_entropy(y), 6), jnp.float32)
     assert (still.probes, moving.probes) == (3, 18)
-    assert any("interact" in note for note in moving.notes)
 
 
 def evaluating(module, x):

@@ -10,7 +10,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from lnp_jax.programs import programs_in
+from lnp_jax.programs import CHECKPOINTS, INLINED, bound, called_by, closed
 from lnp_jax.taps.pooling import max_pool
 from lnp_jax.taps.primitives import tapped_use
 from lnp_jax.taps.rules import Use, View, pieces_of, use_of, view_after
@@ -19,9 +19,6 @@ Path = tuple[int, ...]
 """Where in the program an operation is: its number, in each of the programs around it."""
 Group = tuple[str, tuple]
 """(name of a parameter, the piece of it)."""
-
-INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
-CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class Walk:
         if not at:
             return _bound(eqn, values, jaxpr), {}
         if name in INLINED:
-            return self.run(_closed(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]), values)
+            return self.run(called_by(eqn), values)
         if name == "scan" and (parts := _parts_of_scan(eqn.params)) is not None:
             return self._scan(eqn, values, *parts)
         if name in CHECKPOINTS:
@@ -205,7 +202,7 @@ class Walk:
             inner = replace(self, outputs=taps, scans=(*self.scans, length))
             steps = [Value(array, view, batched) for array, view in zip(arrays, views, strict=True)]
             outs, kept = inner.run(
-                _closed(params["jaxpr"]), [*consts, *(Value(array, None, batched) for array in carry), *steps]
+                closed(params["jaxpr"]), [*consts, *(Value(array, None, batched) for array in carry), *steps]
             )
             self._general(outs, "result of a scan")
             arrays = [out.array for out in outs]
@@ -221,7 +218,7 @@ class Walk:
 
         def recomputed(arrays: list) -> tuple[list, dict[Path, Any]]:
             given = [replace(value, array=array) for value, array in zip(values, arrays, strict=True)]
-            outs, kept = self.run(_closed(eqn.params["jaxpr"]), given)
+            outs, kept = self.run(called_by(eqn), given)
             self._general(outs, "result of a checkpoint")
             return [out.array for out in outs], kept
 
@@ -253,16 +250,7 @@ def _bound(eqn: Any, values: list[Value], jaxpr: Any) -> list[Value]:
     pool = max_pool(eqn, *arrays) if eqn.primitive.name == "reduce_window_max" else None
     if pool is not None:
         return _values([pool], values)
-    if not any(True for _ in programs_in(eqn.params)):
-        outs = eqn.primitive.bind(*arrays, **eqn.params)
-        return _values(outs if eqn.primitive.multiple_results else [outs], values)
-    # with programs inside, in a program of its own: how those are passed on differs between operations
-    given = {atom: a for atom, a in zip(eqn.invars, arrays, strict=True) if not isinstance(atom, core.Literal)}
-    names: Any = jaxpr.debug_info  # some releases demand as many names as there are values
-    if names is not None:
-        names = names._replace(arg_names=("",) * len(given), result_paths=("",) * len(eqn.outvars))
-    alone = core.Jaxpr((), list(given), eqn.outvars, [eqn], eqn.effects, names)
-    return _values(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values()), values)
+    return _values(bound(eqn, arrays, jaxpr), values)
 
 
 def _operation(eqn: Any, position: int) -> Callable:
@@ -288,7 +276,3 @@ def _parts_of_scan(params: Any) -> tuple[int, int] | None:
     except (KeyError, AttributeError, TypeError, ValueError):
         return None
     return consts, carries
-
-
-def _closed(program: Any) -> Any:
-    return program if hasattr(program, "consts") else core.ClosedJaxpr(program, ())
