@@ -7,7 +7,7 @@ For each architecture of `architecture_models`, beside the gradient of a trainin
 
     default       time of `lnp.decompose`, median of ratios to the step in the same round; signs are drawn anew in each
     first         the first call, in steps
-    memory        peak resident memory of the process above what it held before, as a multiple of the step's
+    memory        the most bytes of new tensors that are in memory at once, as a multiple of the step's
     norms off     squared norms of single samples' gradients for a random cotangent: the largest relative difference
                   between lnp's and those of a plain backward pass for each sample, over the parameters
     general       parameters that take the general way, and why; "jointly" where samples are not taken apart
@@ -18,20 +18,21 @@ Without names all are measured, and benchmarks/results/architectures_torch.md is
 from __future__ import annotations
 
 import argparse
-import os
+import gc
 import statistics
-import subprocess
-import sys
 import time
 import warnings
+import weakref
 from typing import Any
 
 import torch
 from architecture_models import ARCHITECTURES, loss_of, made
-from report import interleaved, machine, ratios, resident_peak, table, write
+from report import interleaved, machine, ratios, table, write
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lnp
 from lnp.contract.options import Options
@@ -125,27 +126,43 @@ def reference(model: nn.Module, outputs: torch.Tensor, v: torch.Tensor) -> dict[
     return {key: torch.tensor(values, dtype=torch.float64) for key, values in rows.items()}
 
 
-def peak(name: str, case: str) -> int:
-    """Peak resident bytes of the step or of a measurement, above those before."""
+class Alive(TorchDispatchMode):
+    """The most bytes of new tensors that are in memory at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self._known = 0, 0, set[int]()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now -= size
+        self._known.discard(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.now += size
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, key, size)
+        return out
+
+
+def memory(name: str) -> float:
+    """Tensor bytes of a measurement as a multiple of a step's, beyond the model and the batch."""
     model, batch = made(name)
-    run = {"step": lambda: loss_of(model, batch).backward(), "lnp": lambda: lnp.decompose(model, batch)}[case]
-    run()
-    model.zero_grad()
-    return resident_peak(run)
-
-
-def memory(name: str) -> float | None:
-    """Of a measurement as a multiple of the step's, each in a process of its own."""
-    peaks = []
-    for case in ("step", "lnp"):
-        # big arrays go straight back to the system, so that what was freed does not hide what is held
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        command = [sys.executable, __file__, "--peak", name, case]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return None
-        peaks.append(float(done.stdout.split()[-1]))
-    return peaks[1] / peaks[0]
+    most = []
+    for run in (lambda: loss_of(model, batch).backward(), lambda: lnp.decompose(model, batch)):
+        run()
+        model.zero_grad()
+        gc.collect()
+        with Alive() as alive:
+            run()
+        most.append(alive.most)
+    return most[1] / most[0]
 
 
 def main() -> None:
@@ -154,13 +171,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *ARCHITECTURES], metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="time,memory,norms")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    if options.peak:
-        print(peak(*options.peak))
-        return
     rows = []
     for name in options.names or ARCHITECTURES:
         row = timed(name, options.rounds) if "time" in options.only else {"architecture": name}
