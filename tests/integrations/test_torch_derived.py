@@ -143,6 +143,23 @@ def test_a_shared_step_has_the_plain_step_s_gradients():
     assert found.notes == alone.notes
 
 
+class Rounded(torch.autograd.Function):
+    """Steps of a quarter, by code that knows nothing of several gradients at once."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return (4 * w).round() / 4
+
+    @staticmethod
+    def backward(ctx, d):
+        return torch.tensor(d.tolist(), dtype=d.dtype)
+
+
+def test_a_backward_pass_for_one_gradient_takes_the_general_way():
+    record = assert_single_samples(Runs(lambda m, x: x @ Rounded.apply(m.w), w=drawn(4, 3)), torch.randn(6, 4))
+    assert any(NOTE in note for note in record.notes), record.notes
+
+
 def test_copies_that_are_no_samples_take_the_general_way():
     """Five copies for six samples: what they are is for the self-check to say."""
     model = Runs(lambda m, x: x @ (m.w.repeat(5, 1) * torch.arange(5.0)[:, None]), w=drawn(3))

@@ -7,9 +7,11 @@ gradients back to the parameters, all samples at once, along the graph of what w
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from array_api_compat import torch as xp
@@ -110,20 +112,19 @@ def totals(
         The sources.
     """
     found = {name: _gradients(rows, samples, tensor, kept.get(name, ())) for name, tensor in wanted.items()}
-    for own, of_one in derived.items():
-        names = [name for name in of_one.sources if name in wanted]
-        if not names or own not in kept:
-            continue
-        gradients = _gradients(rows, samples, of_one.tensor, kept[own]).to(of_one.tensor.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")  # a loop, where it has to be one
-            pulled = torch.autograd.grad(
-                of_one.tensor, [wanted[name] for name in names], gradients,
-                retain_graph=True, allow_unused=True, is_grads_batched=True,
-            )  # fmt: skip
-        for name, part in zip(names, pulled, strict=True):
-            if part is not None:
-                found[name] = found[name] + part
+    made = {own: one for own, one in derived.items() if own in kept and one.sources.keys() & wanted.keys()}
+    if not made:
+        return found
+    gradients = [_gradients(rows, samples, one.tensor, kept[own]).to(one.tensor.dtype) for own, one in made.items()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")  # a loop, where it has to be one
+        pulled = torch.autograd.grad(  # all at once: each call takes as long as a small network's layer
+            [one.tensor for one in made.values()], list(wanted.values()), gradients,
+            retain_graph=True, allow_unused=True, is_grads_batched=True,
+        )  # fmt: skip
+    for name, part in zip(wanted, pulled, strict=True):
+        if part is not None:
+            found[name] = found[name] + part
     return found
 
 
@@ -136,3 +137,14 @@ def _gradients(rows: Tensor | slice, samples: int, whole: Tensor, kept: Sequence
         some = Factors(factors.kind, tuple(f[rows] if isinstance(f, Tensor) else f for f in factors.arrays))
         room.as_strided((samples, *part), (extent, *steps), start).add_(uses.gradients(xp, some, part))
     return room.as_strided((samples, *shape), (extent, *strides))
+
+
+def disjoint(frames: list[Hashable]) -> bool:
+    """Whether the frames fill intervals of the parameter's memory that do not overlap."""
+    intervals = []
+    for frame in frames:
+        start, shape, strides = cast(Frame, frame)
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        intervals.append((start, start + extent))
+    intervals.sort()
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(intervals))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from array_api_compat import torch as xp
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lnp.per_sample import uses
 from lnp.per_sample.uses import Factors
 from lnp_torch.outputs import dot, widened
-from lnp_torch.taps.derived import Derived, Frame, Lookup, square_norms, totals
+from lnp_torch.taps.derived import Derived, Frame, Lookup, disjoint, square_norms, totals
 from lnp_torch.taps.layout import Layout, Unread
 from lnp_torch.taps.rules import Use
 
@@ -244,7 +244,14 @@ class Reader:
         }
         if not wanted:
             return
-        found = square_norms(self._samples, self._derived, self._parts, wanted, self._of_source)
+        try:
+            found = square_norms(self._samples, self._derived, self._parts, wanted, self._of_source)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever somebody's own backward pass does with gradients of several samples
+            for name in wanted:
+                self._leave(name, "what is computed from it has no gradient for all samples at once")
+            return
         for name, value in found.items():
             of = self._lookups[name].name if name in self._tables else name
             self._found[of] = self._found[of] + value if of in self._found else value
@@ -291,18 +298,7 @@ def _comparable(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _readable(sites: list[Site]) -> bool:
     """Whether the uses of one parameter can be squared."""
-    return uses.readable([site.frame for site in sites], [site.use.kind for site in sites], _disjoint)
-
-
-def _disjoint(frames: list[Hashable]) -> bool:
-    """Whether the frames fill intervals of the parameter's memory that do not overlap."""
-    intervals = []
-    for frame in frames:
-        start, shape, strides = cast(Frame, frame)
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        intervals.append((start, start + extent))
-    intervals.sort()
-    return all(end <= start for (_, end), (start, _) in itertools.pairwise(intervals))
+    return uses.readable([site.frame for site in sites], [site.use.kind for site in sites], disjoint)
 
 
 def _inner_products(frame: Frame, factors: Factors, parameter: Tensor, u: Tensor) -> Tensor:
