@@ -17,6 +17,8 @@ GREY = "#8a8a8a"
 GRID = "rgba(128,128,128,0.22)"
 ZERO = 0.5
 """Where step 0 is drawn on a logarithmic axis."""
+ROOM = 0.3
+"""How far below the lowest value bands go that would go below zero."""
 QUALITATIVE = (
     "#3b8fd6",
     "#e8702a",
@@ -70,7 +72,8 @@ def against_loss(runs: Runs, shown: Colours) -> Any:
             continue
         x, y = _positive(np.interp(at, step, loss)), _positive(position)
         text = [f"step {s:,.0f}" for s in at]
-        sizes = [0] * (len(x) - 1) + [9]
+        last = np.flatnonzero(np.isfinite(x) & np.isfinite(y))[-1:]
+        sizes = [9 if index in last else 0 for index in range(len(x))]
         _trace(figure, name, x, y, shown[name], text, mode="lines+markers", marker={"size": sizes})
     figure.update_xaxes(autorange="reversed")
     return figure if figure.data else None
@@ -114,7 +117,8 @@ def by_layer(run: History) -> Any:
 def all_of(runs: Runs, shown: Colours) -> list[tuple[Any, str]]:
     """[(figure, what its marks mean)] of all that the runs have something to show for."""
     bands = "Bands: one standard error."
-    position = f"{bands} The population's position where it is known, else the batch's. Dashed: by the net rate."
+    position = f"{bands} The population's position where it is known, else the batch's. Dashed: by the net rate. "
+    position += "What is not above zero has no place on the axis."
     figures = [
         (along(runs, shown, "loss", lambda run: "loss"), bands),
         (along(runs, shown, "loss scale", lambda run: "chi_loss"), bands),
@@ -122,7 +126,10 @@ def all_of(runs: Runs, shown: Colours) -> list[tuple[Any, str]]:
         (along(runs, shown, "spectral position", _position, NET_POSITION), position),
         (against_loss(runs, shown), "Training goes from right to left, to the dot."),
         (against_size(runs, shown) if len(runs) > 1 else None, "Triangles that point down are upper limits."),
-        (along(runs, shown, "gradient noise scale (samples)", lambda run: NOISE_SCALE), bands),
+        (
+            along(runs, shown, "gradient noise scale (samples)", lambda run: NOISE_SCALE),
+            f"{bands} Triangles: above that.",
+        ),
         (along(runs, shown, "fall of the loss per step", lambda run: "net/rate_per_step"), bands),
     ]
     if len(runs) == 1:
@@ -160,11 +167,19 @@ def _figure(title: str, xlabel: str) -> Any:
 def _draw(figure: Any, name: str, found: Curve, colour: str, dash: str = "solid") -> None:
     """A curve and its band, which is left out where it has no place on a logarithmic axis."""
     x, y = np.maximum(found.step, ZERO), _positive(found.mean)
-    low, high = _positive(found.low), _positive(found.high)
-    good = np.isfinite(low) & np.isfinite(high) & np.isfinite(y)
-    if good.sum() > 1 and dash == "solid":
-        around = {"x": [*x[good], *x[good][::-1]], "y": [*high[good], *low[good][::-1]]}
-        _trace(figure, name, around["x"], around["y"], colour, None, fill="toself", line={"width": 0}, opacity=0.2)
+    high = _positive(found.high)
+    with np.errstate(invalid="ignore"):  # a band that goes below zero ends where the figure does
+        low = np.maximum(found.low, ROOM * np.nanmin(np.r_[y, np.inf]))
+    known = np.flatnonzero(np.isfinite(found.mean) & np.isfinite(low) & np.isfinite(high))
+    for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if dash == "solid" else ():
+        if len(part) > 1:
+            around, edge = [*x[part], *x[part][::-1]], [*high[part], *np.minimum(low, high)[part][::-1]]
+            _trace(figure, name, around, edge, colour, None, fill="toself", line={"width": 0}, opacity=0.2)
+    above = np.isinf(found.mean) & (found.low > 0)
+    if above.any():
+        marker = {"symbol": "triangle-up", "size": 7}
+        text = [f"step {step:,.0f}<br>above" for step in found.step[above]]
+        _trace(figure, name, x[above], found.low[above], colour, text, mode="markers", marker=marker)
     text = [
         f"step {s:,.0f}" + (f"<br>± {e:.1g}" if e > 0 else "") for s, e in zip(found.step, found.stderr, strict=True)
     ]

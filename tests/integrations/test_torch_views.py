@@ -10,7 +10,7 @@ import pytest
 import lnp
 import lnp_numpy
 from lnp import cli
-from lnp.runs.curves import curve
+from lnp.runs.curves import Curve, curve
 from lnp.views import figures
 from lnp.views.report import page
 from lnp.views.watch import BARS, COLUMNS, Watched, line, sparkline
@@ -60,6 +60,21 @@ def test_figures_show_what_the_histories_hold():
     assert layers.data[0].z[1][0] == 0.75
     assert list(layers.data[0].y) == ["one", "two"]
     assert figures.along(runs, colours, "net", lambda run: "net/rate_per_step") is None
+
+
+def test_bands_and_limits_on_a_logarithmic_axis():
+    """A band that reaches below zero is cut, one with a gap is drawn in parts, and limits are triangles."""
+    mean = np.array([1.0, 0.5, np.nan, 0.2, 0.1, np.inf])
+    low, high = np.array([0.9, -1.0, np.nan, 0.1, 0.05, 7.0]), np.array([1.1, 2.0, np.nan, 0.3, 0.2, 9.0])
+    step = np.arange(6.0)
+    figure = figures._figure("noise", "step")
+    figures._draw(figure, "run", Curve(step, mean, np.zeros(6), step, step, low, high), "red")
+    first, second, limits, line = figure.data
+    assert list(first.x) == [0.5, 1.0, 1.0, 0.5]
+    assert list(first.y) == [1.1, 2.0, pytest.approx(0.03), 0.9]
+    assert list(second.y) == [0.3, 0.2, 0.05, 0.1]
+    assert (list(limits.x), list(limits.y), limits.marker.symbol) == ([5.0], [7.0], "triangle-up")
+    assert np.array_equal(line.y[:5], mean[:5], equal_nan=True)
 
 
 def test_names_and_notes_are_text_and_never_code(tmp_path):
