@@ -136,6 +136,31 @@ def test_compared_once_for_each_program_and_shape(monkeypatch):
     assert len(compared) == 6
 
 
+@pytest.mark.parametrize("where", ["in the loss", "on the way"])
+def test_rows_that_values_move_are_compared_anew_only_where_they_reach_the_outputs(where, monkeypatch):
+    compared = []
+    original = self_check.compare
+    monkeypatch.setattr(self_check, "compare", lambda *args: (compared.append(1), original(*args))[1])
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = linear(), linear()
+
+        def forward(self, x, labels):
+            if where == "on the way":
+                x = x[(labels >= 0).nonzero()[:, 0]]
+            logits = self.b(torch.tanh(self.a(x)))
+            kept = (labels >= 0).nonzero()[:, 0]
+            return {"loss": F.cross_entropy(logits[kept], labels[kept]), "logits": logits}
+
+    model, batch = WithLoss(), {"x": torch.randn(6, 4), "labels": torch.arange(6) % 4}
+    lnp.decompose(model, batch)
+    once = len(compared)
+    lnp.decompose(model, batch)
+    assert len(compared) == (once if where == "in the loss" else 2 * once)
+
+
 def test_what_a_closed_gate_hides_is_seen_all_the_same():
     """Behind two factors of zero neither outputs nor gradients show at first that samples interact, or are shuffled."""
     x = torch.randn(6, 4)

@@ -49,7 +49,7 @@ class Sequence:
     def reroutes(self, outputs: list[Tensor]) -> bool:
         """Whether rows have moved on the way to these outputs, not in what was computed from them later."""
         made = max((out.grad_fn._sequence_nr() for out in outputs if out.grad_fn is not None), default=0)
-        return self._moved is not None and self._moved <= made
+        return self.rerouting and (self._moved is None or self._moved <= made)
 
 
 def _masked(args: tuple) -> bool:
