@@ -198,7 +198,7 @@ class _Facts:
 
     def held(self) -> list[Place]:
         """Where what is made of statistics alone meets anything else."""
-        kept = frozenset().union(*(fact.roots for fact in self.averages if not (fact.trained or fact.state)))
+        kept = frozenset().union(*(fact.roots for fact in self.averages if not fact.trained))
 
         def fixed(fact: _Fact) -> bool:
             return fact.data and not fact.over and not fact.trained and bool(fact.roots) and fact.roots <= kept
