@@ -29,12 +29,12 @@ from lnp_jax import fallback, loops, losses
 from lnp_jax.bound_model import Network, bind
 from lnp_jax.losses import BoundLoss
 from lnp_jax.model import Arrays, Structure
+from lnp_jax.outputs import parts as parts_of
 from lnp_jax.passes import BatchPasses, SamplePasses, batch_passes
 from lnp_jax.self_check import NOT_ASKED, WholeBatch, bends, check_single_samples, first_that_runs, pair_differs
+from lnp_jax.signs import signs_of
 from lnp_jax.taps.backward_pass import tap
 
-DRAWN = 2**31 - 1
-"""Folded into the key for the samples of a subset; probes count from 0."""
 NARROW = coupling_tolerance(jnp, jnp.float32)
 """Tolerance beyond which numbers are of half precision: sums over many samples have no digits to compare then."""
 
@@ -93,7 +93,7 @@ def record(
             "microbatch unset, or remove what couples them."
         )
     loss = losses.bind(options, net, passes.outputs, targets)
-    signs = _signs(seed, passes.outputs)
+    signs = signs_of(seed, passes.outputs, parts_of(net.tree))
     parameters = passes.parameters
     return Linearization(
         xp=jnp,
@@ -107,7 +107,7 @@ def record(
         jvp=passes.jvp,
         gradient_pass=_gradient_pass(passes, look, loss),
         sample_square_norms=None if look is None else look.samples.square_norms,
-        subset=None if look is None else lambda size: _subset(look.samples, _drawn(seed, net.split.samples, size)),
+        subset=None if look is None else lambda size: _subset(look.samples, signs.drawn(size)),
         sample_cost=1.0 if look is not None and not look.samples.taps.plan.general else MAPPED_COST,
         coupled=None if look is None else look.coupled,
         group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
@@ -192,33 +192,7 @@ def _subset(samples: SamplePasses, index: Array) -> Subset:
     return Subset(index, lambda v: samples.some(index).square_norms(v), jvp)
 
 
-def _drawn(seed: Any, samples: int, size: int) -> Array:
-    """Samples drawn at random, in the batch's order; the same ones at each call."""
-    return jnp.sort(jax.random.permutation(jax.random.fold_in(_key(seed), DRAWN), samples)[:size])
-
-
 @jax.jit
 def _inner_products(u: Vector, w: Vector) -> dict[str, Array]:
     """{parameter name: <u_l, w_l>}, in float32 or better."""
     return {name: jnp.sum(fallback.wide(u[name]) * fallback.wide(w[name])) for name in u}
-
-
-def _signs(seed: Any, outputs: Array) -> Callable[[Any], Array]:
-    """Probe index -> (N, K) random signs."""
-    key, (samples, numbers) = _key(seed), outputs.shape
-
-    def signs(index: Any) -> Array:
-        """One bit for each: drawing whole numbers takes as long as a product of matrices."""
-        words = jax.random.bits(jax.random.fold_in(key, index), (samples, -(-numbers // 32)), jnp.uint32)
-        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        return 2 * bits.reshape(samples, -1)[:, :numbers].astype(outputs.dtype) - 1
-
-    return signs
-
-
-def _key(seed: Any) -> Array:
-    """The user's seed, a number or a key of either kind, as a key."""
-    seed = jnp.asarray(seed)
-    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-        return seed
-    return jax.random.wrap_key_data(seed) if seed.ndim else jax.random.key(seed)

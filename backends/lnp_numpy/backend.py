@@ -13,6 +13,7 @@ from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp.contract.validation import check_lengths, check_outputs, select, unpack
+from lnp.estimators.signs import Signs, layout, seed_words
 from lnp.losses import kinds
 from lnp.losses.evidence import described, evidence
 from lnp_numpy.losses import value_and_gradient
@@ -44,6 +45,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         local = model.linearize(inputs)
     samples = check_outputs([local.outputs.shape])
     shape, flat = local.outputs.shape, (samples, -1)
+    numbers = samples, local.outputs[0].size
     targets = np.asarray(targets)
     integer = np.issubdtype(targets.dtype, np.integer)
     loss = kinds.resolve(options.loss, shape, targets.shape, integer)
@@ -67,7 +69,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         loss_terms=terms,
         vjp=lambda v: keep(local.vjp(v.reshape(shape))),
         inner_products=lambda u, w: {name: np.sum(_wide(u[name]) * _wide(w[name])) for name in chosen},
-        signs=_signs(options.seed, (samples, math.prod(shape[1:])), local.outputs.dtype),
+        signs=Signs(xp, seed_words(options.seed), numbers, *layout([shape]), local.outputs.dtype),
         jvp=lambda u: local.jvp(_padded(model, u)).reshape(flat),
         sample_square_norms=sample_square_norms if options.split and local.sample_square_norms else None,
         sample_cost=1.0,
@@ -103,16 +105,6 @@ def _terms(loss: Any, shape: tuple, targets: np.ndarray, integer: bool, given: i
         terms, note = kinds.assumed_terms(xp, shape, targets, integer)
         return terms, (), (note,)
     return (terms if given is None else given), violations, ()
-
-
-def _signs(seed: int, shape: tuple[int, int], dtype: Any) -> Callable[[int], np.ndarray]:
-    """Probe index -> random signs of this shape, the same for the same seed and index."""
-
-    def signs(index: int) -> np.ndarray:
-        generator = np.random.default_rng((seed, index))
-        return (2 * generator.integers(0, 2, size=shape) - 1).astype(dtype)
-
-    return signs
 
 
 def _restrict(chosen: list[str]) -> Callable[[Mapping], dict]:

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from lnp.contract.linearization import Linearization, Subset, Vector, coupling_tolerance
 from lnp.contract.options import Options
+from lnp.estimators.signs import Signs
 from lnp.per_sample.self_check import look
 from lnp.per_sample.verdict import BENT, Verdict
 from lnp_tensorflow import array_namespace as xp
@@ -31,8 +32,8 @@ class Apart:
         All of the batch.
     g, flat:
         Loss gradient and outputs, (N, K).
-    seed:
-        Of the samples that are drawn.
+    signs:
+        Of probes; they tell which samples are drawn.
     uses:
         What the operations make of the parameters by g; None in micro-batches, and outside of graphs.
     general:
@@ -48,7 +49,7 @@ class Apart:
     samples: Samples
     g: tf.Tensor
     flat: tf.Tensor
-    seed: tf.Tensor
+    signs: Signs
     uses: Uses | None
     general: tuple[tuple[str, str], ...]
     wrong: tf.Tensor | None = None
@@ -105,8 +106,7 @@ class Apart:
         """So many samples, in their order; the same ones at each call."""
         total, outputs = self.samples.shape
         size = min(size, total)
-        pair = tf.stack([tf.cast(self.seed, tf.int64), tf.constant(total, tf.int64)])
-        index = tf.sort(tf.argsort(tf.random.stateless_uniform((total,), pair))[:size])
+        index = self.signs.drawn(size)
         inputs = cut(self.samples.inputs, index, total)
         return index, replace(self.samples, inputs=inputs, shape=(size, outputs), batch=None)
 
@@ -132,7 +132,7 @@ def apart(
     magnitude: tf.Tensor,
     flat: tf.Tensor,
     cotangents: list | None,
-    seed: tf.Tensor,
+    signs: Signs,
     options: Options,
     checked: Checked | None,
     turn: tf.Tensor | None,
@@ -162,7 +162,7 @@ def apart(
     uses = None
     if samples.batch is not None and cotangents is not None:
         uses = samples.uses(samples.batch, cotangents)
-    made = Apart(samples, g, flat, seed, uses, general, wrong, flags)
+    made = Apart(samples, g, flat, signs, uses, general, wrong, flags)
     if checked is not None and turn is not None and samples.shape[0] > 1:
         seen = look_at_one(samples, g, magnitude, flat, uses, turn)
         made.flags.append(seen.apart > made.tolerance)

@@ -143,6 +143,18 @@ def searchsorted(x1: tf.Tensor, x2: tf.Tensor) -> tf.Tensor:
     return tf.searchsorted(x1, x2)
 
 
+def sort(x: tf.Tensor) -> tf.Tensor:
+    return tf.sort(x)
+
+
+def argsort(x: tf.Tensor) -> tf.Tensor:
+    return tf.argsort(x)
+
+
+def bitwise_right_shift(x: tf.Tensor, bits: int) -> tf.Tensor:
+    return tf.bitwise.right_shift(x, tf.constant(bits, x.dtype))
+
+
 def take(x: tf.Tensor, indices: tf.Tensor, *, axis: int) -> tf.Tensor:
     return tf.gather(x, indices, axis=axis)
 

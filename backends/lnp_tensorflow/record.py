@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from lnp_tensorflow.fallback import Gradients, Groups, dot
 from lnp_tensorflow.outputs import flatten, rebuild, split, wide
 from lnp_tensorflow.replay import Forward, draws_since, in_xla, made_since, moved, operations
 from lnp_tensorflow.self_check import Checked, Network
+from lnp_tensorflow.signs import signs_of
 from lnp_tensorflow.single_samples import Samples
 from lnp_tensorflow.state_guard import undisturbed
 from lnp_tensorflow.taps.backward_pass import Tapped, recorded
@@ -40,8 +40,6 @@ TWICE = (
     "the products J u that a spectrum or a kernel is made of. Expected operations with second derivatives. Pass "
     "forward=, a function (model, inputs) -> outputs that does not recompute; lnp.decompose needs no such product."
 )
-ONE = 0x3F800000
-"""The bits of 1.0 in float32."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,8 @@ def record(
     passes = _Passes(batch, groups, g)
     samples = Samples(run, inputs, tuple(flat.shape), flat.dtype, microbatch=options.microbatch)
     samples = replace(samples, batch=batch if groups is None else None)
-    taken, why = apart(samples, g, magnitude, flat, passes.cotangents, seed, options, checked, turn)
+    signs = signs_of(seed, flat, batch.outputs)
+    taken, why = apart(samples, g, magnitude, flat, passes.cotangents, signs, options, checked, turn)
     lin = Linearization(
         xp=array_namespace,
         outputs=flat,
@@ -104,7 +103,7 @@ def record(
         loss_terms=loss.prepared.terms,
         vjp=passes.vjp,
         inner_products=passes.inner_products,
-        signs=lambda index: _signs(seed, index, flat),
+        signs=signs,
         # XLA computes the second derivative of max-pooling wrongly in float32
         jvp=None if in_xla() else lambda u: _jvp(batch, u),
         gradient_pass=lambda per_sample, products, vector: replace(
@@ -257,16 +256,6 @@ def _loss_along(
         return loss.of.again([tf.cast(part, wide([part])) for part in outputs])
 
     return tf.function(of, autograph=False)() if tf.executing_eagerly() else of()
-
-
-def _signs(seed: Any, index: Any, like: tf.Tensor) -> tf.Tensor:
-    """Each random bit is the sign bit of a 1."""
-    pair = tf.stack([tf.cast(seed, tf.int64), tf.cast(index, tf.int64)])
-    size = math.prod(like.shape)
-    words = tf.random.stateless_uniform((-(-size // 32), 1), pair, minval=None, maxval=None, dtype=tf.int32)
-    sign = tf.bitwise.bitwise_and(tf.bitwise.left_shift(words, tf.range(32)), tf.int32.min)
-    ones = tf.bitcast(tf.bitwise.bitwise_or(sign, ONE), tf.float32)
-    return tf.cast(tf.reshape(tf.reshape(ones, (-1,))[:size], like.shape), like.dtype)
 
 
 def _while_loop(condition: Callable, body: Callable, state: Any, unrolled: int = 0) -> Any:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from array_api_compat import torch as xp
 
 from lnp.contract.linearization import GradientPass, Linearization, Subset, Vector, coupling_tolerance, unit
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
+from lnp.estimators.signs import Signs
 from lnp.per_sample.self_check import first_that_runs
 from lnp_torch import fallback, forward_mode
 from lnp_torch.averages import Averages
@@ -56,6 +56,8 @@ class Operators:
         g, (N, K).
     options:
         What the user asked for.
+    signs:
+        Of probes.
     """
 
     samples: Samples
@@ -64,6 +66,7 @@ class Operators:
     gradients: Callable[[torch.Tensor], Vector]
     loss_gradient: torch.Tensor
     options: Options
+    signs: Signs
 
     @property
     def passes(self) -> Passes:
@@ -80,7 +83,7 @@ class Operators:
         index, norms = None, None
         if per_sample and self.plan is not None and self.look is not None:
             # the taps have the factors of all parameters at hand, if none takes the general way
-            index = self.drawn(products) if products and whole and not self.plan.general else None
+            index = self.signs.drawn(products) if products and whole and not self.plan.general else None
             kept = vector or not whole or (products > 0 and index is None)
             with self.look.running():
                 reading = self.plan.reading(gradient_norms=whole, index=index)
@@ -101,7 +104,7 @@ class Operators:
     def subset(self, size: int) -> Subset:
         """Samples drawn at random, with a forward pass of their own once squared norms are asked for."""
         assert self.look is not None, "it comes with a plan, and the record offers this only then"
-        look, index, group = self.look, self.drawn(size), min(self.options.microbatch or size, size)
+        look, index, group = self.look, self.signs.drawn(size), min(self.options.microbatch or size, size)
 
         def some() -> Samples:
             return in_groups(self.passes.some(index), group, self.samples.outputs[index])
@@ -130,12 +133,6 @@ class Operators:
             found = samples().pulled(v, plan, plan.reading(), watch=watch if first else None)
         look.square_norms(index, v, found.square_norms)
         return found.square_norms
-
-    def drawn(self, size: int) -> torch.Tensor:
-        """Samples drawn at random, in the batch's order; the same ones at each call."""
-        samples = self.passes.samples
-        order = np.random.default_rng(np.random.SeedSequence((self.options.seed, samples))).permutation(samples)
-        return torch.as_tensor(np.sort(order[:size]), device=self.passes.program.device)
 
 
 def record(prepared: Program, batch: Any, options: Options, reason: str = "") -> tuple[Linearization, Look | None]:
@@ -168,7 +165,8 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
     if targets is None and plan is not None and options.population is not False:
         tolerance = tolerance_of(prepared, parts)
         loss = replace(loss, separable=shown_mean(passes, loss.gradient, loss.terms, tolerance, options.seed))
-    made = linearization(Operators(samples, plan, look, gradients, loss.gradient, options), loss, taps)
+    signs = signs_of(options.seed, flat, parts)
+    made = linearization(Operators(samples, plan, look, gradients, loss.gradient, options, signs), loss, taps)
     if not whole:
         norms = partial(fallback.square_norms, pull_groups)
         made = replace(made, group_square_norms=norms, groups=-(-flat.shape[0] // size))
@@ -194,7 +192,7 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
         vjp=operators.gradients,
         gradient_pass=operators.gradient_pass if taps is not None or options.microbatch is not None else None,
         inner_products=lambda u, w: {name: dot(u[name], w[name]) for name in passes.program.parameters},
-        signs=signs_of(options.seed, flat),
+        signs=operators.signs,
         jvp=lambda u: jvp(passes, u),
         sample_square_norms=operators.sample_square_norms if apart else None,
         subset=operators.subset if apart else None,

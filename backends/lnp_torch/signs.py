@@ -1,28 +1,26 @@
-"""Random signs for probes, the same ones from the same seed on the same kind of device."""
+"""The core's random signs, on the device of a batch's outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from array_api_compat import torch as xp
+
+from lnp.estimators.signs import Signs, layout, seed_words
 
 
-def signs_of(seed: Any, like: torch.Tensor) -> Callable[[int], torch.Tensor]:
-    """index -> (N, K) random signs."""
-    table = 1 - 2 * (torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1)
-    table = table.to(like.dtype)  # the eight signs that each byte stands for
+def signs_of(seed: Any, flat: torch.Tensor, parts: list[torch.Tensor]) -> Signs:
+    """The signs for outputs (N, K), which were these parts."""
+    found = layout([part.shape for part in parts], channels_first=True)
+    words, shape = seed_words(operator.index(seed)), (flat.shape[0], flat.shape[1])
+    return Signs(xp, words, shape, *found, flat.dtype, partial(_on, flat.device))
 
-    def signs(index: int) -> torch.Tensor:
-        state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(like.device).manual_seed(int(state >> 1))
-        if like.device.type == "cuda":  # draws numbers faster than it looks up their bits
-            drawn = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=like.dtype)
-            return drawn.mul_(2).sub_(1)
-        count = like.numel() // 32 + 1
-        words = torch.randint(-(2**31), 2**31, (count,), generator=generator, device=like.device, dtype=torch.int32)
-        return F.embedding(words.view(torch.uint8).int(), table).view(-1)[: like.numel()].view(like.shape)
 
-    return signs
+def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
+    """A small array on the device, without waiting for what runs there."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -29,6 +29,7 @@ from lnp_torch.outputs import Outputs, flatten
 from lnp_torch.own_loss import shown_mean
 from lnp_torch.record import Operators, graph_gradients, linearization, plan_and_look, tolerance_of
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
+from lnp_torch.signs import signs_of
 from lnp_torch.state_guard import finished, no_gradients, undisturbed
 from lnp_torch.step_loss import StepCriterion, loss_gradient, step_outputs, step_sample_terms, step_told
 from lnp_torch.taps.backward_pass import Samples, Tapped
@@ -228,7 +229,8 @@ class SharedStep(contextlib.AbstractContextManager):
         weights = step_sample_terms(watched.averages, loss, outputs, criterion)
         value, name = loss.detach() / scale, step_told(criterion, g)
         meant = LossAt(value, g, terms, lambda other: loss, separable, (), notes, weights, told=name)
-        return Step(Operators(samples, plan, look, gradients, g, options), meant, others, (*why, *said))
+        signs = signs_of(options.seed, flat, parts)
+        return Step(Operators(samples, plan, look, gradients, g, options, signs), meant, others, (*why, *said))
 
     def _backward(
         self, loss: torch.Tensor, operators: Operators, scale: Any, per_sample: bool, products: int, vector: bool
@@ -236,7 +238,7 @@ class SharedStep(contextlib.AbstractContextManager):
         """The step's own backward pass, with what it yields of the gradient and of single samples."""
         plan, index = operators.plan, None
         if per_sample and plan is not None:
-            index = operators.drawn(products) if products and not plan.general else None
+            index = operators.signs.drawn(products) if products and not plan.general else None
             reading = plan.reading(gradient_norms=True, index=index)
         else:
             reading = Reading(frozenset(self._own), gradient_norms=True)

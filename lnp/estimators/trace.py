@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lnp.contract.linearization import Array, Linearization, accumulation_dtype
-from lnp.estimators.probing import Count, Exact, Pilot, Probe, ProbeAverage, pilot_size, probe_to_tolerance
+from lnp.estimators.probe import Count, Exact, Pilot, Probe, ProbeAverage, pilot_size
+from lnp.estimators.probing import probe_to_tolerance
 
 Estimator = Literal["auto", "exact", "per_sample", "grouped", "joint"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -89,6 +90,8 @@ class TraceEstimate:
         have the mean of the others.
     way:
         0 for `estimator`, or which of `WAYS` was used in its place: that is known only once the numbers are.
+    freedom:
+        Effective degrees of freedom of the first row's standard error, shape ().
     """
 
     trace: Array
@@ -98,6 +101,7 @@ class TraceEstimate:
     probed: Count
     samples: Array | None = None
     way: Count = 0
+    freedom: Array | float = float("inf")
 
 
 def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_probes: int) -> TraceEstimate:
@@ -113,10 +117,11 @@ def estimate_of(lin: Linearization, estimator: str, average: ProbeAverage) -> Tr
     independent = estimator == "per_sample"
     return TraceEstimate(
         trace=lin.xp.sum(average.mean, axis=1),
-        standard_error=lin.xp.sqrt(average.variance),
+        standard_error=lin.xp.sqrt(average.error.variance),
+        freedom=average.error.freedom,
         estimator=estimator,
         probes=average.probes,
-        probed=average.groups if independent else lin.outputs.shape[0],
+        probed=lin.outputs.shape[0],
         samples=average.mean[0, :] if independent else None,
         way=average.exact,
     )

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lnp.contract.linearization import Array, Linearization
-from lnp.estimators.probing import Count, Probe, compute_if, probe_to_tolerance
+from lnp.estimators.independent import TRUSTED
+from lnp.estimators.probe import Count, Probe, compute_if
+from lnp.estimators.probing import probe_to_tolerance
+from lnp.estimators.signs import Signs
 from lnp.estimators.trace import (
     WAYS,
     Rows,
@@ -24,10 +27,9 @@ from lnp.estimators.trace import (
     per_sample_probe,
 )
 
-TYPICAL_DEVIATION = 0.1
-"""Relative standard deviation of one sample's probe: 0.03 to 0.25 on networks of many kinds (docs/theory.md)."""
-LEAST_PROBES = 2
-"""What probing to a tolerance costs at least, in probes: one, and some samples again that tell its error."""
+TYPICAL_DEVIATION, BALANCED = 0.1, 0.05
+"""Relative standard deviation of one sample's probe: 0.03 to 0.25 on networks of many kinds, and 0.01 to 0.1 of what is
+left where signs are balanced (docs/theory.md)."""
 EXACT_ROWS = 16
 """`auto` takes all N*K rows one by one up to this many, where samples interact."""
 TRIAL = 8
@@ -60,7 +62,8 @@ def choose(lin: Linearization, estimator: str, rtol: float, max_probes: int) -> 
     samples, outputs = lin.outputs.shape
     independent = lin.sample_square_norms is not None
     if estimator == "auto":
-        if independent and outputs <= _exact_from_the_start(samples, rtol, max_probes):
+        balanced = isinstance(lin.signs, Signs) and lin.signs.balanced
+        if independent and outputs <= _exact_from_the_start(samples, rtol, max_probes, balanced):
             return Choice("exact")
         if independent:
             return Choice("per_sample", weighed=True)
@@ -73,7 +76,7 @@ def choose(lin: Linearization, estimator: str, rtol: float, max_probes: int) -> 
     return Choice(estimator)
 
 
-def expected_probes(samples: int, rtol: float, max_probes: int) -> float:
+def expected_probes(samples: int, rtol: float, max_probes: int, balanced: bool = False) -> float:
     """Random probes that the tolerance is likely to ask for: as many orthogonal ones, if K is no more, are exact.
 
     >>> expected_probes(samples=16, rtol=0.01, max_probes=64)
@@ -81,15 +84,21 @@ def expected_probes(samples: int, rtol: float, max_probes: int) -> float:
     """
     if rtol == 0:
         return max_probes
-    return min(max_probes, max(LEAST_PROBES, (TYPICAL_DEVIATION / rtol) ** 2 / samples))
+    deviation = BALANCED if balanced else TYPICAL_DEVIATION
+    return min(max_probes, max(_fewest(samples), (deviation / rtol) ** 2 / samples))
 
 
-def _exact_from_the_start(samples: int, rtol: float, max_probes: int) -> float:
+def _fewest(samples: int) -> int:
+    """What probing to a tolerance costs at least, in probes, whose differences have to tell an error to be trusted."""
+    return max(2, -(-2 * TRUSTED // samples))
+
+
+def _exact_from_the_start(samples: int, rtol: float, max_probes: int, balanced: bool) -> float:
     """Outputs up to which exact probes are made at once. Where random ones are likely to be more than the fewest, they
     may as well prove too noisy, and the exact ones then come on top of the fewest.
     """
-    likely = expected_probes(samples, rtol, max_probes)
-    return likely + LEAST_PROBES if LEAST_PROBES < likely < max_probes else likely
+    likely = expected_probes(samples, rtol, max_probes, balanced)
+    return likely + _fewest(samples) if _fewest(samples) < likely < max_probes else likely
 
 
 def estimate_chosen(
@@ -118,25 +127,27 @@ def _joint_if_cheaper(
     xp, joint = lin.xp, joint_probe(lin, rows)
     trial = probe_to_tolerance(lin, joint, rtol, TRIAL)
     target = (rtol * xp.sum(trial.mean[0, :])) ** 2
-    pays = TRIAL * trial.variance[0] <= min(max_probes, cost) * target
+    pays = TRIAL * trial.error.variance[0] <= min(max_probes, cost) * target
 
     def values(probe: Probe, **start: Any) -> tuple[Array, ...]:
         average = probe_to_tolerance(lin, probe, rtol, max_probes, **start)
-        counts = (average.probes, average.groups, average.exact)
-        return xp.sum(average.mean, axis=1), average.variance, *(_array(lin, count) for count in counts)
+        counts = _array(lin, average.probes), _array(lin, average.exact)
+        return xp.sum(average.mean, axis=1), average.error.variance, average.error.freedom, *counts
 
-    nothing = xp.zeros_like(trial.variance), trial.variance, *(_array(lin, 0) for _ in range(3))
+    none = _array(lin, 0)
+    nothing = xp.zeros_like(trial.error.variance), trial.error.variance, trial.error.freedom, none, none
     whole = compute_if(lin, pays, lambda: values(joint, start=trial), nothing)
     single = compute_if(lin, xp.logical_not(pays), lambda: values(apart), nothing)
-    total, variance, probes, probed, exact = (xp.where(pays, w, s) for w, s in zip(whole, single, strict=True))
-    every, joint_way = _array(lin, lin.outputs.shape[0]), _array(lin, WAYS.index("joint"))
+    total, variance, freedom, probes, exact = (xp.where(pays, w, s) for w, s in zip(whole, single, strict=True))
+    joint_way = _array(lin, WAYS.index("joint"))
     return TraceEstimate(
         total,
         xp.sqrt(variance),
         "per_sample",
         probes,
-        xp.where(pays, every, probed),
+        lin.outputs.shape[0],
         way=xp.where(pays, joint_way, exact),
+        freedom=freedom,
     )
 
 

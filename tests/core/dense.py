@@ -4,6 +4,7 @@ import numpy as np
 
 from lnp import Linearization
 from lnp.contract.linearization import Subset
+from lnp.estimators.signs import Signs, seed_words
 
 
 def network(samples=4, outputs=3, sizes=(5, 2), seed=0):
@@ -25,10 +26,6 @@ def record(jacobian, gradient, xp=np, *, seed=0, terms=6, independent=True, dtyp
         pulled = {name: xp.sum(array * v[:, :, None], axis=1) for name, array in dense.items()}
         return {name: xp.sum(array * array, axis=1) for name, array in pulled.items()}
 
-    def signs(index):
-        drawn = np.random.default_rng((seed, int(index))).integers(0, 2, size=shape)
-        return xp.asarray((2 * drawn - 1).astype(dtype))
-
     fields = {
         "xp": xp,
         "outputs": xp.asarray(np.zeros(shape, dtype)),
@@ -37,22 +34,37 @@ def record(jacobian, gradient, xp=np, *, seed=0, terms=6, independent=True, dtyp
         "loss_terms": terms,
         "vjp": lambda v: {name: xp.reshape(v, (1, -1)) @ flat(name) for name in dense},
         "inner_products": lambda u, w: {name: xp.sum(u[name] * w[name]) for name in u},
-        "signs": signs,
+        "signs": balanced(shape, seed, xp, dtype),
         "jvp": lambda u: xp.reshape(sum(flat(name) @ xp.reshape(u[name], (-1,)) for name in dense), shape),
         "sample_square_norms": sample_square_norms if independent else None,
     }
     return Linearization(**{**fields, **changes})
 
 
+def balanced(shape, seed=0, xp=np, dtype="float64", width=0):
+    """The core's signs."""
+    return Signs(xp, seed_words(seed), shape, width, False, getattr(xp, dtype), xp.asarray)
+
+
+def independent(shape, seed=0, xp=np, dtype="float64"):
+    """Signs without a design."""
+
+    def signs(index):
+        drawn = np.random.default_rng((seed, int(index))).integers(0, 2, size=shape)
+        return xp.asarray((2 * drawn - 1).astype(dtype))
+
+    return signs
+
+
 def drawn(jacobian, seed=0, xp=np):
     """The record's `subset`: samples drawn at random, with their own rows of the Jacobian."""
-    samples = next(iter(jacobian.values())).shape[0]
+    shape = next(iter(jacobian.values())).shape[:2]
 
     def subset(size):
-        index = np.sort(np.random.default_rng((seed, 77)).permutation(samples)[:size])
-        rows = {name: array[index] for name, array in jacobian.items()}
-        lin = record(rows, np.zeros((size, rows[next(iter(rows))].shape[1])), xp)
-        return Subset(xp.asarray(index), lin.sample_square_norms, lin.jvp)
+        index = balanced(shape, seed, xp).drawn(size)
+        rows = {name: array[np.asarray(index)] for name, array in jacobian.items()}
+        lin = record(rows, np.zeros((size, shape[1])), xp)
+        return Subset(index, lin.sample_square_norms, lin.jvp)
 
     return subset
 

@@ -8,7 +8,7 @@ import pytest
 
 import lnp
 import lnp_numpy
-from core.dense import drawn, kernel, network, record
+from core.dense import drawn, independent, kernel, network, record
 from lnp.contract.linearization import GradientPass
 from lnp.results.decomposition import decompose
 
@@ -272,7 +272,7 @@ def test_a_cheaper_way_to_inner_products_is_taken():
 
 def test_the_probing_adds_to_the_error():
     """The trace's relative standard error beside the jackknife's, for the same samples' traces."""
-    batch = record(*of_samples(range(SAMPLES)), separable=True)
+    batch = record(*of_samples(range(SAMPLES)), separable=True, signs=independent(GRADIENT.shape))
     d = decompose(batch, estimator="per_sample", max_probes=3, rtol=0.0, population=True)
     probing = abs(d.population.chi_pos) * d.chi_net_stderr / d.chi_net
     assert d.population.chi_pos == pytest.approx(d.population.rate / d.chi_loss / d.chi_net, rel=1e-12)

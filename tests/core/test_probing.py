@@ -1,133 +1,193 @@
-"""Probing to a tolerance with a pilot: samples drawn at random that tell how far one probe can be trusted."""
+"""Probing to a tolerance: error bars that hold wherever it stops, for balanced signs and for independent ones."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from core.dense import drawn, kernel, network, offdiagonal, record
+from core.dense import drawn, independent, kernel, network, offdiagonal, record
 from core.test_trace import compiled_loop
 from lnp.contract.linearization import while_loop
 from lnp.estimators import trace
-from lnp.estimators.probing import _fill_with_mean
+from lnp.estimators.independent import TRUSTED
 
 SEEDS = 400
 ROWS = [("layer0.weight", "layer1.weight"), ("layer1.weight",)]
 
 
-def batch(samples, spread):
-    """(Jacobian, gradient) of samples whose traces differ by the relative standard deviation `spread`."""
-    jacobian, gradient = network(samples, outputs=4, sizes=(30, 10))
+def batch(samples, spread=0.3, outputs=4, common=0.0, outlier=1.0):
+    """(Jacobian, gradient) of samples whose traces differ by the relative standard deviation `spread`, that have a part
+    of what they depend on in common, and one of which is larger.
+    """
+    jacobian, gradient = network(samples, outputs, sizes=(30, 10))
     size = np.exp(spread / 2 * np.random.default_rng(5).normal(size=(samples, 1, 1)))
-    norms = {name: np.sqrt((array**2).sum((1, 2), keepdims=True)) for name, array in jacobian.items()}
-    return {name: array / norms[name] * size for name, array in jacobian.items()}, gradient
+    size[samples // 2] *= outlier
+    made = {}
+    for number, (name, array) in enumerate(jacobian.items()):
+        shared = np.random.default_rng(number).normal(size=array.shape[1:])
+        mixed = common * shared + (1 - common) * array
+        made[name] = mixed / np.sqrt((mixed**2).sum((1, 2), keepdims=True)) * size
+    return made, gradient
 
 
-def estimates(network, rtol, loop=while_loop):
+def estimates(network, rtol, balanced=True, loop=while_loop, pilot=True, seeds=SEEDS, max_probes=64):
     """One for each seed of signs and of the pilot's samples."""
     jacobian, gradient = network
-    changes = [{"seed": seed, "subset": drawn(jacobian, seed), "while_loop": loop} for seed in range(SEEDS)]
-    lins = [record(jacobian, gradient, **change) for change in changes]
-    return [trace.estimate(lin, ROWS, "per_sample", rtol, 64) for lin in lins]
+    found = []
+    for seed in range(seeds):
+        changes = {"seed": seed, "subset": drawn(jacobian, seed) if pilot else None, "while_loop": loop}
+        if not balanced:
+            changes["signs"] = independent(gradient.shape, seed)
+        lin = record(jacobian, gradient, **changes)
+        found.append(trace.estimate(lin, ROWS, "per_sample", rtol, max_probes))
+    return found
 
 
-def covered(found, jacobian, row):
-    """How often the truth lies within 1, 2, 3 standard errors."""
+def away_from_truth(found, jacobian, row):
     expected = np.trace(kernel(jacobian, ROWS[row]))
-    away = np.array([abs(float(f.trace[row]) - expected) / float(f.standard_error[row]) for f in found])
-    return [np.mean(away <= multiple) for multiple in (1, 2, 3)]
+    return np.array([abs(float(f.trace[row]) - expected) / float(f.standard_error[row]) for f in found])
 
 
-def due(freedom):
-    """By Student's t."""
-    return [1 - 2 * stats.t.sf(multiple, freedom) for multiple in (1, 2, 3)]
+def assert_covered(found, jacobian, row, freedom, bound=0.0):
+    """The truth lies within 1, 2, 3 standard errors as often as Student's t says for as few degrees of freedom as
+    these, up to 4 binomial standard deviations. An error that is wrong by sqrt(2) misses the first by six of them.
+    """
+    away = away_from_truth(found, jacobian, row)
+    for multiple in (1, 2, 3):
+        low, high = (1 - 2 * stats.t.sf(multiple, f) for f in (freedom, 1000))
+        share = np.mean(away <= multiple)
+        slack = [4 * (p * (1 - p) / len(found)) ** 0.5 for p in (low, high)]
+        assert low - slack[0] < share < high + slack[1] + bound, (multiple, share, low, high)
 
 
-def slack(p):
-    """4 binomial standard deviations over the seeds."""
-    return 4 * (p * (1 - p) / SEEDS) ** 0.5
-
-
-@pytest.mark.parametrize(
-    ("samples", "spread", "rtol", "probed", "freedom"),
-    [(160, 0.3, 0.04, 160, 19), (64, 0.05, 0.12, 12, 11), (400, 0.05, 0.05, 50, 49), (20, 0.3, 0.15, 20, 19)],
-    ids=["pilot second", "pilot alone", "larger pilot alone", "no pilot"],
-)
-def test_one_probe(samples, spread, rtol, probed, freedom):
-    """Within 1, 2, 3 standard errors as often as Student's t says, where it stops after one probe; upper bounds of the
-    error may cover more. An error bar that is wrong by sqrt(2) misses the first by six standard deviations of 400
-    seeds, of which four are allowed."""
-    network = batch(samples, spread)
-    found = estimates(network, rtol)
-    assert {(int(f.probes), int(f.probed)) for f in found} == {(1, probed)}
-    bound = {160: 0.0, 12: 0.03, 50: 0.06, 20: 0.33}[probed]
+@pytest.mark.parametrize("balanced", [True, False], ids=["balanced", "independent"])
+@pytest.mark.parametrize("rtol", [0.1, 0.03, 0.015])
+@pytest.mark.parametrize(("samples", "pilot"), [(64, True), (40, False), (9, False)])
+def test_coverage_wherever_it_stops(samples, pilot, rtol, balanced):
+    """After one probe and a pilot, after a pair, after more; of whole blocks of four samples and of others."""
+    network = batch(samples, common=0.3)
+    found = estimates(network, rtol, balanced, pilot=pilot)
+    # the spread across samples, which stops without a pilot, holds what their traces differ by, too
+    bound = 0.0 if pilot or {int(f.probes) for f in found} - {1} == {int(f.probes) for f in found} else 0.33
     for row in (0, 1):
-        for share, p in zip(covered(found, network[0], row), due(freedom), strict=True):
-            assert p - slack(p) < share < p + slack(p) + bound, (row, share, p)
+        assert_covered(found, network[0], row, TRUSTED, bound)
 
 
-@pytest.mark.parametrize("rtol", [0.005, 0.01, 0.02, 0.025])
-@pytest.mark.parametrize("spread", [0.05, 0.3])
-def test_coverage_wherever_it_stops(rtol, spread):
-    """Where the error decides when to stop, it is small by chance now and then: not more often than Student's t with
-    the pilot's 11 degrees of freedom allows."""
-    network = batch(64, spread)
-    found = estimates(network, rtol)
-    assert len({int(f.probes) for f in found}) > 1
-    for row in (0, 1):
-        for share, low, high in zip(covered(found, network[0], row), due(11), due(1000), strict=True):
-            assert low - slack(low) < share < high + slack(high), (row, share)
+@pytest.mark.parametrize(("samples", "outputs", "rtol"), [(32, 3, 0.1), (32, 3, 0.02), (16, 10, 0.05), (24, 5, 0.03)])
+def test_coverage_with_few_outputs(samples, outputs, rtol):
+    """Vectors of few signs are alike by chance, unless they swap between samples of different places."""
+    network = batch(samples, outputs=outputs, common=0.3)
+    found = estimates(network, rtol, pilot=False)
+    bound = 0.33 if any(int(f.probes) == 1 for f in found) else 0.0
+    assert_covered(found, network[0], 0, TRUSTED, bound)
+
+
+@pytest.mark.parametrize("balanced", [True, False], ids=["balanced", "independent"])
+def test_coverage_where_one_sample_is_much_larger(balanced):
+    """Its noise is that of the whole: neither a pilot without it nor a lucky difference may stop the probing."""
+    network = batch(48, outlier=6.0, common=0.3)
+    found = estimates(network, 0.1, balanced)
+    assert np.median([int(f.probes) for f in found]) > TRUSTED
+    assert_covered(found, network[0], 0, TRUSTED)
+
+
+def test_balanced_signs_leave_out_what_samples_have_in_common():
+    """The variance of one probe, by the theory: a fifth of that of independent signs."""
+    jacobian, _ = network = batch(64, spread=0.0, common=0.8)
+    theta = kernel(jacobian).reshape(64, 4, 64, 4)
+    off = np.stack([theta[n, :, n, :] * (1 - np.eye(4)) for n in range(64)])
+    due = 2 * 4 / 3 * sum(np.sum((b - b.mean(axis=0)) ** 2) for b in np.split(off, 16))
+    found = [np.array([float(f.trace[0]) for f in estimates(network, 0.0, which, max_probes=1)]) for which in (1, 0)]
+    balanced, plain = (np.var(values) for values in found)
+    assert due == pytest.approx(balanced, rel=0.35)  # samples go to other blocks in each draw
+    assert 2 * np.sum(off**2) == pytest.approx(plain, rel=0.3)
+    assert balanced < 0.25 * plain
 
 
 def test_more_precision_costs_more():
     network = batch(160, 0.05)
-    spent = [np.mean([f.probes * f.probed for f in estimates(network, rtol)]) for rtol in (0.1, 0.03, 0.01, 0.003)]
-    assert spent[0] == 20
-    assert spent[0] * 4 < spent[1] < spent[2] < spent[3]
-
-
-def test_samples_that_were_not_probed_have_the_mean_of_the_others():
-    """So that the population's jackknife finds those of the pilot at their places."""
-    jacobian, gradient = batch(64, 0.05)
-    subset = drawn(jacobian)
-    lin = record(jacobian, gradient, subset=subset)
-    found = trace.estimate(lin, ROWS, "per_sample", 0.2, 64)
-    index = subset(12).index
-    own = sum(lin.sample_square_norms(lin.signs(1)).values())[index]
-    assert found.samples[index] == pytest.approx(own, rel=1e-13)
-    assert np.delete(found.samples, index) == pytest.approx(np.full(52, own.mean()), rel=1e-13)
-    assert found.trace[0] == pytest.approx(found.samples.sum(), rel=1e-13)
-    assert found.standard_error[0] == pytest.approx(64 * np.std(own, ddof=1) / 12**0.5, rel=1e-12)
+    spent = [np.mean([f.probes for f in estimates(network, rtol, seeds=100)]) for rtol in (0.1, 0.01, 0.005, 0.002)]
+    assert spent[0] < 1.5
+    assert spent[0] < spent[1] < spent[2] < spent[3]
 
 
 def test_error_of_one_probe_by_hand():
-    """SE^2 = N/M sum_m (x_m - x'_m)^2 / 2."""
+    """SE^2 = sum_m (x_m - x'_m)^2 / 2 * sum_n x_n^2 / sum_m x_m^2."""
     jacobian, gradient = batch(64, 0.3)
-    subset = drawn(jacobian)
-    lin = record(jacobian, gradient, subset=subset)
+    lin = record(jacobian, gradient, subset=drawn(jacobian), signs=independent(gradient.shape))
     found = trace.estimate(lin, ROWS, "per_sample", 0.05, 64)
     first, second = (sum(lin.sample_square_norms(lin.signs(i)).values()) for i in (0, 1))
-    index = subset(12).index
-    assert found.trace[0] == pytest.approx(first.sum(), rel=1e-13)
-    assert found.standard_error[0] ** 2 == pytest.approx(64 / 12 * np.sum((first - second)[index] ** 2) / 2, rel=1e-12)
+    index = lin.subset(16).index
+    assert (found.probes, found.trace[0]) == (1, pytest.approx(first.sum(), rel=1e-13))
+    larger = np.sum(first**2) / np.sum(first[index] ** 2)
+    difference = (first - second)[index]
+    assert found.standard_error[0] ** 2 == pytest.approx(larger * np.sum(difference**2) / 2, rel=1e-12)
+    nu = 3 * np.sum(difference**2) ** 2 / np.sum(difference**4) - 2
+    assert found.freedom == pytest.approx(min(nu, np.sum(first**2) ** 2 / np.sum(first**4)), rel=1e-12)
 
 
-@pytest.mark.parametrize(("rtol", "max_probes"), [(0.0, 3), (0.01, 1)])
-def test_no_pilot_where_it_tells_nothing(rtol, max_probes):
+def test_error_of_one_balanced_probe_by_hand():
+    """SE^2 = N v_R + c max(v_I - v_R, 0), here of blocks that are not whole: 66 = 16 * 4 + 2."""
+    jacobian, gradient = batch(66, 0.3, common=0.3)
+    lin = record(jacobian, gradient, subset=drawn(jacobian))
+    found = trace.estimate(lin, ROWS, "per_sample", 0.2, 64)
+    pair = lin.signs.pairs(0)
+    first, second = (sum(lin.sample_square_norms(v).values()) for v in (pair.first, pair.second))
+    index, d = lin.subset(16).index, first - second
+    pairs = [(n, p) for n in index if n < (p := pair.partner[n])]
+    assert len(pairs) == 8
+    v_r = 3 / 4 * np.mean([(d[n] + d[p]) ** 2 / 4 for n, p in pairs])
+    v_i = 3 / 4 * np.mean(d[index] ** 2) / 2
+    larger = np.mean(first**2) / np.mean(first[index] ** 2)
+    expected = larger * (66 * v_r + 2 * 2 / 3 * max(v_i - v_r, 0))
+    assert (found.probes, found.trace[0]) == (1, pytest.approx(first.sum(), rel=1e-13))
+    assert found.standard_error[0] ** 2 == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("max_probes", [2, 3, 6])
+def test_error_of_pairs_by_hand(max_probes):
+    """SE^2 = N v_R (m - 2)/(m - 1) / k + 4/k^2 c max(v_I - v_R, 0), of a number of samples that is odd."""
+    jacobian, gradient = batch(9, 0.3, common=0.3)
+    lin = record(jacobian, gradient)
+    found = trace.estimate(lin, ROWS, "per_sample", 0.0, max_probes)
+    k = max_probes // 2 * 2
+    values, squares, own = [], [], []
+    for pair in map(lin.signs.pairs, range(k // 2)):
+        x, y = (sum(lin.sample_square_norms(v).values()) for v in (pair.first, pair.second))
+        values += [x.sum(), y.sum()]
+        pairs = [(n, p) for n, p in enumerate(pair.partner) if n < p]
+        squares += [((x - y)[n] + (x - y)[p]) ** 2 / 4 for n, p in pairs]
+        own += [(x - y)[n] ** 2 / 2 for both in pairs for n in both]
+    v_r, v_i, used = 3 / 4 * np.mean(squares), 3 / 4 * np.mean(own), 10 * (k // 2) % 4
+    expected = 9 * v_r * 2 / 3 / k + 4 / k**2 * used * (4 - used) / 3 * max(v_i - v_r, 0)
+    assert found.probes == k
+    assert found.trace[0] == pytest.approx(np.mean(values), rel=1e-13)
+    assert found.standard_error[0] ** 2 == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rtol", "max_probes"), [(0.0, 4), (0.01, 1)])
+@pytest.mark.parametrize("balanced", [True, False])
+def test_no_pilot_where_it_tells_nothing(rtol, max_probes, balanced):
     jacobian, gradient = batch(64, 0.3)
-    lin = record(jacobian, gradient, subset=None)
-    with_pilot = record(jacobian, gradient, subset=lambda size: pytest.fail("drawn"))
+    changes = {} if balanced else {"signs": independent(gradient.shape)}
+    lin = record(jacobian, gradient, subset=None, **changes)
+    with_pilot = record(jacobian, gradient, subset=lambda size: pytest.fail("drawn"), **changes)
     one, other = (trace.estimate(each, ROWS, "per_sample", rtol, max_probes) for each in (lin, with_pilot))
     assert one.probes == other.probes == max_probes
     assert one.standard_error == pytest.approx(other.standard_error, rel=1e-14)
 
 
+@pytest.mark.parametrize("balanced", [True, False])
 @pytest.mark.parametrize("rtol", [0.2, 0.05, 0.02, 0.005])
-def test_compiled_loops_give_the_same(rtol):
+def test_compiled_loops_give_the_same(rtol, balanced):
     network = batch(64, 0.3)
-    for one, other in zip(estimates(network, rtol)[:20], estimates(network, rtol, compiled_loop)[:20], strict=True):
-        assert (int(one.probes), int(one.probed)) == (int(other.probes), int(other.probed))
+    run = partial(estimates, network, rtol, balanced, seeds=20)
+    for one, other in zip(run(), run(loop=compiled_loop), strict=True):
+        assert int(one.probes) == int(other.probes)
         assert one.trace == pytest.approx(other.trace, rel=1e-14)
         assert one.standard_error == pytest.approx(other.standard_error, rel=1e-14)
+        assert float(one.freedom) == pytest.approx(float(other.freedom), rel=1e-12)
 
 
 def test_a_probe_varies_as_its_kernel_says():
@@ -136,12 +196,3 @@ def test_a_probe_varies_as_its_kernel_says():
     theta = kernel(jacobian)
     variance = 2 * sum(offdiagonal(theta[4 * n : 4 * n + 4, 4 * n : 4 * n + 4]) for n in range(160))
     assert 0.01 < variance**0.5 / np.trace(theta) < 0.03
-
-
-def test_a_large_batch_is_filled_up_without_a_table_of_pairs():
-    """Which, of 25,000 among 200,000 samples, would take 40 GB."""
-    index = np.sort(np.random.default_rng(0).permutation(200_000)[:25_000])
-    few = np.arange(25_000.0)[None, :]
-    found = _fill_with_mean(np, few, index, 200_000)
-    assert np.array_equal(found[:, index], few)
-    assert np.all(np.delete(found, index, axis=1) == few.mean())

@@ -1,0 +1,25 @@
+"""The core's random signs, inside compiled code too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lnp.estimators.signs import Signs, layout
+
+
+def signs_of(seed: Any, outputs: jax.Array, parts: list) -> Signs:
+    """The signs for outputs (N, K), which were these parts. The seed is a number or a key of either kind."""
+    words = jax.lax.bitcast_convert_type(jnp.ravel(_key_data(seed)), jnp.int32)
+    shape = (outputs.shape[0], outputs.shape[1])
+    return Signs(jnp, words, shape, *layout([part.shape for part in parts]), outputs.dtype)
+
+
+def _key_data(seed: Any) -> jax.Array:
+    """Words of the seed, a number or a key of either kind."""
+    seed = jnp.asarray(seed)
+    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(seed)
+    return seed if seed.ndim else jax.random.key_data(jax.random.key(seed))
