@@ -190,7 +190,7 @@ def cost(name: str, rounds: int) -> list[dict]:
         if "lnp" in case:
             d = cases[case]()
             d = d[0][1] if isinstance(d, tuple) else d
-            row |= {"relative standard error": d.chi_net_stderr / d.chi_net, "probes": d.probes, "probed": d.probed}
+            row |= {"relative standard error": d.chi_net_stderr / d.chi_net, "probes": d.probes}
         if case.startswith("step shared"):
             pairs = zip(seconds[case], seconds["step"], strict=True)
             row["on top of the step"] = report.median([shared / step - 1 for shared, step in pairs])

@@ -165,7 +165,6 @@ def cost(name: str, rounds: int) -> tuple[list[dict], list[str]]:
             row |= {
                 "relative standard error": statistics.mean(d.chi_net_stderr / d.chi_net for d in runs),
                 "probes": statistics.mean(d.probes for d in runs),
-                "probed": statistics.mean(d.probed for d in runs),
             }
         rows.append(row)
     return rows, [f"{name}: {note}" for note in notes]

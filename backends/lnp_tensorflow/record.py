@@ -114,10 +114,7 @@ def record(
         separable=loss.separable,
         sample_terms=loss.prepared.sample_terms,
         sample_losses=loss.alone,
-        violations=(
-            *loss.prepared.violations,
-            *(_bent(run, inputs, batch, loss.gradient) if taken is None else taken.violations),
-        ),
+        violations=(*loss.prepared.violations, *(taken.violations if taken else _bent(run, inputs, batch, loss))),
         notes=(*notes, *run.notes, *loss.prepared.notes, *([CHANGING] if loss.of.changes else []), *why),
         while_loop=partial(_while_loop, unrolled=UNROLLED if pools else 0),
         **told(array_namespace, loss.prepared, loss.gradient),
@@ -217,11 +214,11 @@ def _groups(groups: Groups, options: Options) -> Groups | None:
     return None if options.microbatch is None else groups
 
 
-def _bent(run: Forward, inputs: Any, batch: Tapped, g: tf.Tensor) -> tuple[tuple[tf.Tensor, str], ...]:
+def _bent(run: Forward, inputs: Any, batch: Tapped, loss: _Loss) -> tuple[tuple[tf.Tensor, str], ...]:
     """Whether the backward pass of a whole batch is not linear, where somebody wrote it. float16 lacks the digits."""
     if not run.custom_backward or run.narrow == tf.float16:
         return ()
-    bend = bend_of_batch(Network(run, inputs, batch), g)
+    bend = bend_of_batch(Network(run, inputs, batch), loss.gradient)
     return ((bend > coupling_tolerance(array_namespace, run.narrow), BENT),)
 
 

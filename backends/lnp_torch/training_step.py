@@ -185,10 +185,8 @@ class SharedStep(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def _measuring(self, criterion: Any) -> Iterator[None]:
-        """Around what is the measurement's alone. The step's own backward pass runs as the user runs it, in between.
-
-        A backward pass may run code of the user's: a function with a backward of its own, a checkpoint that computes
-        its activations again. Each probe would write to the model what the step's own pass writes once.
+        """Around what is the measurement's alone. A backward pass may run code of the user's, as a checkpoint does that
+        computes its activations again: each probe would write to the model what the step's own pass writes once.
         """
         assert self._watched.prepared is not None, "the forward pass has made it"
         left = self._watched.prepared.replica.as_now(), SavedState((self._module, criterion), OTHERS_THAN_TORCH)
@@ -209,8 +207,7 @@ class SharedStep(contextlib.AbstractContextManager):
         parts = outputs.parts
         flat = flatten([part.detach() for part in parts])
         g = loss_gradient(loss, outputs, scale, criterion)
-        one = [Tapped(slice(0, len(flat)), parts, watched.taps)]
-        passes = watched.passes(outputs)
+        one, passes = [Tapped(slice(0, len(flat)), parts, watched.taps)], watched.passes(outputs)
         samples = Samples(passes, lambda: one, flat, apart=False)
         gradients = graph_gradients(parts, self._own)
         with no_gradients(dict(self._module.named_parameters())):
@@ -227,10 +224,10 @@ class SharedStep(contextlib.AbstractContextManager):
         constant = not all(part.requires_grad for part in parts)
         said = [note for note, true in ((losses.OTHERS, others), (CONSTANT, constant), (differs, differs)) if true]
         weights = step_sample_terms(watched.averages, loss, outputs, criterion)
-        value, name = loss.detach() / scale, step_told(criterion, g)
-        meant = LossAt(value, g, terms, lambda other: loss, separable, (), notes, weights, told=name)
-        signs = signs_of(options.seed, flat, parts)
-        return Step(Operators(samples, plan, look, gradients, g, options, signs), meant, others, (*why, *said))
+        told, value = step_told(criterion, g), loss.detach() / scale
+        meant = LossAt(value, g, terms, lambda other: loss, separable, (), notes, weights, told=told)
+        operators = Operators(samples, plan, look, gradients, g, options, signs_of(options.seed, flat, parts))
+        return Step(operators, meant, others, (*why, *said))
 
     def _backward(
         self, loss: torch.Tensor, operators: Operators, scale: Any, per_sample: bool, products: int, vector: bool

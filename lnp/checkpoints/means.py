@@ -75,7 +75,7 @@ def ends_of(step: int, decompositions: Sequence[Decomposition], values: Mapping[
 def _mean(name: str, column: Sequence[float]) -> dict[str, float]:
     """The mean of a column, and its standard error where it is a quantity and no count."""
     mean = float(np.mean(column))
-    if name.rpartition("/")[2] in ("loss_terms", "probes", "probed", "samples", "outputs"):
+    if name.rpartition("/")[2] in ("loss_terms", "probes", "degrees_of_freedom", "samples", "outputs"):
         return {name: int(mean) if mean.is_integer() else mean}
     spread = float(np.std(column, ddof=1)) if all(map(math.isfinite, column)) else math.nan
     return {name: mean, name + ERROR: spread / math.sqrt(len(column))}

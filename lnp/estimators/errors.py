@@ -17,7 +17,7 @@ from typing import Any
 from lnp.contract.linearization import Array, Namespace
 
 LARGE = 1e6
-"""Degrees of freedom where there is no noise at all."""
+"""Degrees of freedom where there is no noise."""
 
 
 @dataclass(frozen=True)

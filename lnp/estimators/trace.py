@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lnp.contract.linearization import Array, Linearization, accumulation_dtype
+from lnp.estimators.errors import LARGE
 from lnp.estimators.probe import Count, Exact, Pilot, Probe, ProbeAverage, pilot_size
 from lnp.estimators.probing import probe_to_tolerance
 
@@ -83,11 +84,8 @@ class TraceEstimate:
         "exact", "per_sample", "grouped" or "joint".
     probes:
         Cotangents that were pulled back for each of these samples.
-    probed:
-        Samples that were probed: N, or fewer where the tolerance asked for no more.
     samples:
-        (N,) estimates of tr Theta_nn, or None where samples were not taken one at a time. Those that were not probed
-        have the mean of the others.
+        (N,) estimates of tr Theta_nn, or None where samples were not taken one at a time.
     way:
         0 for `estimator`, or which of `WAYS` was used in its place: that is known only once the numbers are.
     freedom:
@@ -98,10 +96,9 @@ class TraceEstimate:
     standard_error: Array
     estimator: str
     probes: Count
-    probed: Count
     samples: Array | None = None
     way: Count = 0
-    freedom: Array | float = float("inf")
+    freedom: Array | float = LARGE
 
 
 def estimate(lin: Linearization, rows: Rows, estimator: str, rtol: float, max_probes: int) -> TraceEstimate:
@@ -121,7 +118,6 @@ def estimate_of(lin: Linearization, estimator: str, average: ProbeAverage) -> Tr
         freedom=average.error.freedom,
         estimator=estimator,
         probes=average.probes,
-        probed=lin.outputs.shape[0],
         samples=average.mean[0, :] if independent else None,
         way=average.exact,
     )
@@ -184,7 +180,7 @@ def exact_trace(lin: Linearization, rows: Rows) -> TraceEstimate:
     exact = exact_probes(lin, per_sample_probe(lin, rows) if independent else joint_probe(lin, rows))
     groups = exact.square_norms()
     total, samples = lin.xp.sum(groups, axis=1), groups[0, :] if independent else None
-    return TraceEstimate(total, lin.xp.zeros_like(total), "exact", exact.probes, lin.outputs.shape[0], samples)
+    return TraceEstimate(total, lin.xp.zeros_like(total), "exact", exact.probes, samples)
 
 
 def exact_probes(lin: Linearization, probe: Probe) -> Exact:

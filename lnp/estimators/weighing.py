@@ -145,7 +145,6 @@ def _joint_if_cheaper(
         xp.sqrt(variance),
         "per_sample",
         probes,
-        lin.outputs.shape[0],
         way=xp.where(pays, joint_way, exact),
         freedom=freedom,
     )

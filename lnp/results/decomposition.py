@@ -79,9 +79,10 @@ class Decomposition:
     loss_terms:
         n, the number of terms that the loss's mean reduction averages.
     probes:
-        Cotangents spent on the trace, for each sample that was probed.
-    probed:
-        Samples that were probed: N, or fewer where `rtol` asked for no more.
+        Cotangents spent on the trace.
+    degrees_of_freedom:
+        Of the standard errors, effectively: the truth is within them as often as Student's t with so many says. Below
+        about 10 single errors are rough themselves. A million where nothing is estimated.
     samples, outputs:
         N and K.
     estimator:
@@ -114,7 +115,7 @@ class Decomposition:
     chi_pos_stderr: Any
     loss_terms: Any
     probes: Any
-    probed: Any
+    degrees_of_freedom: Any
     layers: Mapping[str, Layer] | None
     population: Population | None
     samples: int
@@ -216,7 +217,7 @@ def decomposed(
         chi_pos_stderr=whole.chi_pos_stderr,
         loss_terms=lin.loss_terms,
         probes=estimate.probes,
-        probed=estimate.probed,
+        degrees_of_freedom=estimate.freedom,
         layers=dict(zip(layers, parts, strict=True)) if layers else None,
         population=finite,
         samples=lin.outputs.shape[0],

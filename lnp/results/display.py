@@ -25,7 +25,7 @@ WHOLE = (
     "preference",
     "loss_terms",
     "probes",
-    "probed",
+    "degrees_of_freedom",
 )
 SHAPE = ("samples", "outputs", "estimator", "loss_name")
 POPULATION = (
@@ -124,7 +124,6 @@ def _meanings(d: Decomposition) -> list[tuple[str, str]]:
 def provenance(d: Decomposition) -> str:
     """One line on the batch and the estimator."""
     probes = "1 probe" if d.probes == 1 else f"{_count(d.probes)} probes"
-    probes += "" if d.probed == d.samples else f" of {_count(d.probed)} samples"
     terms = _count(d.loss_terms)
     return f"{d.samples} samples x {d.outputs} outputs, {terms} loss terms; trace: {d.estimator}, {probes}"
 

@@ -12,7 +12,7 @@ from lnp.results.decomposition import Layer, decompose
 
 D = lnp.Decomposition(
     loss=0.5, rate=6.0, chi_loss=2.0, chi_net=30.0, chi_pos=0.1, chi_net_stderr=1.25, chi_pos_stderr=0.02, loss_terms=4,
-    probes=3, probed=4, layers={"<head>": Layer(6.0, 30.0, 0.1, 1.5, 0.0)},
+    probes=3, degrees_of_freedom=8.0, layers={"<head>": Layer(6.0, 30.0, 0.1, 1.5, 0.0)},
     population=lnp.Population(5.0, 0.0625, 40.0, 1.0, 0.02, 25.0, 90.0, 200.0), samples=4, outputs=3, estimator="joint",
     notes=("a note & more",), loss_name="cross-entropy of logits & more",
 )  # fmt: skip
@@ -50,7 +50,6 @@ def test_text():
     assert "population" not in str(replace(D, population=None))
     assert lines[-1] == "note: a note & more"
     assert "1 probe\n" in str(replace(D, probes=1))
-    assert "3 probes of 2 samples\n" in str(replace(D, probed=2))
 
 
 def test_text_without_numbers():

@@ -70,7 +70,7 @@ def test_the_name_of_what_was_used():
         assert d.chi_net * 6 == pytest.approx(np.trace(kernel(jacobian)))
     flat, gradient = network(64, 40, (3000,))
     d = explained(decompose(record(flat, gradient, loss=0.5, sample_cost=64.0), rtol=0.02))
-    assert (d.estimator, d.probed) == ("joint", 64)
+    assert (d.estimator, d.samples) == ("joint", 64)
 
 
 @LOOPS
@@ -92,7 +92,7 @@ def test_single_samples_where_the_whole_batch_is_noisy(loop):
     jacobian, gradient = correlated(32, 20, 3000, 0.9)
     dear, cheap = (record(jacobian, gradient, while_loop=loop, sample_cost=cost) for cost in (32.0, 1.0))
     one, other = estimated(dear, 0.05)[1], estimated(cheap, 0.05)[1]
-    assert one.probed == other.probed > 0
+    assert one.probes == other.probes > 0
     assert one.trace[0] == pytest.approx(other.trace[0], rel=1e-14)
     assert one.standard_error[0] == pytest.approx(other.standard_error[0], rel=1e-14)
 
