@@ -105,8 +105,8 @@ class Linearization:
     inner_products:
         (u, w) -> {parameter name: <u_l, w_l>}, each of shape (), accumulated in float32 or better.
     signs:
-        probe index -> (N, K) independent random signs in the outputs' dtype, on their device. The same index gives
-        the same signs.
+        probe index -> (N, K) random signs in the outputs' dtype, on their device; the same index gives the same signs.
+        `lnp.estimators.signs.Signs`, whose samples are balanced, or any function that gives independent ones.
     jvp:
         u -> J u of shape (N, K) (Jacobian-vector product), or None.
     gradient_pass:
