@@ -29,6 +29,7 @@ from lnp_keras.model import (
     Stateless,
     as_tensors,
     fitted,
+    kept,
     named_variables,
     observed,
     selected,
@@ -102,6 +103,7 @@ def handed_over(model: Any, batches: tuple, options: Options) -> Handed:
     if options.batch_statistics == "frozen" and replay.normalisations(function):
         function, frozen, more = replay.frozen(function, values, inputs)
         notes = (*notes, *more)
+    function = kept(function)
     held = _held_values(loss, model, values) if known and keras.backend.backend() == "jax" else []
     given = tuple(
         ({"inputs": x, "statistics": statistics}, _targets(loss, held, x, y, weight))

@@ -92,6 +92,8 @@ class Observed:
 
 _OBSERVED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 """{model: {function of it: what its passes did}}."""
+_KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+"""{model: {function of it: the first one that was equal to it}}."""
 REMEMBERED = 256
 
 
@@ -101,6 +103,16 @@ def _observe(function: Stateless, model: keras.Layer, seen: Observed) -> None:
     found[function] = Observed(before.adds_terms or seen.adds_terms, before.overwrites or seen.overwrites)
     while len(found) > REMEMBERED:
         found.popitem(last=False)
+
+
+def kept(function: Stateless) -> Stateless:
+    """The first function that was equal to this one: what is remembered of it lives as long as the model."""
+    found = _KEPT.setdefault(function.model(), OrderedDict())
+    first = found.setdefault(function, function)
+    found.move_to_end(function)
+    while len(found) > REMEMBERED:
+        found.popitem(last=False)
+    return first
 
 
 def observed(function: Stateless) -> Observed:

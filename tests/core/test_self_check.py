@@ -233,6 +233,7 @@ PULLS = {
     "linear, and far away": (lambda v: v, 1e30, False),
     "clipped beyond the signs": (lambda v: np.clip(v, -500, 500), 1e5, True),
     "clipped beyond everything": (lambda v: np.clip(v, -500, 500), 100.0, False),
+    "clipped as it is": (lambda v: np.clip(v, -0.4, 0.4), 1.0, True),
     "small ones dropped": (lambda v: np.where(np.abs(v) < 1e-6, 0, v), 1e-7, True),
     "small ones kept": (lambda v: np.where(np.abs(v) < 1e-6, 0, v), 1e-1, False),
 }

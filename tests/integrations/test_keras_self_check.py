@@ -68,3 +68,18 @@ def test_a_backward_pass_that_clips_is_an_error(estimator):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), Clip(), layers.Dense(3)])
     with pytest.raises(ValueError, match="not linear"):
         lnp.decompose(model, (X, Y), "mse", estimator=estimator)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others keep compiled code")
+def test_samples_are_compared_once(monkeypatch):
+    """What was found out is remembered as long as the model lives, not as long as a measurement."""
+    from lnp_torch import self_check
+
+    made, plan = [], self_check._plan_by_comparison
+    monkeypatch.setattr(self_check, "_plan_by_comparison", lambda *args: made.append(1) or plan(*args))
+    model = keras.Sequential([keras.Input((3, 4)), layers.GRU(5), layers.Dense(3)])
+    x = np.random.default_rng(2).standard_normal((N, 3, 4)).astype("float32")
+    for seed in range(3):
+        d = lnp.decompose(model, (x, Y), "mse", seed=seed)
+        assert not any("on their own" in note for note in d.notes), d.notes
+    assert len(made) == 1

@@ -53,6 +53,14 @@ def positions_by_content(m, x):
     return torch.bmm(x @ m.a.T, keys.repeat(len(x), 1, 1).mT)
 
 
+def recurrent(m, x):
+    """A state of zeros at first."""
+    state = torch.zeros(len(x), 4, dtype=x.dtype)
+    for step in x.transpose(0, 1):
+        state = torch.tanh(step + state @ m.w + m.b)
+    return state
+
+
 DERIVED = {
     "1 + w": (lambda m, x: F.layer_norm(x, (4,)) * (1 + m.w) - m.b.exp(), {"w": (4,), "b": (4,)}, (6, 3, 4)),
     "1 + w, twice": (lambda m, x: F.layer_norm(x, (4,)) * (scale := 1 + m.w) + x.tanh() / scale, {"w": (4,)}, (6, 4)),
@@ -86,6 +94,11 @@ DERIVED = {
     "by distance, of samples' shape": (by_two_distances, {"w": (5, 2)}, (25, 5, 4)),
     "windows": (windows, {"w": (5,), "a": (4, 4), "b": (4,), "scale": (4,)}, (4, 6, 4)),
     "positions by content": (positions_by_content, {"w": (7, 4), "a": (3, 4)}, (6, 5, 4)),
+    "a first state": (recurrent, {"w": (4, 4), "b": (4,)}, (6, 3, 4)),
+    "a constant row for each sample": (
+        lambda m, x: (torch.ones_like(x) @ m.w.tanh() * x).sin() + m.b, {"w": (4, 4), "b": (4,)}, (6, 4)
+    ),
+    "as many samples as rows": (lambda m, x: (torch.ones_like(x) @ m.w + x).sin(), {"w": (4, 4)}, (4, 4)),
     "positions from the end": (lambda m, x: x * m.w[torch.arange(-3, 0)], {"w": (5, 4)}, (6, 3, 4)),
 }  # fmt: skip
 

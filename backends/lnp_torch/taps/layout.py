@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+ROWS = 2**24
+"""Numbers in the gradients of all samples by such rows, up to which they are formed."""
 
 
 class Unread(Exception):
@@ -54,6 +59,11 @@ class Layout:
 
     def reduced(self, gradient: Tensor, shape: tuple) -> Tensor:
         """Summed over the axes along which a parameter of this shape was broadcast, but the samples: (N, *shape)."""
+        if self._has_own_rows(gradient, shape):
+            rows = self.reduced(gradient, shape[1:])
+            each = torch.zeros(self.samples, *shape, dtype=rows.dtype, device=rows.device)
+            each.diagonal(dim1=0, dim2=1).copy_(rows.movedim(0, -1))
+            return each
         if shape and gradient.ndim == len(shape) and shape[0] == 1:
             shape = shape[1:]
         gradient = self.first(gradient, len(shape))
@@ -61,6 +71,11 @@ class Layout:
         axes = [*range(1, 1 + lead), *(1 + lead + i for i, size in enumerate(shape) if size == 1)]
         summed = gradient.sum(axes, keepdim=True) if axes else gradient
         return summed.reshape(self.samples, *shape)
+
+    def _has_own_rows(self, gradient: Tensor, shape: tuple) -> bool:
+        """Whether what was broadcast has a row for each sample, as a first state of zeros has times a weight."""
+        rows = bool(shape) and 1 < self.samples == shape[0] == gradient.shape[0] and gradient.ndim == len(shape)
+        return rows and not self.time_major and self.samples**2 * math.prod(shape[1:]) <= ROWS
 
     def channels(self, d: Tensor, count: int) -> Tensor:
         """(N, C, ...) summed over all that follows, and over the channels if they share one parameter."""
