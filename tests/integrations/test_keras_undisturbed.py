@@ -126,10 +126,24 @@ def agree(way, names, kind="", run=loop):
 OBSERVED = ("batch norm", "dropout", "dictionary", "object", "numpy", "add_loss")
 
 
+def before_every_change(values, *kept):
+    """All of them on PyTorch; where each is compiled, `kept`, and the others in the session `thorough`."""
+    cheap = keras.backend.backend() == "torch"
+    return [value if cheap or value in kept else pytest.param(value, marks=pytest.mark.thorough) for value in values]
+
+
 @pytest.mark.parametrize(
-    ("name", "way"), [*((name, "value_and_grad") for name in LAYERS), *((name, "observe") for name in OBSERVED)]
+    "case",
+    [
+        *((name, "value_and_grad") for name in LAYERS),
+        *before_every_change(
+            [(name, "observe") for name in OBSERVED], ("batch norm", "observe"), ("add_loss", "observe")
+        ),
+    ],
+    ids="-".join,
 )
-def test_models(name, way):
+def test_models(case):
+    name, way = case
     agree(way, (name,))
 
 
@@ -139,7 +153,7 @@ def test_updates(name):
 
 
 @pytest.mark.parametrize("way", ["value_and_grad", "observe"])
-@pytest.mark.parametrize("kind", ["moving", "list", "drawing"])
+@pytest.mark.parametrize("kind", before_every_change(["moving", "list", "drawing"], "moving"))
 def test_losses(kind, way):
     agree(way, ("batch norm",), kind)
 
@@ -168,7 +182,7 @@ def fitted(way, names, kind):
     return everything(model, None, losses)
 
 
-@pytest.mark.parametrize("name", IN_FIT)
+@pytest.mark.parametrize("name", before_every_change(IN_FIT, "batch norm", "add_loss", "regularisers", "metric"))
 def test_fit(name):
     if name == "metric" and keras.backend.backend() == "jax":
         pytest.skip("Keras itself cannot update a metric inside of a layer there")
