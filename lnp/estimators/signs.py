@@ -93,6 +93,7 @@ class Signs:
 
     def __call__(self, index: int | Array) -> Array:
         """(N, K) signs of a probe."""
+        index = self._known(index)
         keys = self._keys(index)
         if self.balanced:
             return self._of_slots(keys, index, self._ints.argsort(self._order(keys)))
@@ -114,6 +115,7 @@ class Signs:
 
     def pairs(self, index: int | Array) -> PairedProbe:
         """Two probes of a balanced design: the second one swaps the vectors of samples that are neighbours in it."""
+        index = self._known(index)
         ints, samples, keys = self._ints, self.shape[0], self._keys(index)
         order = self._order(keys)
         slot = ints.argsort(order)
@@ -147,6 +149,10 @@ class Signs:
     @property
     def _bits(self) -> int:
         return max(1, (self._width - 1).bit_length())
+
+    def _known(self, index: int | Array) -> int | Array:
+        """A number that was counted on a device, where the seed is known beforehand."""
+        return int(index) if self._ints is np else index
 
     def _array(self, numbers: np.ndarray) -> Array:
         """Whole numbers that are known beforehand, in the seed's framework."""

@@ -488,3 +488,16 @@ def test_parameters_of_one_dotted_name():
     out = apply(nested, x)
     grads = torch.autograd.grad(F.mse_loss(out, y), [nested["enc"]["w"], nested["enc.w"]])
     assert [layer.rate for layer in d.layers.values()] == pytest.approx([float(g.square().sum()) for g in grads])
+
+
+def test_probes_of_the_whole_batch_go_on_after_a_trial():
+    """Where single samples are dear: how many probes there were is then known on the device alone."""
+    model = Runs(
+        lambda m, x: m.head(m.lstm(x)[0][:, -1]), lstm=nn.LSTM(8, 16, batch_first=True), head=nn.Linear(16, 40)
+    )
+    batch = torch.randn(64, 5, 8), torch.randint(40, (64,))
+    exact = lnp.decompose(model, batch, estimator="exact").chi_net
+    d = lnp.decompose(model, batch, population=False, rtol=0.02)
+    assert d.estimator == "joint"
+    assert d.probes > 8
+    assert abs(d.chi_net - exact) < 4 * d.chi_net_stderr
