@@ -6,7 +6,7 @@ Biometrics Bulletin 2 (1946), doi:10.2307/3002019), with the bias of the squares
     nu = (f + 2) (sum_i e_i)^2 / sum_i e_i^2 - 2
 
 which is f times their number where all are alike, and f where one outweighs the others. Derivations: docs/theory.md,
-"Error bars".
+"Balanced signs".
 """
 
 from __future__ import annotations

@@ -118,7 +118,10 @@ class Independent:
         return replace(
             average,
             mean=compute_if(self.lin, over, lambda: (exact.square_norms(),), (mean,))[0],
-            error=Error(xp.where(over, xp.zeros_like(error.variance), error.variance), error.freedom),
+            error=Error(
+                xp.where(over, xp.zeros_like(error.variance), error.variance),
+                xp.where(over, xp.full_like(error.freedom, errors.LARGE), error.freedom),
+            ),
             probes=average.probes + exact.probes * xp.astype(over, xp.int32),
             exact=xp.astype(over, xp.int32),
         )

@@ -7,6 +7,7 @@ from core.dense import drawn, independent, kernel, network, record
 from core.test_trace import compiled_loop
 from lnp.contract.linearization import while_loop
 from lnp.estimators import trace, weighing
+from lnp.estimators.errors import LARGE
 from lnp.results.decomposition import decompose
 from lnp.results.finished import explained
 
@@ -38,6 +39,7 @@ def test_orthogonal_probes_take_over(loop, samples, outputs):
     assert choice.estimator == "per_sample"  # nothing was known of it before
     assert found.trace[0] == pytest.approx(expected, rel=1e-13)
     assert found.standard_error[0] == 0
+    assert float(found.freedom) == LARGE
     assert outputs + 2 <= found.probes < 64
     assert trace.WAYS[found.way] == "exact"
     assert found.samples == pytest.approx([np.sum(rows**2) for rows in next(iter(jacobian.values()))], rel=1e-13)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 import lnp
 import lnp_torch
 from integrations.torch_reference import VALUES, assert_agrees, dense
+from integrations.torch_single_samples import Runs
 
 F64 = torch.float64
 
@@ -23,19 +24,6 @@ F64 = torch.float64
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-class Runs(nn.Module):
-    """run(self, x) with named parts."""
-
-    def __init__(self, run, **parts):
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args, **kwargs):
-        return self.run(self, *args, **kwargs)
 
 
 def linear(outputs=4):

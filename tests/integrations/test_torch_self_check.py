@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import lnp
 import lnp_torch
 from integrations.torch_reference import assert_agrees, dense
+from integrations.torch_single_samples import Runs
 from lnp.contract.linearization import coupling_tolerance
 from lnp.per_sample import self_check as core
 from lnp_torch import look, record
@@ -21,19 +22,6 @@ F64 = torch.float64
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-class Runs(nn.Module):
-    """run(self, x) with named parts."""
-
-    def __init__(self, run, **parts):
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args):
-        return self.run(self, *args)
 
 
 def linear(outputs=4):

@@ -20,8 +20,8 @@ class Runs(nn.Module):
         for name, part in parts.items():
             setattr(self, name, part)
 
-    def forward(self, x):
-        return self.run(self, x)
+    def forward(self, *args, **kwargs):
+        return self.run(self, *args, **kwargs)
 
 
 def recorded(model, x, **options):
