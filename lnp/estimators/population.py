@@ -30,15 +30,52 @@ Source: docs/theory.md, "Finite batches"; noise scale: McCandlish et al., arXiv 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lnp.contract.linearization import Array, GradientPass, Linearization, ratio, unit
 
+LEAST_SAMPLES = 3
+"""Samples that a batch has at least; a part of a larger batch may have fewer."""
+TOO_FEW = "fewer than three samples tell nothing about their spread"
 LEAST = 12
 """Samples at least that the jackknife leaves out one by one."""
 INTERVAL = 2.0
 """Standard errors to each side in the interval of the noise scale."""
+
+
+class Sums(NamedTuple):
+    """Sums over N samples, whose weights w_n add up to N: w_n^2; ||sum_n G_n||^2; q_n; ||g_n||^2; tr Theta_nn."""
+
+    spread: Any
+    square: Any
+    own: Any
+    norm: Any
+    trace: Any
+
+
+class Samples(NamedTuple):
+    """Of M samples, (M,) each: w_m; <G_m, sum_n G_n>; q_m; ||g_m||^2; tr Theta_mm."""
+
+    weights: Any
+    products: Any
+    own: Any
+    norm: Any
+    trace: Any
+
+
+class Contributions(NamedTuple):
+    """What the N samples of a part contribute to the population's values of the whole, of g divided by its magnitude.
+
+    The weights add up to N, and the products are those with the part's own gradient. The errors are the jackknife's of
+    the part by itself: of rate, position (without that of the trace) and share of the rate.
+    """
+
+    spread: Any
+    own: Any
+    samples: Samples
+    errors: tuple
 
 
 @dataclass(frozen=True)
@@ -93,8 +130,29 @@ def possible(lin: Linearization) -> bool:
     return lin.jvp is not None or (lin.gradient_pass is not None and lin.subset is not None)
 
 
-def population(lin: Linearization, found: GradientPass, rate: Array, traces: Array, stderr: Array) -> Population:
-    """The population's values from a batch of N >= 3 samples that do not interact. Pure, safe to trace and compile.
+def why_none(lin: Linearization, asked: bool | None, apart: bool, least: int = LEAST_SAMPLES) -> str:
+    """Why the population's values cannot be had, or are not worth their cost; "" if they are, or are not asked for.
+
+    `apart` says whether the estimator of the trace takes samples one at a time.
+    """
+    if asked is False:
+        return ""
+    if not (apart and lin.sample_square_norms is not None):
+        return "the samples were not taken one at a time"
+    if not lin.separable:
+        return "it is not known whether the loss is a mean over samples; if it is, set loss.separable = True"
+    if lin.outputs.shape[0] < least:
+        return TOO_FEW
+    if not (lin.cheap or asked):
+        return "single samples are not cheap in this network; ask for population=True"
+    return "" if possible(lin) else "the backend has no Jacobian-vector products"
+
+
+def population(
+    lin: Linearization, found: GradientPass, rate: Array, traces: Array, stderr: Array
+) -> tuple[Population, Contributions]:
+    """The population's values from a batch of N >= 3 samples that do not interact, and what these contribute where the
+    batch is a part of a larger one. Pure, safe to trace and compile.
 
     Parameters
     ----------
@@ -108,48 +166,66 @@ def population(lin: Linearization, found: GradientPass, rate: Array, traces: Arr
     """
     assert found.sample_square_norms is not None, "decompose() asks for them"
     assert found.products is not None, "decompose() asks for them"
-    xp, n, products = lin.xp, lin.outputs.shape[0], found.products
+    xp, n, index = lin.xp, lin.outputs.shape[0], found.index
     norms = list(found.sample_square_norms.values())
     q = sum(norms[1:], start=norms[0])
     g, _ = unit(xp, lin.loss_gradient)  # as what was found
     g2 = xp.sum(g * g, axis=1)
     weights = _weights(lin, g2)
-    own, norm, trace, spread = xp.sum(q), xp.sum(g2), xp.sum(traces), xp.sum(weights * weights)
+    sums = Sums(xp.sum(weights * weights), rate, xp.sum(q), xp.sum(g2), xp.sum(traces))
+    # of the samples whose products are known
+    some = [v if index is None else xp.take(v, index, axis=0) for v in (weights, q, g2, traces)]
+    samples = Samples(some[0], found.products, *some[1:])
+    errors = _jackknife(xp, n, left_out(xp, n, sums, samples)) if n > 1 else [sums.own * float("nan")] * 3
+    values = assembled(xp, n, sums, errors, ratio(xp, stderr, sums.trace))
+    return values, Contributions(sums.spread, sums.own, samples, tuple(errors))
 
-    def some(values: Array) -> Array:
-        """The values of the samples whose products are known."""
-        return values if found.index is None else xp.take(values, found.index, axis=0)
 
-    def values(count: int, total: Any, spread: Array, square: Array, own: Array, g2: Array, trace: Array) -> tuple:
-        """(rate, position, share of the rate in the mean q) from sums over `count` samples that weigh `total` of n."""
-        rate = ratio(xp, n * n * (square - own), total * total - spread)
-        scale = (n / total) ** 2
-        return rate, ratio(xp, ratio(xp, rate, scale * g2), trace), ratio(xp, rate, scale * count * own)
+def _jackknife(xp: Any, n: int, without: tuple) -> list[Array]:
+    """Errors of values from those without single samples, (M,) each."""
+    variances = [xp.sum((v - xp.mean(v)) ** 2) / (v.shape[0] - 1) for v in without]
+    return [xp.sqrt((n - 1) ** 2 / n * variance) for variance in variances]
 
-    w, count = some(weights), products.shape[0]
-    whole = values(n, xp.sum(weights), spread, rate, own, norm, trace)
-    without = values(
-        n - 1,
-        n - w,
-        spread - w * w,
-        rate - 2 * products + some(q),
-        own - some(q),
-        norm - some(g2),
-        trace - some(traces),
+
+def whole(xp: Any, n: int, sums: Sums) -> tuple:
+    """(rate, position, share of the rate in the mean squared gradient) of n samples."""
+    return _values(xp, n, n, n, sums)
+
+
+def left_out(xp: Any, n: int, sums: Sums, samples: Samples) -> tuple:
+    """The same three values without each of the samples, (M,) each."""
+    w, products, q, g2, traces = samples
+    rest = Sums(
+        sums.spread - w * w,
+        sums.square - 2 * products + q,
+        sums.own - q,
+        sums.norm - g2,
+        sums.trace - traces,
     )
-    variances = [xp.sum((part - xp.mean(part)) ** 2) / (count - 1) for part in without]
-    errors = [xp.sqrt((n - 1) ** 2 / n * variance) for variance in variances]
-    probing = whole[1] * ratio(xp, stderr, trace)
-    scale, low, high = _noise_scales(xp, whole[2], errors[2], spread / n)
+    return _values(xp, n, n - 1, n - w, rest)
+
+
+def _values(xp: Any, n: int, count: int, total: Any, sums: Sums) -> tuple:
+    """(rate, position, share of the rate in the mean q) from sums over `count` samples that weigh `total` of n."""
+    rate = ratio(xp, n * n * (sums.square - sums.own), total * total - sums.spread)
+    scale = (n / total) ** 2
+    position = ratio(xp, ratio(xp, rate, scale * sums.norm), sums.trace)
+    return rate, position, ratio(xp, rate, scale * count * sums.own)
+
+
+def assembled(xp: Any, n: int, sums: Sums, errors: Sequence, probing: Any) -> Population:
+    """The values of n samples from their sums, the jackknife's errors, and the relative error of the trace."""
+    rate, position, share = whole(xp, n, sums)
+    scale, low, high = _noise_scales(xp, share, errors[2], sums.spread / n)
     return Population(
-        rate=whole[0],
-        chi_pos=whole[1],
+        rate=rate,
+        chi_pos=position,
         noise_scale=scale,
         rate_stderr=errors[0],
-        chi_pos_stderr=xp.sqrt(errors[1] ** 2 + probing**2),
+        chi_pos_stderr=xp.sqrt(errors[1] ** 2 + (position * probing) ** 2),
         noise_scale_low=low,
         noise_scale_high=high,
-        gradient_noise=n * own - spread / n * whole[0],
+        gradient_noise=n * sums.own - sums.spread / n * rate,
     )
 
 

@@ -28,7 +28,7 @@ from lnp.contract.linearization import (
     unit,
     valid,
 )
-from lnp.estimators.population import Population, jackknife_size, possible
+from lnp.estimators.population import LEAST_SAMPLES, Contributions, Population, jackknife_size, why_none
 from lnp.estimators.population import population as population_of
 from lnp.estimators.trace import TraceEstimate
 from lnp.estimators.weighing import choose, estimate_chosen
@@ -37,6 +37,8 @@ from lnp.results import display
 from lnp.results.finished import finished
 
 ByLayer = bool | Callable[[str], str]
+APART = ("exact", "per_sample")
+"""Estimators that may take samples one at a time."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Decomposition:
         elsewhere.
     sample_losses:
         What each sample adds to the loss, where it was asked for and the loss is a sum over samples; else None.
-    magnitude, least, evidence:
-        Of the computation; 1, 0 and empty in what is returned. See `lnp.results.finished`.
+    magnitude, least, evidence, contributions:
+        Of the computation; 1, 0, empty and None in what is returned. See `lnp.results.finished`, `lnp.results.merged`.
     """
 
     loss: Any
@@ -129,6 +131,7 @@ class Decomposition:
     least: Any = field(default=0.0, repr=False)
     way: Any = field(default=0, repr=False)
     evidence: Mapping[str, tuple[Array, ...]] = field(default_factory=dict, repr=False, compare=False)
+    contributions: Contributions | None = field(default=None, repr=False, compare=False)
 
     @property
     def preference(self) -> Any:
@@ -188,14 +191,16 @@ def decomposed(
     population: bool | None = False,
     vector: bool = False,
     sample_losses: bool = False,
+    part: bool = False,
 ) -> tuple[Decomposition, GradientPass]:
     """The decomposition, and the backward pass of the loss that it was made of: with J^T g if `vector` is true.
 
     Both are those of g / m, with the magnitude m of the loss gradient, whose squares stay in the range of float32.
-    `finished` multiplies the decomposition with m^2, on the host in Python's floats.
+    `finished` multiplies the decomposition with m^2, on the host in Python's floats. `part` says that the batch is a
+    part of a larger one: then the decomposition holds what `lnp.results.merged` needs.
     """
     choice = choose(lin, estimator, rtol, max_probes)
-    reason = _why_no_population(lin, choice.estimator, population)
+    reason = why_none(lin, population, choice.estimator in APART, 1 if part else LEAST_SAMPLES)
     wanted = population is not False and not reason
     found = gradient_pass(lin, **_wish(lin, wanted, vector))
     square_norms = found.square_norms
@@ -206,7 +211,7 @@ def decomposed(
     whole, *parts = _parts(lin, g2, [sum_of(square_norms, row) for row in rows], estimate)
     dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)
     info = lin.xp.finfo(dtype)
-    finite = _population(lin, found, sum_of(square_norms, rows[0]), estimate) if wanted else None
+    finite, samples = _population(lin, found, sum_of(square_norms, rows[0]), estimate) if wanted else (None, None)
     return Decomposition(
         loss=lin.loss,
         rate=whole.rate,
@@ -227,6 +232,7 @@ def decomposed(
         loss_name=lin.loss_name,
         evidence=lin.evidence,
         sample_losses=sample_losses_of(lin) if sample_losses else None,
+        contributions=samples if part else None,
         magnitude=found.magnitude,
         least=float(info.smallest_normal) / float(info.eps),
         way=estimate.way,
@@ -241,7 +247,7 @@ def asked(
     For a backend that makes this pass beforehand, as part of a training step.
     """
     choice = choose(lin, estimator, rtol, max_probes)
-    wanted = population is not False and not _why_no_population(lin, choice.estimator, population)
+    wanted = population is not False and not why_none(lin, population, choice.estimator in APART)
     return _wish(lin, wanted, vector=False)
 
 
@@ -257,27 +263,13 @@ def sum_of(values: Mapping[str, Array], names: Iterable[str]) -> Array:
     return sum(others, start=first)
 
 
-def _why_no_population(lin: Linearization, estimator: str, population: bool | None) -> str:
-    """Why the population's values cannot be had, or are not worth their cost; "" if they are, or are not asked for."""
-    if population is False:
-        return ""
-    apart = lin.sample_square_norms is not None and estimator in ("exact", "per_sample")
-    if not apart:
-        return "the samples were not taken one at a time"
-    if not lin.separable:
-        return "it is not known whether the loss is a mean over samples; if it is, set loss.separable = True"
-    if lin.outputs.shape[0] < 3:
-        return "fewer than three samples tell nothing about their spread"
-    if not (lin.cheap or population):
-        return "single samples are not cheap in this network; ask for population=True"
-    return "" if possible(lin) else "the backend has no Jacobian-vector products"
-
-
-def _population(lin: Linearization, found: GradientPass, rate: Array, estimate: TraceEstimate) -> Population:
-    """The population's values, nan where a check of the record failed."""
+def _population(
+    lin: Linearization, found: GradientPass, rate: Array, estimate: TraceEstimate
+) -> tuple[Population, Contributions]:
+    """The population's values, nan where a check of the record failed, and what the samples contribute."""
     assert estimate.samples is not None, "the estimator has taken the samples apart"
-    values = population_of(lin, found, rate, estimate.samples, estimate.standard_error[0])
-    return Population(**{field.name: valid(lin, getattr(values, field.name)) for field in fields(values)})
+    values, samples = population_of(lin, found, rate, estimate.samples, estimate.standard_error[0])
+    return Population(**{field.name: valid(lin, getattr(values, field.name)) for field in fields(values)}), samples
 
 
 def layer_names(parameters: tuple[str, ...], by_layer: ByLayer) -> dict[str, tuple[str, ...]]:

@@ -42,6 +42,7 @@ def finished(d: Decomposition) -> Decomposition:
         magnitude=1.0,
         least=0.0,
         evidence={},
+        contributions=None,
     )
 
 

@@ -1,0 +1,229 @@
+"""One decomposition from those of a batch's parts, against the whole batch measured at once."""
+
+import numpy as np
+import pytest
+
+from core.dense import drawn, network, record
+from lnp.contract.trees import map_leaves
+from lnp.estimators.signs import seed_of_part
+from lnp.losses.sample_losses import SampleLosses
+from lnp.results.finished import explained, finished
+from lnp.results.merged import DecomposePart, merged
+
+SIZES, OUTPUTS, TERMS, WEIGHTS = (5, 1, 8), 3, (5, 2, 16), (0.2, 0.3, 0.5)
+JACOBIAN, GRADIENT = network(sum(SIZES), OUTPUTS, sizes=(5, 2, 4))
+ROWS = np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1])
+NUMBERS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "chi_net_stderr", "chi_pos_stderr", "loss_terms")
+EXACT = {"estimator": "exact", "rtol": 0.01, "max_probes": 64, "by_layer": True, "population": True}
+
+
+def part(lin, **settings):
+    """A part, with its numbers on the host, as a backend hands them over."""
+
+    def number(leaf):
+        return float(leaf) if isinstance(leaf, np.ndarray | np.generic) and leaf.ndim == 0 else leaf
+
+    return map_leaves(number, DecomposePart(**EXACT | settings)(lin))
+
+
+def values(of):
+    """The numbers of a layer or of population values."""
+    return {name: float(value) for name, value in vars(of).items()}
+
+
+def rows_of(jacobian, rows):
+    return {name: array[rows] for name, array in jacobian.items()}
+
+
+def of_whole(**changes):
+    """The whole batch: the parts' Jacobians below each other, and a_p g_p."""
+    g = np.concatenate([a * GRADIENT[rows] for a, rows in zip(WEIGHTS, ROWS, strict=True)])
+    shares = np.concatenate([np.full(len(rows), a / len(rows)) for a, rows in zip(WEIGHTS, ROWS, strict=True)])
+    return record(JACOBIAN, g, terms=sum(TERMS), separable=True, sample_terms=shares, **changes)
+
+
+def of_parts(**changes):
+    kept = zip(ROWS, TERMS, strict=True)
+    return [record(rows_of(JACOBIAN, rows), GRADIENT[rows], terms=n, separable=True, **changes) for rows, n in kept]
+
+
+def the_gradient(found, weights=WEIGHTS):
+    """sum_p a_p J_p^T g_p, of gradients that were divided by their magnitudes."""
+    names = found[0].vector
+    return {name: sum(a * p.magnitude * p.vector[name] for a, p in zip(weights, found, strict=True)) for name in names}
+
+
+def products_of(records, u):
+    """<J_m^T g_m, u> for all samples of each part."""
+    return [np.sum(lin.loss_gradient * lin.jvp(u), axis=1) for lin in records]
+
+
+def the_merged(records, products=True, **settings):
+    found = [part(lin, **settings) for lin in records]
+    u = the_gradient(found)
+    squares = {name: float(np.sum(array**2)) for name, array in u.items()}
+    known = products_of(records, u) if products else None
+    return merged([one.decomposition for one in found], WEIGHTS, squares, True, known)
+
+
+def the_whole(**settings):
+    return explained(part(of_whole(), **settings).decomposition)
+
+
+def test_parts_of_unequal_size_terms_and_weight():
+    found, expected = the_merged(of_parts()), the_whole()
+    for name in NUMBERS:
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12), name
+    assert (found.samples, found.outputs, found.estimator) == (14, OUTPUTS, "exact")
+    assert found.preference == pytest.approx(expected.preference, rel=1e-12)
+    for layer, one in expected.layers.items():
+        assert values(found.layers[layer]) == pytest.approx(values(one), rel=1e-12)
+
+
+def test_population_of_all_samples_with_the_jackknife_of_the_whole():
+    found, expected = the_merged(of_parts()), the_whole()
+    assert values(found.population) == pytest.approx(values(expected.population), rel=1e-10)
+
+
+def test_jackknife_of_some_samples_of_each_part_is_right_on_average():
+    """Squared errors from 12 samples of 30 in each of two parts, over draws, against those from all samples."""
+    variances = []
+    jacobian, g = network(60, OUTPUTS)
+    rows = np.split(np.arange(60), [30])
+    whole = part(record(jacobian, g / 2, separable=True)).decomposition
+    u = {name: np.einsum("nk,nkp->p", g / 2, array)[None] for name, array in jacobian.items()}
+    squares = {name: float(np.sum(array**2)) for name, array in u.items()}
+    for seed in range(300):
+        parts, products = [], []
+        for p, own in enumerate(rows):
+            subset = drawn(rows_of(jacobian, own), seed_of_part(seed, p))
+            lin = record(rows_of(jacobian, own), g[own], separable=True, subset=subset)
+            parts.append(part(lin).decomposition)
+            index = subset(12).index
+            products.append(np.sum(lin.loss_gradient * lin.jvp(u), axis=1)[np.asarray(index)])
+        assert [len(some) for some in products] == [12, 12]
+        variances.append(merged(parts, (0.5, 0.5), squares, products=products).population.rate_stderr ** 2)
+    expected = finished(whole).population.rate_stderr ** 2
+    error = np.std(variances) / np.sqrt(len(variances))
+    assert abs(np.mean(variances) - expected) < 3.5 * error
+    assert error < 0.04 * expected  # so that a wrong factor shows
+
+
+def test_errors_without_products_are_no_smaller():
+    """The parts' own errors, averaged: larger, and of the same order."""
+    jacobian, g = network(64, OUTPUTS, sizes=(40, 30))
+    rows = np.split(np.arange(64), 4)
+    records = [record(rows_of(jacobian, own), g[own], separable=True) for own in rows]
+    found = [part(lin) for lin in records]
+    u = the_gradient(found, [0.25] * 4)
+    squares = {name: float(np.sum(array**2)) for name, array in u.items()}
+    parts = [one.decomposition for one in found]
+    known, unknown = (merged(parts, [0.25] * 4, squares, True, p).population for p in (products_of(records, u), None))
+    assert unknown.rate == known.rate
+    for name in ("rate_stderr", "chi_pos_stderr"):
+        assert (
+            1 < getattr(unknown, name) / getattr(known, name) < 4
+        )  # sqrt(64 / 16) at most where noise is all there is
+    low, high = unknown.noise_scale_low, unknown.noise_scale_high
+    assert low <= known.noise_scale_low
+    assert high >= known.noise_scale_high
+
+
+def test_error_bars_of_parts_hold():
+    """Parts have signs of their own: the truth is within the errors as often as Student's t with their freedom says."""
+    from scipy.stats import t
+
+    jacobian, g = network(36, 6)
+    rows, exact = np.split(np.arange(36), [20]), float(sum(np.sum(array**2) for array in jacobian.values()))
+    settings = EXACT | {"estimator": "per_sample", "rtol": 0.0, "max_probes": 4, "by_layer": False, "population": False}
+    within, expected = 0, 0.0
+    for seed in range(200):
+        records = [record(rows_of(jacobian, own), g[own], seed=seed_of_part(seed, p)) for p, own in enumerate(rows)]
+        d = merged([part(lin, **settings).decomposition for lin in records], (0.5, 0.5), {"layer0.weight": 1.0})
+        within += abs(d.chi_net * d.loss_terms - exact) < d.chi_net_stderr * d.loss_terms
+        expected += 2 * t.cdf(1, d.degrees_of_freedom) - 1
+    assert abs(within - expected) < 3 * np.sqrt(200 * 0.68 * 0.32)
+
+
+def test_freedom_is_satterthwaites():
+    parts = []
+    for size, freedom in ((3.0, 4.0), (1.0, 10.0)):
+        lin = of_parts()[0]
+        d = part(lin).decomposition
+        parts.append(type(d)(**vars(d) | {"chi_net_stderr": size, "degrees_of_freedom": freedom}))
+    found = merged(parts, (0.5, 0.5), dict.fromkeys(JACOBIAN, 1.0), True)
+    assert found.degrees_of_freedom == pytest.approx((9 + 1) ** 2 / (81 / 4 + 1 / 10))
+    assert found.chi_net_stderr == pytest.approx(np.hypot(3, 1) / 2)
+    assert the_merged(of_parts()).degrees_of_freedom == 1e6
+
+
+def test_gradients_that_float32_cannot_square():
+    parts = []
+    for rows in ROWS:
+        lin = record(rows_of(JACOBIAN, rows), GRADIENT[rows] * 1e-25, dtype="float32", separable=True)
+        parts.append(part(lin))
+    u = the_gradient(parts)
+    squares = {name: float(np.sum(np.asarray(array, dtype=float) ** 2)) for name, array in u.items()}
+    found = merged([one.decomposition for one in parts], WEIGHTS, squares, True)
+    expected = the_merged(of_parts())
+    assert found.rate == pytest.approx(expected.rate * 1e-50, rel=1e-5)
+    assert found.population.rate == pytest.approx(expected.population.rate * 1e-50, rel=1e-4)
+    assert found.chi_pos == pytest.approx(expected.chi_pos, rel=1e-5)
+
+
+def test_single_samples_make_a_population():
+    """Processes with one sample each: parts know no spread, the whole does."""
+    rows = [[n] for n in range(6)]
+    records = [record(rows_of(JACOBIAN, own), GRADIENT[own], separable=True) for own in rows]
+    found = [part(lin) for lin in records]
+    weights = [1 / 6] * 6
+    u = the_gradient(found, weights)
+    squares = {name: float(np.sum(array**2)) for name, array in u.items()}
+    parts = [one.decomposition for one in found]
+    d = merged(parts, weights, squares, True, products_of(records, u))
+    chosen = list(range(6))
+    whole = part(record(rows_of(JACOBIAN, chosen), GRADIENT[chosen] / 6, separable=True))
+    assert values(d.population) == pytest.approx(values(finished(whole.decomposition).population), rel=1e-10)
+    d = merged(parts[:2], [0.5, 0.5], squares, True)
+    assert d.population is None
+    assert d.notes[-1] == "no population values: fewer than three samples tell nothing about their spread"
+
+
+def test_notes_names_and_losses_of_samples():
+    made = []
+    for lin, note in zip(of_parts(), ("one", "two", "one"), strict=True):
+        d = part(lin).decomposition
+        of_samples = SampleLosses(np.arange(d.samples), np.full(d.samples, 1 / d.samples))
+        made.append(type(d)(**vars(d) | {"notes": (note, "all"), "sample_losses": of_samples, "loss_name": "mine"}))
+    d = merged(made, WEIGHTS, dict.fromkeys(JACOBIAN, 1.0), True)
+    assert d.notes[:3] == ("one", "all", "two")
+    assert d.loss_name == "mine"
+    assert d.sample_losses.shares == pytest.approx(np.repeat(np.divide(WEIGHTS, SIZES), SIZES))
+    assert d.sample_losses.parts == pytest.approx(
+        np.concatenate([w * np.arange(n) for w, n in zip(WEIGHTS, SIZES, strict=True)])
+    )
+    assert d.contributions is None
+    assert d.magnitude == 1
+
+
+def test_other_estimators_and_widths():
+    joint = part(of_parts()[0], estimator="joint", population=False).decomposition
+    exact = part(of_parts()[1], population=False).decomposition
+    wider = type(exact)(**vars(exact) | {"outputs": 9})
+    d = merged([wider, joint], (0.5, 0.5), dict.fromkeys(JACOBIAN, 1.0), True)
+    assert d.estimator == "joint"
+    assert d.samples * d.outputs == pytest.approx(1 * 9 + 5 * OUTPUTS)
+    assert "parts of the batch took different estimators: joint, exact" in d.notes
+
+
+def test_a_loss_gradient_of_zero():
+    parts = [part(record(JACOBIAN, 0 * GRADIENT, separable=True)).decomposition]
+    d = merged(parts, [1.0], dict.fromkeys(JACOBIAN, 0.0), True)
+    assert d.rate == d.chi_loss == 0
+    assert np.isnan(d.chi_pos)
+    assert "the loss gradient is zero: chi_pos is 0/0, nan" in d.notes
+
+
+def test_one_weight_for_each_part():
+    with pytest.raises(ValueError, match="Received 0 parts and 1 weights"):
+        merged([], [1.0], {})
