@@ -1,10 +1,13 @@
 """One decomposition from those of a batch's parts, against the whole batch measured at once."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from core.dense import drawn, network, record
+from core.dense import network, record
 from lnp.contract.trees import map_leaves
+from lnp.estimators.population import Samples
 from lnp.estimators.signs import seed_of_part
 from lnp.losses.sample_losses import SampleLosses
 from lnp.results.finished import explained, finished
@@ -39,12 +42,14 @@ def of_whole(**changes):
     """The whole batch: the parts' Jacobians below each other, and a_p g_p."""
     g = np.concatenate([a * GRADIENT[rows] for a, rows in zip(WEIGHTS, ROWS, strict=True)])
     shares = np.concatenate([np.full(len(rows), a / len(rows)) for a, rows in zip(WEIGHTS, ROWS, strict=True)])
-    return record(JACOBIAN, g, terms=sum(TERMS), separable=True, sample_terms=shares, **changes)
+    loss = np.asarray(np.dot(WEIGHTS, TERMS))  # a part's loss is its number of terms
+    return record(JACOBIAN, g, terms=sum(TERMS), loss=loss, separable=True, sample_terms=shares, **changes)
 
 
 def of_parts(**changes):
     kept = zip(ROWS, TERMS, strict=True)
-    return [record(rows_of(JACOBIAN, rows), GRADIENT[rows], terms=n, separable=True, **changes) for rows, n in kept]
+    kept = [(rows, {"terms": n, "loss": np.asarray(float(n))} | changes) for rows, n in kept]
+    return [record(rows_of(JACOBIAN, rows), GRADIENT[rows], separable=True, **own) for rows, own in kept]
 
 
 def the_gradient(found, weights=WEIGHTS):
@@ -86,27 +91,29 @@ def test_population_of_all_samples_with_the_jackknife_of_the_whole():
 
 
 def test_jackknife_of_some_samples_of_each_part_is_right_on_average():
-    """Squared errors from 12 samples of 30 in each of two parts, over draws, against those from all samples."""
-    variances = []
-    jacobian, g = network(60, OUTPUTS)
-    rows = np.split(np.arange(60), [30])
-    whole = part(record(jacobian, g / 2, separable=True)).decomposition
-    u = {name: np.einsum("nk,nkp->p", g / 2, array)[None] for name, array in jacobian.items()}
+    """Squared errors from 12 of 48 samples in each of three parts, over draws, against those from all samples."""
+    jacobian, g = network(144, OUTPUTS)
+    records = [record(rows_of(jacobian, own), g[own], separable=True) for own in np.split(np.arange(144), 3)]
+    found, weights = [part(lin) for lin in records], [1 / 3] * 3
+    u = the_gradient(found, weights)
     squares = {name: float(np.sum(array**2)) for name, array in u.items()}
-    for seed in range(300):
-        parts, products = [], []
-        for p, own in enumerate(rows):
-            subset = drawn(rows_of(jacobian, own), seed_of_part(seed, p))
-            lin = record(rows_of(jacobian, own), g[own], separable=True, subset=subset)
-            parts.append(part(lin).decomposition)
-            index = subset(12).index
-            products.append(np.sum(lin.loss_gradient * lin.jvp(u), axis=1)[np.asarray(index)])
-        assert [len(some) for some in products] == [12, 12]
-        variances.append(merged(parts, (0.5, 0.5), squares, products=products).population.rate_stderr ** 2)
-    expected = finished(whole).population.rate_stderr ** 2
-    error = np.std(variances) / np.sqrt(len(variances))
-    assert abs(np.mean(variances) - expected) < 3.5 * error
-    assert error < 0.04 * expected  # so that a wrong factor shows
+    every, parts = products_of(records, u), [one.decomposition for one in found]
+
+    def of_some(index):
+        some = [replace(d.contributions, d.contributions.samples, i) for d, i in zip(parts, index, strict=True)]
+        pairs = zip(parts, some, strict=True)
+        fewer = [dataclasses.replace(d, contributions=contributions) for d, contributions in pairs]
+        products = [p[i] for p, i in zip(every, index, strict=True)]
+        return merged(fewer, weights, squares, True, products).population.rate_stderr ** 2
+
+    def replace(contributions, samples, index):
+        return contributions._replace(samples=Samples(*(values[index] for values in samples)))
+
+    rng = np.random.default_rng(0)
+    variances = [of_some([rng.permutation(48)[:12] for _ in parts]) for _ in range(600)]
+    expected, error = of_some([np.arange(48)] * 3), np.std(variances) / np.sqrt(600)
+    assert abs(np.mean(variances) - expected) < 3 * error
+    assert error < 0.012 * expected  # so that 1/M - 1/N of the means shows, which is 0.04
 
 
 def test_errors_without_products_are_no_smaller():
