@@ -137,6 +137,7 @@ class Look:
         if any(bend > self._tolerance for bend in values[count:]):
             raise ValueError(BENT)
         self.reason = self.reason or self._reason(values[:count])
+        self._differences.clear()  # which hold this, and so the graph, until the garbage collector comes
 
     def running(self) -> _Running:
         """Around passes over a part of the batch: whatever the network raises there is a reason."""

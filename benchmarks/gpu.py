@@ -1,6 +1,6 @@
 """What a measurement costs on a GPU in PyTorch, beside a training step's gradient.
 
-    python benchmarks/torch_gpu.py [--rounds 20] [--device cuda]
+    python benchmarks/gpu.py [--rounds 10] [--device cuda] [--models GPT-2]
 
 All cases of a model run in turn in one process; times are medians of ratios to the gradient in the same round, each
 from start to a device that is idle again. Memory is the peak of the device's allocator above what the model holds.
@@ -15,6 +15,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,15 +35,29 @@ def plain(make: Callable[[], tuple[nn.Module, Batch]], name: str, device: str) -
     return cases_of(name, model, moved)
 
 
-def gpt2(device: str, layers: int = 12, width: int = 768, samples: int = 8, length: int = 512) -> Cases:
+def gpt2(device: str, samples: int, length: int = 1024, layers: int = 12, width: int = 768) -> Cases:
     """GPT-2 of 124 million parameters with random weights, in bfloat16 by autocast."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_layer": layers, "n_embd": width, "n_head": width // 64, "n_positions": length}
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
-    tokens = torch.randint(50257, (samples, length), device=device)
-    batch = {"input_ids": tokens, "labels": tokens}
-    return whole_model(model, batch, device)
+    return whole_model(model, tokens(samples, length, 50257, device), device)
+
+
+def llama(device: str, samples: int, length: int = 1024, layers: int = 16, width: int = 2048) -> Cases:
+    """A Llama of 1.1 billion parameters, with random weights that are bfloat16 themselves."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": max(width // 256, 1)}
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width, "vocab_size": 32000}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=length)).to(device, torch.bfloat16)
+    return whole_model(model, tokens(samples, length, 32000, device), device)
+
+
+def tokens(samples: int, length: int, vocabulary: int, device: str) -> dict[str, torch.Tensor]:
+    """Random sequences that are their own labels."""
+    drawn = torch.randint(vocabulary, (samples, length), device=device)
+    return {"input_ids": drawn, "labels": drawn}
 
 
 def resnet18(device: str) -> Cases:
@@ -111,7 +126,10 @@ MODELS: dict[str, Callable[[str], Cases]] = {
     "mlp, 1024 samples": lambda device: plain(lambda: mlp(1024, 2048), "mlp", device),
     "cnn, 256 images": lambda device: plain(lambda: cnn(256, 64), "cnn", device),
     "lm, 32 x 256 tokens": lambda device: plain(lambda: lm(32, 512, 6, 8000, 256), "lm", device),
-    "GPT-2 124M, 8 x 512 tokens, bfloat16": gpt2,
+    "GPT-2 124M, 4 x 1024 tokens, autocast": partial(gpt2, samples=4),
+    "GPT-2 124M, 16 x 1024 tokens, autocast": partial(gpt2, samples=16),
+    "Llama 1.1B, 2 x 1024 tokens, bfloat16": partial(llama, samples=2),
+    "Llama 1.1B, 8 x 1024 tokens, bfloat16": partial(llama, samples=8),
     "ResNet-18, 64 images, bfloat16": resnet18,
 }
 
@@ -136,7 +154,7 @@ def rows_of(name: str, device: str, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", default="", help="part of the names")
     options = parser.parse_args()
