@@ -273,5 +273,7 @@ def _loss_change(
     if (learning_rate is None) == (update is None):
         given = "neither" if update is None else "both"
         raise ValueError(f"Received {given} of learning_rate= and update=. Expected one: the step that is taken.")
+    if isinstance(learning_rate, bool | str) or callable(learning_rate) or hasattr(learning_rate, "param_groups"):
+        raise TypeError(f"learning_rate is {learning_rate!r}. Expected the number that the gradient is multiplied by.")
     operands = {"learning_rate": learning_rate} if update is None else {"update": update}
     return evaluate(computation, model, (batch,), options, **operands)

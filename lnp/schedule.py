@@ -21,7 +21,7 @@ from typing import Any
 
 Schedule = Callable[[int], bool]
 ScheduleSource = Schedule | int | Collection[int] | None
-"""A schedule, a number of steps, a list of steps, or None for `log_windows()`."""
+"""A schedule, a number of steps, a list or array of steps, or None for `log_windows()`."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class log_windows:
     def __post_init__(self) -> None:
         if not self.points_per_decade > 0:
             raise ValueError(f"points_per_decade is {self.points_per_decade!r}. Expected a positive number, such as 8.")
-        if not (isinstance(self.width, int) and self.width >= 1 and self.growth >= 0):
+        if not (isinstance(self.width, Integral) and self.width >= 1 and self.growth >= 0):
             raise ValueError(
                 f"width is {self.width!r} and growth {self.growth!r}. Expected a number of steps >= 1 and a growth >= "
                 "0."
@@ -264,10 +264,17 @@ def as_schedule(given: ScheduleSource) -> Schedule:
     """
     if given is None:
         return log_windows()
+    if isinstance(given, type):
+        raise TypeError(
+            f"The schedule is the class {given.__name__}. Expected a schedule: call it, as in lnp.schedule.every(10) "
+            "or lnp.schedule.log_windows()."
+        )
     if callable(given):
         return given
-    if isinstance(given, int) and not isinstance(given, bool):
-        return every(given)
+    if isinstance(given, Integral) and not isinstance(given, bool):
+        return every(int(given))
+    if hasattr(given, "tolist") and getattr(given, "ndim", 0) == 1:
+        return at(given.tolist())
     if isinstance(given, list | tuple | set | frozenset | range):
         return at(given)
     raise TypeError(

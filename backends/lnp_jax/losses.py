@@ -57,7 +57,10 @@ def bind(options: Options, net: Network, outputs: Array, targets: Any) -> BoundL
     function = restoring_state(prepared.function)
 
     def of(flat: Array) -> Array:
-        value = jnp.asarray(function(rebuild(flat, tree), targets))
+        value = function(rebuild(flat, tree), targets)
+        if value is None:
+            raise TypeError("The loss returned None. Expected an array of shape (). Does the function return it?")
+        value = jnp.asarray(value)
         validation.check_loss(value.shape)
         if is_complex(value):
             raise ValueError(

@@ -163,6 +163,11 @@ def _opened(model: Any, forward: Callable | None) -> tuple[str, Any, Any, list[b
                 "put what it does into apply(parameters, inputs)."
             )
         function, tree = model
+        if is_linen(function):
+            raise ValueError(
+                f"The model is a pair of the Linen module {type(function).__name__} and its variables. Expected a "
+                "function first: pass (module.apply, variables)."
+            )
         linen = is_linen(getattr(function, "__self__", None)) and isinstance(tree, Mapping) and "params" in tree
         return "function", function, tree, in_params(tree) if linen else not_a_state(tree)
     if is_nnx(model):

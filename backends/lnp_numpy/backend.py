@@ -121,8 +121,8 @@ def _checked_update(model: Any, update: Mapping[str, np.ndarray]) -> Mapping[str
     for name, parameter in model.parameters.items():
         if not isinstance(update, Mapping) or name not in update or np.shape(update[name]) != np.shape(parameter):
             raise ValueError(
-                f"update= does not match the model's parameters. Expected a dictionary with an array of shape "
-                f"{np.shape(parameter)} for {name!r}."
+                f"The update, or the preconditioner, of type {type(update).__name__} does not match the model's "
+                f"parameters. Expected a dictionary with an array of shape {np.shape(parameter)} for {name!r}."
             )
     return update
 

@@ -13,7 +13,11 @@ from lnp_torch.state_guard import untouched
 from lnp_torch.training_step import shared
 from lnp_torch.updates import difference, replayed, snapshot
 
+CONVERSION = "torch.as_tensor(numpy.asarray(values))"
+"""How users make a tensor of other arrays, for messages: PyTorch does not compute with NumPy's."""
+
 __all__ = [
+    "CONVERSION",
     "accepts",
     "alone",
     "difference",

@@ -302,6 +302,11 @@ def _written(own: Parameters, selected: Parameters, written: frozenset[int]) -> 
 
 def _alias(parameter: torch.Tensor) -> torch.Tensor:
     """A real leaf, on the parameter's storage unless that is complex."""
+    if parameter.is_inference():
+        raise ValueError(
+            "The model's parameters were made in torch.inference_mode(), which rules out gradients. Expected a model "
+            "made outside of it. Make one there, and load the state_dict of this one."
+        )
     return real(parameter.detach()).requires_grad_()
 
 

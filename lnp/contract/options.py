@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 BatchStatistics = Literal["frozen", "coupled"]
@@ -40,6 +41,8 @@ class Options:
     ------
     ValueError
         For other batch statistics, and for a micro-batch, a number of terms or a seed that cannot be.
+    TypeError
+        For a loss's class, a forward that is no function, parameters that are no names, a seed that is no integer.
     """
 
     loss: str | Callable | None = None
@@ -56,9 +59,53 @@ class Options:
         if self.batch_statistics not in BATCH_STATISTICS:
             known = ", ".join(map(repr, BATCH_STATISTICS))
             raise ValueError(f"batch_statistics is {self.batch_statistics!r}. Expected one of {known}.")
-        if self.microbatch is not None and not (isinstance(self.microbatch, int) and self.microbatch >= 1):
+        if self.microbatch is not None and not (_is_integer(self.microbatch) and self.microbatch >= 1):
             raise ValueError(f"microbatch is {self.microbatch!r}. Expected a number of samples >= 1, or None.")
-        if isinstance(self.loss_terms, int | float) and not self.loss_terms > 0:
-            raise ValueError(f"loss_terms is {self.loss_terms!r}. Expected the number of terms that the loss averages.")
+        if self.loss_terms is not None:
+            _check_terms(self.loss_terms)
         if isinstance(self.seed, int) and self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}. Expected an integer >= 0.")
+        if isinstance(self.seed, bool | float | str):
+            raise TypeError(f"seed is {self.seed!r}. Expected an integer >= 0, or a key of the framework.")
+        if isinstance(self.loss, type):
+            raise TypeError(
+                f"loss is the class {self.loss.__name__}. Expected a function loss(outputs, targets) -> scalar, or "
+                f"a name. Make one of the class: loss={self.loss.__name__}()."
+            )
+        if self.forward is not None and not callable(self.forward):
+            raise TypeError(
+                f"forward is {self.forward!r}. Expected a function forward(model, inputs) -> outputs, or None."
+            )
+        if not isinstance(self.population, bool | None):
+            raise TypeError(f"population is {self.population!r}. Expected True, False or None.")
+        object.__setattr__(self, "parameters", _names(self.parameters))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_terms(terms: Any) -> None:
+    """Raise an error for a number of terms that cannot be one; an array inside of a compiled function passes."""
+    text = f"loss_terms is {terms!r}. Expected the number of terms that the loss averages, above 0."
+    if isinstance(terms, bool | str) or callable(terms):
+        raise TypeError(text)
+    if isinstance(terms, int | float) and not terms > 0:
+        raise ValueError(text)
+
+
+def _names(parameters: Any) -> Any:
+    """A selection of parameters as it was given, what can be gone through only once as a tuple."""
+    if parameters is None or isinstance(parameters, str) or callable(parameters):
+        return parameters
+    what = type(parameters).__name__
+    if isinstance(parameters, Iterable):
+        parameters = tuple(parameters) if isinstance(parameters, Iterator) else parameters
+        others = [item for item in parameters if not isinstance(item, str)]
+        if not others:
+            return parameters
+        what = f"{what} of {type(others[0]).__name__}"
+    raise TypeError(
+        f"parameters= is of type {what}. Expected names, a glob such as 'head.*', or a function name -> bool, and "
+        "without it every trainable parameter is measured. Pass the names of those that you mean."
+    )

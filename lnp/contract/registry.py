@@ -8,11 +8,13 @@ that accepts it: lnp's own are asked first, then those of other distributions, o
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lnp.contract.backend import Backend
+from lnp.contract.foreign import tell_inputs, why_foreign
 from lnp.contract.options import Options
 from lnp.user_warnings import warn
 
@@ -27,8 +29,25 @@ _TOLD: set[str] = set()
 
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
-    """What a computation makes of a model linearised on each batch, by the model's backend."""
-    return find(model).evaluate(computation, model, batches, options, **operands)
+    """What a computation makes of a model linearised on each batch, by the model's backend.
+
+    Raises
+    ------
+    TypeError
+        Without a seed, for a model that no backend accepts, and for a batch that fails and holds no arrays of the
+        framework.
+    """
+    if options.seed is None:  # backends say so of what they draw no signs for
+        raise TypeError("seed is None. Expected an integer >= 0, or a key of the framework. Leave it out for 0.")
+    backend = find(model)
+    try:
+        return backend.evaluate(computation, model, batches, options, **operands)
+    except Exception as error:
+        reason = why_foreign(batches, backend, error)
+        if reason is None:
+            tell_inputs(batches, error)
+            raise
+        raise TypeError(reason) from error
 
 
 def find(model: Any) -> Backend:
@@ -132,6 +151,8 @@ def _unknown(model: Any, names: list[str], loaded: list[str]) -> str:
     received = f"lnp.decompose received a model of type {type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, tuple):
         received += f" with items of types {', '.join(type(item).__name__ for item in model)}"
+    if hint := _mistaken(model):
+        return f"{received}, which no backend accepts. {hint}"
     expected = (
         "Expected a torch.nn.Module, a tf.Module, a Keras model, a Flax NNX or Equinox module, a bound Flax Linen "
         "module, a model of lnp_numpy, or (apply, parameters) with a function apply(parameters, inputs) and its "
@@ -148,3 +169,24 @@ def _unknown(model: Any, names: list[str], loaded: list[str]) -> str:
         f"{received}, which no backend accepts. {expected} {remedy}lnp has backends for {', '.join(sorted(names))}. "
         "A framework has to be installed (pip install 'lnp[torch]') and imported before its models are recognised."
     )
+
+
+def _mistaken(model: Any) -> str | None:
+    """What was probably meant by something that is no model, and what to do."""
+    if isinstance(model, type):
+        return f"Expected a model, not its class {model.__qualname__}. Make one: {model.__qualname__}(...)."
+    if isinstance(model, list | tuple) and len(model) == 2:
+        if callable(model[1]) and not callable(model[0]):
+            return "Expected (apply, parameters), the function first. Swap the two."
+        if callable(model[0]) and isinstance(model, list):
+            return "Expected a tuple, (apply, parameters). Put the two into parentheses."
+    if isinstance(model, list | tuple) and not any(map(callable, model)):
+        return "Expected a model, and then the batch. Are the two swapped?"
+    if callable(model) and hasattr(model, "__self__"):
+        return (
+            "Expected the model itself. Pass the object that the method belongs to, and where the method is another "
+            "one than its call, forward=lambda model, inputs: model.method(inputs)."
+        )
+    if inspect.isfunction(model):
+        return "Expected a model, or a function together with its parameters. Pass (apply, parameters)."
+    return None

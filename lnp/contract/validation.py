@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,10 +18,21 @@ def unpack(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return batch[0], batch[1]
     what = f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+    if is_loader(batch):
+        raise TypeError(
+            f"The batch is a {what}, which gives batches. Expected one of them, (inputs, targets). Pass "
+            "next(iter(loader)), whose first two items are the inputs and the targets."
+        )
     raise TypeError(
         f"The batch is a {what}. Expected a pair (inputs, targets), where inputs may be an array, a tuple or a dict "
         "(a dict with labels for Hugging Face models). Put the parts together as (inputs, targets)."
     )
+
+
+def is_loader(batch: Any) -> bool:
+    """Whether it gives batches one after the other, and is none itself: no array, table, dictionary or text."""
+    several = isinstance(batch, Iterable) and not isinstance(batch, list | tuple | str | bytes | Mapping)
+    return several and not hasattr(batch, "shape")
 
 
 def check_outputs(shapes: Sequence[Sequence[int]]) -> int:

@@ -38,12 +38,18 @@ def update_by_name(
     if isinstance(update, Mapping) and update and set(update) <= set(shapes):
         given = dict(update)
     else:
-        values = in_order(update)
+        try:
+            values = in_order(update)
+        except TypeError:  # nothing to go through
+            values = ()
         given = dict(zip(shapes, values, strict=True)) if len(values) == len(shapes) else {}
     wrong = [name for name, part in given.items() if _shape(part) != tuple(shapes[name])]
     if wrong or not given:
         where = f" at {wrong[:NAMED]}" if wrong else ""
-        raise ValueError(f"update= does not match the model's parameters{where}. Expected {expected}.")
+        raise ValueError(
+            f"The update, or the preconditioner, of type {type(update).__name__} does not match the model's "
+            f"parameters{where}. Expected {expected}."
+        )
     return given
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from lnp.contract.linearization import Array, Linearization, accumulation_dtype
@@ -47,7 +48,7 @@ class Settings:
     Raises
     ------
     ValueError
-        For an unknown estimator, a negative tolerance, and no probes.
+        For an unknown estimator, a tolerance outside [0, 1], and no probes.
     """
 
     estimator: Estimator
@@ -59,9 +60,11 @@ class Settings:
             raise ValueError(
                 f"Unknown estimator {self.estimator!r}. Expected one of {', '.join(map(repr, ESTIMATORS))}."
             )
-        if not self.rtol >= 0:
-            raise ValueError(f"rtol is {self.rtol!r}. Expected a relative standard error >= 0, such as 0.01.")
-        if not (isinstance(self.max_probes, int) and self.max_probes >= 1):
+        if not (isinstance(self.rtol, Real) and 0 <= self.rtol <= 1):
+            raise ValueError(
+                f"rtol is {self.rtol!r}. Expected a relative standard error between 0 and 1, such as 0.01 for 1%."
+            )
+        if not (isinstance(self.max_probes, Integral) and self.max_probes >= 1):
             raise ValueError(f"max_probes is {self.max_probes!r}. Expected an integer >= 1.")
 
 

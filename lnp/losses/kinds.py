@@ -51,7 +51,7 @@ def resolve(
     if targets is None:
         raise ValueError(
             "The loss cannot be inferred, or is given by name. Expected outputs and targets of one array each. "
-            "Pass loss=, a callable loss(outputs, targets) -> scalar."
+            "Make the targets an array. Pass loss=, a callable loss(outputs, targets) -> scalar, for other ones."
         )
     if integer_targets:
         return "cross_entropy"
@@ -103,7 +103,7 @@ def class_axis(
     if not (fits_last or fits_second):
         raise ValueError(
             f"Labels of shape {targets} do not match outputs of shape {outputs}. Expected shape "
-            f"{outputs[:-1]}, one integer for each row of outputs. Reshape the labels or the outputs."
+            f"{outputs[:-1]}, one integer for each row of outputs. Reshape the labels, or make one-hot ones floats."
         )
     return last if fits_last else 1
 
@@ -131,10 +131,11 @@ def sample_label_terms(xp: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -
 def labels_out_of_range(xp: Any, labels: Any, classes: int, ignore_index: int = IGNORE_INDEX) -> tuple[Any, str]:
     """Whether a label is neither in [0, classes) nor ignored, as a check for `Linearization.violations`."""
     wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    remedy = f"integers from 0 to {classes - 1}, or {IGNORE_INDEX} to ignore one. Check the labels, or the outputs."
+    if classes == 1:
+        remedy = "one output for each class. For two classes pass loss='binary_cross_entropy' and float targets."
     return xp.any(wrong), (
-        f"The targets hold labels outside [0, {classes}), while the outputs have {classes} classes. Expected "
-        f"integers from 0 to {classes - 1}, or {IGNORE_INDEX} for a position to ignore. Check the labels or the "
-        "number of outputs."
+        f"The targets hold labels outside [0, {classes}), while the outputs have {classes} classes. Expected {remedy}"
     )
 
 

@@ -20,6 +20,14 @@ class Decompose(Settings):
     population: bool | None = False
     sample_losses: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.by_layer, bool) or callable(self.by_layer)):
+            raise TypeError(
+                f"by_layer is {self.by_layer!r}. Expected True for one entry for each module, or a function "
+                "parameter name -> layer name."
+            )
+
     def __call__(self, lin: Linearization) -> Decomposition:
         return decomposed(lin, **self._settings)[0]
 

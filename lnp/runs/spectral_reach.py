@@ -72,7 +72,7 @@ class Reach:
 
 def reach(
     steps: Numbers,
-    positions: Numbers,
+    positions: Numbers | None = None,
     stderrs: Numbers | None = None,
     *,
     window: int | Literal["last"] = 5,
@@ -104,6 +104,8 @@ def reach(
 
     Raises
     ------
+    TypeError
+        Without positions.
     ValueError
         For lists of different lengths, steps that do not rise, and a window that does not fit.
 
@@ -115,6 +117,11 @@ def reach(
     >>> print(reach(range(8), [4, 2, 0.3, -0.2, 0.1, -0.3, 0.2, 0.1], [0.3] * 8, window=4))
     below 0.38
     """
+    if positions is None:
+        raise TypeError(
+            f"reach received one argument, a {type(steps).__name__}. Expected the steps and the positions there. A "
+            "history has its own: history.reach(), or lnp.History.read(path).reach()."
+        )
     x, y = np.asarray(steps, dtype=float), np.asarray(positions, dtype=float)
     e = np.full_like(y, np.nan) if stderrs is None else np.asarray(stderrs, dtype=float)
     labels = np.arange(y.size, dtype=float) if groups is None else np.asarray(groups, dtype=float)

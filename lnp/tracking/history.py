@@ -48,6 +48,12 @@ class History:
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self._columns: dict[str, Column] = {}
         self._length = 0
+        rows = rows if isinstance(rows, str | bytes) or not isinstance(rows, Iterable) else list(rows)
+        if not (isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows)):
+            raise TypeError(
+                f"History received a {type(rows).__name__}. Expected rows, a list of dictionaries. A tracker has its "
+                "own, tracker.history, and a file is read by lnp.History.read(path)."
+            )
         self._pending: list[Row] = [dict(row) for row in rows]
 
     @classmethod

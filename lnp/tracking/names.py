@@ -1,8 +1,10 @@
-"""Names of a row's columns: those that are measured, which no tag and no value of the caller's may take."""
+"""Steps and names of a row's columns: those that are measured, which no tag and no value of the caller's may take."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 from lnp.results.display import SHAPE, WHOLE
 
@@ -35,3 +37,14 @@ def check_names(names: Iterable[str]) -> None:
             f"Tags or values are named {', '.join(map(repr, taken))}. Expected names that no measured column has, "
             f"which would be lost. Choose others, such as {'my_' + taken[0].replace('/', '_')!r}."
         )
+
+
+def check_step(step: Any) -> None:
+    """Raise TypeError unless a step is an integer."""
+    try:
+        operator.index(step)
+    except TypeError:
+        raise TypeError(
+            f"The step is of type {type(step).__name__}. Expected an integer, how many updates were made so far. The "
+            "order is observe(step, model, batch)."
+        ) from None

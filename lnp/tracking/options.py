@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 from lnp import api
 from lnp.contract.options import Options
-from lnp.estimators.trace import Settings
+from lnp.results.computations import Decompose
 from lnp.tracking.names import check_names
+
+MAY_BE_VALUES = ("seed", "parameters")
+"""Options of `lnp.decompose` whose names are common as tags: a run's seed, how many parameters it has."""
+
+
+def check_made(path: Any, schedule: Any, tags: Any, rank: Any, options: Mapping[str, Any]) -> None:
+    """Raise an error where a tracker's arguments are of types that they cannot have, such as in another order, and for
+    options and tags that it does not take.
+    """
+    if not isinstance(path, str | bytes | os.PathLike | None):
+        raise TypeError(
+            f"Tracker received a path of type {type(path).__name__}. Expected the history's file, or None. The order "
+            "is lnp.Tracker(path, schedule); model and batch go to observe(step, model, batch)."
+        )
+    if isinstance(schedule, str | os.PathLike):
+        raise TypeError(
+            f"Tracker received the schedule {schedule!r}. Expected one of lnp.schedule, a number of steps or a list of "
+            "them. The order is lnp.Tracker(path, schedule)."
+        )
+    if not isinstance(tags, Mapping | None):
+        raise TypeError(f"tags is {tags!r}. Expected a dictionary of values for every row, such as {{'width': 64}}.")
+    if not (rank is None or isinstance(rank, Integral) or callable(rank)):
+        raise TypeError(f"rank is {rank!r}. Expected the number of the process, a function that tells it, or None.")
+    if options:
+        check_options(options)
+    if tags:
+        check_names(tags)
 
 
 def check_call(options: Mapping[str, Any] | None, values: Iterable[str] | None) -> None:
@@ -20,6 +49,17 @@ def check_call(options: Mapping[str, Any] | None, values: Iterable[str] | None) 
         check_options(options)
     if values:
         check_names(values)
+        _check_no_options(values)
+
+
+def _check_no_options(values: Iterable[str]) -> None:
+    """Raise TypeError for options of `lnp.decompose` among values, where they would be columns without effect."""
+    options = sorted((set(values) & set(_defaults())) - set(MAY_BE_VALUES))
+    if options:
+        raise TypeError(
+            f"{', '.join(options)} {'are options' if len(options) > 1 else 'is an option'} of lnp.decompose, received "
+            f"as a value for the row. Pass it to the tracker, or as options={{{options[0]!r}: ...}}."
+        )
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -32,7 +72,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             f"fsync, on_error, or an option of lnp.decompose: {', '.join(defaults)}."
         )
     values = {**defaults, **options}
-    for settings in (Options, Settings):
+    for settings in (Options, Decompose):
         settings(**{field.name: values[field.name] for field in fields(settings) if field.name in values})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lnp.arguments import Model
 from lnp.schedule import Schedule
 from lnp.tracking.failures import MISSING_ROW, Failures
+from lnp.tracking.names import check_step
 from lnp.tracking.process import process_rank, refuse
 from lnp.tracking.recorder import Recorder
 
@@ -126,6 +127,7 @@ class StepSelection:
 
     def _start(self, step: int) -> None:
         """At the first step in this process: find out whether it is the one that measures, and continue its file."""
+        check_step(step)
         self._first = operator.index(step) + (step == self.observed)  # an observed step is not measured again
         self._idle = self._is_idle()
         if not self._idle:

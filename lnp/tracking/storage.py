@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import stat
 import sys
@@ -163,13 +164,14 @@ class Appender:
     def _lock(self) -> None:
         """Lock the file against other writers, without waiting."""
         try:
-            if not lock(self._file):
+            if not _locked_after_others(self._file):
                 warn(f"{printable(self.path)}: this file system has no locks; see to it that one tracker writes here")
         except OSError as error:
             raise BlockingIOError(
                 errno.EAGAIN,
                 f"{printable(self.path)} is being written to by another tracker. Expected a file of its own for each "
-                "run and process. Choose another path, or end the other run",
+                "run and process. Close the other one, by tracker.close() or `with lnp.Tracker(...) as tracker:`, or "
+                "choose another path",
             ) from error
 
     def _end_last_line(self) -> None:
@@ -190,6 +192,15 @@ class Appender:
             os.ftruncate(self._file, end)
         elif last:
             os.write(self._file, b"\n")
+
+
+def _locked_after_others(file: int) -> bool:
+    """`lock`, once more after trackers that nobody holds any longer, such as a notebook cell's last one, are gone."""
+    try:
+        return lock(file)
+    except OSError:
+        gc.collect()
+        return lock(file)
 
 
 def lock(file: int, wait: bool = False) -> bool:

@@ -19,7 +19,7 @@ from lnp.tracking.history import Row
 from lnp.tracking.kept_rows import KeptRows
 from lnp.tracking.learning_rate import LearningRate
 from lnp.tracking.measurement import ObservedStep, StepMeasurer, python_numbers
-from lnp.tracking.options import check_call
+from lnp.tracking.options import check_call, check_made
 from lnp.tracking.process import refuse
 from lnp.tracking.recorder import Recorder
 from lnp.tracking.shared_step import SharedStep, SharedSteps
@@ -94,7 +94,7 @@ class Tracker(KeptRows):
         on_error: OnError = "warn",
         **options: Any,
     ) -> None:
-        check_call(options, tags)
+        check_made(path, schedule, tags, rank, options)
         self.path = None if path is None else os.fspath(path)
         self.tags = dict(tags or {})
         self.on_error = on_error

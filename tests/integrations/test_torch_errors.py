@@ -12,6 +12,15 @@ MODEL = nn.Linear(4, 3)
 X, Y = torch.ones(5, 4), torch.tensor([0, 1, 2, 0, 1])
 
 
+Classes = nn.CrossEntropyLoss
+LOADER = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=2)
+
+
+def only_used():
+    with torch.inference_mode():
+        return nn.Linear(4, 3)
+
+
 def frozen():
     return nn.Linear(4, 3).requires_grad_(False)
 
@@ -75,6 +84,23 @@ CASES = {
         ValueError, "returned no loss",
         lambda: lnp.decompose(MODEL, {"input": X, "labels": Y}, forward=lambda m, inputs: m(inputs["input"])),
     ),
+    "parameters themselves": (
+        TypeError, "generator of Parameter. Expected names",
+        lambda: lnp.decompose(MODEL, (X, Y), parameters=MODEL.parameters())
+    ),
+    "a loss's class": (TypeError, "class CrossEntropyLoss.*Make one", lambda: lnp.decompose(MODEL, (X, Y), Classes)),
+    "arrays of NumPy": (
+        TypeError, "inputs are a numpy.ndarray of shape .5, 4.*torch.as_tensor",
+        lambda: lnp.decompose(MODEL, (X.numpy(), Y.numpy()))
+    ),
+    "targets of NumPy": (TypeError, "targets are a numpy.ndarray", lambda: lnp.decompose(MODEL, (X, Y.numpy()))),
+    "lists": (TypeError, "inputs are nested lists of 5 rows", lambda: lnp.decompose(MODEL, (X.tolist(), Y.tolist()))),
+    "a data loader": (TypeError, "DataLoader, which gives batches.*next.iter", lambda: lnp.decompose(MODEL, LOADER)),
+    "an optimizer for a preconditioner": (
+        ValueError, "of type SGD does not match",
+        lambda: lnp.decompose(MODEL, (X, Y), preconditioner=torch.optim.SGD(MODEL.parameters(), 0.1))
+    ),
+    "a model of inference mode": (ValueError, "inference_mode.*state_dict", lambda: lnp.decompose(only_used(), (X, Y))),
     "outputs without samples": (
         ValueError, "one sample axis", lambda: lnp.decompose(MODEL, (X, Y), "mse", forward=lambda m, x: m(x).sum())
     ),
