@@ -20,6 +20,7 @@ from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.inside_jit import refuse_varying, share_nothing
 from lnp_jax.model import Arrays, accepts, check_alive, separate
 from lnp_jax.observed import without_states
+from lnp_jax.processes import fetched, refuse_spanning
 from lnp_jax.python_state import hashable, loss_state, with_python_state
 from lnp_jax.record import record
 from lnp_jax.self_check import (
@@ -99,7 +100,7 @@ def _run_checked(plan: Plan, dynamic: tuple) -> tuple[Answer, tuple[str, ...]]:
     jointly, now and later.
     """
     answer, notes = run(plan, *dynamic)
-    answer = jax.device_get(answer)
+    answer = fetched(answer)
     if not any(answer.coupled):
         return answer, notes
     arrays, batches, *_ = dynamic
@@ -108,7 +109,7 @@ def _run_checked(plan: Plan, dynamic: tuple) -> tuple[Answer, tuple[str, ...]]:
         for batch, verdict, coupled in zip(batches, plan.verdicts or (), answer.coupled, strict=True)
     ]
     answer, more = run(replace(plan, verdicts=tuple(jointly)), *dynamic)
-    return jax.device_get(answer), (*notes, *more)
+    return fetched(answer), (*notes, *more)
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
@@ -118,6 +119,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         check_alive(arrays)
         structure = without_states(structure, arrays, validation.unpack(batch)[0])
         inside_jit = traced((arrays, batch, options.seed))
+        refuse_spanning((arrays, batch))
         structure = with_python_state(structure, model, arrays, batch, inside_jit)
         if inside_jit:
             return record(structure, arrays, batch, options.seed, options, None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
@@ -50,3 +51,37 @@ def called_by(eqn: Any) -> Any:
 def closed(program: Any) -> Any:
     """A program with its constants."""
     return program if hasattr(program, "consts") else core.ClosedJaxpr(program, ())
+
+
+def for_many(program: Any) -> Any:
+    """The closed program of one sample, to be mapped over many that several devices share.
+
+    A network may say how its activations lie on a mesh (`jax.lax.with_sharding_constraint`). An axis of length one
+    that is given a mesh's axis would keep it from the axis of the samples, and every device would hold all of them.
+    """
+    return core.ClosedJaxpr(_for_many(program.jaxpr), program.consts)
+
+
+def _for_many(jaxpr: Any) -> Any:
+    """The same of a program without its constants, and of those inside of it."""
+    eqns = []
+    for eqn in jaxpr.eqns:
+        params = {name: _inside(value) for name, value in eqn.params.items()}
+        if eqn.primitive.name == "sharding_constraint" and isinstance(params["sharding"], NamedSharding):
+            params["sharding"] = _without_lone_axes(params["sharding"], eqn.invars[0].aval.shape)
+        eqns.append(eqn.replace(params=params))
+    return jaxpr.replace(eqns=eqns)
+
+
+def _inside(value: Any) -> Any:
+    """An operation's parameter, with the programs in it for many samples."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(_inside, value)) if any(True for _ in programs_in({"": value})) else value
+    if isinstance(value, core.ClosedJaxpr):
+        return for_many(value)
+    return _for_many(value) if isinstance(value, core.Jaxpr) else value
+
+
+def _without_lone_axes(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    spec = [None if size == 1 else axes for axes, size in zip(sharding.spec, shape, strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -24,6 +24,7 @@ from lnp_jax import fallback
 from lnp_jax.bound_model import Network, bind
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.outputs import flatten
+from lnp_jax.processes import fetched
 from lnp_jax.taps.backward_pass import tap
 
 REMEMBERED = 256
@@ -102,7 +103,7 @@ def find_verdict(structure: Structure, arrays: Arrays, batch: Any, options: Opti
         found, reason = first_that_runs(lambda: _compared(structure, arrays, inputs, how))
     if found is None:
         about = _about(structure, arrays, inputs, how)
-        bend = float(_bend(structure, how, arrays, inputs)) if about.custom_backward else 0.0
+        bend = float(fetched(_bend(structure, how, arrays, inputs))) if about.custom_backward else 0.0
         found = Verdict(reason, bent=bend > about.tolerance)
     if found.sure:
         _keep(_VERDICTS, key, found)
@@ -239,7 +240,7 @@ def _compared(structure: Structure, arrays: Arrays, inputs: Any, how: Options) -
     found, differences = [], _quickly_compiled(jax.default_backend())
     for at in (arrays, {**arrays, **_moved({name: arrays[name] for name in structure.trained})}):
         apart, about = differences(structure, how, at, inputs)
-        found.append(jax.device_get(apart).verdict(about.tolerance, dict(about.missing)))
+        found.append(fetched(apart).verdict(about.tolerance, dict(about.missing)))
     return found[0].joined(found[1])
 
 

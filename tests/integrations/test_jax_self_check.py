@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -176,28 +173,6 @@ def test_rounding_of_narrow_types_inside_is_no_interaction():
         expected = dense(lambda p: narrow(p, x), parameters, squared, x.size)
         assert d.notes == ()
         assert d.chi_net == pytest.approx(expected["chi_net"], rel=2e-2)  # bfloat16 has 8 bits
-
-
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np, lnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
-draw = np.random.default_rng(0).standard_normal
-p = {name: jnp.asarray(draw(shape)) for name, shape in {"w": (6, 16), "b": (16,), "v": (16, 3)}.items()}
-def apply(p, x):
-    h = jax.lax.with_sharding_constraint(jnp.tanh(x @ p["w"] + p["b"]), NamedSharding(mesh, P("data", "model")))
-    return h @ p["v"]
-for microbatch in (None, 4):
-    d = lnp.decompose((apply, p), (jnp.asarray(draw((16, 6))), jnp.arange(16) % 3), microbatch=microbatch)
-    assert d.notes == () and len(jax.devices()) == 4, d.notes
-"""
-
-
-def test_rounding_of_several_devices_is_no_interaction():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
-    found = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
 
 
 def backward(rule):

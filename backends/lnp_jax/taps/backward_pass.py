@@ -25,6 +25,7 @@ from lnp.per_sample.differences import SquareNorms
 from lnp.per_sample.uses import Factors
 from lnp_jax import fallback
 from lnp_jax.bound_model import Network
+from lnp_jax.programs import for_many
 from lnp_jax.taps import rules
 from lnp_jax.taps.interpreter import FoundUses, Group, Path, Site, Value, Walk
 from lnp_jax.taps.primitives import chunked
@@ -171,7 +172,7 @@ def tap(net: Network, samples: int, general: Mapping[str, str]) -> Tapped:
 
     shapes = {name: shaped(net.parameters[name]) for name in sorted(net.parameters)}
     rows = [jax.ShapeDtypeStruct(row.shape[1:], row.dtype) for row in net.split.rows]
-    program = jax.make_jaxpr(fallback.single(net.function, net.split))(shapes, rows)
+    program = for_many(jax.make_jaxpr(fallback.single(net.function, net.split))(shapes, rows))
     found_uses = FoundUses()
 
     def walk(shapes: Mapping, rows: list) -> list:
