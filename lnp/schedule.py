@@ -21,7 +21,9 @@ from typing import Any
 
 Schedule = Callable[[int], bool]
 ScheduleSource = Schedule | int | Collection[int] | None
-"""A schedule, a number of steps, a list or array of steps, or None for `log_windows()`."""
+"""A schedule, a number of steps, a list or array of steps, or None for `log_windows(width=3)`."""
+WIDTH = 3
+"""Steps in a window of the default schedule: the fewest whose spread is an error bar that says something."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,8 @@ class budget:
 
 
 def as_schedule(given: ScheduleSource) -> Schedule:
-    """A schedule from what users write: a number of steps, a list of steps, a predicate, None for `log_windows()`.
+    """A schedule from what users write: a number of steps, a list of steps, a predicate, None for windows of three
+    steps, `log_windows(width=3)`.
 
     Raises
     ------
@@ -263,7 +266,7 @@ def as_schedule(given: ScheduleSource) -> Schedule:
         For anything else.
     """
     if given is None:
-        return log_windows()
+        return log_windows(width=WIDTH)
     if isinstance(given, type):
         raise TypeError(
             f"The schedule is the class {given.__name__}. Expected a schedule: call it, as in lnp.schedule.every(10) "

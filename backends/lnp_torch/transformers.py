@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,7 +41,12 @@ APART = frozenset(
 """What a trainer has that is no part of how it computes a loss."""
 
 
-def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = True, **options: Any) -> Tracker:
+Log = bool | Literal["factors"]
+"""What goes to the trainer's log: everything, nothing, or the three factors."""
+FACTORS = ("lnp/rate", "lnp/chi_loss", "lnp/chi_net", "lnp/chi_pos", "lnp/population/chi_pos")
+
+
+def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: Log = True, **options: Any) -> Tracker:
     """Measure the trainer's model while it trains, and return the tracker.
 
     Measured are the parameters before an update, on the batch that it trains on: with accumulated gradients on the
@@ -54,16 +59,19 @@ def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: bool = 
     path, schedule, options:
         Of `lnp.Tracker`; or a Tracker in the place of the path. `loss=` replaces the trainer's.
     log:
-        Also hand the values to `trainer.log`, and with it to everything that the trainer reports to.
+        Also hand the values to `trainer.log`, and with it to everything that the trainer reports to, the console too.
+        "factors" hands it the rate, its factors and the population's position alone, False nothing.
 
     Raises
     ------
     TypeError
         If a tracker and options of another one are given.
     ValueError
-        If a tracker is attached already; with `on_error="raise"` also, in every process, if the trainer shards
-        parameters.
+        For another `log`, and if a tracker is attached already; with `on_error="raise"` also, in every process, if the
+        trainer shards parameters.
     """
+    if not isinstance(log, bool) and log != "factors":
+        raise ValueError(f"log is {log!r}. Expected True for every value, 'factors' for the factors, or False.")
     if isinstance(path, Tracker) and (schedule is not None or options):
         raise TypeError(
             "attach() received a tracker, and options beside it. Expected one of the two: give the options to the "
@@ -118,7 +126,7 @@ class _Watched:
 
     trainer: Any
     tracker: Tracker
-    log: bool
+    log: Log
     original: Callable
     before: Callable | None
     checked: bool = False
@@ -166,7 +174,8 @@ class _Watched:
             return None
         if self.log:
             with tracker.attempt(None, f"the values of step {step} in the trainer's log"):
-                trainer.log(dict(tracker.latest))
+                wanted = tracker.latest if self.log is True else FACTORS
+                trainer.log({name: tracker.latest[name] for name in wanted if name in tracker.latest})
         # a tracker's own batch is another one, and its own loss may be
         return (measured.loss,) if "forward" in options and self._alone else None
 

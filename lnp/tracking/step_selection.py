@@ -14,6 +14,7 @@ from lnp.tracking.failures import MISSING_ROW, Failures
 from lnp.tracking.names import check_step
 from lnp.tracking.process import process_rank, refuse
 from lnp.tracking.recorder import Recorder
+from lnp.user_warnings import warn
 
 BEFORE_FIRST = -1
 """Stands for the last observed step where there is none yet."""
@@ -44,6 +45,7 @@ class StepSelection:
         self._idle: bool | None = None  # whether another process measures; None until the first step
         self._unchecked = failures.on_error == "raise"
         self._first = BEFORE_FIRST
+        self._began: int | None = None  # the first step of this process, until it came again
         self._tried: int | None = None  # the step at which opening the file was last tried
 
     def due(self, step: int) -> bool:
@@ -119,6 +121,7 @@ class StepSelection:
         if callable(restore) and state["schedule"] is not None:
             with contextlib.suppress(KeyError):  # another schedule's state
                 restore(state["schedule"])
+        self._began = None
         self.observed = state["observed"] - 1  # the step at which the checkpoint was made may come again
 
     def close(self) -> None:
@@ -129,6 +132,7 @@ class StepSelection:
         """At the first step in this process: find out whether it is the one that measures, and continue its file."""
         check_step(step)
         self._first = operator.index(step) + (step == self.observed)  # an observed step is not measured again
+        self._began = operator.index(step)
         self._idle = self._is_idle()
         if not self._idle:
             self._open_recorder(step)
@@ -158,11 +162,23 @@ class StepSelection:
         if step == self.observed:
             return False
         if step < self.observed:
+            if step == self._began:
+                self._tell_restart(step)
             self._first = min(self._first, step)
             for forget in self.going_back:
                 forget(step)
         self.observed = step
         return True
+
+    def _tell_restart(self, step: int) -> None:
+        """Warn once where a run begins with its first step again, as one does that counts anew in each epoch."""
+        self._began = None
+        if not self._idle:
+            warn(
+                f"lnp: step {step} comes again after step {self.observed}, and what was measured so far is replaced, "
+                "as after going back to a checkpoint. If steps count anew in each epoch, count on: step = epoch * "
+                "len(loader) + i. For another run make another tracker, with a file of its own."
+            )
 
     def _open_recorder(self, step: int) -> bool:
         """Whether rows can be kept; a file that cannot be opened is tried once more at each due step."""

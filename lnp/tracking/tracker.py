@@ -39,7 +39,7 @@ class Tracker(KeptRows):
         measures again after going back to a checkpoint replaces what was there. One tracker writes to a file.
     schedule:
         When to measure: a number of steps, a list, a function step -> bool, or one of `lnp.schedule`. Default:
-        `lnp.schedule.log_windows()`.
+        `lnp.schedule.log_windows(width=3)`.
     batch:
         A batch to measure on instead of the training batch, or something to iterate over, such as a loader, which is
         gone through again and again. Where `observe` gets a training batch as well, the row holds also how fast the

@@ -75,7 +75,8 @@ def test_other_forms():
     assert steps(as_schedule(5), 11) == [0, 5, 10]
     assert steps(as_schedule(range(2, 4)), 11) == [2, 3]
     assert steps(as_schedule(lambda step: step == 4), 11) == [4]
-    assert as_schedule(None) == log_windows()
+    assert as_schedule(None) == log_windows(width=3)
+    assert {as_schedule(None).window(step) for step in (99, 100, 101)} == {100}
 
 
 class Clock:

@@ -1,0 +1,77 @@
+"""Cells and scripts that run twice, and steps that count anew in each epoch."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+import lnp
+from core.failing import BATCH, MODEL, recorded, told, watch
+
+quiet = pytest.fixture(recorded)
+
+
+@pytest.fixture
+def no_collector():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def run_cell(namespace, path, **options):
+    """What a notebook does where a cell is run: the names of the last time are there while it runs."""
+    namespace["tracker"] = tracker = lnp.Tracker(path, schedule=1, on_error="raise", **options)
+    return watch(tracker, range(3))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": BATCH, "learning_rate": 0.1}], ids=["plain", "net rate"])
+def test_a_cell_that_runs_twice_does_not_lock_itself_out(options, no_collector, tmp_path):
+    namespace = {}
+    for _ in range(3):
+        assert run_cell(namespace, tmp_path / "run.jsonl", **options) == [0, 1, 2]
+    assert namespace["tracker"].history["step"].tolist() == [0, 1, 2]
+
+
+def test_trackers_that_nobody_holds_any_longer_let_go_of_the_file(no_collector, tmp_path):
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error="raise")
+    tracker.itself = tracker  # only the collector finds out
+    watch(tracker, [0])
+    del tracker
+    assert watch(lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error="raise"), [0, 1]) == [0, 1]
+
+
+def test_a_file_that_is_in_use_says_how_to_close_it(tmp_path):
+    other = lnp.Tracker(tmp_path / "run.jsonl", schedule=1)
+    watch(other, [0])
+    with pytest.raises(BlockingIOError, match=r"tracker.close\(\) or `with lnp.Tracker.*another path"):
+        lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error="raise").observe(0, MODEL, BATCH)
+
+
+def test_steps_that_count_anew_in_each_epoch_are_told_of_once(quiet):
+    tracker = lnp.Tracker(schedule=1)
+    for _ in range(3):
+        assert watch(tracker, range(3)) == [0, 1, 2]
+    (text,) = told(quiet)
+    assert "step 0 comes again after step 2" in text
+    assert "step = epoch * len(loader) + i" in text
+
+
+def test_going_back_to_a_checkpoint_is_no_new_epoch(quiet):
+    tracker = lnp.Tracker(schedule=1)
+    watch(tracker, range(3))
+    state = tracker.state_dict()
+    watch(tracker, range(3, 6))
+    watch(tracker, range(4, 6))  # back, and not to the beginning
+    tracker.load_state_dict(state)
+    assert watch(tracker, range(3, 6)) == [3, 4, 5]
+    tracker.load_state_dict(state | {"observed": 0})
+    watch(tracker, range(3))
+    assert not quiet
+
+
+def test_a_process_that_does_not_measure_says_nothing(quiet):
+    tracker = lnp.Tracker(schedule=1, rank=1)
+    for _ in range(2):
+        watch(tracker, range(3))
+    assert not quiet
