@@ -20,3 +20,5 @@ Update = Any
 """
 Seed = Any
 """Seed of the random signs: an integer, or a key of the framework."""
+Group = Any
+"""The processes that measure together: "auto", None, or a framework's group."""

@@ -7,6 +7,7 @@ except ImportError as error:
 
 from lnp_torch.backend import accepts, evaluate, linearize
 from lnp_torch.collectives import alone
+from lnp_torch.group import Group, group_of
 from lnp_torch.optimizers import step_size
 from lnp_torch.refusals import refusal
 from lnp_torch.state_guard import untouched
@@ -18,10 +19,12 @@ CONVERSION = "torch.as_tensor(numpy.asarray(values))"
 
 __all__ = [
     "CONVERSION",
+    "Group",
     "accepts",
     "alone",
     "difference",
     "evaluate",
+    "group_of",
     "linearize",
     "refusal",
     "replayed",

@@ -13,6 +13,7 @@ from lnp.contract.linearization import Linearization, Subset, Vector
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
 from lnp.contract.vectors import update_by_name
+from lnp_torch.collectives import alone
 from lnp_torch.look import CannotRun, Look
 from lnp_torch.model import Program, accepts
 from lnp_torch.on_a_copy import on_a_copy
@@ -33,7 +34,8 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
     reasons = [""] * len(batches)
     while True:
         try:
-            result, looks = _measurement(computation, model, batches, options, reasons, operands)
+            with alone():
+                result, looks = _measurement(computation, model, batches, options, reasons, operands)
         except RuntimeError:
             refuse_devices(model, batches)
             raise
@@ -64,7 +66,14 @@ def _measurement(
         try:
             result = computation(*records, **given)
             checks = [violation for made in records for violation in made.violations]
-            return *decided(result, looks, [flag for flag, _ in checks]), [message for _, message in checks]
+            result, violated = decided(result, looks, [flag for flag, _ in checks])
+            if (
+                hasattr(computation, "together")
+                and not any(violated)
+                and not any(look and look.reason for look in looks)
+            ):
+                result = to_host(computation.together(*records, result), [])[0]
+            return result, violated, [message for _, message in checks]
         except CannotRun:
             return None, [], []
 

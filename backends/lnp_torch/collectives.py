@@ -1,4 +1,4 @@
-"""One process measures and the others go on training: a network or loss that talks to them would wait for ever.
+"""Each process measures by itself: a network or loss that talks to others would wait for them for ever.
 
 Synchronised batch normalisation does that, losses that gather the outputs of all processes, and layers that are spread
 over several. While one process measures alone, its collective operations raise an error instead.
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from lnp_torch.as_written import Counted
 
 TALKS = (
-    "The network or its loss talks to other processes ({}), which are not measuring: it would wait for them for ever. "
-    "Expected a forward pass that needs this process alone. Measure a copy without collective operations, such as "
-    "one with nn.BatchNorm2d in the place of nn.SyncBatchNorm; or call lnp.decompose in all processes at once."
+    "The network or its loss talks to other processes ({}), and lnp runs it in each by itself: it would wait for them "
+    "for ever. Expected a forward pass and a loss that need this process alone. Measure a copy without collective "
+    "operations, such as one with nn.BatchNorm2d in the place of nn.SyncBatchNorm."
 )
 NAMES = (
     *("allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "allgather_coalesced"),

@@ -40,7 +40,7 @@ def gradient_pass(
         found = replace(found, vector=lin.vjp(g))
     if products and found.products is None:
         assert found.vector is not None
-        some, index = _products(lin, g, found.vector, products)
+        some, index = products_with(lin, g, found.vector, products)
         found = replace(found, products=some, index=index)
     return found
 
@@ -68,7 +68,7 @@ def _divided(found: GradientPass, magnitude: Array) -> GradientPass:
     )
 
 
-def _products(lin: Linearization, g: Array, vector: Vector, count: int) -> tuple[Array, Array | None]:
+def products_with(lin: Linearization, g: Array, vector: Vector, count: int) -> tuple[Array, Array | None]:
     """<J_m^T g_m, u> = <g_m, J_m u> for the samples of the subset, or for all, (M,), and which samples these are."""
     xp = lin.xp
     if lin.subset is None:

@@ -1,0 +1,164 @@
+"""A batch of which several processes have a part each: all call the same line, and get the same decomposition.
+
+What is minimised is the mean over the R processes of their losses, as in data-parallel training: `lnp.results.merged`
+with a_r = 1/R. Each process measures its own part, by whatever passes that takes. Then all agree that they have, the
+gradients are summed, once, as in training, and numbers are exchanged. So nobody waits for a process that has failed:
+what can fail on its own comes before what needs the others.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from lnp.arguments import Batch, Model
+from lnp.contract.gradient_pass import products_with
+from lnp.contract.linearization import Array, Linearization, Vector, unit
+from lnp.contract.options import Options
+from lnp.contract.registry import evaluate, find
+from lnp.estimators.population import jackknife_size
+from lnp.estimators.signs import seed_of_part
+from lnp.results.decomposition import Decomposition, decomposed
+from lnp.results.merged import merged
+from lnp.results.two_losses import DecomposeWithGradient
+
+AUTO = "auto"
+"""As the model says."""
+
+
+class Group(Protocol):
+    """Processes that measure together, as a backend has them.
+
+    Attributes
+    ----------
+    rank, size:
+        This process among them, from 0 on, and R.
+    """
+
+    rank: int
+    size: int
+
+    def session(self) -> AbstractContextManager:
+        """Around a measurement: waits for all processes, and tells the others of an error."""
+
+    def exchange(self, point: str, value: Any) -> list[Any]:
+        """The small values of all processes, by rank; RuntimeError where one of them has failed, or is gone."""
+
+    def summed(self, vector: Vector) -> dict[str, Array]:
+        """The sum over processes of a vector in parameter space, which may be overwritten."""
+
+
+def group_of(model: Model, asked: Any, preconditioner: Any = None, batches: Any = None) -> Group | None:
+    """The processes that measure together, as the model's backend finds them; None for this process alone.
+
+    Raises
+    ------
+    TypeError
+        For a group, of a backend that knows none.
+    ValueError
+        For several processes and an option that one process alone can take.
+    """
+    backend: Any = find(model)
+    if not hasattr(backend, "group_of"):
+        if asked in (None, AUTO):
+            return None
+        raise TypeError(
+            f"group= was given for a model of {backend.__name__}, which measures arrays wherever they lie. Expected a "
+            "PyTorch module. Leave group= out."
+        )
+    group: Group | None = backend.group_of(model, asked)
+    option = "preconditioner=" if preconditioner is not None else "batches=" if batches is not None else None
+    if group is not None and option is not None:
+        raise ValueError(
+            f"{option} was given for a model that {group.size} processes measure together. Expected one process, which "
+            "this option is for. Pass group=None to measure this process's batch alone, or leave the option out."
+        )
+    return group
+
+
+class Held:
+    """A gradient that stays where it is: no container, so that its numbers are not brought to the host."""
+
+    def __init__(self, vector: Vector) -> None:
+        self.vector = vector
+
+
+@dataclass(frozen=True)
+class DecomposeTogether(DecomposeWithGradient):
+    """The decomposition of this process's part, and what becomes of it among the others.
+
+    A backend calls the computation, and once the numbers are there and nothing is to be measured again, `together`
+    with the record and these numbers. What that returns takes the place of the result.
+    """
+
+    group: Group | None = None
+
+    def __call__(self, lin: Linearization) -> tuple[Decomposition, Held]:  # type: ignore[override]
+        settings = {name: value for name, value in self._settings.items() if name != "group"}
+        d, found = decomposed(lin, **settings, vector=True, part=True)
+        assert found.vector is not None, "it was asked for"
+        return d, Held(found.vector)
+
+    def together(self, lin: Linearization, measured: tuple[Decomposition, Held]) -> tuple:
+        """(decomposition, {parameter: ||grad L / m||^2}, m, products with grad L / m or None), L of all processes."""
+        d, held = measured
+        assert self.group is not None, "it belongs to this computation"
+        own: dict[str, Any] = {"magnitude": float(d.magnitude), "population": d.contributions is not None}
+        own["shapes"] = {name: tuple(part.shape) for name, part in held.vector.items()}
+        every = self.group.exchange("measured", own)
+        _check_alike(every)
+        magnitude = max(one["magnitude"] for one in every)
+        share = float(d.magnitude) / magnitude / self.group.size
+        u = self.group.summed({name: share * part for name, part in held.vector.items()})
+        products = None
+        if all(one["population"] for one in every):
+            g, _ = unit(lin.xp, lin.loss_gradient)
+            products = products_with(lin, g, u, jackknife_size(lin.outputs.shape[0]))[0]
+        return d, dict(lin.inner_products(u, u)), magnitude, products
+
+
+def decompose_together(computation: DecomposeTogether, model: Model, batch: Batch, options: Options) -> Decomposition:
+    """The decomposition of the mean over processes of their losses, the same in each of them."""
+    group = computation.group
+    assert group is not None, "the caller has found it"
+    with group.session():
+        own = replace(options, seed=_seed_of(options.seed, group.rank))
+        found = evaluate(computation, model, (batch,), own)
+        every = group.exchange("parts", _part(*found))
+        squares = every[0]["square_norms"]
+        known: list[Any] | None = [one["products"] for one in every]
+        known = None if any(products is None for products in known or []) else known
+        weights = [1 / group.size] * group.size
+        return merged([one["decomposition"] for one in every], weights, squares, computation.by_layer, known)
+
+
+def _part(d: Decomposition, squares: dict[str, float], magnitude: float, products: np.ndarray | None) -> dict[str, Any]:
+    """What the other processes need of this one: numbers."""
+    of_samples = None if products is None else np.asarray(products, dtype=float) * float(d.magnitude) * magnitude
+    return {
+        "decomposition": d,
+        "square_norms": {name: float(square) * magnitude * magnitude for name, square in squares.items()},
+        "products": of_samples,
+    }
+
+
+def _seed_of(seed: Any, rank: int) -> int:
+    """Signs of this process alone: errors of parts are independent, so that they add up in squares."""
+    return seed_of_part(operator.index(seed), rank)
+
+
+def _check_alike(every: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError in every process where they measure different parameters."""
+    shapes = [one["shapes"] for one in every]
+    other = next((rank for rank, one in enumerate(shapes) if one != shapes[0]), None)
+    if other is not None:
+        differing = sorted(set(shapes[0].items()) ^ set(shapes[other].items()))
+        raise ValueError(
+            f"Processes 0 and {other} of the group measure different parameters: {differing[:3]}. Expected the same "
+            "model and the same parameters= in all of them. Pass group=None to measure this process alone."
+        )
