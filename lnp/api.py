@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lnp.arguments import Batch, Forward, Loss, Model, Parameters, Seed, Update
+from lnp.arguments import Batch, Forward, Group, Loss, Model, Parameters, Seed, Update
 from lnp.contract.options import BatchStatistics, Options
 from lnp.contract.registry import evaluate
 from lnp.estimators.trace import Estimator, takes_samples_apart
@@ -13,7 +13,10 @@ from lnp.results.computations import Decompose, Respond, measured_change, predic
 from lnp.results.cross_response import CrossResponse, finished
 from lnp.results.decomposition import ByLayer, Decomposition
 from lnp.results.finished import explained
+from lnp.results.in_group import AUTO, DecomposeTogether, decompose_together, group_of
+from lnp.results.merged import DecomposePart
 from lnp.results.preconditioner import DecomposePreconditioned, joint_options
+from lnp.results.streamed import decompose_stream
 from lnp.results.two_losses import respond_to
 
 
@@ -32,9 +35,11 @@ def decompose(
     seed: Seed = 0,
     loss_terms: int | None = None,
     microbatch: int | None = None,
+    batches: float | None = None,
     batch_statistics: BatchStatistics = "frozen",
     preconditioner: Update = None,
     sample_losses: bool = False,
+    group: Group = AUTO,
 ) -> Decomposition:
     r"""Split the speed at which the loss falls into loss scale, network scale and spectral position.
 
@@ -50,7 +55,7 @@ def decompose(
         `(apply, parameters)` with `apply(parameters, inputs) -> outputs`.
     batch:
         `(inputs, targets)`; inputs may be an array, tuple or dict. For a Hugging Face model a dict with labels.
-        N samples along the first axis of outputs of any structure, K numbers each.
+        N samples along the first axis of outputs of any structure, K numbers each. With `batches`, a loader.
     loss:
         `loss(outputs, targets) -> scalar`, or a name: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or
         "huber" (delta = 1). None takes the model's own (Hugging Face, compiled Keras models), else cross-entropy for
@@ -83,6 +88,11 @@ def decompose(
         n, if the loss's mean is over something that lnp cannot know.
     microbatch:
         Samples held in memory at a time. The samples must not interact.
+    batches:
+        For a data set, or the accumulated batch of one update: `batch` is a loader, a list, or anything else that gives
+        batches, and the first so many of them (`math.inf`: all) are measured as one, one in memory at a time. The loss
+        is the mean over all their terms; a loss that couples samples couples those of one batch. Batches that differ in
+        size, labels and padding count as they do in one mean. See `lnp.results.streamed`.
     batch_statistics:
         "frozen": batch normalisation in training mode keeps this batch's statistics. "coupled": they depend on the
         parameters, as in the training step itself.
@@ -93,6 +103,12 @@ def decompose(
     sample_losses:
         Also what each sample adds to the loss, in `Decomposition.sample_losses`: each sample's loss is computed by
         itself, from the outputs of the same forward pass.
+    group:
+        PyTorch: the processes that measure together. Each calls this line with its own part of the batch, and all get
+        the decomposition of the mean of their losses, which is what data-parallel training minimises. "auto" takes
+        those of DistributedDataParallel, or over which parameters are sharded, and otherwise this process alone; None
+        always this process alone; else a ProcessGroup, a DeviceMesh or `lnp_torch.Group`, which also sets how long to
+        wait for a process that does not come. See docs/distributed.md.
 
     Returns
     -------
@@ -104,6 +120,8 @@ def decompose(
     TypeError, ValueError
         For a model, batch, loss or option that cannot be used. The message says what was received, what was expected
         and what to do.
+    RuntimeError
+        Where several processes measure and one of them does not come, fails, or is killed.
 
     References
     ----------
@@ -129,6 +147,18 @@ def decompose(
         split=takes_samples_apart(estimator, microbatch),
         population=population,
     )
+    together = group_of(model, group, preconditioner, batches)
+    if together is not None:
+        settings = (estimator, rtol, max_probes, by_layer, population, sample_losses)
+        return decompose_together(DecomposeTogether(*settings, group=together), model, batch, options)
+    if batches is not None:
+        if preconditioner is not None:
+            raise ValueError(
+                "Received both batches= and preconditioner=. Expected one of them: the preconditioned trace is estimated "
+                "on whole batches. Measure one batch, or leave preconditioner= out."
+            )
+        streamed = DecomposePart(estimator, rtol, max_probes, by_layer, population, sample_losses)
+        return decompose_stream(model, batch, batches, streamed, options)
     if preconditioner is None:
         computation = Decompose(estimator, rtol, max_probes, by_layer, population, sample_losses)
         return explained(evaluate(computation, model, (batch,), options))

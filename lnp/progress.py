@@ -10,7 +10,7 @@ Advance = Callable[[int], None]
 
 
 @contextlib.contextmanager
-def bar(label: str, total: int) -> Iterator[Advance]:
+def bar(label: str, total: int | None) -> Iterator[Advance]:
     """A function to call with the amount of work that was done since the last call."""
     if not sys.stderr.isatty():
         yield lambda done: None
@@ -19,7 +19,7 @@ def bar(label: str, total: int) -> Iterator[Advance]:
         yield _rich(stack, label, total) or _tqdm(stack, label, total) or (lambda done: None)
 
 
-def _rich(stack: contextlib.ExitStack, label: str, total: int) -> Advance | None:
+def _rich(stack: contextlib.ExitStack, label: str, total: int | None) -> Advance | None:
     """A bar of rich's, on the stack; None where rich is not installed."""
     try:
         from rich.console import Console
@@ -31,7 +31,7 @@ def _rich(stack: contextlib.ExitStack, label: str, total: int) -> Advance | None
     return lambda done: progress.advance(task, done)
 
 
-def _tqdm(stack: contextlib.ExitStack, label: str, total: int) -> Advance | None:
+def _tqdm(stack: contextlib.ExitStack, label: str, total: int | None) -> Advance | None:
     """A bar of tqdm's, on the stack; None where tqdm is not installed."""
     try:
         from tqdm import tqdm

@@ -189,7 +189,7 @@ def _jackknife(xp: Any, n: int, without: tuple) -> list[Array]:
 
 def whole(xp: Any, n: int, sums: Sums) -> tuple:
     """(rate, position, share of the rate in the mean squared gradient) of n samples."""
-    return _values(xp, n, n, n, sums)
+    return values_of(xp, n, n, n, sums)
 
 
 def left_out(xp: Any, n: int, sums: Sums, samples: Samples) -> tuple:
@@ -202,10 +202,10 @@ def left_out(xp: Any, n: int, sums: Sums, samples: Samples) -> tuple:
         sums.norm - g2,
         sums.trace - traces,
     )
-    return _values(xp, n, n - 1, n - w, rest)
+    return values_of(xp, n, n - 1, n - w, rest)
 
 
-def _values(xp: Any, n: int, count: int, total: Any, sums: Sums) -> tuple:
+def values_of(xp: Any, n: int, count: int, total: Any, sums: Sums) -> tuple:
     """(rate, position, share of the rate in the mean q) from sums over `count` samples that weigh `total` of n."""
     rate = ratio(xp, n * n * (sums.square - sums.own), total * total - sums.spread)
     scale = (n / total) ** 2

@@ -42,6 +42,8 @@ class LossGradient:
         Of the same batch, up to what `lnp.results.finished` does with it; None where it was not asked for.
     notes:
         What the user should know.
+    weight:
+        What the batch weighs in a mean over several: its number of terms, or the sum of their weights; of a part alone.
     """
 
     loss: Any
@@ -49,6 +51,7 @@ class LossGradient:
     vector: Vector
     decomposition: Decomposition | None = None
     notes: tuple[str, ...] = ()
+    weight: Any = None
 
 
 def loss_gradient(lin: Linearization) -> LossGradient:
@@ -77,19 +80,19 @@ def evaluate_gradient(computation: Callable, model: Model, batch: Batch, options
     return replace(found, vector={name: _to_host(part) for name, part in found.vector.items()})
 
 
+def inner_product(u: np.ndarray, w: np.ndarray) -> float:
+    """<u, w> in float64, converted piece by piece: a copy of the vectors would take twice their memory."""
+    return float(np.einsum("i,i->", np.ravel(u), np.ravel(w), dtype=np.float64))
+
+
 def products(gradients: Sequence[LossGradient]) -> np.ndarray:
     """<u_a, u_b> of all pairs of gradients divided by their magnitudes, u = grad L / m, summed in float64. (m, m)."""
     count = len(gradients)
     matrix = np.zeros((count, count))
     for a, b in itertools.combinations_with_replacement(range(count), 2):
         u, w = gradients[a].vector, gradients[b].vector
-        matrix[a, b] = matrix[b, a] = sum(_inner_product(u[name], w[name]) for name in u)
+        matrix[a, b] = matrix[b, a] = sum(inner_product(u[name], w[name]) for name in u)
     return matrix
-
-
-def _inner_product(u: np.ndarray, w: np.ndarray) -> float:
-    """<u, w> in float64, converted piece by piece: a copy of the vectors would take twice their memory."""
-    return float(np.einsum("i,i->", np.ravel(u), np.ravel(w), dtype=np.float64))
 
 
 def _to_host(array: Array) -> np.ndarray:

@@ -14,7 +14,8 @@ Biometrics Bulletin 2 (1946), doi:10.2307/3002019). Everything but the gradient 
 The population's values are those of all N samples: sample m of part p contributes a_p G_m, a_p^2 q_m and the share
 a_p w_m / W_p. Their jackknife needs <G_m, sum_p a_p G_p>, products with the gradient of the whole, for a few samples of
 each part. Without them the parts' own errors are averaged, SE^2 = sum_p a_p^2 SE_p^2 / (sum_p a_p)^2, an upper bound,
-since pairs of samples in different parts bring their noise down as well (docs/theory.md, "Parts of a batch").
+since pairs of samples in different parts bring their noise down as well. Many parts may be left out one by one in the
+place of samples, which needs <a_p J_p^T g_p, sum_p a_p G_p> alone (docs/theory.md, "Parts of a batch").
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 from lnp.contract.linearization import Linearization
 from lnp.estimators.errors import LARGE
 from lnp.estimators.population import (
+    LEAST,
     LEAST_SAMPLES,
     TOO_FEW,
     Contributions,
@@ -37,6 +39,7 @@ from lnp.estimators.population import (
     Sums,
     assembled,
     left_out,
+    values_of,
 )
 from lnp.estimators.trace import WAYS
 from lnp.losses.doubts import CONSTANT, doubts
@@ -61,7 +64,8 @@ class DecomposePart(DecomposeWithGradient):
     def __call__(self, lin: Linearization) -> LossGradient:  # type: ignore[override]
         d, found = decomposed(lin, **self._settings, vector=True, part=True)
         assert found.vector is not None, "it was asked for"
-        return LossGradient(d.loss, d.magnitude, widened(lin, found.vector), d)
+        weight = lin.loss_terms if lin.sample_terms is None else lin.xp.sum(lin.sample_terms)
+        return LossGradient(d.loss, d.magnitude, widened(lin, found.vector), d, weight=weight)
 
 
 def merged(
@@ -70,6 +74,7 @@ def merged(
     square_norms: Mapping[str, float],
     by_layer: ByLayer = False,
     products: Sequence[Any] | None = None,
+    part_products: Sequence[tuple[float, float]] | None = None,
 ) -> Decomposition:
     """The decomposition of L = sum_p a_p L_p, as it is returned to the user, from those of its parts.
 
@@ -86,6 +91,9 @@ def merged(
     products:
         For each part, <G_m, sum_p a_p G_p> for the samples m of its `contributions`, with G_m = J_m^T g_m of the part's
         own loss, not divided; None where they are not known.
+    part_products:
+        For each part, <u_p, sum_p u_p> and ||u_p||^2 with u_p = a_p J_p^T g_p. Without `products`, 12 parts or more are
+        left out one by one.
 
     Raises
     ------
@@ -113,7 +121,7 @@ def merged(
     for name, own in layer_names(tuple(square_norms), by_layer).items():
         rate = math.fsum(square_norms[parameter] for parameter in own)
         layers[name] = _factors(whole, [(d.layers or {})[name] for d in whole], rate, g2)
-    population = _population(parts, a, g2, factors, products)
+    population = _population(parts, a, g2, factors, products, part_products)
     few = population is not None and samples < LEAST_SAMPLES
     ways = sorted({WAYS[int(d.way)] if d.way else d.estimator for d in parts}, key=PRECISE_LAST.index)
     whole_batch = Decomposition(
@@ -158,7 +166,12 @@ def _freedom(whole: Sequence[Decomposition]) -> float:
 
 
 def _population(
-    parts: Sequence[Decomposition], a: Sequence[float], g2: float, factors: Layer, products: Sequence[Any] | None
+    parts: Sequence[Decomposition],
+    a: Sequence[float],
+    g2: float,
+    factors: Layer,
+    products: Sequence[Any] | None,
+    part_products: Sequence[tuple[float, float]] | None,
 ) -> Population | None:
     """The population's values, or None where a part has none."""
     contributions = [part.contributions for part in parts if part.contributions is not None]
@@ -173,7 +186,9 @@ def _population(
     spread, own = math.fsum(one.spread for one in scaled), math.fsum(one.own for one in scaled)
     sums = Sums(*map(np.float64, (spread, factors.rate, own, g2, terms * factors.chi_net)))
     with np.errstate(all="ignore"):
-        if products is None:
+        if products is None and part_products is not None and len(parts) >= LEAST:
+            errors = _jackknife_of_parts(sums, parts, scaled, a, part_products)
+        elif products is None:
             errors = [
                 math.hypot(*(w / total * one.errors[i] for w, one in zip(a, scaled, strict=True))) for i in range(3)
             ]
@@ -222,6 +237,31 @@ def _jackknife(sums: Sums, sizes: Sequence[int], some: Sequence[Samples]) -> lis
             squares += (size - 1) * variance + size * ((x - mean) ** 2 - of_the_mean * (1 - size / n))
         errors.append(math.sqrt((n - 1) / n * max(squares, 0.0)) if squares == squares else math.nan)
     return errors
+
+
+def _jackknife_of_parts(
+    sums: Sums,
+    parts: Sequence[Decomposition],
+    scaled: Sequence[Contributions],
+    a: Sequence[float],
+    part_products: Sequence[tuple[float, float]],
+) -> list[float]:
+    """The jackknife's errors of rate, position and share of the rate, which leaves out whole parts."""
+    n, total = sum(part.samples for part in parts), math.fsum(a)
+    without = []
+    for part, own, weight, (product, square) in zip(parts, scaled, a, part_products, strict=True):
+        d = finished(part)
+        norm, trace = weight**2 * _ratio(d.chi_loss, d.loss_terms), d.loss_terms * float(d.chi_net)
+        rest = Sums(
+            sums.spread - own.spread,
+            sums.square - 2 * product + square,
+            sums.own - own.own,
+            sums.norm - norm,
+            sums.trace - trace,
+        )
+        without.append(values_of(np, n, n - part.samples, n * (1 - weight / total), rest))
+    count = len(without)
+    return [math.sqrt((count - 1) * float(np.var(values))) for values in zip(*without, strict=True)]
 
 
 def _outputs(whole: Sequence[Decomposition]) -> Any:

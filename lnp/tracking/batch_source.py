@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
-import numpy as np
-
 from lnp.arguments import Batch, Model
-from lnp.contract import registry
+from lnp.state.random_states import random_states_kept
 
 
 def batch_source(batches: Batch | Iterable[Batch]) -> FixedBatch | CyclingBatches:
@@ -67,7 +63,7 @@ class CyclingBatches:
 
     def next(self, model: Model) -> Batch:
         """The next batch, from the beginning again after the last one."""
-        with _preserve_random_states(model):
+        with random_states_kept(model):
             while self._skipped:
                 self._skipped -= 1  # before the batch is loaded: one that fails is passed over, too
                 self._load()
@@ -100,17 +96,3 @@ class CyclingBatches:
             "beginning. Expected something that can be iterated over again: pass a list of batches or a loader, not a "
             "generator."
         )
-
-
-@contextlib.contextmanager
-def _preserve_random_states(model: Model) -> Iterator[None]:
-    """Python's, NumPy's and the model's framework's random states are the same afterwards: loaders draw from them."""
-    backend = None if model is None else registry.find(model)
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002 - the user's legacy state
-    try:
-        with getattr(backend, "untouched", contextlib.nullcontext)():
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
