@@ -20,16 +20,18 @@ from lnp.arguments import Batch, Loss, Model
 from lnp.batches.cutting import part, samples_of
 from lnp.estimators.population import Population
 from lnp.optional import import_optional
-from lnp.printable import printable
 from lnp.results.decomposition import Decomposition
-from lnp.results.display import error, number
+from lnp.results.rounding import number, with_error
+from lnp.results.tables import Page, Shown
 
 SMALLEST = 8
 """Samples of the smallest batch, where none is given: fewer say little of a population."""
 
+HEAD = ("samples", "loss", "rate", "chi_loss", "chi_net", "chi_pos", "of the population", "expected")
+
 
 @dataclass(frozen=True)
-class NestedBatches:
+class NestedBatches(Shown):
     """The decompositions of a batch's first samples, one for each batch size.
 
     Attributes
@@ -69,24 +71,21 @@ class NestedBatches:
         index = pandas.Index(self.batch_sizes, name="batch_size")
         return pandas.DataFrame([d.to_dict() for d in self.decompositions], index=index)
 
-    def __str__(self) -> str:
-        columns = ("loss", "rate", "chi_loss", "chi_net", "chi_pos")
-        head = "".join(f"{name:>11}" for name in columns)
-        lines = [f"{'samples':>8}{head}   {'of the population':<24}expected"]
+    def _page(self) -> Page:
+        lines = []
         for d in self.decompositions:
-            values = "".join(f"{number(getattr(d, name)):>11}" for name in columns)
-            p = d.population
-            own = "-" if p is None else f"{number(p.chi_pos)}{error(p, 'chi_pos')}"
-            lines.append(f"{d.samples:>8}{values}   {own:<24}{number(self.expected_chi_pos(d.samples))}")
+            own = "-" if d.population is None else with_error(d.population.chi_pos, d.population.chi_pos_stderr)
+            values = [with_error(getattr(d, name), getattr(d, f"{name}_stderr", None)) for name in HEAD[1:6]]
+            lines.append([str(d.samples), *values, own, number(self.expected_chi_pos(d.samples))])
         notes: dict[str, list[int]] = {}
         for d in self.decompositions:
             for note in d.notes:
                 notes.setdefault(note, []).append(d.samples)
-        every = len(self.decompositions)
+        small = []
         for note, sizes in notes.items():
-            which = "" if len(sizes) == every else f" ({', '.join(map(str, sizes))} samples)"
-            lines.append(f"note{which}: {printable(note)}")
-        return "\n".join(lines)
+            which = "" if len(sizes) == len(lines) else f" ({', '.join(map(str, sizes))} samples)"
+            small.append(f"note{which}: {note}")
+        return Page((), HEAD, lines, small)
 
 
 def decompose_nested(

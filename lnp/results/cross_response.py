@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lnp.contract.linearization import Array, GradientPass, Linearization, ratio, valid
+from lnp.results import display
 from lnp.results.decomposition import Decomposition, sum_of
 from lnp.results.finished import explained
+from lnp.results.tables import Page, Shown
 
 
 @dataclass(frozen=True)
-class CrossResponse:
+class CrossResponse(Shown):
     """-dL_m/dt = <grad L_m, grad L_t> and its factors: floats, or 0-d arrays inside a compiled function.
 
     Attributes
@@ -40,6 +42,9 @@ class CrossResponse:
     trained: Decomposition
     measured: Decomposition
     notes: tuple[str, ...] = ()
+
+    def _page(self) -> Page:
+        return display.cross_page(self)
 
 
 def cross_response_of(

@@ -35,6 +35,7 @@ from lnp.estimators.weighing import choose, estimate_chosen
 from lnp.losses.sample_losses import SampleLosses, sample_losses_of
 from lnp.results import display
 from lnp.results.finished import finished
+from lnp.results.tables import Page, Shown
 
 ByLayer = bool | Callable[[str], str]
 APART = ("exact", "per_sample")
@@ -64,7 +65,7 @@ class Total:
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class Decomposition(Shown):
     """The three factors of -dL/dt, with standard errors: floats, or 0-d arrays inside a compiled function.
 
     Attributes
@@ -165,11 +166,8 @@ class Decomposition:
         """A `pandas.DataFrame` with one row for the whole and one for each layer. Needs pandas."""
         return display.to_pandas(self)
 
-    def __str__(self) -> str:
-        return display.to_text(self)
-
-    def _repr_html_(self) -> str:
-        return display.to_html(self)
+    def _page(self) -> Page:
+        return display.page(self)
 
 
 def decompose(lin: Linearization, **settings: Any) -> Decomposition:

@@ -1,14 +1,16 @@
-"""A decomposition as a dictionary, a table in text or HTML, and a pandas data frame."""
+"""A decomposition as a dictionary, a page of values in text or HTML, and a pandas data frame."""
 
 from __future__ import annotations
 
-import html
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from lnp.contract.linearization import Array
 from lnp.optional import import_optional
 from lnp.printable import printable
+from lnp.results.rounding import rounded, with_error
+from lnp.results.tables import Page, Row
 
 Decomposition = Any
 """A `lnp.Decomposition`, whose own file imports this one."""
@@ -33,6 +35,9 @@ POPULATION = (
     *("noise_scale_low", "noise_scale_high", "gradient_noise"),
 )
 LAYER = ("rate", "chi_net", "chi_net_stderr", "chi_pos", "chi_pos_stderr")
+LAYER_HEAD = ("layer", "rate", "chi_net", "chi_pos")
+BATCH_HEAD = ("batch", "loss", "rate", "chi_loss", "chi_net", "chi_pos")
+TOTAL = ("loss", "rate")
 MEANING = {
     "loss": "loss",
     "rate": "speed at which the loss falls, -dL/dt",
@@ -40,6 +45,14 @@ MEANING = {
     "chi_net": "network scale",
     "chi_pos": "spectral position: 1 dominant mode, 0 tail",
     "preference": "chi_pos N K: 1 without preference, more is the head",
+}
+
+
+CROSS_MEANING = {
+    "rate": "speed at which the measured loss falls, -dL/dt",
+    "chi_loss": "loss scale, geometric mean of the two batches",
+    "chi_net": "network scale, likewise",
+    "chi_pos": "spectral position in [-1, 1]: below 0 training raises the measured loss",
 }
 
 
@@ -63,62 +76,56 @@ def to_pandas(d: Decomposition) -> Any:
     return pandas.DataFrame.from_dict(rows, orient="index")
 
 
-def to_text(d: Decomposition) -> str:
-    """A small table: values, error bars, and how they were obtained."""
-    lines = [f"{name:<10}{number(getattr(d, name)):>11}{error(d, name)}   {meaning}" for name, meaning in _meanings(d)]
+def page(d: Decomposition) -> Page:
+    """Values, error bars, layers, and how they were obtained."""
+    return Page(_rows(d), LAYER_HEAD, _layers(d), (provenance(d), *noted(d.notes)))
+
+
+def cross_page(c: Values) -> Page:
+    """The same of a cross response, with a line for each of its batches."""
+    rows = [row(c, name, text) for name, text in CROSS_MEANING.items()]
+    batches = [[called, *_line(d, BATCH_HEAD[1:])] for called, d in (("trained", c.trained), ("measured", c.measured))]
+    lines = [f"{name}: {provenance(d)}" for name, d in (("trained", c.trained), ("measured", c.measured))]
+    notes = dict.fromkeys([*c.notes, *c.trained.notes, *c.measured.notes])
+    return Page(rows, BATCH_HEAD, batches, (*lines, *noted(notes)))
+
+
+def noted(notes: Iterable[str]) -> list[str]:
+    """Notes as the lines that are printed of them."""
+    return [f"note: {printable(note)}" for note in notes]
+
+
+def row(values: Values, name: str, meaning: str, called: str | None = None) -> Row:
+    """The row of a value, with its error where it has one."""
+    value, stderr = rounded(getattr(values, name), getattr(values, f"{name}_stderr", None))
+    return called or name, value, f"± {stderr}" if stderr else "", meaning
+
+
+def _rows(d: Decomposition) -> list[Row]:
+    """Every value with its error and its meaning; the loss is named as what was measured."""
+    rows = [row(d, name, printable(d.loss_name) or text if name == "loss" else text) for name, text in MEANING.items()]
     if d.population is not None:
-        lines += [
-            f"{'chi_pos':<10}{number(d.population.chi_pos):>11}{error(d.population, 'chi_pos')}   of the population",
-            f"{'noise':<10}{noise_scale(d.population):>11}   gradient noise scale, samples",
+        rows += [
+            row(
+                d.population, "chi_pos", "chi_pos of the population, without the floor of a finite batch", "population"
+            ),
+            ("noise", *noise_scale(d.population), "gradient noise scale, samples"),
         ]
     if d.total is not None:
-        lines += [f"{name:<10}{number(getattr(d.total, name)):>11}   of the whole loss" for name in ("loss", "rate")]
-    if d.layers:
-        names = {layer: printable(layer) for layer in d.layers}
-        width = max(len("layer"), *map(len, names.values()))
-        lines += ["", f"{'layer':<{width}}{'rate':>11}{'chi_net':>11}{'':>11}{'chi_pos':>11}"]
-        lines += [
-            f"{names[layer]:<{width}}{number(part.rate):>11}{number(part.chi_net):>11}{error(part, 'chi_net'):>11}"
-            f"{number(part.chi_pos):>11}{error(part, 'chi_pos'):>11}"
-            for layer, part in d.layers.items()
+        rows += [
+            row(d.total, name, f"{name} with the terms that are none of the outputs", f"total {name}") for name in TOTAL
         ]
-    return "\n".join([*lines, "", provenance(d), *(f"note: {printable(note)}" for note in d.notes)])
+    return rows
 
 
-def to_html(d: Decomposition) -> str:
-    """The same table for notebooks."""
-    rows = "".join(
-        f"<tr><td><code>{name}</code></td>"
-        f"<td style='text-align:right'>{number(getattr(d, name))}{error(d, name)}</td>"
-        f"<td style='text-align:left'>{html.escape(meaning)}</td></tr>"
-        for name, meaning in _meanings(d)
-    )
-    if d.population is not None:
-        position = f"{number(d.population.chi_pos)}{error(d.population, 'chi_pos')}"
-        for name, value, meaning in (
-            ("chi_pos", position, "of the population"),
-            ("noise", noise_scale(d.population), "gradient noise scale, samples"),
-        ):
-            rows += (
-                f"<tr><td><code>{name}</code></td><td style='text-align:right'>{value}</td>"
-                f"<td style='text-align:left'>{meaning}</td></tr>"
-            )
-    layers = "".join(
-        f"<tr><td><code>{html.escape(printable(layer))}</code></td>"
-        f"<td>rate {number(part.rate)}, chi_net {number(part.chi_net)}"
-        f"{error(part, 'chi_net')}</td><td>chi_pos {number(part.chi_pos)}{error(part, 'chi_pos')}</td></tr>"
-        for layer, part in (d.layers or {}).items()
-    )
-    notes = "".join(f"<br>{html.escape(printable(line))}" for line in (provenance(d), *d.notes))
-    return f"<table>{rows}{layers}</table><small>{notes.removeprefix('<br>')}</small>"
+def _layers(d: Decomposition) -> list[list[str]]:
+    """A line of texts for each layer, under `LAYER_HEAD`."""
+    return [[layer, *_line(part, LAYER_HEAD[1:])] for layer, part in (d.layers or {}).items()]
 
 
-def _meanings(d: Decomposition) -> list[tuple[str, str]]:
-    """(value's name, what it means), where the loss is the one that was measured."""
-    return [
-        (name, printable(d.loss_name) or meaning) if name == "loss" else (name, meaning)
-        for name, meaning in MEANING.items()
-    ]
+def _line(values: Values, names: Iterable[str]) -> list[str]:
+    """Values with their errors, as texts."""
+    return [with_error(getattr(values, name), getattr(values, f"{name}_stderr", None)) for name in names]
 
 
 def provenance(d: Decomposition) -> str:
@@ -128,35 +135,22 @@ def provenance(d: Decomposition) -> str:
     return f"{d.samples} samples x {d.outputs} outputs, {terms} loss terms; trace: {d.estimator}, {probes}"
 
 
-def noise_scale(p: Values) -> str:
-    """The noise scale with its interval, or what it is above, from population values.
+def noise_scale(p: Values) -> tuple[str, str]:
+    """The noise scale and its interval, or what it is above, from population values.
 
     >>> from lnp import Population
     >>> noise_scale(Population(1.0, 0.1, 40.0, 0.1, 0.01, 25.0, 90.0, 40.0))
-    '40 (25 to 90)'
+    ('40', '(25 to 90)')
     >>> noise_scale(Population(1.0, 0.1, 40.0, 0.6, 0.06, 25.0, math.inf, 40.0))
-    'above 25'
+    ('above 25', '')
     """
     low, high = p.noise_scale_low, p.noise_scale_high
     if isinstance(high, float) and math.isinf(high):
-        return f"above {low:.3g}"
+        return f"above {low:.3g}", ""
     if isinstance(high, float) and isinstance(low, float) and isinstance(p.noise_scale, float):
-        return f"{p.noise_scale:.3g} ({low:.3g} to {high:.3g})"
-    return f"{p.noise_scale} ({low} to {high})"
+        return f"{p.noise_scale:.3g}", f"({low:.3g} to {high:.3g})"
+    return f"{p.noise_scale}", f"({low} to {high})"
 
 
 def _count(value: float | Array) -> str:
     return str(int(value)) if isinstance(value, int | float) and not math.isnan(value) else str(value)
-
-
-def number(value: float | Array) -> str:
-    """A value as it is printed."""
-    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
-
-
-def error(d: Values, name: str) -> str:
-    """A value's standard error as it is printed behind it; "" where there is none, or it is 0."""
-    stderr = getattr(d, f"{name}_stderr", None)
-    if stderr is None or stderr == 0:
-        return ""
-    return f" ± {stderr:.1g}" if isinstance(stderr, int | float) else f" ± {stderr}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lnp.optional import import_optional
+from lnp.results.rounding import with_error
 from lnp.runs.spectral_reach import RESOLVED, Reach
 
 
@@ -71,9 +72,9 @@ class PowerLaw:
         return self.offset + part, math.sqrt(row @ self.covariance @ row)
 
     def __str__(self) -> str:
-        exponent = f"{self.exponent:.3g} ± {self.exponent_stderr:.1g}"
-        law = f"{self.prefactor:.3g} ± {self.prefactor_stderr:.1g} * size^({exponent})"
-        return f"{self.offset:.3g} ± {self.offset_stderr:.1g} + {law}" if len(self.covariance) == 3 else law
+        exponent = with_error(self.exponent, self.exponent_stderr)
+        law = f"({with_error(self.prefactor, self.prefactor_stderr)}) * size^({exponent})"
+        return f"({with_error(self.offset, self.offset_stderr)}) + {law}" if len(self.covariance) == 3 else law
 
 
 def power_law(

@@ -21,6 +21,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from lnp.results.rounding import with_error
+
 Numbers: TypeAlias = "Sequence[float] | np.ndarray"
 RESOLVED = 2.0
 """Standard errors that a position has to be above zero to be given as a value."""
@@ -67,7 +69,7 @@ class Reach:
     def __str__(self) -> str:
         if not self.resolved:
             return f"below {self.limit:.2g}"
-        return f"{self.chi_pos:.3g} ± {self.stderr:.1g}" if self.stderr > 0 else f"{self.chi_pos:.3g}"
+        return with_error(self.chi_pos, self.stderr) if self.stderr > 0 else f"{self.chi_pos:.3g}"
 
 
 def reach(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lnp.results import rounding
 from lnp.runs.curves import FACTORS, NET_POSITION, curve, summary
 from lnp.runs.open_runs import RunSources, open_runs
 from lnp.runs.spectral_reach import Reach
@@ -60,14 +61,14 @@ def integer(value: float) -> str:
 
 def with_error(value: float, error: float) -> str:
     """A value with its standard error, if it has one."""
-    return f"{number(value)} ± {error:.1g}" if error > 0 else number(value)
+    return rounding.with_error(value, error) if error > 0 else number(value)
 
 
 def reached(reach: Reach) -> str:
     """A reach with its standard error, or its upper limit.
 
     >>> reached(Reach(3e-5, 1e-5, 10.0, 5)), reached(Reach(-1e-5, 1e-5, 10.0, 5)), reached(Reach(0.5, 0.0, 1.0, 5))
-    ('3.0e-05 ± 1e-05', 'below 2.0e-05', '0.5')
+    ('3.0e-05 ± 1.0e-05', 'below 2.0e-05', '0.5')
     """
     return with_error(reach.chi_pos, reach.stderr) if reach.resolved else f"below {number(reach.limit)}"
 
@@ -94,7 +95,7 @@ def net_position(run: History) -> str:
 
     >>> row = {"step": 9, "net/chi_pos": 3e-5, "net/chi_pos_stderr": 1e-5}
     >>> net_position(History([row])), net_position(History([row | {"net/chi_pos": -1e-6}])), net_position(History())
-    ('3.0e-05 ± 1e-05', 'below 2.0e-05', '-')
+    ('3.0e-05 ± 1.0e-05', 'below 2.0e-05', '-')
     """
     found = curve(run, NET_POSITION)
     if not len(found.mean):

@@ -25,7 +25,9 @@ from lnp.arguments import Batch, Forward, Loss, Model, Parameters
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import BatchStatistics, Options
 from lnp.optional import import_optional
+from lnp.results.tables import Page, Shown
 from lnp.spectral import eager
+from lnp.spectral.pages import kernel_page
 from lnp.spectral.similarity import effective_rank, entropy, participation_ratio
 
 Kind = Literal["full", "per_class", "traced"]
@@ -36,7 +38,7 @@ BLOCK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(Shown):
     """The kernel of a batch of N samples with K outputs.
 
     Attributes
@@ -127,6 +129,9 @@ class Kernel:
         parameters off in random directions.
         """
         return participation_ratio(self.matrix)
+
+    def _page(self) -> Page:
+        return kernel_page(self)
 
     def _flat_gradient(self) -> np.ndarray:
         """g in the order of the kernel's rows, shape (N K,); an error for kernels that are not of all outputs."""

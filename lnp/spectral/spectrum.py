@@ -26,15 +26,17 @@ from lnp.estimators.trace import Estimator, Settings, takes_samples_apart
 from lnp.results.decomposition import Decomposition, decomposed
 from lnp.results.finished import explained
 from lnp.results.preconditioner import joint_options, precondition
+from lnp.results.tables import Page, Shown
 from lnp.spectral.density import Density, density
 from lnp.spectral.lanczos import Quadrature, Tridiagonal, quadrature, tridiagonalize
+from lnp.spectral.pages import spectrum_page
 
 TOLERATED = 1e-3
 """Relative error of the first moment above which a note is made; rounding in float32 stays below."""
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Shown):
     """The spectral measure of the loss gradient: nodes from the largest eigenvalue to the smallest.
 
     Attributes
@@ -111,20 +113,8 @@ class Spectrum:
         """Share of ||g||^2 on nodes at or above an eigenvalue, in [0, 1]."""
         return float(np.sum(self.weights[self.eigenvalues >= eigenvalue]))
 
-    def __str__(self) -> str:
-        lines = ["eigenvalue     weight  share of the loss decrease"]
-        lines += [
-            f"{value:10.4g} {weight:10.3g} {share:10.3g}"
-            for value, weight, share in zip(self.eigenvalues, self.weights, self.shares, strict=True)
-            if not share < 5e-4
-        ]
-        lines += [
-            f"chi_pos {self.chi_pos:.4g} from {self.eigenvalues.size} nodes, off by {self.moment_error:.1g} (relative)",
-            f"preference {self.preference:.4g}: chi_pos N K, 1 without preference",
-            *([f"participation ratio {self.participation_ratio:.4g}"] if self.density is not None else []),
-            *(f"note: {note}" for note in (*self.decomposition.notes, *self.notes)),
-        ]
-        return "\n".join(lines)
+    def _page(self) -> Page:
+        return spectrum_page(self)
 
 
 def spectrum(

@@ -146,7 +146,7 @@ def test_summary():
 def test_numbers_as_people_read_them():
     values = (0.0, 1.5, 1234.5, 2.93e-5, 1e9, -0.25, math.nan, math.inf)
     assert [number(v) for v in values] == ["0", "1.5", "1,234", "2.9e-05", "1.0e+09", "-0.25", "-", "-"]
-    assert with_error(0.5, 0.01) == "0.5 ± 0.01"
+    assert with_error(0.5, 0.01) == "0.500 ± 0.010"
     assert with_error(0.5, math.nan) == "0.5"
 
 

@@ -89,8 +89,8 @@ def test_findings_where_the_effects_are_there():
     falls, larger, stall = summary.findings(runs)
     assert falls.startswith("Learning moves into the tail")
     assert larger.startswith("Larger networks reach further into the tail: 0.01")
-    assert stall.startswith("Frozen features stall: reach 0.01 ± ")
-    assert " against 0.001 ± " in stall
+    assert stall.startswith("Frozen features stall: reach 0.0100 ± ")
+    assert " against 0.00100 ± " in stall
     assert "grows by 1.00 against 10.00" in stall
 
 

@@ -201,7 +201,7 @@ def test_the_table_has_the_net_position():
     rows = [
         {"step": step, "loss": 1.0, "chi_pos": 0.5, "net/chi_pos": 0.2, "net/chi_pos_stderr": 0.05} for step in (1, 2)
     ]
-    assert compare({"a": lnp.History(rows)})[0][-1] == "0.2 ± 0.05"
+    assert compare({"a": lnp.History(rows)})[0][-1] == "0.20 ± 0.05"
 
 
 def test_each_batch_of_a_list_is_compared_with_itself():

@@ -54,7 +54,8 @@ class TestNestedBatches:
         lines = str(nested).splitlines()
         assert [line.split()[0] for line in lines[1:4]] == ["2", "4", "6"]
         assert lines[4:] == [
-            "note (2 samples): no population values: fewer than three samples tell nothing about their spread"
+            "",
+            "note (2 samples): no population values: fewer than three samples tell nothing about their spread",
         ]
 
     def test_without_population_values_nothing_is_expected(self):

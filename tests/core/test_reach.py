@@ -59,7 +59,7 @@ def test_errors_are_raised_where_neighbours_scatter_more():
 
 
 def test_below_two_errors_it_is_a_limit():
-    for value, text, limit in ((0.3, "0.3 ± 0.1", np.nan), (0.19, "below 0.39", 0.39), (-0.5, "below 0.2", 0.2)):
+    for value, text, limit in ((0.3, "0.30 ± 0.10", np.nan), (0.19, "below 0.39", 0.39), (-0.5, "below 0.2", 0.2)):
         found = lnp.Reach(value, 0.1, 10.0, 5)
         assert (str(found), found.resolved) == (text, np.isnan(limit))
         assert found.limit == pytest.approx(limit, nan_ok=True)

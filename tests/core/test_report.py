@@ -1,5 +1,6 @@
 """A decomposition as a dictionary, text, HTML and a data frame."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -38,12 +39,14 @@ def test_text():
     assert [line.split()[0] for line in lines[: len(values)]] == values
     assert lines[0].endswith("   cross-entropy of logits & more")
     assert lines[5].split()[:2] == ["preference", "1.2"]
-    assert lines[3].split()[:4] == ["chi_net", "30", "±", "1"]
+    assert lines[3].split()[:4] == ["chi_net", "30.0", "±", "1.2"]
     assert "±" not in lines[2]
     assert any(line.startswith("<head>") for line in lines)
     assert "4 samples x 3 outputs, 4 loss terms; trace: joint, 3 probes" in lines
-    assert any("0.0625 ± 0.02   of the population" in line for line in lines)
-    assert any(line.startswith("noise     40 (25 to 90)   gradient noise scale") for line in lines)
+    assert lines[6].split()[:7] == ["population", "0.06", "±", "0.02", "chi_pos", "of", "the"]
+    assert re.fullmatch(r"noise +40 \(25 to 90\) +gradient noise scale, samples", lines[7])
+    names = [line.split()[0] for line in lines[:8]]
+    assert len(set(names)) == len(names)
     unresolved = replace(D, population=replace(D.population, noise_scale=float("inf"), noise_scale_high=float("inf")))
     assert "above 25" in str(unresolved)
     assert "above 25" in unresolved._repr_html_()
@@ -68,6 +71,11 @@ def test_html():
     assert all(f"<code>{name}</code>" in page for name in ("loss", "rate", "chi_loss", "chi_net", "chi_pos"))
     assert "<td style='text-align:right'>1.2</td>" in page
     assert "cross-entropy of logits &amp; more" in page
+    assert "<td style='text-align:right'>30.0 ± 1.2</td>" in page
+    assert "<td style='text-align:right'>0.06 ± 0.02</td><td style='text-align:left'>chi_pos of the population" in page
+    assert "<td style='text-align:right'>40 (25 to 90)</td>" in page
+    assert page.count("<table>") == 2
+    assert "<th style='text-align:left'>layer</th><th style='text-align:right'>rate</th>" in page
 
 
 def test_pandas_missing(monkeypatch):

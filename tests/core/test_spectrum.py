@@ -157,7 +157,8 @@ def test_parts_of_the_spectrum():
     assert s.share_above(-1.0) == pytest.approx(1)
     text = str(s)
     assert f"{values[0]:.4g}" in text
-    assert f"chi_pos {s.chi_pos:.4g}" in text
+    assert f"{s.chi_pos:.4g}   spectral position, from" in text
+    assert f"<code>trace</code></td><td style='text-align:right'>{s.trace:.4g}</td>" in s._repr_html_()
 
 
 @pytest.mark.parametrize("steps", [2, 4, SIZE])
