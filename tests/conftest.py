@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -11,6 +12,17 @@ import pytest
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # these machines are noisy: no test is timed
 hypothesis.settings.load_profile("untimed")
+
+LINES = Path(__file__).with_name("thorough.txt").read_text(encoding="utf-8").splitlines()
+THOROUGH = {line for line in LINES if line and not line.startswith("#")}
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of thorough.txt have the mark `thorough`."""
+    for item in items:
+        name = f"{item.path.parent.name}/{item.path.name}::{item.name}"
+        if name in THOROUGH or name.partition("[")[0] in THOROUGH:
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(autouse=True)

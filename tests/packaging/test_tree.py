@@ -38,6 +38,14 @@ def test_folders_of_one_machine_are_recognised(line):
     assert HOMES.search(line)
 
 
+def test_thorough_tests_are_there():
+    lines = (ROOT / "tests/thorough.txt").read_text(encoding="utf-8").splitlines()
+    named = [line.partition("[")[0].split("::") for line in lines if line and not line.startswith("#")]
+    gone = [f"{path}::{name}" for path, name in named if f"def {name}(" not in read(f"tests/{path}")]
+    assert named, "it lists none"
+    assert not gone, gone
+
+
 def test_every_test_belongs_to_a_session():
     # noxfile.py runs three folders, one of them on GPUs, and what is named for a backend or for the parity of two.
     named = re.compile(
