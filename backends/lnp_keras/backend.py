@@ -19,6 +19,7 @@ from lnp.results.decomposition import sum_of
 from lnp_keras.handover import Handed, handed_over, of_only_output
 from lnp_keras.model import Snapshot, accepts, as_tensors, computes_narrowly, named_variables, observed
 from lnp_keras.state_guard import untouched
+from lnp_keras.strategies import outside_of_scope, whole
 
 __all__ = ["accepts", "evaluate", "linearize", "untouched"]
 
@@ -35,6 +36,12 @@ OVERWRITES = (
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation with the backend of the framework that Keras runs on."""
+    with outside_of_scope():
+        return _evaluated(computation, model, whole(batches, _plain(model)), options, operands)
+
+
+def _evaluated(computation: Callable, model: Any, batches: tuple, options: Options, operands: dict[str, Any]) -> Any:
+    """What `evaluate` returns, outside of the scope of any strategy."""
     backend = lnp.load(keras.backend.backend())
     with untouched():  # the passes that look for batch statistics draw dropout masks
         handed = handed_over(model, batches, options)
@@ -52,7 +59,7 @@ def evaluate(computation: Callable, model: Any, batches: tuple, options: Options
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     """The record for one batch."""
     with untouched():
-        handed = handed_over(model, (batch,), options)
+        handed = handed_over(model, whole((batch,), _plain(model)), options)
     record = lnp.load(keras.backend.backend()).linearize(handed.model, handed.batches[0], handed.options)
     notes = (*record.notes, *handed.notes, *_notes(handed, handed.adds_terms or handed.reads_parameters))
     return replace(record, vjp=partial(_pulled_back, record, model), notes=notes)

@@ -28,6 +28,7 @@ from lnp_keras.losses import (
 )
 from lnp_keras.model import Stateless
 from lnp_keras.state_guard import unchanged
+from lnp_keras.strategies import as_one_replica
 
 STEP = ("train_step", "make_train_function", "compute_loss_and_updates", "stateless_compute_loss", "_compute_loss")
 """Methods that a step of `fit` consists of, beside `compute_loss`."""
@@ -123,7 +124,8 @@ class WholeLoss:
 
     def __call__(self, values: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
         def loss(model: Any, outputs: Any) -> Any:
-            value = self._value(model, outputs, batch)
+            with as_one_replica():
+                value = self._value(model, outputs, batch)
             wide = keras.backend.standardize_dtype(value.dtype) == "float64"
             return keras.ops.reshape(value if wide else keras.ops.cast(value, "float32"), (1, 1))
 

@@ -24,6 +24,7 @@ from lnp_tensorflow.model import Arrays, Snapshot, Structure, accepts, is_module
 from lnp_tensorflow.record import record
 from lnp_tensorflow.replay import forward
 from lnp_tensorflow.state_guard import undisturbed
+from lnp_tensorflow.strategies import outside_of_scope, whole
 from lnp_tensorflow.updates import as_before
 
 __all__ = ["accepts", "decompose", "evaluate", "linearize"]
@@ -49,15 +50,21 @@ def decompose(model: Any, batch: Any, *args: Any, jit_compile: bool = False, **o
 @tf.autograph.experimental.do_not_convert
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:
     """Run the computation traced; numbers come back in one transfer. Inside a `tf.function`: as tensors."""
-    if isinstance(model, Snapshot):
-        with as_before(model):
-            return evaluate(computation, model.model, batches, options, **operands)
+    with outside_of_scope():
+        if isinstance(model, Snapshot):
+            with as_before(model):
+                return _evaluated(computation, model.model, batches, options, operands)
+        return _evaluated(computation, model, batches, options, operands)
+
+
+def _evaluated(computation: Callable, model: Any, batches: tuple, options: Options, operands: dict[str, Any]) -> Any:
+    """What `evaluate` returns, outside of the scope of any strategy."""
     options = replace(options, loss=in_order(options.loss))
     structure, tree, arrays = separate(model, options.forward, options.parameters)
     if operands.get("update") is not None:
         operands["update"] = _as_vector(structure, arrays, operands["update"])
     operands = map_leaves(tf.convert_to_tensor, operands)
-    pairs = _tensors(batches)
+    pairs = _tensors(whole(batches, structure.sources(arrays).values()))
     fixed = replace(options, seed=None, parameters=None, forward=None)
     given = Given(tree, arrays, pairs, options.seed, operands)
     plan = Plan(computation, structure, fixed, _JIT.get(), loss_state=plain_state(options.loss))
@@ -86,7 +93,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         )
     options = replace(options, loss=in_order(options.loss))
     structure, tree, arrays = separate(model, options.forward, options.parameters)
-    inputs, targets = unpack(_tensors(batch))
+    inputs, targets = unpack(_tensors(whole(batch, structure.sources(arrays).values())))
     with undisturbed(*structure.roots, options.loss):
         if is_module(model):
             structure = replace(structure, static=model)  # the record keeps it alive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lnp_tensorflow import array_namespace as xp
 from lnp_tensorflow.fallback import FATAL
 from lnp_tensorflow.outputs import flatten, measured, parts, rebuild
 from lnp_tensorflow.state_guard import undisturbed
+from lnp_tensorflow.strategies import as_one_replica
 
 
 def in_order(loss: Any) -> Any:
@@ -35,7 +37,7 @@ def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms:
     shape, aims = (tuple(leaf.shape) if tf.is_tensor(leaf) else None for leaf in (outputs, targets))
     integer = shape is not None and aims is not None and targets.dtype.is_integer
     first = tuple(parts(outputs)[0].shape) if shape is None else shape
-    return kinds.prepare(
+    prepared = kinds.prepare(
         xp,
         loss,
         kinds.Given(shape, aims, integer, first),
@@ -44,6 +46,7 @@ def prepare(loss: str | Callable | None, outputs: Any, targets: Any, loss_terms:
         cross_entropy=lambda axis, labels: _cross_entropy if labels else _soft_cross_entropy,
         loss_terms=loss_terms,
     )
+    return replace(prepared, function=as_one_replica()(prepared.function))
 
 
 def is_mean_over_samples(function: Callable, outputs: Any, targets: Any) -> bool:

@@ -15,8 +15,10 @@ import tensorflow as tf
 
 from lnp.contract.trees import map_leaves
 from lnp_tensorflow.model import Arrays, Snapshot, is_module, separate
+from lnp_tensorflow.strategies import outside_of_scope
 
 
+@outside_of_scope()
 def snapshot(model: Any) -> Any:
     """The model as it is now: a `Snapshot` of its trained variables, or (function, tensors)."""
     _refuse_graphs()
@@ -28,6 +30,7 @@ def snapshot(model: Any) -> Any:
     return Snapshot(model, values, tuple((state, state.read_value()) for state in _generators(model)))
 
 
+@outside_of_scope()
 def difference(before: Any, after: Any) -> Arrays:
     """What the update added to each parameter."""
     old, new = _values(before), _values(after)

@@ -226,20 +226,3 @@ def test_steps_without_numbers_are_not_measured(told):
     fit("AdamW", [Lost(PROBE, schedule=1, max_probes=2, loggers=lambda values, step: measured.append(step))])
     assert measured == list(range(BATCHES))  # and none of the second epoch under a number of the first
     assert "without measurements in this epoch" in told()[0]
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a strategy of TensorFlow's")
-def test_variables_that_are_mirrored(told):
-    import tensorflow as tf
-
-    def mirrored(callbacks):
-        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-            return fit("AdamW", callbacks)
-
-    callback = LNPCallback(PROBE, schedule=1)
-    assert same(mirrored([callback]), mirrored([]))
-    beside = LNPCallback(PROBE, schedule=1)
-    fit("AdamW", [beside])
-    assert callback.tracker.history["step"].tolist() == list(range(2 * BATCHES))
-    assert callback.tracker.history["chi_net"] == pytest.approx(beside.tracker.history["chi_net"], rel=1e-4)
-    assert told() == []

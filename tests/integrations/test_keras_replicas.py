@@ -1,0 +1,34 @@
+"""Keras where several devices train: `tf.distribute` on TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def ran(script, *names, folder):
+    """What a process of its own found, by case: devices are counted before a framework starts."""
+    path = folder / "found.json"
+    process = subprocess.run([sys.executable, str(HERE / script), str(path), *names], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a strategy of TensorFlow's")
+def test_a_strategy_with_two_replicas(tmp_path):
+    """The whole batch, wherever it is asked for; fit goes on as without the callback."""
+    found = ran("tensorflow_replicas.py", "layers", "fit", folder=tmp_path)
+    measured, expected = found["layers"].values()
+    for where in ("outside", "in scope", "arrays in scope"):
+        assert measured[where] == pytest.approx(expected["whole"], rel=1e-6)
+    assert measured["by replicas"] == [pytest.approx(expected[half], rel=1e-6) for half in ("first", "second")]
+    assert found["fit"]["same"]
+    assert found["fit"]["rates"][0] == pytest.approx(found["fit"]["first"], rel=1e-6)
+    assert len(found["fit"]["rates"]) == 4
