@@ -22,7 +22,7 @@ PARALLEL = ("-n", "2")
 
 ROOT = Path(__file__).parent
 # Pinned, because a new release of either finds new things in unchanged code.
-RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
+RUFF, MYPY, PYRIGHT = "ruff==0.17.6", "mypy==2.4.1", "basedpyright==1.40.2"
 TENSORFLOW = "tensorflow-cpu"
 FORMATS = "pandas,polars,pyarrow,orjson"
 OF_TORCH = (f".[torch,transformers,lightning,tensorboard,{FORMATS},demo,report,test]", "pytest-xdist", "peft>=0.14")
@@ -46,9 +46,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Types, without the frameworks: their own annotations change from release to release."""
+    """Types, without the frameworks: their own annotations change from release to release. README.md's examples as a
+    user's own code, and mistakes that a checker has to see.
+    """
     session.install(MYPY, "numpy>=2.1", "array-api-compat>=1.12")
     session.run("mypy", *session.posargs)
+    session.install(PYRIGHT, ".")  # brings a Node of its own from the package index
+    examples = Path(session.create_tmp()) / "examples"
+    session.run("python", "tests/packaging/typed_examples.py", str(examples))
 
 
 @nox.session

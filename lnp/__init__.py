@@ -4,6 +4,9 @@
 position, for PyTorch, JAX, TensorFlow, Keras and NumPy models.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lnp import schedule
 from lnp.api import cross_response, decompose, measured_loss_change, predicted_loss_change
 from lnp.batches.gram import GradientGram, gradient_gram
@@ -27,6 +30,17 @@ from lnp.spectral.similarity import KernelVelocity, alignment, kernel_velocity, 
 from lnp.spectral.spectrum import Spectrum, spectrum
 from lnp.tracking.history import History
 from lnp.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from lnp import plot as plot
+else:  # checkers would take any name for one of lnp's
+
+    def __getattr__(name: str) -> Any:
+        """`lnp.plot`, imported when it is used."""
+        if name == "plot":
+            return importlib.import_module("lnp.plot")
+        raise AttributeError(f"module 'lnp' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -64,6 +78,7 @@ __all__ = [
     "measure_checkpoints",
     "measured_loss_change",
     "open_checkpoints",
+    "plot",
     "power_law",
     "predicted_loss_change",
     "reach",

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import keras
 
 from lnp.tracking.tracker import Tracker
+from lnp.typed_options import WatchOptions
 
 
 class LNPCallback(keras.callbacks.Callback):
@@ -39,7 +40,7 @@ class LNPCallback(keras.callbacks.Callback):
         If a tracker and options of another one are given.
     """
 
-    def __init__(self, data: Any, path: Any = None, schedule: Any = None, **options: Any) -> None:
+    def __init__(self, data: Any, path: Any = None, schedule: Any = None, **options: Unpack[WatchOptions]) -> None:
         super().__init__()
         if isinstance(data, Tracker) and (path is not None or schedule is not None or options):
             raise TypeError(

@@ -15,11 +15,12 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from lnp.tracking.tracker import Tracker
+from lnp.typed_options import TrackerOptions
 from lnp_torch.host_steps import HostStep, check_same
 
 
@@ -61,14 +62,20 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, path: Any = None, schedule: Any = None, *, prepare: Prepare | None = None, **options: Any
+        self,
+        path: Any = None,
+        schedule: Any = None,
+        *,
+        prepare: Prepare | None = None,
+        **options: Unpack[TrackerOptions],
     ) -> None:
         if isinstance(path, Tracker) and (schedule is not None or options):
             raise TypeError(
                 "LNPCallback received a tracker, and options beside it. Expected one of the two: give the options to "
                 "the tracker."
             )
-        self.tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **{"rank": 0, **options})
+        options.setdefault("rank", 0)
+        self.tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **options)
         self._prepare = prepare
         self._refused = False
         self._reached: int | None = None

@@ -13,12 +13,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
 from lnp.losses import kinds
 from lnp.tracking.tracker import Tracker
+from lnp.typed_options import TrackerOptions
 from lnp_torch.host_steps import HostStep, check_same
 
 try:
@@ -46,7 +47,9 @@ Log = bool | Literal["factors"]
 FACTORS = ("lnp/rate", "lnp/chi_loss", "lnp/chi_net", "lnp/chi_pos", "lnp/population/chi_pos")
 
 
-def attach(trainer: Any, path: Any = None, schedule: Any = None, *, log: Log = True, **options: Any) -> Tracker:
+def attach(
+    trainer: Any, path: Any = None, schedule: Any = None, *, log: Log = True, **options: Unpack[TrackerOptions]
+) -> Tracker:
     """Measure the trainer's model while it trains, and return the tracker.
 
     Measured are the parameters before an update, on the batch that it trains on: with accumulated gradients on the

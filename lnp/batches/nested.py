@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from lnp.api import decompose
 from lnp.arguments import Batch, Loss, Model
@@ -23,6 +23,7 @@ from lnp.optional import import_optional
 from lnp.results.decomposition import Decomposition
 from lnp.results.rounding import number, with_error
 from lnp.results.tables import Page, Shown
+from lnp.typed_options import MeasureOptions
 
 SMALLEST = 8
 """Samples of the smallest batch, where none is given: fewer say little of a population."""
@@ -89,7 +90,12 @@ class NestedBatches(Shown):
 
 
 def decompose_nested(
-    model: Model, batch: Batch, loss: Loss = None, *, batch_sizes: Sequence[int] | None = None, **options: Any
+    model: Model,
+    batch: Batch,
+    loss: Loss = None,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    **options: Unpack[MeasureOptions],
 ) -> NestedBatches:
     r"""The factors at 8, 16, ..., N samples of one batch: the floor that its size puts under the position is seen.
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lnp import api
 from lnp.arguments import Batch, Model
@@ -29,6 +29,7 @@ from lnp.tracking.names import NOTES, STEP
 from lnp.tracking.net_rate import NO_ERROR, Ends, between, fall
 from lnp.tracking.options import check_call
 from lnp.tracking.process import refuse, single_process
+from lnp.typed_options import LossOptions
 from lnp.user_warnings import warn
 
 BATCHES_APART = 1_000_003
@@ -63,7 +64,7 @@ def measure_checkpoints(
     learning_rate: LearningRate = None,
     tags: Mapping[str, Any] | None = None,
     on_error: OnError = "warn",
-    **options: Any,
+    **options: Unpack[LossOptions],
 ) -> MeasuredCheckpoints:
     r"""Measure the saved checkpoints of a run; one model is in memory at a time.
 

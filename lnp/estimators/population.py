@@ -101,14 +101,14 @@ class Population:
         with the rate, for a noise scale of all of them.
     """
 
-    rate: Any
-    chi_pos: Any
-    noise_scale: Any
-    rate_stderr: Any
-    chi_pos_stderr: Any
-    noise_scale_low: Any
-    noise_scale_high: Any
-    gradient_noise: Any
+    rate: float
+    chi_pos: float
+    noise_scale: float
+    rate_stderr: float
+    chi_pos_stderr: float
+    noise_scale_low: float
+    noise_scale_high: float
+    gradient_noise: float
 
     @property
     def noise_scale_stderr(self) -> Any:

@@ -33,12 +33,12 @@ class CrossResponse(Shown):
         What the user should know beside the notes of the two decompositions.
     """
 
-    rate: Any
-    chi_loss: Any
-    chi_net: Any
-    chi_pos: Any
-    chi_net_stderr: Any
-    chi_pos_stderr: Any
+    rate: float
+    chi_loss: float
+    chi_net: float
+    chi_pos: float
+    chi_net_stderr: float
+    chi_pos_stderr: float
     trained: Decomposition
     measured: Decomposition
     notes: tuple[str, ...] = ()

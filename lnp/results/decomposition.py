@@ -49,19 +49,19 @@ class Layer:
     chi_pos_l = rate_l / (||g||^2 tr Theta_l), and the whole is chi_pos = sum_l (chi_net_l / chi_net) chi_pos_l.
     """
 
-    rate: Any
-    chi_net: Any
-    chi_pos: Any
-    chi_net_stderr: Any
-    chi_pos_stderr: Any
+    rate: float
+    chi_net: float
+    chi_pos: float
+    chi_net_stderr: float
+    chi_pos_stderr: float
 
 
 @dataclass(frozen=True)
 class Total:
     """The loss with terms that do not come from the outputs (regularisation), and the rate at which it falls."""
 
-    loss: Any
-    rate: Any
+    loss: float
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,16 @@ class Decomposition(Shown):
         Of the computation; 1, 0, empty and None in what is returned. See `lnp.results.finished`, `lnp.results.merged`.
     """
 
-    loss: Any
-    rate: Any
-    chi_loss: Any
-    chi_net: Any
-    chi_pos: Any
-    chi_net_stderr: Any
-    chi_pos_stderr: Any
-    loss_terms: Any
-    probes: Any
-    degrees_of_freedom: Any
+    loss: float
+    rate: float
+    chi_loss: float
+    chi_net: float
+    chi_pos: float
+    chi_net_stderr: float
+    chi_pos_stderr: float
+    loss_terms: float
+    probes: float
+    degrees_of_freedom: float
     layers: Mapping[str, Layer] | None
     population: Population | None
     samples: int
@@ -135,7 +135,7 @@ class Decomposition(Shown):
     contributions: Contributions | None = field(default=None, repr=False, compare=False)
 
     @property
-    def preference(self) -> Any:
+    def preference(self) -> float:
         """chi_pos N K: how much faster the loss gradient decays than a direction without preference among the modes.
 
             chi_pos N K = (g^T Theta g / ||g||^2) / (tr Theta / (N K))
@@ -154,7 +154,7 @@ class Decomposition(Shown):
         """
         return self.chi_pos * (self.samples * self.outputs)
 
-    def predicted_loss_change(self, learning_rate: float) -> Any:
+    def predicted_loss_change(self, learning_rate: float) -> float:
         """Loss change of one step of gradient descent to first order: -learning_rate * rate."""
         return -learning_rate * self.rate
 

@@ -115,7 +115,7 @@ class Truth:
             total += 2 * float(np.sum(block**2) - np.sum(np.diag(block) ** 2))
         return total
 
-    def factors(self, names: Iterable[str] | None = None, terms: int | None = None) -> dict[str, float]:
+    def factors(self, names: Iterable[str] | None = None, terms: float | None = None) -> dict[str, float]:
         """rate, chi_loss, chi_net, chi_pos from the dense kernel of some parameters."""
         kernel, g = self.kernel(names), self.gradient.reshape(-1)
         n = self.terms if terms is None else terms

@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 from lnp.arguments import Batch, Model
 from lnp.loggers import LoggerSources, as_loggers
@@ -24,6 +24,7 @@ from lnp.tracking.process import refuse
 from lnp.tracking.recorder import Recorder
 from lnp.tracking.shared_step import SharedStep, SharedSteps
 from lnp.tracking.step_selection import StepSelection
+from lnp.typed_options import DecomposeOptions
 
 
 class Tracker(KeptRows):
@@ -92,12 +93,10 @@ class Tracker(KeptRows):
         rank: int | Callable[[], int] | None = None,
         fsync: bool = False,
         on_error: OnError = "warn",
-        **options: Any,
+        **options: Unpack[DecomposeOptions],
     ) -> None:
         check_made(path, schedule, tags, rank, options)
-        self.path = None if path is None else os.fspath(path)
-        self.tags = dict(tags or {})
-        self.on_error = on_error
+        self.path, self.tags, self.on_error = None if path is None else os.fspath(path), dict(tags or {}), on_error
         self._failures = Failures(on_error)
         self._recorder = Recorder(self.path, fsync, as_loggers(loggers), self._failures)
         self._selection = StepSelection(as_schedule(schedule), rank, self._recorder, self._failures)
