@@ -37,6 +37,7 @@ from lnp_keras.model import (
     unpack,
 )
 from lnp_keras.state_guard import unchanged
+from lnp_keras.strategies import placed
 
 UNCOMPILED = "the model is not compiled: its loss is inferred from the targets, and outputs are taken as logits"
 
@@ -93,7 +94,7 @@ def handed_over(model: Any, batches: tuple, options: Options) -> Handed:
     """What the backend of the framework gets for a model, batches and options of `lnp.decompose`."""
     before = model.values if isinstance(model, Snapshot) else None
     model = model if before is None else model.model
-    parts = [unpack(batch) for batch in batches]
+    parts = [placed(unpack(batch)) for batch in batches]
     loss, notes = _loss(model, options.loss, parts)
     known = isinstance(loss, CompiledLoss | KerasLoss | OwnLoss)
     function = replace(stateless(model, options.forward), masks=known)

@@ -1,4 +1,4 @@
-"""Keras where several devices train: `tf.distribute` on TensorFlow."""
+"""Keras where several devices train: `tf.distribute` on TensorFlow, its own distribution on JAX."""
 
 from __future__ import annotations
 
@@ -32,3 +32,17 @@ def test_a_strategy_with_two_replicas(tmp_path):
     assert found["fit"]["same"]
     assert found["fit"]["rates"][0] == pytest.approx(found["fit"]["first"], rel=1e-6)
     assert len(found["fit"]["rates"]) == 4
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Keras distributes on JAX alone")
+def test_keras_s_distribution(tmp_path):
+    """Data parallel and model parallel: the numbers of one device, and fit goes on as without the callback."""
+    found = ran("keras_devices.py", folder=tmp_path)
+    one = found.pop("one device")
+    for case in found.values():
+        assert case["factors"] == pytest.approx(one["factors"], rel=1e-6)
+        assert case["notes"] == []
+        assert case["same"]
+        assert case["rates"] == pytest.approx(one["rates"], rel=1e-6)
+    assert [case["samples_of_a_device"] for case in found.values()] == [2, 4]
+    assert [case["numbers_of_a_device"] for case in found.values()] == [64, 32]
