@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lnp.contract.linearization import Vector
+from lnp.contract.linearization import Linearization, Vector, unit
 from lnp_torch.collectives import with_others
-from lnp_torch.meeting import Meeting
+from lnp_torch.meeting import Gone, Meeting
+from lnp_torch.model_parts import unwrapped
+from lnp_torch.outputs import dot, widened
+from lnp_torch.refusals import process_group_of_shards
+from lnp_torch.rounds import Failed, Rounds, is_sharded
+from lnp_torch.sharded import Gathering, met_one_by_one, set_active
 
 TIMEOUT = 60.0
 """Seconds without a sign of life after which a process is taken to be gone."""
@@ -50,7 +58,9 @@ class Group:
 
 
 class Processes:
-    """The processes of a group in one measurement: a `lnp.results.in_group.Group`."""
+    """The processes of a group in one measurement, each with all parameters: a `lnp.results.in_group.Group`."""
+
+    whole_gradients = True
 
     def __init__(self, process_group: Any, timeout: float) -> None:
         self._process_group = process_group
@@ -66,14 +76,16 @@ class Processes:
         """The small values of all processes, by rank."""
         return self._meeting.exchange(point, value)
 
-    def summed(self, vector: Vector) -> dict[str, torch.Tensor]:
-        """The sum over processes, one parameter after the other, as training does."""
+    def summed(self, lin: Linearization, vector: Vector | None, share: float) -> tuple[dict[str, Any], Vector | None]:
+        """share * J^T g / m, added up over processes, one parameter after the other, as training does."""
+        assert vector is not None, "every process holds its own"
         made = {}
         with with_others():
             for name, part in vector.items():
-                made[name] = part.contiguous()
+                made[name] = (share * widened(part)).contiguous()
                 self._done(dist.all_reduce(made[name], group=self._process_group, async_op=True))
-        return made
+        squares = lin.inner_products(made, made)
+        return {name: square if self.rank == 0 else 0.0 for name, square in squares.items()}, made
 
     def _done(self, work: Any) -> None:
         """Wait for a collective operation, unless a process that takes part in it is gone."""
@@ -86,25 +98,107 @@ class Processes:
         work.wait()
 
 
+class ShardedProcesses(Processes):
+    """The same for a model whose parameters are sharded over the processes by `fully_shard`."""
+
+    whole_gradients = False
+
+    def __init__(self, model: nn.Module, process_group: Any, timeout: float) -> None:
+        super().__init__(process_group, timeout)
+        self._names = dict(unwrapped(model).named_parameters())
+        self._tensors = list(self._names.values())
+        self._rounds = Rounds(self._tensors, process_group, self._done)
+        self.gathering = Gathering(model, self._rounds, {id(p): index for index, p in enumerate(self._tensors)})
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Around a measurement, in which operations find the parameters that they read."""
+        try:
+            with self._meeting.session():
+                self._rounds.start()
+                set_active(self.gathering)
+                try:
+                    with self.gathering:
+                        yield
+                finally:
+                    set_active(None)
+                    self.gathering.let_go()
+        except Failed:
+            self._meeting.watch()  # raises with the reason
+            raise
+        except Gone:
+            raise
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the others have failed as well
+                self._rounds.fail()
+            raise
+
+    def exchange(self, point: str, value: Any) -> list[Any]:
+        """The small values of all processes, which are done with what they needed of each other."""
+        if self._rounds.running:
+            self._rounds.finish()
+        return self._meeting.exchange(point, value)
+
+    def summed(self, lin: Linearization, vector: Vector | None, share: float) -> tuple[dict[str, Any], Vector | None]:
+        """share * J^T g / m, added up as its parameters come out of one more backward pass, of which each process keeps
+        its shard for a moment.
+        """
+        index = {name: place for place, name in enumerate(self._names)}
+        totals: dict[int, torch.Tensor | float] = {}
+        self._rounds.start()
+
+        def meet(name: str, gradient: torch.Tensor) -> None:
+            totals[index[name]] = totals.get(index[name], 0.0) + self._rounds.added_up(index[name], gradient)
+
+        g, _ = unit(lin.xp, lin.loss_gradient)
+        met_one_by_one(self.gathering, lambda: lin.vjp(share * g), meet)
+        self._rounds.finish()
+        squares: dict[str, Any] = {}
+        for name in self.gathering.parameters:
+            place = index[name]
+            total = torch.as_tensor(totals.get(place, 0.0) + self._rounds.others.get(place, 0.0))
+            squares[name] = dot(total, total) / _copies(self._tensors[place], self.size)
+        return squares, None
+
+
+def _copies(tensor: Any, size: int) -> int:
+    """How many processes hold the same part of a tensor."""
+    if not is_sharded(tensor):
+        return size
+    kept = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(count for count, placement in kept if placement.is_replicate())
+
+
 def group_of(model: Any, asked: Any) -> Processes | None:
     """The processes that measure a model together; None for this process alone.
 
     Parameters
     ----------
     asked:
-        "auto" for those that the model tells of: the group of DistributedDataParallel. None for this process alone; or
-        a ProcessGroup, a one-dimensional DeviceMesh, or a `Group`.
+        "auto" for those that the model tells of: the group of DistributedDataParallel, or of the mesh over which
+        `fully_shard` has sharded it. None for this process alone; or a ProcessGroup, a one-dimensional DeviceMesh, or a
+        `Group`.
 
     Raises
     ------
     TypeError, ValueError
-        For another value, and for a group that this process is no part of.
+        For another value, and for a group that this process is no part of, or over which the model is not sharded.
     """
     timeout = asked.timeout if isinstance(asked, Group) else TIMEOUT
     if asked is None or not (dist.is_available() and dist.is_initialized()):
         _refuse_without_group(asked)
         return None
     found = _process_group(model, asked)
+    over = process_group_of_shards(model)
+    if over is not None:
+        if found is NOT_DISTRIBUTED or asked == Group(timeout=timeout):
+            found = over
+        if _ranks(found) != _ranks(over):
+            raise ValueError(
+                f"group= has the processes {_ranks(found)}, and the model is sharded over {_ranks(over)}. Expected the "
+                "same processes. Leave group= out."
+            )
+        return ShardedProcesses(model, over, timeout)
     if found is NOT_DISTRIBUTED:
         return None
     if dist.get_rank(found) < 0:
@@ -113,6 +207,10 @@ def group_of(model: Any, asked: Any) -> Processes | None:
             "Call it in these alone, or pass a group that this process is part of."
         )
     return Processes(found, timeout) if dist.get_world_size(found) > 1 else None
+
+
+def _ranks(process_group: Any) -> list[int]:
+    return dist.get_process_group_ranks(process_group)
 
 
 NOT_DISTRIBUTED = object()

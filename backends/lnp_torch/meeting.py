@@ -35,6 +35,10 @@ _CALLS: dict[str, int] = {}
 """{group: measurements that all of its processes have begun}."""
 
 
+class Gone(RuntimeError):
+    """Another process did not come, or is not there any more: no collective operation can end."""
+
+
 class Meeting:
     """One measurement of several processes: what they tell each other.
 
@@ -128,7 +132,7 @@ class Meeting:
         if beat != before:
             self._seen[other] = beat, time.monotonic()
         elif time.monotonic() - since > self.timeout:
-            raise RuntimeError(gone.format(**names))
+            raise Gone(gone.format(**names))
 
     def _beat(self, stop: threading.Event) -> None:
         """A sign of life, again and again, also while the measurement computes."""
@@ -173,4 +177,4 @@ def _reached() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:
-        raise RuntimeError(LOST.format(str(error).splitlines()[0] if str(error) else type(error).__name__)) from error
+        raise Gone(LOST.format(str(error).splitlines()[0] if str(error) else type(error).__name__)) from error

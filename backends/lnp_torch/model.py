@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +11,16 @@ import torch
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from lnp.contract.trees import children, map_leaves
+from lnp.contract.trees import map_leaves
 from lnp.contract.validation import select
 from lnp_torch.clones import cast
+from lnp_torch.leaf_names import named
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import continuous, like, real
 from lnp_torch.refusals import refuse, refuse_transforms
 from lnp_torch.replica import Replica
+from lnp_torch.rounds import is_sharded
+from lnp_torch.sharded import active
 from lnp_torch.writes import Guard
 
 Parameters = dict[str, torch.Tensor]
@@ -62,7 +65,9 @@ class Program:
 
     def in_float64(self) -> Program:
         """The same function in float64, as far as its dtypes follow from those of parameters, buffers and inputs."""
-        parameters = {name: p.detach().double().requires_grad_() for name, p in self.parameters.items()}
+        gathering = active()
+        wide = torch.Tensor.double if gathering is None else gathering.as_float64
+        parameters = {name: wide(p.detach()).requires_grad_() for name, p in self.parameters.items()}
         clones = self.replica.clones
 
         def call(values: Parameters, inputs: Any) -> Any:
@@ -130,7 +135,8 @@ def program(
     if isinstance(model, Snapshot):
         made = program(model.model, forward, parameters, loss, written)
         return replace(made, parameters=model.parameters)
-    refuse(model)
+    if active() is None:
+        refuse(model)
     refuse_transforms()
     if isinstance(model, nn.Module):
         return _on_a_device(_module(unwrapped(model), forward, parameters, loss, written))
@@ -152,36 +158,6 @@ def _on_a_device(made: Program) -> Program:
             "weights."
         )
     return made
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a structure by their dotted path; where two have the same one, they are numbered.
-
-    >>> named({"layer": [1, 2], "scale": 3})
-    {'layer.0': 1, 'layer.1': 2, 'scale': 3}
-    >>> named({"layer": {"w": 1}, "layer.w": 2})
-    {'layer.w': 1, 'layer.w~2': 2}
-    """
-    found: dict[str, Any] = {}
-    for path, leaf in _paths(tree, ""):
-        same = sum(other == path or other.rpartition("~")[0] == path for other in found)
-        found[f"{path}~{same + 1}" if path in found else path] = leaf
-    return found
-
-
-def _paths(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """(dotted path, leaf) pairs."""
-    inner = children(tree)
-    if inner is None:
-        yield prefix or "parameters", tree
-        return
-    if len(inner) < len(tree if isinstance(tree, Mapping) else inner):
-        raise ValueError(
-            f"The parameters have keys that are the same as text: {list(tree)}. Expected keys that differ as text. "
-            "Give them other names."
-        )
-    for key, child in inner.items():
-        yield from _paths(child, f"{prefix}.{key}" if prefix else key)
 
 
 _STANDING: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("standing", default=None)
@@ -225,14 +201,18 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
         )
     candidates = [name for name, p in own.items() if continuous(p) and (p.requires_grad or parameters is not None)]
     chosen = select(candidates, parameters)
-    aliases = {name: _alias(own[name]) for name in chosen}
+    gathering = active()
+    values = own if gathering is None else {name: gathering.standing(p) for name, p in own.items()}
+    aliases = {name: _alias(values[name]) for name in chosen}
+    if gathering is not None:
+        gathering.parameters = aliases
     replica = Replica((model, forward or called, loss), map(id, own.values()), written)
     copy, run, of_outputs = replica.roots
 
     def stands_for(name: str, p: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """What a pass has in the place of one of the module's own parameters."""
         given = name in parameters
-        value = like(p, parameters[name]) if given else cast(p.detach(), replica.clones.dtype)
+        value = like(p, parameters[name]) if given else cast(values[name].detach(), replica.clones.dtype)
         return own_memory(value) if id(p) in written else value
 
     def call(parameters: Parameters, inputs: Any) -> Any:
@@ -292,7 +272,9 @@ def own_memory(parameter: torch.Tensor) -> torch.Tensor:
 def _guard(own: Parameters, replica: Replica) -> Guard:
     """Of the parameters, which passes never write to: not where they have memory of their own for it, either."""
     written = replica.clones.written
-    every = sorted(own.values(), key=lambda p: id(p) not in written)  # of views of one memory, one that is not known
+    every = sorted(
+        (p for p in own.values() if not is_sharded(p)), key=lambda p: id(p) not in written
+    )  # of views of one memory, one that is not known
     return Guard([*every, *replica.clones.shared()])
 
 

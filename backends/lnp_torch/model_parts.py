@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 import types
 from typing import Any
 
@@ -29,6 +31,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def own_class(kind: type) -> type:
+    """The user's own class, of which `fully_shard` has made another one; otherwise the class itself."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    mixed = getattr(fsdp, "FSDPModule", None)
+    if mixed is None or mixed not in kind.__bases__:
+        return kind
+    return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]
+
+
+def without_sharding(module: nn.Module) -> list[tuple[dict, dict]]:
+    """The hooks of a module that `fully_shard` has changed, and those of them that do not gather parameters."""
+    if own_class(type(module)) is type(module):
+        return []
+    every: list[dict] = [module._forward_pre_hooks, module._forward_hooks]
+    return [(hooks, {key: hook for key, hook in hooks.items() if not _shards(hook)}) for hooks in every]
+
+
+def _shards(hook: Any) -> bool:
+    function = getattr(hook, "__wrapped__", hook)
+    function = getattr(function, "__func__", function)
+    return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp.")
 
 
 def part_of_a_model(kind: type) -> bool:
@@ -59,3 +84,20 @@ def _fill_slots(module: torch.jit.ScriptModule, values: list[torch.Tensor]) -> N
 
 SCRIPTED = Part(lambda module: list(_slots(module).values()), _fill_slots)
 """The place of the tensors of a scripted or traced module."""
+
+
+def copied_iterator(x: Any) -> Any:
+    """An iterator at the same place; ValueError for a generator of Python, which nobody can copy."""
+    try:
+        return copy.copy(x)
+    except TypeError as error:
+        raise ValueError(
+            f"The model or its loss holds a {type(x).__name__}, {x!r}, which a forward pass may advance and nobody can "
+            "turn back. Expected state that can be copied: a list with a position, or an object with a __next__ of its "
+            "own. Keep it outside of the model, or take it away while lnp measures."
+        ) from error
+
+
+GENERATOR = Part(
+    lambda x: [x.get_state()], lambda x, values: x.set_state(values[0]), lambda a, b: a[0].equal(b[0]), refers=False
+)

@@ -9,32 +9,88 @@ import torch
 from torch import nn
 
 from lnp.contract.trees import leaves
+from lnp_torch.rounds import is_sharded
 
 SHARDED = (
     "The model's parameters are sharded over processes ({}), and lnp measures whole ones: nothing has been touched. "
-    "Expected a model whose every process holds all of its parameters, as in DistributedDataParallel. Measure an "
-    "unsharded copy of it, such as a checkpoint that is loaded in one process."
+    "Expected a model whose every process holds all of its parameters, as in DistributedDataParallel, or one that "
+    "fully_shard has sharded. Measure an unsharded copy of it, such as a checkpoint that is loaded in one process."
+)
+TOGETHER = (
+    "The model's parameters are sharded over processes by fully_shard, and this measurement is made by one process "
+    "alone: nothing has been touched. Expected lnp.decompose(model, batch) in all processes, without group=None. Call "
+    "it so, or measure an unsharded copy of the model, such as a checkpoint that is loaded in one process."
 )
 
 
 def refusal(model: Any) -> str | None:
-    """Why the model cannot be measured, in a sentence that says what to do; None if it can.
+    """Why one process alone cannot measure the model, in a sentence that says what to do; None if it can.
 
     Every process of a run comes to the same answer, and nothing is computed or sent for it.
     """
-    kinds = {kind for tensor in _tensors(model) if (kind := _sharded(tensor))}
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    modules = model.modules() if fsdp is not None and isinstance(model, nn.Module) else ()
-    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in modules):
-        kinds.add("FullyShardedDataParallel")
-    return SHARDED.format(", ".join(sorted(kinds))) if kinds else None
+    kinds = _not_to_be_gathered(model)
+    if kinds:
+        return SHARDED.format(", ".join(sorted(kinds)))
+    return TOGETHER if any(map(is_sharded, _tensors(model))) else None
+
+
+def process_group_of_shards(model: Any) -> Any:
+    """The processes over which `fully_shard` has sharded a model; None for one that is not sharded.
+
+    Raises
+    ------
+    ValueError
+        For a model that is sharded in another way.
+    """
+    if refusal(model) != TOGETHER:
+        refuse(model)
+        return None
+    mesh = next(tensor.device_mesh for tensor in _tensors(model) if is_sharded(tensor))
+    return mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
 
 
 def refuse(model: Any) -> None:
-    """Raise ValueError for a model that cannot be measured, before anything has happened."""
+    """Raise ValueError for a model that one process alone cannot measure, before anything has happened."""
     reason = refusal(model)
     if reason is not None:
         raise ValueError(reason)
+
+
+def _not_to_be_gathered(model: Any) -> set[str]:
+    """The ways in which parameters are spread over processes other than that of `fully_shard`."""
+    kinds = {"ZeRO stage 3" for tensor in _tensors(model) if hasattr(tensor, "ds_id")}  # DeepSpeed leaves it empty
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    modules = list(model.modules()) if fsdp is not None and isinstance(model, nn.Module) else []
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in modules):
+        kinds.add("FullyShardedDataParallel")
+    sharded = [tensor for tensor in _tensors(model) if is_sharded(tensor)]
+    own = getattr(fsdp, "FSDPModule", ())
+    states = [module._get_fsdp_state() for module in modules if isinstance(module, own)]
+    groups = [group for state in states for group in _parameter_groups(state)]
+    meshes = [group.mesh_info.mesh for group in groups]
+    if any(tensor.device_mesh != mesh for tensor in sharded for mesh in meshes) or (sharded and not meshes):
+        kinds.add("DTensor, by tensor parallelism or over several meshes")
+    if any(mesh.ndim > 1 and mesh.size() != torch.distributed.get_world_size() for mesh in meshes):
+        kinds.add("fully_shard, over several dimensions of a part of the processes")
+    if any(_computes_otherwise(state._mp_policy) for state in states):
+        kinds.add("fully_shard with a MixedPrecisionPolicy")
+    if any(type(getattr(group, "offload_policy", None)).__name__ == "CPUOffloadPolicy" for group in groups):
+        kinds.add("fully_shard with a CPUOffloadPolicy")
+    if any(tensor.dtype == torch.float16 for tensor in sharded):
+        kinds.add("fully_shard of float16")
+    return kinds
+
+
+def _parameter_groups(state: Any) -> list[Any]:
+    """The groups of parameters that `fully_shard` gathers at a time."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    groups = [state._fsdp_param_group] if groups is None else groups  # up to PyTorch 2.11
+    return [group for group in groups if group is not None]
+
+
+def _computes_otherwise(policy: Any) -> bool:
+    """Whether parameters or outputs take another dtype for a pass."""
+    return policy.param_dtype is not None or policy.output_dtype is not None
 
 
 def refuse_transforms() -> None:
@@ -67,16 +123,6 @@ def _tensors(model: Any) -> list[Any]:
     if isinstance(model, nn.Module):
         return [*model.parameters(), *model.buffers()]
     return leaves(model[1]) if isinstance(model, tuple) and len(model) == 2 else []
-
-
-def _sharded(tensor: Any) -> str:
-    """How a tensor is spread over processes, or ""."""
-    if hasattr(tensor, "ds_id"):  # DeepSpeed leaves an empty tensor where it has put the parameter elsewhere
-        return "ZeRO stage 3"
-    distributed: Any = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
-        return "DTensor, by fully_shard or tensor parallelism"
-    return ""
 
 
 COMPILED = (

@@ -26,12 +26,19 @@ from torch import nn
 from lnp.state.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, empty_like, global_names, is_user_module, places
 from lnp.state.preserve import PLAIN, SavedState
 from lnp_torch.clones import Clones
-from lnp_torch.model_parts import HOSTS, SCRIPTED, may_differ, part_of_a_model, unwrapped
+from lnp_torch.model_parts import (
+    GENERATOR,
+    HOSTS,
+    SCRIPTED,
+    copied_iterator,
+    may_differ,
+    own_class,
+    part_of_a_model,
+    unwrapped,
+    without_sharding,
+)
 
 FIXED = (type, types.ModuleType, torch.dtype, torch.device, torch.Size, enum.Enum)
-GENERATOR = Part(
-    lambda x: [x.get_state()], lambda x, values: x.set_state(values[0]), lambda a, b: a[0].equal(b[0]), refers=False
-)
 
 
 class Replica:
@@ -127,7 +134,7 @@ class Replica:
         return self._keep(x, x)  # what stands for it is known at each pass
 
     def _iterator(self, x: Any) -> Any:
-        made = self._keep(x, _copied_iterator(x))
+        made = self._keep(x, copied_iterator(x))
         self._iterators[id(made)] = made
         return made
 
@@ -180,7 +187,10 @@ class Replica:
             self._fill(x, made, (SCRIPTED,))
             return made
         self.clones.buffers.update(id(buffer) for buffer in x._buffers.values())
+        for hooks, kept in without_sharding(x):
+            self._keep(hooks, type(hooks)((key, self.of(hook)) for key, hook in kept.items()))
         made = self._object(x)
+        made.__class__ = own_class(type(x))
         if hasattr(type(x), "__del__"):  # what it does at its end is the user's own module's to do
             made.__class__ = type(type(x).__name__, (type(x),), {"__del__": lambda self: None})
         return made
@@ -306,15 +316,3 @@ def _maker(kind: type) -> Callable[[Replica, Any], Any] | None:
     if make is None and hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
         return Replica._iterator
     return make or (Replica._object if part_of_a_model(kind) else None)
-
-
-def _copied_iterator(x: Any) -> Any:
-    """An iterator at the same place; ValueError for a generator of Python, which nobody can copy."""
-    try:
-        return copy.copy(x)
-    except TypeError as error:
-        raise ValueError(
-            f"The model or its loss holds a {type(x).__name__}, {x!r}, which a forward pass may advance and nobody can "
-            "turn back. Expected state that can be copied: a list with a position, or an object with a __next__ of its "
-            "own. Keep it outside of the model, or take it away while lnp measures."
-        ) from error

@@ -18,7 +18,7 @@ import numpy as np
 
 from lnp.arguments import Batch, Model
 from lnp.contract.gradient_pass import products_with
-from lnp.contract.linearization import Array, Linearization, Vector, unit
+from lnp.contract.linearization import Linearization, Vector, unit
 from lnp.contract.options import Options
 from lnp.contract.registry import evaluate, find
 from lnp.estimators.population import jackknife_size
@@ -38,10 +38,13 @@ class Group(Protocol):
     ----------
     rank, size:
         This process among them, from 0 on, and R.
+    whole_gradients:
+        Whether each process holds its own gradient, of all parameters, before they are added up.
     """
 
     rank: int
     size: int
+    whole_gradients: bool
 
     def session(self) -> AbstractContextManager:
         """Around a measurement: waits for all processes, and tells the others of an error."""
@@ -49,8 +52,10 @@ class Group(Protocol):
     def exchange(self, point: str, value: Any) -> list[Any]:
         """The small values of all processes, by rank; RuntimeError where one of them has failed, or is gone."""
 
-    def summed(self, vector: Vector) -> dict[str, Array]:
-        """The sum over processes of a vector in parameter space, which may be overwritten."""
+    def summed(self, lin: Linearization, vector: Vector | None, share: float) -> tuple[dict[str, Any], Vector | None]:
+        """The sum over processes of share * J^T g / m, with m the magnitude of g: ({parameter: square norm}, whose
+        sum over processes is that of the sum; the sum itself, or None where no process holds all of it).
+        """
 
 
 def group_of(model: Model, asked: Any, preconditioner: Any = None, batches: Any = None) -> Group | None:
@@ -84,8 +89,8 @@ def group_of(model: Model, asked: Any, preconditioner: Any = None, batches: Any 
 class Held:
     """A gradient that stays where it is: no container, so that its numbers are not brought to the host."""
 
-    def __init__(self, vector: Vector) -> None:
-        self.vector = vector
+    def __init__(self, vector: Vector | None, names: list[str]) -> None:
+        self.vector, self.names = vector, names
 
 
 @dataclass(frozen=True)
@@ -100,26 +105,26 @@ class DecomposeTogether(DecomposeWithGradient):
 
     def __call__(self, lin: Linearization) -> tuple[Decomposition, Held]:  # type: ignore[override]
         settings = {name: value for name, value in self._settings.items() if name != "group"}
-        d, found = decomposed(lin, **settings, vector=True, part=True)
-        assert found.vector is not None, "it was asked for"
-        return d, Held(found.vector)
+        whole = self.group is not None and self.group.whole_gradients
+        d, found = decomposed(lin, **settings, vector=whole, part=True)
+        return d, Held(found.vector if whole else None, sorted(found.square_norms))
 
     def together(self, lin: Linearization, measured: tuple[Decomposition, Held]) -> tuple:
-        """(decomposition, {parameter: ||grad L / m||^2}, m, products with grad L / m or None), L of all processes."""
+        """(decomposition, {parameter: part of ||grad L / m||^2}, m, products with grad L / m or None)."""
         d, held = measured
         assert self.group is not None, "it belongs to this computation"
         own: dict[str, Any] = {"magnitude": float(d.magnitude), "population": d.contributions is not None}
-        own["shapes"] = {name: tuple(part.shape) for name, part in held.vector.items()}
+        own["names"] = held.names
         every = self.group.exchange("measured", own)
         _check_alike(every)
         magnitude = max(one["magnitude"] for one in every)
         share = float(d.magnitude) / magnitude / self.group.size
-        u = self.group.summed({name: share * part for name, part in held.vector.items()})
+        squares, u = self.group.summed(lin, held.vector, share)
         products = None
-        if all(one["population"] for one in every):
+        if u is not None and all(one["population"] for one in every):
             g, _ = unit(lin.xp, lin.loss_gradient)
             products = products_with(lin, g, u, jackknife_size(lin.outputs.shape[0]))[0]
-        return d, dict(lin.inner_products(u, u)), magnitude, products
+        return d, squares, magnitude, products
 
 
 def decompose_together(computation: DecomposeTogether, model: Model, batch: Batch, options: Options) -> Decomposition:
@@ -130,7 +135,7 @@ def decompose_together(computation: DecomposeTogether, model: Model, batch: Batc
         own = replace(options, seed=_seed_of(options.seed, group.rank))
         found = evaluate(computation, model, (batch,), own)
         every = group.exchange("parts", _part(*found))
-        squares = every[0]["square_norms"]
+        squares = {name: sum(one["square_norms"][name] for one in every) for name in every[0]["square_norms"]}
         known: list[Any] | None = [one["products"] for one in every]
         known = None if any(products is None for products in known or []) else known
         weights = [1 / group.size] * group.size
@@ -154,10 +159,10 @@ def _seed_of(seed: Any, rank: int) -> int:
 
 def _check_alike(every: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError in every process where they measure different parameters."""
-    shapes = [one["shapes"] for one in every]
-    other = next((rank for rank, one in enumerate(shapes) if one != shapes[0]), None)
+    names = [one["names"] for one in every]
+    other = next((rank for rank, one in enumerate(names) if one != names[0]), None)
     if other is not None:
-        differing = sorted(set(shapes[0].items()) ^ set(shapes[other].items()))
+        differing = sorted(set(names[0]) ^ set(names[other]))
         raise ValueError(
             f"Processes 0 and {other} of the group measure different parameters: {differing[:3]}. Expected the same "
             "model and the same parameters= in all of them. Pass group=None to measure this process alone."

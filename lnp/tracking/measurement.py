@@ -143,9 +143,16 @@ def decompose_batches(
             f"observe({step}, ...) received no batch, and the tracker has none. Expected one of the two: pass the "
             "batch that the step trains on, or make the tracker with batch=."
         )
+    options = {"group": None, **options}  # without one, what this process can do by itself
+    group = options.pop("group")
     if batch is None or own is None:
-        decomposition = api.decompose(model, own if batch is None else batch, **options)
+        decomposition = api.decompose(model, own if batch is None else batch, **options, group=group)
         return decomposition, decomposition, decomposition.to_dict()
+    if group is not None:
+        raise ValueError(
+            "observe received a training batch, and the tracker has a batch of its own and group=. Expected one of the "
+            "two batches: a cross response is measured by one process. Leave one out, or group=."
+        )
     cross = api.cross_response(model, batch, own, **{"population": None, **options})
     return cross.trained, cross.measured, cross.trained.to_dict() | _cross_values(cross)
 

@@ -1,0 +1,132 @@
+"""Whole parameters for processes that hold a shard each, in rounds, although each process goes its own way.
+
+A collective operation needs all processes at once, and a measurement takes as many passes as its own samples ask for.
+So each time that one needs a parameter, all tell a number: which parameter they need, that they have a gradient to add
+up, that they are done, or have failed. The parameters that were named are gathered, each once, by all. Processes in
+step with each other gather what all of them need; one that is done goes on serving the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lnp_torch.collectives import with_others
+
+DONE, FAILED = -1, -2
+
+
+class Failed(RuntimeError):
+    """Another process has failed: this one has nothing to tell it."""
+
+
+class Rounds:
+    """What processes gather and add up for each other.
+
+    Parameters
+    ----------
+    tensors:
+        The sharded parameters, DTensors of one mesh; plain tensors where each process holds all of it.
+    process_group:
+        Of the mesh.
+    wait:
+        Waits for a collective operation, and raises an error where a process is gone.
+
+    Attributes
+    ----------
+    running:
+        Whether the others count on this process to take part.
+    """
+
+    def __init__(self, tensors: Sequence[Any], process_group: Any, wait: Callable[[Any], None]) -> None:
+        self._tensors, self._group, self._wait = tensors, process_group, wait
+        self._size, self._device = dist.get_world_size(process_group), tensors[0].device
+        self.running = False
+
+    def gathered(self, index: int) -> torch.Tensor:
+        """The whole of a parameter."""
+        _, full = self._round(index)
+        assert full is not None, "it was asked for in this round"
+        return full
+
+    def added_up(self, index: int, gradient: torch.Tensor) -> torch.Tensor:
+        """This process's shard of the sum over processes of a parameter's gradient; the whole of one not sharded.
+
+        Where other processes have gradients of other parameters, or none, these are added up first, with zeros of this
+        one: a parameter that one process does not use has a gradient in others. So a sum may come in several parts.
+        """
+        first = len(self._tensors)
+        while True:
+            codes, _ = self._round(first + index)
+            if any(0 <= code < first for code in codes):
+                continue  # some are on their way
+            chosen = min(code for code in codes if code >= first) - first
+            total = self._summed(chosen, gradient if chosen == index else None)
+            if chosen == index:
+                return total
+            self.others[chosen] = self.others.get(chosen, 0) + total
+
+    def finish(self) -> None:
+        """Serve the others until all are done."""
+        first = len(self._tensors)
+        while True:
+            codes, _ = self._round(DONE)
+            if all(code == DONE for code in codes):
+                self.running = False
+                return
+            if not any(0 <= code < first for code in codes):
+                chosen = min(code for code in codes if code >= first) - first
+                self.others[chosen] = self.others.get(chosen, 0) + self._summed(chosen, None)
+
+    def start(self) -> None:
+        """From now on the others count on this process."""
+        self.running, self.others = True, dict[int, torch.Tensor]()
+
+    def fail(self) -> None:
+        """Let the others know, in the round that they wait for, that this process takes part in none after it."""
+        if self.running:
+            self.running = False
+            self._codes(FAILED)
+
+    def _round(self, code: int) -> tuple[list[int], torch.Tensor | None]:
+        """What all processes have named, gathered; the codes, and the parameter of this one's."""
+        codes = self._codes(code)
+        if FAILED in codes:
+            self.running = False
+            raise Failed("another process has failed")
+        mine = None
+        with torch.no_grad(), with_others():
+            for index in sorted({one for one in codes if 0 <= one < len(self._tensors)}):
+                whole = self._tensors[index].detach().full_tensor()
+                mine = whole if index == code else mine
+        return codes, mine
+
+    def _codes(self, code: int) -> list[int]:
+        own = torch.tensor([code], device=self._device)
+        every = [torch.empty_like(own) for _ in range(self._size)]
+        with with_others():
+            self._wait(dist.all_gather(every, own, group=self._group, async_op=True))
+        return torch.cat(every).tolist()
+
+    def _summed(self, index: int, gradient: torch.Tensor | None) -> torch.Tensor:
+        """A gradient added up over processes, of which this one keeps its shard."""
+        like = self._tensors[index]
+        whole = torch.zeros(like.shape, dtype=torch.float32, device=self._device) if gradient is None else gradient
+        whole = whole.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+        with torch.no_grad(), with_others():
+            if not is_sharded(like):
+                self._wait(dist.all_reduce(whole := whole.clone(), group=self._group, async_op=True))
+                return whole
+            from torch.distributed.tensor import DTensor, Partial
+
+            mesh = like.device_mesh
+            added = DTensor.from_local(whole.contiguous(), mesh, [Partial()] * mesh.ndim, run_check=False)
+            return added.redistribute(mesh, like.placements).to_local()
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is spread over the processes of a mesh."""
+    return hasattr(tensor, "device_mesh")
