@@ -30,6 +30,7 @@ from lnp_jax.self_check import (
     remember_interacting,
     traced,
 )
+from lnp_jax.shards import together
 from lnp_jax.state_guard import leave_no_trace
 from lnp_jax.updates import update_vector
 
@@ -39,12 +40,37 @@ OF_THE_GRADIENT = (measured_change, predicted_change, changes)
 """Computations about the loss's own gradient, which is what the backward pass says, whether it is linear or not."""
 
 
-def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options: Any) -> lnp.Decomposition:
-    """`lnp.decompose((apply, parameters), batch, seed=key, ...)`, pure: for use inside `jax.jit`, `jax.lax.scan` and
-    the like.
+def decompose(
+    apply: Callable,
+    parameters: Any,
+    batch: Any,
+    key: Any,
+    *,
+    group: str | tuple[str, ...] | None = None,
+    **options: Any,
+) -> lnp.Decomposition:
+    """`lnp.decompose((apply, parameters), batch, seed=key, ...)`, pure: for use inside `jax.jit`, `jax.lax.scan`,
+    `jax.shard_map` and the like.
 
     Returns arrays of shape () there. Checks on values cannot raise inside a compiled function: where labels are out
     of range, or samples that were taken apart turn out to interact, the numbers are nan.
+
+    Parameters
+    ----------
+    apply, parameters, batch, options:
+        As for `lnp.decompose`.
+    key:
+        Of the random signs; the same on all devices that measure together.
+    group:
+        Inside of `jax.shard_map` or `jax.pmap`: the axis, or axes, of the mesh along which devices hold parts of one
+        batch, of equal sizes, with the same parameters. Every device gets the result of the whole batch. None: each its
+        own part's. Outside, arrays with a `NamedSharding` are measured as one batch in any case.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `lnp.decompose`; and inside of `jax.shard_map` with `check_vma=True`, and for a network or a loss that talks
+        to other devices there.
 
     >>> import jax, jax.numpy as jnp
     >>> @jax.jit
@@ -53,7 +79,8 @@ def decompose(apply: Callable, parameters: Any, batch: Any, key: Any, **options:
     >>> float(position(jnp.zeros((2, 1)), jnp.eye(2), jnp.ones((2, 1)), jax.random.key(0)))
     0.5
     """
-    return lnp.decompose((apply, parameters), batch, seed=key, **options)
+    with together(group):
+        return lnp.decompose((apply, parameters), batch, seed=key, **options)
 
 
 def evaluate(computation: Callable, model: Any, batches: tuple, options: Options, **operands: Any) -> Any:

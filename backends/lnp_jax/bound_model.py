@@ -15,7 +15,7 @@ from lnp_jax.fallback import Function, Split
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.outputs import flatten
 from lnp_jax.outputs import parts as parts_of
-from lnp_jax.programs import operations_of
+from lnp_jax.programs import operations_of, talking
 
 BY_HAND = ("custom_vjp", "custom_transpose", "linear_call")
 """How the operations are called whose backward pass somebody has written. That of `jax.custom_jvp` is the transpose of
@@ -44,6 +44,8 @@ class Network:
         Whether anything in it has a backward pass that somebody wrote by hand.
     notes:
         What was frozen, and what was taken for parameters where that is not sure.
+    talks:
+        The operation by which it talks to other devices inside of `jax.shard_map`, or "".
     """
 
     function: Function
@@ -54,6 +56,7 @@ class Network:
     types: frozenset
     custom_backward: bool
     notes: tuple[str, ...] = ()
+    talks: str = ""
 
     def batch_outputs(self, parameters: Vector) -> jax.Array:
         """f, shape (N, K)."""
@@ -94,4 +97,5 @@ def bind(structure: Structure, arrays: Arrays, inputs: Any, options: Options) ->
             f"microbatch={options.microbatch} was asked for, but no input runs over the {split.samples} samples along "
             "its first axis. Expected at least one that does. Leave microbatch unset."
         )
-    return Network(held or itself, parameters, inputs, batch.tree, split, types, by_hand, notes)
+    talks = talking(batch.program.jaxpr)
+    return Network(held or itself, parameters, inputs, batch.tree, split, types, by_hand, notes, talks)

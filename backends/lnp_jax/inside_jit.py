@@ -33,7 +33,8 @@ def refuse_varying(tree: Any) -> None:
     if any(map(_varying, jax.tree.leaves(tree))):
         raise ValueError(
             "lnp was called inside of jax.shard_map with check_vma=True. Expected check_vma=False, where each device "
-            "measures its own part of the batch. Pass that, or measure outside."
+            "measures its own part of the batch, or with lnp_jax.decompose(..., group=axis) all measure the whole. "
+            "Pass that, or measure outside."
         )
 
 

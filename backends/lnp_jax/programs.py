@@ -10,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
+ALONE = frozenset({"shard_map", "xla_pmap", "axis_index"})
+"""Operations that bind axes of their own, or ask for a place along one."""
 
 
 def operations_of(jaxpr: Any) -> Iterator[Any]:
@@ -27,6 +29,20 @@ def programs_in(params: Mapping[str, Any]) -> Iterator[Any]:
             inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):
                 yield inner
+
+
+def talking(jaxpr: Any) -> str:
+    """The name of an operation between devices along an axis that is bound outside of the program, or ""."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ALONE:
+            continue
+        over = (eqn.params.get("axes"), eqn.params.get("axis_name"))
+        if any(isinstance(name, str) for axes in over for name in (axes if isinstance(axes, tuple) else (axes,))):
+            return eqn.primitive.name
+        for inside in programs_in(eqn.params):
+            if found := talking(inside):
+                return found
+    return ""
 
 
 def bound(eqn: Any, arrays: Sequence[Any], jaxpr: Any) -> list[Any]:

@@ -25,13 +25,14 @@ from lnp.contract.options import Options
 from lnp.losses.evidence import told
 from lnp.per_sample import differences, self_check
 from lnp.per_sample.verdict import BENT, Verdict
-from lnp_jax import fallback, loops, losses
+from lnp_jax import fallback, loops, losses, shards
 from lnp_jax.bound_model import Network, bind
 from lnp_jax.losses import BoundLoss
 from lnp_jax.model import Arrays, Structure
 from lnp_jax.outputs import parts as parts_of
 from lnp_jax.passes import BatchPasses, SamplePasses, batch_passes
 from lnp_jax.self_check import NOT_ASKED, WholeBatch, bends, check_single_samples, first_that_runs, pair_differs
+from lnp_jax.shards import Devices
 from lnp_jax.signs import signs_of
 from lnp_jax.taps.backward_pass import tap
 
@@ -83,7 +84,7 @@ def record(
 ) -> Linearization:
     """Linearise the model on a batch. Without a verdict two samples are compared; numbers are nan if they differ."""
     inputs, targets = validation.unpack(batch)
-    net = bind(structure, arrays, inputs, options)
+    net, whole = bind(structure, arrays, inputs, options), shards.devices()
     micro = None if options.microbatch is None else fallback.Micro(net.function, net.split, options.microbatch)
     passes = batch_passes(net, micro)
     look, reason = _samples(net, passes, micro, options, verdict)
@@ -92,12 +93,14 @@ def record(
             f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
             "microbatch unset, or remove what couples them."
         )
-    loss = losses.bind(options, net, passes.outputs, targets)
-    signs = signs_of(seed, passes.outputs, parts_of(net.tree))
+    outputs, targets = whole.joined(passes.outputs), whole.targets(targets, net.split.samples)
+    loss = losses.bind(options, replace(net, tree=whole.tree(net.tree)), outputs, targets)
+    whole.refuse_talking(net, loss.of, outputs)
+    signs = signs_of(seed, outputs, parts_of(whole.tree(net.tree)))
     parameters = passes.parameters
-    return Linearization(
+    lin = Linearization(
         xp=jnp,
-        outputs=passes.outputs,
+        outputs=outputs,
         loss=loss.value,
         loss_gradient=loss.gradient,
         loss_terms=loss.prepared.terms,
@@ -113,16 +116,17 @@ def record(
         group_square_norms=None if micro is None else lambda v: micro.square_norms(parameters, v),
         groups=1 if micro is None else micro.groups,
         loss_along=lambda u, step: loss.of(
-            passes.run({name: p + (step * u[name]).astype(p.dtype) for name, p in parameters.items()})
+            whole.joined(passes.run({name: p + (step * u[name]).astype(p.dtype) for name, p in parameters.items()}))
         ),
         separable=loss.separable,
         sample_terms=loss.prepared.sample_terms,
         sample_losses=loss.alone,
-        violations=(*loss.prepared.violations, *_bent(net, look, signs, loss, verdict)),
+        violations=(*loss.prepared.violations, *_bent(net, look, whole, signs, loss, verdict)),
         notes=(*net.notes, *([reason] if reason else []), *loss.prepared.notes, *_notes(look)),
         while_loop=loops.while_loop if look is None else look.samples.while_loop,
         **told(jnp, loss.prepared, loss.gradient),
     )
+    return whole.record(lin)
 
 
 def _samples(
@@ -164,7 +168,7 @@ def _gradient_pass(
 
 
 def _bent(
-    net: Network, look: _Look | None, signs: Callable, loss: BoundLoss, verdict: Verdict | None
+    net: Network, look: _Look | None, whole: Devices, signs: Callable, loss: BoundLoss, verdict: Verdict | None
 ) -> tuple[tuple[Array, str], ...]:
     """The check whether the backward pass is linear, where somebody wrote it: of one sample, another one at each
     measurement, and of the one that pulls most; of the batch, where samples are not taken apart.
@@ -173,9 +177,10 @@ def _bent(
         return ()
     if verdict is not None and verdict.bent:
         return ((jnp.asarray(True), BENT),)
+    g = whole.own(loss.gradient)
     if look is not None:
-        return ((bends(net, signs(0), loss.gradient, loss.value), BENT),)
-    return ((self_check.bend_of_batch(WholeBatch(net), loss.gradient) > net.tolerance, BENT),)
+        return ((bends(net, whole.own(signs(0)), g, loss.value), BENT),)
+    return ((self_check.bend_of_batch(WholeBatch(net), g) > net.tolerance, BENT),)
 
 
 def _notes(look: _Look | None) -> tuple[str, ...]:

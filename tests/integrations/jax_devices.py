@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lnp
+import lnp_jax
 from lnp_jax import compile_cache
 
 jax.config.update("jax_enable_x64", True)
@@ -113,6 +114,47 @@ def programs():
     ]}  # fmt: skip
 
 
+def inside(function, group, **options):
+    """The factors by each device of the data axis, measured inside of shard_map."""
+
+    def measured(p, x, y):
+        d = lnp_jax.decompose(function, p, (x, y), 0, group=group, max_probes=2, **options)
+        return jnp.stack([jnp.asarray(getattr(d, name), float) for name in FACTORS])[None]
+
+    shapes = {"mesh": MESH, "in_specs": (P(), P("data"), P("data")), "out_specs": P("data")}
+    parameters, batch = on_one(jnp.float64)
+    return jax.jit(jax.shard_map(measured, check_vma=False, **shapes))(parameters, *batch).tolist()
+
+
+def refused(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it was measured")
+
+
+def in_shard_map():
+    parameters, (x, labels) = on_one(jnp.float64)
+    quarters = [(parameters, (x[n : n + 4], labels[n : n + 4])) for n in range(0, SAMPLES, 4)]
+    own = [lnp.decompose((apply, p), batch, estimator="exact") for p, batch in quarters]
+
+    def centred(p, x):
+        h = jnp.tanh(x @ p["w"] + p["b"]) @ p["u"]
+        return (h - jax.lax.pmean(h, "data")) @ p["v"]
+
+    return {
+        "together": {estimator: inside(apply, "data", estimator=estimator) for estimator in ("exact", "per_sample")},
+        "expected": {name: list(expected(jnp.float64, apply, name).values()) for name in ("exact", "per_sample")},
+        "own": inside(apply, None, estimator="exact"),
+        "expected of own": [[getattr(d, name) for name in FACTORS] for d in own],
+        "samples that meet": inside(lambda p, x: apply(p, x) - jnp.mean(apply(p, x), axis=0), "data"),
+        "network": refused(lambda: inside(centred, "data")),
+        "loss": refused(lambda: inside(apply, None, loss=lambda f, y: jax.lax.pmean(jnp.mean(f**2), "data"))),
+        "axis": refused(lambda: inside(apply, "rows")),
+    }
+
+
 CASES = {
     "exact, float64": lambda: both(jnp.float64, "exact"),
     "exact, float32": lambda: both(jnp.float32, "exact"),
@@ -120,6 +162,7 @@ CASES = {
     "microbatch, float64": lambda: both(jnp.float64, "exact", microbatch=4),
     "samples that meet": lambda: both(jnp.float64, "auto", meeting, meeting),
     "programs": programs,
+    "in shard_map": in_shard_map,
 }
 
 

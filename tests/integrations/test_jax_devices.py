@@ -14,6 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 SHAPES = {"6,64", "64", "64,24", "24,4"}
 """Of the parameters in jax_devices.py, whole."""
+FACTORS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos")
 LIMIT = 240
 """Seconds until processes count as waiting for each other."""
 
@@ -62,3 +63,23 @@ def test_parameters_are_gathered_where_the_plain_step_gathers_them_alone(devices
 
 def test_devices_keep_their_own_samples_alone(devices):
     assert devices["programs"]["all_samples"] == [False, False]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "per_sample"])
+def test_devices_measure_together_inside_of_shard_map(devices, estimator):
+    case = devices["in shard_map"]
+    whole = case["expected"][estimator][:5]
+    assert case["together"][estimator] == [pytest.approx(whole, rel=1e-12)] * 4
+
+
+def test_each_device_measures_its_own_part_inside_of_shard_map(devices):
+    case = devices["in shard_map"]
+    assert case["own"] == [pytest.approx(own, rel=1e-12) for own in case["expected of own"]]
+
+
+def test_inside_of_shard_map_nothing_is_wrong_in_silence(devices):
+    case = devices["in shard_map"]
+    assert all(math.isnan(own[FACTORS.index("chi_net")]) for own in case["samples that meet"])
+    assert "The network talks to other devices inside of jax.shard_map (by psum)" in case["network"]
+    assert "The loss talks to other devices" in case["loss"]
+    assert "group='rows' is no axis that is bound here" in case["axis"]
