@@ -56,6 +56,23 @@ def types(session: nox.Session) -> None:
     session.run("python", "tests/packaging/typed_examples.py", str(examples))
 
 
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The documentation site, whose warnings are errors."""
+    install(session, ".[docs]")
+    built = empty(Path(session.create_tmp()) / "site")
+    session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--quiet", "-b", "html", "docs", str(built))
+
+
+@nox.session(default=False)
+def extension(session: nox.Session) -> None:
+    """A backend in a distribution of its own, as docs/backends.md has it, passes the conformance kit."""
+    example = ROOT / "docs" / "examples" / "lnp_autograd"
+    install(session, ".[test]", str(example))
+    refuse(session, "torch", "jax", "tensorflow", "keras")
+    session.run("pytest", "-c", "pyproject.toml", str(example), *session.posargs)
+
+
 @nox.session
 def core(session: nox.Session) -> None:
     """The core and its NumPy backend where no framework is installed."""
