@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch import nn
 
 from lnp.contract.linearization import Linearization, Vector, unit
 from lnp_torch.collectives import with_others
-from lnp_torch.meeting import Gone, Meeting
+from lnp_torch.meeting import Gone, Meeting, ended
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import dot, widened
 from lnp_torch.refusals import process_group_of_shards
-from lnp_torch.rounds import Failed, Rounds, is_sharded
+from lnp_torch.rounds import Broken, Failed, Rounds, is_sharded
 from lnp_torch.sharded import Gathering, met_one_by_one, set_active
 
 TIMEOUT = 60.0
@@ -81,21 +82,25 @@ class Processes:
         assert vector is not None, "every process holds its own"
         made = {}
         with with_others():
-            for name, part in vector.items():
-                made[name] = (share * widened(part)).contiguous()
+            for name in sorted(vector):  # in one order in all processes
+                made[name] = (share * widened(vector[name])).contiguous()
                 self._done(dist.all_reduce(made[name], group=self._process_group, async_op=True))
         squares = lin.inner_products(made, made)
         return {name: square if self.rank == 0 else 0.0 for name, square in squares.items()}, made
 
-    def _done(self, work: Any) -> None:
-        """Wait for a collective operation, unless a process that takes part in it is gone."""
-        asked = time.monotonic()
+    def _done(self, work: Any, failures: bool = True) -> None:
+        """Wait for a collective operation, unless a process that takes part in it is gone, or has failed: one that has
+        failed in a round tells it in a round.
+        """
+        asked, pause = time.monotonic(), 0.0
         while not work.is_completed():
             if time.monotonic() - asked > 1:
-                self._meeting.watch()
+                self._meeting.watch(failures)
                 asked = time.monotonic()
-            time.sleep(0)
-        work.wait()
+            time.sleep(pause)
+            pause = min(pause + 2e-5, 2e-3)  # at first as short as a small operation takes
+        with ended():
+            work.wait()
 
 
 class ShardedProcesses(Processes):
@@ -107,31 +112,33 @@ class ShardedProcesses(Processes):
         super().__init__(process_group, timeout)
         self._names = dict(unwrapped(model).named_parameters())
         self._tensors = list(self._names.values())
-        self._rounds = Rounds(self._tensors, process_group, self._done)
+        self._rounds = Rounds(self._tensors, process_group, partial(self._done, failures=False))
         self.gathering = Gathering(model, self._rounds, {id(p): index for index, p in enumerate(self._tensors)})
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Around a measurement, in which operations find the parameters that they read."""
-        try:
-            with self._meeting.session():
-                self._rounds.start()
-                set_active(self.gathering)
-                try:
-                    with self.gathering:
-                        yield
-                finally:
-                    set_active(None)
-                    self.gathering.let_go()
-        except Failed:
-            self._meeting.watch()  # raises with the reason
-            raise
-        except Gone:
-            raise
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # the others have failed as well
-                self._rounds.fail()
-            raise
+        with self._meeting.session():
+            self._rounds.start()
+            set_active(self.gathering)
+            try:
+                with self.gathering:
+                    yield
+            except Failed as failed:
+                self._meeting.watch()  # raises with the reason
+                raise RuntimeError(str(failed)) from failed
+            except Broken as broken:
+                raise Gone(str(broken)) from broken
+            except Gone:
+                raise
+            except BaseException as error:
+                self._meeting.tell(error)  # the reason, before the others hear that there is one
+                with contextlib.suppress(RuntimeError):  # the others have failed as well
+                    self._rounds.fail()
+                raise
+            finally:
+                set_active(None)
+                self.gathering.let_go()
 
     def exchange(self, point: str, value: Any) -> list[Any]:
         """The small values of all processes, which are done with what they needed of each other."""
@@ -202,10 +209,7 @@ def group_of(model: Any, asked: Any) -> Processes | None:
     if found is NOT_DISTRIBUTED:
         return None
     if dist.get_rank(found) < 0:
-        raise ValueError(
-            "This process is no part of the group that was given as group=. Expected a call in the group's processes. "
-            "Call it in these alone, or pass a group that this process is part of."
-        )
+        raise ValueError(NO_PART)
     return Processes(found, timeout) if dist.get_world_size(found) > 1 else None
 
 
@@ -214,6 +218,10 @@ def _ranks(process_group: Any) -> list[int]:
 
 
 NOT_DISTRIBUTED = object()
+NO_PART = (
+    "This process is no part of the group that was given as group=. Expected a call in the group's processes. Call it "
+    "in these alone, or pass a group that this process is part of."
+)
 KINDS = "torch.distributed.ProcessGroup, a DeviceMesh of one dimension, lnp_torch.Group(...), None or 'auto'"
 
 
@@ -223,6 +231,8 @@ def _process_group(model: Any, asked: Any) -> Any:
         return asked.process_group
     if isinstance(asked, dist.ProcessGroup):
         return asked
+    if asked is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives a process that it leaves out
+        raise ValueError(NO_PART)
     if isinstance(asked, dist.DeviceMesh) and asked.ndim == 1:
         return asked.get_group()
     if asked != "auto":

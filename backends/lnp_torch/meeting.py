@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 ABSENT = (
@@ -27,6 +28,7 @@ GONE = (
 )
 FAILED = "lnp failed in process {other} of {size}, and so there is no result in any: {reason}"
 LOST = "The store over which the processes meet cannot be reached ({}): the process that holds it is gone."
+BROKEN = "A collective operation of lnp's failed, as it does where another process of the group has ended."
 PAUSE = 0.002
 """Seconds between looks into the store, in the beginning."""
 LONGEST = 0.05
@@ -37,6 +39,10 @@ _CALLS: dict[str, int] = {}
 
 class Gone(RuntimeError):
     """Another process did not come, or is not there any more: no collective operation can end."""
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process has failed, and has told all of them."""
 
 
 class Meeting:
@@ -70,9 +76,10 @@ class Meeting:
             self._begin()
             try:
                 yield
+            except FailedElsewhere:
+                raise
             except BaseException as error:
-                with contextlib.suppress(RuntimeError):  # the store is gone as well
-                    self._set("failed", ("error", f"{type(error).__name__}: {error}"))
+                self.tell(error)
                 raise
         finally:
             stop.set()
@@ -89,11 +96,16 @@ class Meeting:
         self._set(point, ("value", value))
         return self._collect(point, GONE)
 
-    def watch(self) -> None:
-        """Raise RuntimeError if another process has failed or is gone."""
+    def tell(self, error: BaseException) -> None:
+        """Tell the others why this process goes no further."""
+        with contextlib.suppress(RuntimeError):  # the store is gone as well
+            self._set("failed", ("error", f"{type(error).__name__}: {error}"))
+
+    def watch(self, failures: bool = True) -> None:
+        """Raise RuntimeError if another process is gone, or has failed."""
         for other in range(self.size):
             if other != self.rank:
-                self._look(other, GONE)
+                self._look(other, GONE, failures)
 
     def _begin(self) -> None:
         """Wait until all processes have called; forget that this one has where another does not come."""
@@ -121,11 +133,11 @@ class Meeting:
                 pause = min(2 * pause, LONGEST)
         return [found[rank] for rank in range(self.size)]
 
-    def _look(self, other: int, gone: str) -> None:
+    def _look(self, other: int, gone: str, failures: bool = True) -> None:
         """Raise RuntimeError if a process has failed, or its signs of life have ended."""
         names = {"other": other, "mine": self.rank, "size": self.size, "timeout": self.timeout}
-        if self._has(self._key("failed", other)):
-            raise RuntimeError(FAILED.format(**names, reason=self._get(self._key("failed", other))[1]))
+        if failures and self._has(self._key("failed", other)):
+            raise FailedElsewhere(FAILED.format(**names, reason=self._get(self._key("failed", other))[1]))
         key = self._key("alive", other)
         beat = repr(self._get(key)) if self._has(key) else ""
         before, since = self._seen.get(other, ("", time.monotonic()))
@@ -178,3 +190,14 @@ def _reached() -> Iterator[None]:
         yield
     except (RuntimeError, OSError) as error:
         raise Gone(LOST.format(str(error).splitlines()[0] if str(error) else type(error).__name__)) from error
+
+
+@contextlib.contextmanager
+def ended() -> Iterator[None]:
+    """Around the end of a collective operation: the errors of a broken connection as one sentence."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, Gone):
+        raise
+    except RuntimeError as error:
+        raise Gone(BROKEN) from error

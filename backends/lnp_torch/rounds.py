@@ -8,19 +8,29 @@ step with each other gather what all of them need; one that is done goes on serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lnp_torch.collectives import with_others
+from lnp_torch.meeting import Gone, ended
 
 DONE, FAILED = -1, -2
 
 
-class Failed(RuntimeError):
+class Over(BaseException):
+    """There are no rounds any more; not an Exception, for a pass that fails is tried in another way."""
+
+
+class Failed(Over):
     """Another process has failed: this one has nothing to tell it."""
+
+
+class Broken(Over):
+    """Another process is gone, as the cause says."""
 
 
 class Rounds:
@@ -88,8 +98,8 @@ class Rounds:
     def fail(self) -> None:
         """Let the others know, in the round that they wait for, that this process takes part in none after it."""
         if self.running:
-            self.running = False
             self._codes(FAILED)
+            self.running = False
 
     def _round(self, code: int) -> tuple[list[int], torch.Tensor | None]:
         """What all processes have named, gathered; the codes, and the parameter of this one's."""
@@ -98,16 +108,28 @@ class Rounds:
             self.running = False
             raise Failed("another process has failed")
         mine = None
-        with torch.no_grad(), with_others():
+        with torch.no_grad(), self._connected():
             for index in sorted({one for one in codes if 0 <= one < len(self._tensors)}):
                 whole = self._tensors[index].detach().full_tensor()
                 mine = whole if index == code else mine
         return codes, mine
 
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Around collective operations."""
+        if not self.running:
+            raise Failed("there are no rounds any more")
+        try:
+            with with_others(), ended():
+                yield
+        except Gone as error:
+            self.running = False
+            raise Broken(str(error)) from error
+
     def _codes(self, code: int) -> list[int]:
         own = torch.tensor([code], device=self._device)
         every = [torch.empty_like(own) for _ in range(self._size)]
-        with with_others():
+        with self._connected():
             self._wait(dist.all_gather(every, own, group=self._group, async_op=True))
         return torch.cat(every).tolist()
 
@@ -116,7 +138,7 @@ class Rounds:
         like = self._tensors[index]
         whole = torch.zeros(like.shape, dtype=torch.float32, device=self._device) if gradient is None else gradient
         whole = whole.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
-        with torch.no_grad(), with_others():
+        with torch.no_grad(), self._connected():
             if not is_sharded(like):
                 self._wait(dist.all_reduce(whole := whole.clone(), group=self._group, async_op=True))
                 return whole
