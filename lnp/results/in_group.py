@@ -23,6 +23,7 @@ from lnp.contract.options import Options
 from lnp.contract.registry import evaluate, find
 from lnp.estimators.population import jackknife_size
 from lnp.estimators.signs import seed_of_part
+from lnp.losses.doubts import doubts
 from lnp.results.decomposition import Decomposition, decomposed
 from lnp.results.merged import merged
 from lnp.results.two_losses import DecomposeWithGradient
@@ -143,7 +144,8 @@ def decompose_together(computation: DecomposeTogether, model: Model, batch: Batc
 
 
 def _part(d: Decomposition, squares: dict[str, float], magnitude: float, products: np.ndarray | None) -> dict[str, Any]:
-    """What the other processes need of this one: numbers."""
+    """What the other processes need of this one: numbers, and notes in the place of the rows that they come from."""
+    d = replace(d, notes=(*d.notes, *doubts(d.evidence)), evidence={})
     of_samples = None if products is None else np.asarray(products, dtype=float) * float(d.magnitude) * magnitude
     return {
         "decomposition": d,
