@@ -1,6 +1,7 @@
 """Runs that are over: three sizes of a language model, trained by the Hugging Face Trainer on the source text of
 Python's standard library, byte by byte. Their saved checkpoints are measured afterwards, on text that none has seen.
 
+pip install '.[transformers,plot]'
 python docs/examples/checkpoint_ladder.py [folder] [steps]
 
 On the command line, with the same bytes in held_out.npy:

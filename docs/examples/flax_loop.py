@@ -1,5 +1,6 @@
 """A Flax NNX loop on handwritten digits, with batch normalisation and dropout. Three lines are lnp's.
 
+pip install '.[jax,plot]' scikit-learn flax optax
 python docs/examples/flax_loop.py [folder] [steps]
 """
 

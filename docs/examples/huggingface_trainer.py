@@ -1,5 +1,6 @@
 """A Hugging Face Trainer: a small vision transformer learns handwritten digits, with label smoothing and accumulation.
 
+pip install '.[transformers,plot]' scikit-learn
 python docs/examples/huggingface_trainer.py [folder] [steps]
 """
 

@@ -1,7 +1,8 @@
 """Keras on handwritten digits, on TensorFlow, JAX or PyTorch: one callback, measuring on images that are not trained
 on.
 
-    KERAS_BACKEND=jax python docs/examples/keras_fit.py [folder] [epochs]
+    pip install '.[keras,tensorflow,plot]' scikit-learn
+    KERAS_BACKEND=tensorflow python docs/examples/keras_fit.py [folder] [epochs]
 """
 
 import sys

@@ -1,5 +1,6 @@
 """PyTorch Lightning on handwritten digits: one callback, with gradient clipping and accumulation on.
 
+pip install '.[lightning,plot]' scikit-learn
 python docs/examples/lightning_callback.py [folder] [epochs]
 """
 

@@ -1,5 +1,6 @@
 """A JAX loop with optax on handwritten digits. Three lines are lnp's; nothing of it is inside the compiled step.
 
+pip install '.[jax,plot]' scikit-learn optax
 python docs/examples/optax_loop.py [folder] [steps]
 """
 

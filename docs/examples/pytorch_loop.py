@@ -1,5 +1,6 @@
 """A plain PyTorch loop on handwritten digits. Three lines are lnp's.
 
+pip install '.[torch,plot]' scikit-learn
 python docs/examples/pytorch_loop.py [folder] [steps]
 """
 

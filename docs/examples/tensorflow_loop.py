@@ -1,5 +1,6 @@
 """A tf.GradientTape loop on handwritten digits. Three lines are lnp's.
 
+pip install '.[tensorflow,plot]' scikit-learn
 python docs/examples/tensorflow_loop.py [folder] [steps]
 """
 

@@ -68,3 +68,17 @@ def text_files() -> list[Path]:
     else:
         paths = [path for path in ROOT.rglob("*") if "__pycache__" not in path.parts]
     return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_name_what_they_need(path):
+    text = path.read_text(encoding="utf-8")
+    described = text.partition('"""')[2].partition('"""')[0]
+    needed = re.search(r"^ *pip install '\.\[(.+?)\]'(.*)$", described, re.MULTILINE)
+    assert needed, "its docstring names no packages"
+    named = {*needed[1].split(","), *needed[2].split()}
+    imported = {line.split()[1].partition(".")[0] for line in text.splitlines() if re.match(r"(import|from) \w", line)}
+    packages = {"sklearn": "scikit-learn", "torch": "torch", "jax": "jax", "optax": "optax", "flax": "flax"}
+    packages |= {name: name for name in ("tensorflow", "keras", "lightning", "transformers")}
+    brought = {"torch"} if named & {"lightning", "transformers"} else set()  # by these extras
+    assert {packages[name] for name in imported & set(packages)} <= named | brought
