@@ -12,7 +12,7 @@ import lnp
 project, author, release = "lnp", "The lnp developers", lnp.__version__
 project_copyright = "the lnp developers, Apache-2.0"
 extensions = ["myst_parser", "sphinx_design", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["gallery/figures"]
+exclude_patterns = ["gallery/figures", "paper.md"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 highlight_language = "default"
