@@ -76,7 +76,7 @@ def loss_at(
     """
     if targets is None:
         assert averages is not None, "it has watched the pass in which the model computed its loss"
-        found, outputs = _models_own(outputs, options, averages)
+        found, outputs = models_own(outputs, options, averages)
         name = OF_THE_STEP if isinstance(options.forward, HostStep) else OF_THE_MODEL
         return replace(found, told={"loss_name": name}), outputs
     _check_lengths(outputs, targets)
@@ -156,7 +156,7 @@ def seen_terms(
     return terms, (note,)
 
 
-def _models_own(outputs: Outputs, options: Options, averages: Averages) -> tuple[LossAt, Outputs]:
+def models_own(outputs: Outputs, options: Options, averages: Averages) -> tuple[LossAt, Outputs]:
     """The loss that the model has computed, and the outputs that it has computed it from."""
     loss = checked_own_loss(outputs)
     outputs = computed_from(loss, outputs)

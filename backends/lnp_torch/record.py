@@ -19,11 +19,12 @@ from lnp.per_sample.self_check import first_that_runs
 from lnp_torch import fallback, forward_mode
 from lnp_torch.averages import Averages
 from lnp_torch.float16 import at_scale_one
+from lnp_torch.in_pieces import first_in_pieces, lengths_of
 from lnp_torch.linear_backward import Joint, custom_backward, refuse_bent
 from lnp_torch.look import Look
 from lnp_torch.loss_gradient import LossAt, loss_at
 from lnp_torch.model import Program
-from lnp_torch.outputs import dot, flatten, widened
+from lnp_torch.outputs import Outputs, dot, flatten, widened
 from lnp_torch.own_loss import shown_mean, split_batch
 from lnp_torch.plans import Plan, key_of
 from lnp_torch.replay import Passes, first_pass, without_graph
@@ -141,17 +142,9 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
     # what was made in inference mode can take no part in a derivative
     targets = map_leaves(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, targets)
     whole = options.microbatch is None
-    watching: Callable = partial(Taps, prepared.parameters) if whole and options.split else nullcontext
-    averages = Averages() if targets is None else None
-    with averages or nullcontext():
-        outputs, repeat, watch, differing = first_pass(
-            prepared, inputs, options.batch_statistics == "frozen", whole or targets is None, watching
-        )
-    taps = watch if isinstance(watch, Taps) else None
-    loss, outputs = loss_at(prepared, outputs, targets, options, averages)
+    loss, outputs, passes, taps, differing = _first(prepared, inputs, targets, options)
     parts = outputs.parts
     flat = flatten([part.detach() for part in parts])
-    passes = repeat(outputs)
     if whole:
         one = [] if taps is None else [Tapped(slice(0, flat.shape[0]), parts, taps)]
         samples = Samples(passes, lambda: one, flat, apart=False)
@@ -171,6 +164,30 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
         norms = partial(fallback.square_norms, pull_groups)
         made = replace(made, group_square_norms=norms, groups=-(-flat.shape[0] // size))
     return replace(made, notes=(*made.notes, *differing, *notes)), look
+
+
+def _first(
+    prepared: Program, inputs: Any, targets: Any, options: Options
+) -> tuple[LossAt, Outputs, Passes, Taps | None, tuple[str, ...]]:
+    """The loss and the measured outputs of the first pass, the passes that repeat it, what watched it, and notes.
+
+    With micro-batches a piece is in memory at a time, where the network and its loss allow it.
+    """
+    size = options.microbatch
+    if size is not None:
+        pieces = first_in_pieces(prepared, inputs, targets, options, partial(tolerance_of, prepared))
+        if pieces is not None:
+            return *pieces, None, ()
+    watching: Callable = nullcontext
+    if size is None and options.split:
+        watching = partial(Taps, prepared.parameters, single=lengths_of(inputs) == {1})
+    averages = Averages() if targets is None else None
+    with averages or nullcontext():
+        keep_graph = size is None or targets is None
+        frozen = options.batch_statistics == "frozen"
+        outputs, repeat, watch, differing = first_pass(prepared, inputs, frozen, keep_graph, watching)
+    loss, outputs = loss_at(prepared, outputs, targets, options, averages)
+    return loss, outputs, repeat(outputs), watch if isinstance(watch, Taps) else None, differing
 
 
 def graph_gradients(parts: list[torch.Tensor], parameters: Vector) -> Callable[[torch.Tensor], Vector]:

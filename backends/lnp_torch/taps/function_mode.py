@@ -32,6 +32,11 @@ from lnp_torch.writes import tensors
 class Taps(TorchFunctionMode):
     """Watches one forward pass. Afterwards `pull` reads what its operations yield.
 
+    Parameters
+    ----------
+    single:
+        Whether the pass is over one sample: then rows of one are the sample's own, not what all samples share.
+
     Attributes
     ----------
     parameters:
@@ -50,8 +55,9 @@ class Taps(TorchFunctionMode):
         Whether hooks were put on activations: they run in the backward pass.
     """
 
-    def __init__(self, parameters: Parameters, beginning: Beginning | None = None) -> None:
+    def __init__(self, parameters: Parameters, beginning: Beginning | None = None, single: bool = False) -> None:
         super().__init__()
+        self._single = single
         self.parameters = parameters
         self.watching = True
         self._names = {id(p): name for name, p in parameters.items()}
@@ -137,7 +143,7 @@ class Taps(TorchFunctionMode):
             self._began = tapped.grad_fn._sequence_nr()
         for site in sites:
             index = site.use.index
-            shared = index is not None and (index.ndim < 2 or len(index) == 1)
+            shared = index is not None and (index.ndim < 2 or (len(index) == 1 and not self._single))
             if index is not None and site.name in self.parameters and (constant or shared):
                 self._watch(tapped, Lookup(site.name, site.frame, index, constant and shared))
                 self._constants.follow((), {}, tapped)
