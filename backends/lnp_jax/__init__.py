@@ -7,9 +7,20 @@ except ImportError as error:
 
 from lnp_jax import pytrees
 from lnp_jax.backend import accepts, decompose, evaluate, linearize
+from lnp_jax.processes import needs_all, process_number
 from lnp_jax.training_step import value_and_grad
 from lnp_jax.updates import difference, snapshot
 
-__all__ = ["accepts", "decompose", "difference", "evaluate", "linearize", "snapshot", "value_and_grad"]
+__all__ = [
+    "accepts",
+    "decompose",
+    "difference",
+    "evaluate",
+    "linearize",
+    "needs_all",
+    "process_number",
+    "snapshot",
+    "value_and_grad",
+]
 
 pytrees.register()

@@ -20,7 +20,7 @@ from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.inside_jit import refuse_varying, share_nothing
 from lnp_jax.model import Arrays, accepts, check_alive, separate
 from lnp_jax.observed import without_states
-from lnp_jax.processes import fetched, refuse_spanning
+from lnp_jax.processes import fetched, meet, refuse_spanning
 from lnp_jax.python_state import hashable, loss_state, with_python_state
 from lnp_jax.record import record
 from lnp_jax.self_check import (
@@ -107,6 +107,7 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
     if inside_jit:
         return share_nothing(lambda: measure(_with_known_verdicts(plan, arrays, batches), *dynamic).result)
     check_hashable(plan)
+    meet(dynamic)
     if plan.verdicts is None:
         found = tuple(find_verdict(structure, arrays, batch, plan.options) for batch in batches)
         _raise_bent(found)

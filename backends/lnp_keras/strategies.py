@@ -46,6 +46,15 @@ def placed(batch: Any) -> Any:
     return map_leaves(put, as_tensors(batch))
 
 
+def needs_all(model: keras.Layer) -> bool:
+    """Whether other processes hold parts of the model, and have to measure it too."""
+    if keras.backend.backend() != "jax":
+        return False
+    from lnp_jax.processes import spans
+
+    return any(spans(variable.value) for variable in model.variables)
+
+
 def _of_tensorflow() -> bool:
     return keras.backend.backend() == "tensorflow"
 

@@ -21,6 +21,8 @@ class Backend(Protocol):
         untouched()                    context that keeps the framework's random states while a loader is read
         alone()                        context around what one process of several does by itself
         refusal(model)                 why the model cannot be measured, or None; computes and sends nothing
+        process_number()               this process among those that the framework computes with as one, or None
+        needs_all(model)               whether other processes hold parts of the model, and have to measure it too
     """
 
     def accepts(self, model: Any) -> bool:

@@ -95,6 +95,13 @@ def _tell(what: str, error: BaseException) -> None:
         )
 
 
+def process_number() -> int | None:
+    """The number of this process among those that a loaded framework computes with as one; None for one process."""
+    entries = [entry for entry in _entries() if entry.name in sys.modules and _is_own(entry)]
+    found = [verb() for entry in entries if (verb := getattr(entry.load(), "process_number", None))]
+    return next((number for number in found if number is not None), None)
+
+
 def load(framework: str) -> Backend:
     """The backend of a framework by its import name, for tools that choose the framework themselves.
 

@@ -10,7 +10,7 @@ from lnp.contract import registry
 
 
 def process_rank() -> int:
-    """The number of this process among those that train together, from the environment.
+    """The number of this process among those that train together, from the environment or a framework that knows it.
 
     Raises
     ------
@@ -26,7 +26,18 @@ def process_rank() -> int:
                     f"The environment variable {name} is {value!r}. Expected the number of the process. Pass rank= to "
                     "the tracker if it means something else."
                 ) from error
-    return 0
+    return registry.process_number() or 0
+
+
+def has_others() -> bool:
+    """Whether a framework knows of other processes, with which it computes as one."""
+    return registry.process_number() is not None
+
+
+def needs_all(model: Model) -> bool:
+    """Whether other processes hold parts of the model, so that all of them have to measure it."""
+    verb = getattr(registry.find(model), "needs_all", None)
+    return bool(verb and verb(model))
 
 
 def single_process(model: Model) -> contextlib.AbstractContextManager:

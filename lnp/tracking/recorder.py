@@ -76,8 +76,11 @@ class Recorder:
         """Append a row to the file and the history, and give its numbers, without the tags, to the loggers.
 
         Notes are written where they change. Where the file fails the row is in neither, so that they agree, and loggers
-        have it all the same. `always` warns also where the tracker raises.
+        have it all the same. `always` warns also where the tracker raises. Nothing is kept before the first `open`, by
+        a process that measures with the one that keeps the rows.
         """
+        if self._history is None:
+            return
         step = row["step"]
         complete = dict(row)
         if notes != self._notes:

@@ -12,7 +12,7 @@ from lnp.arguments import Model
 from lnp.schedule import Schedule
 from lnp.tracking.failures import MISSING_ROW, Failures
 from lnp.tracking.names import check_step
-from lnp.tracking.process import process_rank, refuse
+from lnp.tracking.process import has_others, needs_all, process_rank, refuse
 from lnp.tracking.recorder import Recorder
 from lnp.user_warnings import warn
 
@@ -43,6 +43,7 @@ class StepSelection:
         self.going_back: list[Callable[[int], None]] = [recorder.go_back]
         self._failures = failures
         self._idle: bool | None = None  # whether another process measures; None until the first step
+        self._others = False  # whether a framework computes with other processes as one
         self._unchecked = failures.on_error == "raise"
         self._first = BEFORE_FIRST
         self._began: int | None = None  # the first step of this process, until it came again
@@ -52,18 +53,25 @@ class StepSelection:
         """Whether this process would measure at this step."""
         if self._idle is None:
             self._start(step)
-        return not self._idle and step != self.observed and self._is_scheduled(step)
+        return (self._others or not self._idle) and step != self.observed and self._is_scheduled(step)
 
     def claim(self, step: int, model: Model, scheduled: bool = True) -> bool:
         """Whether this process measures now: the step is a new one and, where it is `scheduled`, due; its row can be
         kept.
 
-        Where failures raise, a model that is known to be refused raises at the first due step of every process: if the
-        one that measures raised alone, the others would wait for it in their next collective.
+        A model of which other processes hold parts is measured by all of them, whichever keeps the rows, and whether it
+        can. Where failures raise, a model that is known to be refused raises at the first due step of every process: if
+        the one that measures raised alone, the others would wait for it in their next collective.
         """
-        if not self._is_new(step) or (self._idle and not self._unchecked):
+        if not self._is_new(step) or (self._idle and not self._unchecked and not self._others):
             return False
         if scheduled and not self._is_scheduled(step):
+            return False
+        if self._others and needs_all(model):
+            if not self._idle:
+                self._open_recorder(step)
+            return True
+        if self._idle and not self._unchecked:
             return False
         if self._idle:
             self._unchecked = False
@@ -133,7 +141,7 @@ class StepSelection:
         check_step(step)
         self._first = operator.index(step) + (step == self.observed)  # an observed step is not measured again
         self._began = operator.index(step)
-        self._idle = self._is_idle()
+        self._idle, self._others = self._is_idle(), has_others()
         if not self._idle:
             self._open_recorder(step)
 

@@ -163,3 +163,41 @@ def test_values_that_cannot_be_are_refused_at_once(wrong):
     tracker = lnp.Tracker(schedule=[5])
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
         tracker.observe(0, MODEL, BATCH, options=wrong)
+
+
+# --- models that several processes hold together ---------------------------------------------------------------------
+
+
+def joined(monkeypatch, number):
+    """A framework that computes with other processes as one, each of which holds a part of the model."""
+    monkeypatch.setattr(lnp_numpy, "process_number", lambda: number, raising=False)
+    monkeypatch.setattr(lnp_numpy, "needs_all", lambda model: model is MODEL, raising=False)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_all_measure_what_all_hold_and_the_first_keeps_the_rows(monkeypatch, tmp_path, number, rank):
+    joined(monkeypatch, number)
+    rows = []
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", [0, 2], rank=rank, loggers=lambda values, step: rows.append(step))
+    assert tracker.due(0)
+    assert [tracker.observe(step, MODEL, BATCH) is not None for step in range(3)] == [True, False, True]
+    with tracker.step(3, MODEL, BATCH) as watched:
+        assert watched.decomposition is None
+    first = number == 0 and rank is None
+    assert rows == [0, 2] * first
+    assert (tmp_path / "run.jsonl").exists() == first
+
+
+def test_another_model_is_measured_by_one_of_the_processes(monkeypatch):
+    joined(monkeypatch, 1)
+    other = lnp_numpy.LinearModel(weight=MODEL.weight)
+    assert lnp.Tracker(schedule=1).observe(0, other, BATCH) is None
+
+
+def test_what_all_hold_is_measured_where_no_rows_can_be_kept(monkeypatch, tmp_path, quiet):
+    joined(monkeypatch, 0)
+    first, second = (lnp.Tracker(tmp_path / "run.jsonl", schedule=1) for _ in range(2))
+    watch(first, [0])
+    assert second.observe(0, MODEL, BATCH) is not None
+    assert "run.jsonl" in told(quiet)[0]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import lnp
 
 HERE = Path(__file__).parent
 SHAPES = {"6,64", "64", "64,24", "24,4"}
@@ -27,6 +30,25 @@ def devices(tmp_path_factory):
     ran = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each of two processes found, and the folder of their files."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    commands = [[sys.executable, str(HERE / "jax_processes.py"), str(rank), port, str(folder)] for rank in range(2)]
+    env, pipes = {**os.environ, "JAX_PLATFORMS": "cpu"}, {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    started = [subprocess.Popen(command, env=env, text=True, **pipes) for command in commands]
+    try:
+        printed = [process.communicate(timeout=LIMIT)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(printed)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)], folder
 
 
 def agree(found, expected, tolerance):
@@ -83,3 +105,30 @@ def test_inside_of_shard_map_nothing_is_wrong_in_silence(devices):
     assert "The network talks to other devices inside of jax.shard_map (by psum)" in case["network"]
     assert "The loss talks to other devices" in case["loss"]
     assert "group='rows' is no axis that is bound here" in case["axis"]
+
+
+def test_the_same_line_in_two_processes_gives_the_numbers_of_one(processes):
+    for found in processes[0]:
+        assert found["found"] == pytest.approx(found["expected"], rel=1e-12)
+        assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-12)
+    assert processes[0][0]["found"] == processes[0][1]["found"]
+
+
+def test_two_processes_refuse_alike(processes):
+    for found in processes[0]:
+        assert "lnp.kernel and lnp.linear_operator work in one" in found["kernel"]
+        assert "labels outside [0, 3)" in found["labels"]
+
+
+def test_all_processes_measure_for_a_tracker_and_one_keeps_the_rows(processes):
+    (first, second), folder = processes
+    assert first["tracked"] == second["tracked"] == first["found"][FACTORS.index("rate")]
+    history = lnp.History.read(folder / "run.jsonl")
+    assert history["step"].tolist() == [0]
+    assert history["update/measured"][0] < 0
+
+
+def test_a_process_that_measures_without_the_other_does_not_wait_for_ever(processes):
+    first, second = processes[0]
+    assert "1 seconds have passed without all of them measuring" in first["missed"]["alone"]
+    assert first["missed"]["again"] == second["missed"]["again"] == first["found"]
