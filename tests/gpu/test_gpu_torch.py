@@ -122,6 +122,17 @@ def test_half_precision_is_near(name):
     assert numbers(d) == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+def test_rules_in_half_precision_are_those_of_single_samples(name):
+    """What autocast hands to a product is cast before it, which the rules have to do as well."""
+    model, (x, y) = made(name)
+    single = [(x[n : n + 1], y[n : n + 1]) for n in range(len(x))]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        whole = lnp.decompose(model, (x, y), estimator="exact", population=False)
+        parts = lnp.decompose(model, single, batches=len(x), estimator="exact", population=False)
+    assert numbers(whole) == pytest.approx(numbers(parts), rel=2e-2)
+
+
 def trained(name, watched, amp=False, steps=6):
     """(parameters, the state of the device's generator) after some steps with dropout before the head."""
     model, (x, y) = made(name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lnp.per_sample import uses
-from lnp.per_sample.uses import Factors
+from lnp.per_sample.uses import Factors, Kind
 from lnp_torch.outputs import dot, widened
 from lnp_torch.taps.derived import Derived, Frame, Lookup, disjoint, square_norms, totals
 from lnp_torch.taps.layout import Layout, Unread
@@ -174,7 +174,7 @@ class Reader:
         """Form the factors of one use, and square the uses of its frame once all of them are there."""
         layout = Layout(self._samples, self._layouts.get(site.name) == "second axis", site.rerouted)
         try:
-            factors = Factors(site.use.kind, _comparable(site.use.factors(d, layout)))
+            factors = Factors(site.use.kind, _comparable(site.use.kind, site.use.factors(d, layout)))
         except Unread:
             self._skip.add(site.name)
             self._leave(site.name, "the samples are not along the first axis")
@@ -288,11 +288,15 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def _comparable(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Floating-point factors in float32 or better; in bfloat16 where a GPU multiplies it and sums in float32."""
+def _comparable(kind: Kind, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Floating-point factors in float32 or better; in bfloat16 where a GPU multiplies it and sums in float32.
+
+    A product with an output in bfloat16 had its inputs cast to it, as autocast does behind the function that is seen.
+    """
     floating = [f for f in arrays if isinstance(f, Tensor) and f.is_floating_point()]
-    if all(f.dtype == torch.bfloat16 and f.is_cuda for f in floating):
-        return arrays
+    narrow = [f.dtype == torch.bfloat16 for f in floating]
+    if all(f.is_cuda for f in floating) and (all(narrow) or (any(narrow) and kind in ("outer", "convolution"))):
+        return tuple(f.bfloat16() if isinstance(f, Tensor) and f.is_floating_point() else f for f in arrays)
     return tuple(widened(f) if isinstance(f, Tensor) and f.is_floating_point() else f for f in arrays)
 
 
