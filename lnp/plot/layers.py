@@ -59,13 +59,17 @@ def layers(run: RunSources, value: Value = "chi_pos", ax: Axes | None = None, *,
     share = value.endswith("_share")
     curves = [curve(history, f"{LAYER}{layer}/{value.removesuffix('_share')}") for layer in history.layers]
     steps = max((line.step for line in curves), key=len)
+    ax = style.axes(ax)
+    if not len(steps):
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, f"no values: {VALUES[value]}", transform=ax.transAxes, ha="center", va="center")
+        return ax
     table = np.array([np.interp(steps, line.step, line.mean) if len(line.step) else np.nan * steps for line in curves])
     if share:
         total = table.sum(axis=0)
         table = table / np.where(total > 0, total, np.nan)
     else:
         table = style.positive(table)
-    ax = style.axes(ax)
     norm = Normalize(0, 1) if share else LogNorm(*_limits(table))
     mesh = ax.pcolormesh(_edges(steps), np.arange(len(table) + 1), table, norm=norm, cmap="viridis", rasterized=True)
     ax.invert_yaxis()

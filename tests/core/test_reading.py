@@ -69,7 +69,7 @@ def test_participation_ratio_of_a_spectrum():
     assert s.participation_ratio == pytest.approx(exact, rel=0.1)
     assert s.preference == pytest.approx(lnp.decompose(model, batch, "mse").preference, rel=1e-6)
     assert lnp.kernel(model, batch, "mse").participation_ratio == pytest.approx(exact)
-    assert f"participation ratio {s.participation_ratio:.4g}" in str(s)
+    assert f"{s.participation_ratio:.4g}   participation ratio" in str(s)
     assert np.isnan(lnp.spectrum(model, batch, "mse").participation_ratio)
 
 
