@@ -116,11 +116,10 @@ def test_the_heat_map_shows_each_layer():
     assert [text.get_text() for text in ax.get_yticklabels()] == ["0", "1", "2"]
 
 
-def test_layers_without_a_value_are_said_to_have_none(tmp_path):
+def test_layers_without_a_value_are_said_to_have_none():
     rows = [{"step": 0, "loss": 1.0, "chi_pos": 0.5, "layer/head/chi_net": 1.0}]
     ax = lnp.plot.layers(History(rows), "chi_pos")
     assert [text.get_text() for text in ax.texts] == ["no values: " + r"$\chi_\mathrm{pos}$ of the layer"]
-    lnp.plot.dashboard(History(rows)).savefig(tmp_path / "page.png")
 
 
 def test_reach_is_shown_over_the_size():
