@@ -18,7 +18,8 @@ from lnp.results.computations import changes, measured_change, predicted_change
 from lnp.results.preconditioner import DecomposePreconditioned
 from lnp_jax.compile_cache import Answer, Plan, check_hashable, measure, run
 from lnp_jax.inside_jit import refuse_varying, share_nothing
-from lnp_jax.model import Arrays, accepts, check_alive, separate
+from lnp_jax.meshes import automatic
+from lnp_jax.model import Arrays, Structure, accepts, check_alive, separate
 from lnp_jax.observed import without_states
 from lnp_jax.processes import fetched, meet, refuse_spanning
 from lnp_jax.python_state import hashable, loss_state, with_python_state
@@ -93,6 +94,19 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
     """What `evaluate` returns, while what the model holds in Python is kept."""
     structure, arrays = separate(model, options.forward, options.parameters)
     check_alive(arrays)
+    here = automatic((arrays, batches))
+    arrays, batches, operands = here.placed((arrays, batches, operands))
+    options = replace(options, seed=here.placed(options.seed))
+    with here.axes():
+        here.refuse(structure.call, arrays, validation.unpack(batches[0])[0])
+        return _measured(computation, structure, arrays, model, batches, options, operands)
+
+
+def _measured(
+    computation: Callable, structure: Structure, arrays: Arrays, model: Any, batches: tuple, options: Options,
+    operands: dict[str, Any],
+) -> Any:  # fmt: skip
+    """What `evaluate` returns, with arrays that lie on automatic axes."""
     structure = without_states(structure, arrays, validation.unpack(batches[0])[0])
     inside_jit = traced((arrays, batches, options.seed, operands))
     refuse_varying((arrays, batches))
@@ -145,6 +159,10 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
     with leave_no_trace(model, options.loss, options.forward):
         structure, arrays = separate(model, options.forward, options.parameters)
         check_alive(arrays)
+        here = automatic((arrays, batch))
+        here.refuse_context()
+        arrays, batch = here.placed((arrays, batch))
+        options = replace(options, seed=here.placed(options.seed))
         structure = without_states(structure, arrays, validation.unpack(batch)[0])
         inside_jit = traced((arrays, batch, options.seed))
         refuse_spanning((arrays, batch))

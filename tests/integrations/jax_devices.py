@@ -155,6 +155,29 @@ def in_shard_map():
     }
 
 
+def with_explicit_axes():
+    """Arrays whose types say how they lie, in the context of their mesh."""
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = Mesh(MESH.devices, MESH.axis_names, axis_types=kinds)
+
+    def naming(p, x):
+        return jnp.matmul(jnp.tanh(x @ p["w"] + p["b"]) @ p["u"], p["v"], out_sharding=P("data", "model"))
+
+    with jax.set_mesh(mesh):
+        parameters, batch = on_mesh(jnp.float64, {**SPECS, "u": P(None, "model"), "w": P(None, None), "b": P()}, mesh)
+        before = {name: jax.typeof(p) for name, p in parameters.items()}
+        model = apply, {**parameters, "v": jax.device_put(parameters["v"], NamedSharding(mesh, P(None, None)))}
+        found = lnp.decompose(model, batch, estimator="exact", seed=jax.random.key(0))
+        assert {name: jax.typeof(p) for name, p in parameters.items()} == before
+        return {
+            "found": factors(found),
+            "expected": expected(jnp.float64, apply, "exact"),
+            "naming": refused(lambda: lnp.decompose((naming, parameters), batch)),
+            "compiled": refused(lambda: jax.jit(lambda p: lnp_jax.decompose(apply, p, batch, 0).rate)(parameters)),
+            "kernel": refused(lambda: lnp.kernel(model, batch)),
+        }
+
+
 CASES = {
     "exact, float64": lambda: both(jnp.float64, "exact"),
     "exact, float32": lambda: both(jnp.float32, "exact"),
@@ -163,6 +186,7 @@ CASES = {
     "samples that meet": lambda: both(jnp.float64, "auto", meeting, meeting),
     "programs": programs,
     "in shard_map": in_shard_map,
+    "explicit axes": with_explicit_axes,
 }
 
 

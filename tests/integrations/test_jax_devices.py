@@ -77,6 +77,15 @@ def test_samples_that_meet_are_still_found(devices):
     assert "interact" in found["notes"][0]
 
 
+def test_explicit_axes_are_measured_or_refused(devices):
+    case = devices["explicit axes"]
+    assert agree(case["found"], case["expected"], 1e-12)
+    assert case["found"]["notes"] == []
+    assert "the network does not run with automatic ones (ValueError" in case["naming"]
+    assert "lnp was called inside of a compiled function" in case["compiled"]
+    assert "jax.set_mesh has entered it" in case["kernel"]
+
+
 def test_parameters_are_gathered_where_the_plain_step_gathers_them_alone(devices):
     programs = devices["programs"]
     for gathered in programs["measured"]:
