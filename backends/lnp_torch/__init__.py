@@ -7,7 +7,7 @@ except ImportError as error:
 
 from lnp_torch.backend import accepts, evaluate, linearize
 from lnp_torch.collectives import alone
-from lnp_torch.group import Group, group_of
+from lnp_torch.group import Group, group_of, needs_all, process_number
 from lnp_torch.optimizers import step_size
 from lnp_torch.refusals import refusal
 from lnp_torch.state_guard import untouched
@@ -26,6 +26,8 @@ __all__ = [
     "evaluate",
     "group_of",
     "linearize",
+    "needs_all",
+    "process_number",
     "refusal",
     "replayed",
     "shared",

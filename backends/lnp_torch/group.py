@@ -20,7 +20,7 @@ from lnp_torch.collectives import with_others
 from lnp_torch.meeting import Gone, Meeting, ended
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import dot, widened
-from lnp_torch.refusals import process_group_of_shards
+from lnp_torch.refusals import TOGETHER, process_group_of_shards, refusal
 from lnp_torch.rounds import Broken, Failed, Rounds, is_sharded
 from lnp_torch.sharded import Gathering, met_one_by_one, set_active
 
@@ -215,6 +215,17 @@ def group_of(model: Any, asked: Any) -> Processes | None:
 
 def _ranks(process_group: Any) -> list[int]:
     return dist.get_process_group_ranks(process_group)
+
+
+def needs_all(model: Any) -> bool:
+    """Whether `fully_shard` has sharded the model, so that all processes have to measure it."""
+    return refusal(model) == TOGETHER
+
+
+def process_number() -> int | None:
+    """This process among those of `torch.distributed`; None where it is the only one."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.get_rank() if several else None
 
 
 NOT_DISTRIBUTED = object()

@@ -21,6 +21,7 @@ import torch
 
 from lnp.tracking.tracker import Tracker
 from lnp.typed_options import TrackerOptions
+from lnp_torch.group import needs_all, process_number
 from lnp_torch.host_steps import HostStep, check_same
 
 
@@ -74,10 +75,10 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
                 "LNPCallback received a tracker, and options beside it. Expected one of the two: give the options to "
                 "the tracker."
             )
-        options.setdefault("rank", 0)
+        options.setdefault("rank", _rank)
         self.tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **options)
         self._prepare = prepare
-        self._refused = False
+        self._refused = self._together = False
         self._reached: int | None = None
         self._measured: tuple[int, float] | None = None
 
@@ -97,7 +98,9 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         """Measure if this update is due; the later batches of an accumulated update are none."""
         step, self._measured = trainer.global_step, None
         since, self._reached = self._reached, step
-        if not trainer.is_global_zero or self._refused or step == since:
+        if since is None:  # the strategy has wrapped and sharded the module by now
+            self._together = self.tracker.option("group") is not None or needs_all(pl_module)
+        if not (trainer.is_global_zero or self._together) or self._refused or step == since:
             return
         # several optimizers advance the step by more than one: what is due in between is measured here
         passed = range(step if since is None or since > step else since + 1, step)
@@ -131,8 +134,8 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
             measured = self.tracker.measure(step, model, prepared, options=options)
         if measured is None:
             return
-        self._measured = step, measured.loss
-        for logger in trainer.loggers:
+        self._measured = None if self._together else (step, measured.loss)  # a step has the loss of this process
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             with self.tracker.attempt(None, f"the values of step {step} in {type(logger).__name__}"):
                 logger.log_metrics(self.tracker.latest, step=step)
 
@@ -148,6 +151,11 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         """The tracker's."""
         with self.tracker.attempt(None, "the tracker's state in this checkpoint"):
             self.tracker.load_state_dict(state_dict)
+
+
+def _rank() -> int:
+    """This process among all; also before they know each other, and where each machine counts its own."""
+    return process_number() or 0
 
 
 def trained(module: torch.nn.Module) -> int:

@@ -53,7 +53,8 @@ def attach(
     """Measure the trainer's model while it trains, and return the tracker.
 
     Measured are the parameters before an update, on the batch that it trains on: with accumulated gradients on the
-    first of its batches, as a mean over that batch's own labels. The loss is the one that the trainer minimises. What
+    first of its batches, as a mean over that batch's own labels; with `group=lnp_torch.Group()` on the batches of all
+    processes, as the mean of their means. The loss is the one that the trainer minimises. What
     fails on the way is told once, and training goes on (`on_error` of the tracker). A trainer that shards parameters
     (FSDP, ZeRO-3), of which the tracker warns here, is left as it is.
 
@@ -138,7 +139,8 @@ class _Watched:
         self._check(model)
         step, measured = self.trainer.state.global_step, None
         items = more.get("num_items_in_batch", rest[0] if rest else None)
-        if self.trainer.is_world_process_zero() and self.tracker.due(step):
+        takes_part = self.trainer.is_world_process_zero() or self.tracker.option("group") is not None
+        if takes_part and self.tracker.due(step):
             with self.tracker.attempt(step):
                 measured = self._measure(step, model, inputs, items)
         self.tracker.count(step, self.trainer.optimizer)
@@ -175,7 +177,7 @@ class _Watched:
             measured = tracker.observe(step, unwrapped, batch, options=options)
         if measured is None:
             return None
-        if self.log:
+        if self.log and trainer.is_world_process_zero():
             with tracker.attempt(None, f"the values of step {step} in the trainer's log"):
                 wanted = tracker.latest if self.log is True else FACTORS
                 trainer.log({name: tracker.latest[name] for name in wanted if name in tracker.latest})

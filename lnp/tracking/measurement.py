@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import time
 from collections.abc import Iterable, Mapping
@@ -79,6 +80,7 @@ class StepMeasurer:
         self.source: FixedBatch | CyclingBatches | None = None if batch is None else batch_source(batch)
         self.net = None if batch is None else NetRates(LearningRates(learning_rate))
         self._selection = selection
+        selection.together = options.get("group") is not None
         if self.net is not None:
             selection.going_back.append(self.net.go_back)
 
@@ -90,15 +92,16 @@ class StepMeasurer:
         self, step: int, model: Model, batch: Batch, own_options: Mapping[str, Any]
     ) -> tuple[Row, Decomposition]:
         """The row of a step, and its decomposition. A model that is known to be refused is not touched."""
-        started = time.perf_counter()
-        refuse(model)
+        started, all_of_them = time.perf_counter(), self._selection.takes_all(model)
+        if not all_of_them:
+            refuse(model)
         own = None if self.source is None else self.source.next(model)
-        options = {**self.options_at(step), **own_options}
+        options = {"group": "auto" if all_of_them else None, **self.options_at(step), **own_options}
         if own is not None:
             options["sample_losses"] = True
             as_inputs = getattr(options.get("forward"), "as_inputs", None)  # a host's own step takes batches in a form
             own = own if as_inputs is None else as_inputs(own)
-        with single_process(model):
+        with contextlib.nullcontext() if all_of_them else single_process(model):
             decomposition, measured, values = decompose_batches(step, model, batch, own, options)
         if self.net is not None and self.source is not None:
             with self._selection.attempt(None, f"the net rate in the row of step {step}", False):
@@ -143,12 +146,12 @@ def decompose_batches(
             f"observe({step}, ...) received no batch, and the tracker has none. Expected one of the two: pass the "
             "batch that the step trains on, or make the tracker with batch=."
         )
-    options = {"group": None, **options}  # without one, what this process can do by itself
-    group = options.pop("group")
+    options = dict(options)
+    group = options.pop("group", None)
     if batch is None or own is None:
         decomposition = api.decompose(model, own if batch is None else batch, **options, group=group)
         return decomposition, decomposition, decomposition.to_dict()
-    if group is not None:
+    if group not in (None, "auto"):
         raise ValueError(
             "observe received a training batch, and the tracker has a batch of its own and group=. Expected one of the "
             "two batches: a cross response is measured by one process. Leave one out, or group=."

@@ -16,6 +16,10 @@ from lnp.tracking.process import has_others, needs_all, process_rank, refuse
 from lnp.tracking.recorder import Recorder
 from lnp.user_warnings import warn
 
+NO_BUDGET = (
+    "The schedule has a budget of time, which each process spends in its own way, and all processes measure this model "
+    "together. Expected steps that all of them know. Use another schedule, such as lnp.schedule.log_windows()."
+)
 BEFORE_FIRST = -1
 """Stands for the last observed step where there is none yet."""
 
@@ -31,6 +35,8 @@ class StepSelection:
         The last step that was observed.
     going_back:
         What is called with the step that a run has gone back to.
+    together:
+        Whether all processes are asked to measure, one of which keeps the rows.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class StepSelection:
         self._recorder = recorder
         self.going_back: list[Callable[[int], None]] = [recorder.go_back]
         self._failures = failures
+        self.together = False
         self._idle: bool | None = None  # whether another process measures; None until the first step
         self._others = False  # whether a framework computes with other processes as one
         self._unchecked = failures.on_error == "raise"
@@ -55,9 +62,9 @@ class StepSelection:
             self._start(step)
         return (self._others or not self._idle) and step != self.observed and self._is_scheduled(step)
 
-    def claim(self, step: int, model: Model, scheduled: bool = True) -> bool:
+    def claim(self, step: int, model: Model, scheduled: bool = True, alone: bool = False) -> bool:
         """Whether this process measures now: the step is a new one and, where it is `scheduled`, due; its row can be
-        kept.
+        kept. `alone` says that one process measures unless others hold parts of the model.
 
         A model of which other processes hold parts is measured by all of them, whichever keeps the rows, and whether it
         can. Where failures raise, a model that is known to be refused raises at the first due step of every process: if
@@ -67,7 +74,9 @@ class StepSelection:
             return False
         if scheduled and not self._is_scheduled(step):
             return False
-        if self._others and needs_all(model):
+        if self._others and (needs_all(model) or (self.together and not alone)):
+            if not self._can_agree(step):
+                return False
             if not self._idle:
                 self._open_recorder(step)
             return True
@@ -79,6 +88,10 @@ class StepSelection:
             return False
         return self._open_recorder(step)
 
+    def takes_all(self, model: Model) -> bool:
+        """Whether all processes measure the model: since they are asked to, or hold parts of it."""
+        return self.together or needs_all(model)
+
     def claim_row(self, step: int) -> bool:
         """Whether this process keeps a row of this step that was measured elsewhere."""
         return self._is_new(step) and not self._idle and self._open_recorder(step)
@@ -88,7 +101,8 @@ class StepSelection:
         if self._failures.on_error == "warn" and self._is_idle():
             return True
         with self._failures.catch(None, MISSING_ROW):
-            refuse(model, reason)
+            if reason is not None or not self.takes_all(model):
+                refuse(model, reason)
             return True
         return False
 
@@ -98,7 +112,7 @@ class StepSelection:
         Without a step, around something else.
         """
         started = time.perf_counter()
-        with self._failures.catch(step, missing, always):
+        with self._told(step, missing, always):
             try:
                 yield
             except Exception:
@@ -106,6 +120,12 @@ class StepSelection:
                     self.observed = max(step, self.observed)
                     self.record_cost(time.perf_counter() - started)
                 raise
+
+    def _told(self, step: int | None, missing: str, always: bool) -> contextlib.AbstractContextManager:
+        """Around what may fail; the process that keeps the rows tells of it, and hears of what fails in others."""
+        if self._idle and self._failures.on_error == "warn":
+            return contextlib.suppress(Exception)
+        return self._failures.catch(step, missing, always)
 
     def record_cost(self, seconds: float) -> None:
         """Tell a schedule with a budget of time what measuring cost."""
@@ -135,6 +155,14 @@ class StepSelection:
     def close(self) -> None:
         """Begin anew at the next step."""
         self._idle = None
+
+    def _can_agree(self, step: int) -> bool:
+        """Whether all processes come to measure the same steps; told, or raised in all, where they do not."""
+        agrees = not callable(getattr(self.schedule, "measured", None))
+        if not agrees:
+            with self._told(step, MISSING_ROW, False):
+                raise ValueError(NO_BUDGET)
+        return agrees
 
     def _start(self, step: int) -> None:
         """At the first step in this process: find out whether it is the one that measures, and continue its file."""

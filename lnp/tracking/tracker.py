@@ -183,7 +183,7 @@ class Tracker(KeptRows):
         check_call(None, values)
         self._shared_steps.remind()
         self._shared_steps.check(model, self._measurer.options, own_batches=self._measurer.source is not None)
-        if not self._selection.claim(step, model):
+        if not self._selection.claim(step, model, alone=True):
             return SharedStep()
         index = operator.index(step)
 
@@ -217,11 +217,11 @@ class Tracker(KeptRows):
         """
         check_call(None, values)
         observed, row, done = ObservedStep(None, model), None, False
-        if self._selection.claim(step, model):
+        if self._selection.claim(step, model, alone=True):
             with self.attempt(operator.index(step)):
                 refuse(model)
                 before = snapshot(model)
-                row, decomposition = self._measurer.measure(operator.index(step), model, batch, {})
+                row, decomposition = self._measurer.measure(operator.index(step), model, batch, {"group": None})
                 observed.decomposition = decomposition
         self.count(step, values.get("learning_rate"))
         if row is None:

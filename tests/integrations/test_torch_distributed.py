@@ -32,8 +32,14 @@ def ranks(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("way", ["observe", "step", "shared"])
-@pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel"])
+WAYS = [
+    *(("tensor parallel", way) for way in ("observe", "step", "shared")),
+    *(("FSDP2", way) for way in ("step", "shared")),
+]
+"""In which one process measures alone, and models that it cannot measure."""
+
+
+@pytest.mark.parametrize(("kind", "way"), WAYS)
 def test_sharded_models_are_told_of_and_trained_as_without_a_tracker(ranks, kind, way):
     for rank, cases in enumerate(ranks):
         found = cases[f"{kind}, {way}, warned"]
@@ -44,8 +50,7 @@ def test_sharded_models_are_told_of_and_trained_as_without_a_tracker(ranks, kind
     assert "sharded" in ranks[0][f"{kind}, {way}, warned"]["told"][0]
 
 
-@pytest.mark.parametrize("way", ["observe", "step", "shared"])
-@pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel"])
+@pytest.mark.parametrize(("kind", "way"), WAYS)
 def test_sharded_models_raise_in_every_process(ranks, kind, way):
     errors = [cases[f"{kind}, {way}, raised"]["error"] for cases in ranks]
     assert errors[0] == errors[1]
@@ -69,6 +74,28 @@ def test_a_network_that_talks_to_other_processes_does_not_wait_for_them(ranks, w
         assert found["moved"]
         assert len(found["told"]) == (rank == 0)
     assert "talks to other processes" in ranks[0][f"talking, {way}, warned"]["told"][0]
+
+
+@pytest.mark.parametrize("kind", ["FSDP2, observe", "data parallel, group"])
+def test_all_processes_measure_and_the_first_keeps_the_rows(ranks, kind):
+    found = [cases[f"{kind}, measured"] for cases in ranks]
+    assert [case["rows"] for case in found] == [STEPS, 0]
+    assert all(case["equal"] and case["moved"] and not case["told"] for case in found)
+    assert found[0]["samples"] == [16.0] * STEPS  # of both
+
+
+def test_a_failure_of_one_process_is_told_by_the_first(ranks):
+    found = [cases["FSDP2, observe, one fails"] for cases in ranks]
+    assert all(case["equal"] and case["moved"] for case in found)
+    assert [len(case["told"]) for case in found] == [1, 0]
+    assert "lnp failed in process 1 of 2" in found[0]["told"][0]
+    assert "OutOfMemoryError: no room" in found[0]["told"][0]
+
+
+def test_a_budget_of_time_is_none_for_several_processes(ranks):
+    found = [cases["data parallel, budget"] for cases in ranks]
+    assert all(case["equal"] and case["moved"] for case in found)
+    assert "which each process spends in its own way" in found[0]["told"][0]
 
 
 def test_data_parallel_models_are_measured_in_the_first_process(ranks):

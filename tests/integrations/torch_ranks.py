@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 import lnp
+import lnp_torch
 
 STEPS = 3
 
@@ -105,7 +106,7 @@ def warned(kind: str, way: str, rank: int, **options: object) -> dict:
     """A run whose measurements fail, beside the one without a tracker."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tracker = lnp.Tracker(schedule=1, **options)
+        tracker = lnp.Tracker(schedule=options.pop("schedule", 1), **options)
         plain, watched = train(kind, way, None, rank), train(kind, way, tracker, rank)
     start = [value.detach() for value in network().parameters()]
     return {
@@ -113,7 +114,14 @@ def warned(kind: str, way: str, rank: int, **options: object) -> dict:
         "moved": all(not torch.equal(a, b) for a, b in zip(start, watched, strict=True)),
         "told": [text for w in caught if (text := str(w.message)).startswith("lnp")],
         "rows": len(tracker.history),
+        "samples": [float(n) for n in tracker.history["samples"]] if len(tracker.history) else [],
     }
+
+
+def one_out_of_memory(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if dist.get_rank() == 1:
+        raise torch.OutOfMemoryError("no room")
+    return F.cross_entropy(outputs, targets)
 
 
 def raised(kind: str, way: str, rank: int) -> dict:
@@ -139,12 +147,20 @@ def main(rank: int, folder: Path) -> None:
     found = {}
     for kind in ("FSDP2", "tensor parallel"):
         for way in ("observe", "step", "shared"):
+            if (kind, way) == ("FSDP2", "observe"):
+                found["FSDP2, observe, measured"] = warned(kind, way, rank)
+                found["FSDP2, observe, one fails"] = warned(kind, way, rank, loss=one_out_of_memory)
+                continue
             found[f"{kind}, {way}, warned"] = warned(kind, way, rank)
             found[f"{kind}, {way}, raised"] = raised(kind, way, rank)
     for way in ("observe", "step"):
         found[f"data parallel, {way}, warned"] = warned("data parallel", way, rank, loss=out_of_memory)
     for way in ("observe", "step", "shared"):
         found[f"talking, {way}, warned"] = warned("talking", way, rank)
+    together = lnp_torch.Group()
+    found["data parallel, group, measured"] = warned("data parallel", "observe", rank, group=together)
+    budget = lnp.schedule.budget(0.5)
+    found["data parallel, budget"] = warned("data parallel", "observe", rank, group=together, schedule=budget)
     found["data parallel, observe, measured"] = warned("data parallel", "observe", rank)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
