@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from lnp.demo.figure import draw
 from lnp.demo.run import Ladder, Settings, choose_framework, run, write_csv
 from lnp.optional import import_optional
 from lnp.progress import bar
+from lnp.results.rounding import rounded
 from lnp.runs.curves import POSITION, size
 
 if TYPE_CHECKING:
@@ -78,9 +78,6 @@ def _table(ladder: Ladder, settings: Settings) -> Table:
 
 
 def _cell(value: summary.Value, factor: float) -> str:
-    """Mean ± error, with as many decimals as the error has, but no more than three digits."""
+    """Mean ± error, where there is one, without the spaces that a narrow table has no room for."""
     mean, error = factor * value.mean, factor * value.stderr
-    if not error > 0 or mean == 0:
-        return f"{mean:.3g}"
-    decimals = max(0, min(-math.floor(math.log10(error)), 2 - math.floor(math.log10(abs(mean)))))
-    return f"{mean:.{decimals}f}±{error:.{decimals}f}"
+    return "±".join(filter(None, rounded(mean, error))) if error > 0 and mean else f"{mean:.3g}"

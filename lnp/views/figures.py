@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lnp.results.rounding import rounded
 from lnp.runs.curves import NET_POSITION, NOISE_SCALE, POSITION, Curve, curve, reach, size, smooth
 from lnp.runs.open_runs import Runs
 from lnp.tracking.history import History
@@ -87,7 +88,7 @@ def against_size(runs: Runs, shown: Colours) -> Any:
         value = found.chi_pos if found.resolved else found.limit
         if value > 0 and at > 0:
             error = {"array": [found.stderr], "color": shown[name]} if found.resolved else None
-            text = [f"± {found.stderr:.1g}" if found.resolved else "upper limit"]
+            text = [f"± {rounded(found.chi_pos, found.stderr)[1]}" if found.resolved else "upper limit"]
             marker = {"size": 10, "symbol": "circle" if found.resolved else "triangle-down"}
             _trace(figure, name, [at], [value], shown[name], text, mode="markers", marker=marker, error_y=error)
     return figure if figure.data else None
@@ -181,7 +182,8 @@ def _draw(figure: Any, name: str, found: Curve, colour: str, dash: str = "solid"
         text = [f"step {step:,.0f}<br>above" for step in found.step[above]]
         _trace(figure, name, x[above], found.low[above], colour, text, mode="markers", marker=marker)
     text = [
-        f"step {s:,.0f}" + (f"<br>± {e:.1g}" if e > 0 else "") for s, e in zip(found.step, found.stderr, strict=True)
+        f"step {s:,.0f}" + (f"<br>± {rounded(float(v), float(e))[1]}" if e > 0 else "")
+        for s, v, e in zip(found.step, found.mean, found.stderr, strict=True)
     ]
     if np.isfinite(y).any():
         mode = "lines" if np.isfinite(y).sum() > 40 else "lines+markers"
