@@ -28,7 +28,8 @@ if keras.backend.backend() == "tensorflow":
 KINDS = {
     "AdamW": {"optimizer": lambda: keras.optimizers.AdamW(1e-2)},
     "accumulation": {"optimizer": lambda: keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2)},
-    "mixed_bfloat16": {"optimizer": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "policy": "mixed_bfloat16"},
+    # whose optimizer scales losses
+    "mixed_float16": {"optimizer": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "policy": "mixed_float16"},
     "three steps per execution": {"optimizer": lambda: keras.optimizers.SGD(0.1), "together": 3},
 }
 
