@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lnp.contract.trees import map_leaves
 from lnp.state.places import Part
 from lnp.state.preserve import is_searched_type
 
@@ -43,17 +44,54 @@ def own_class(kind: type) -> type:
 
 
 def without_sharding(module: nn.Module) -> list[tuple[dict, dict]]:
-    """The hooks of a module that `fully_shard` has changed, and those of them that do not gather parameters."""
+    """The hooks of a module that `fully_shard` has changed, and what runs in their place: nothing is gathered, and
+    inputs and outputs take the types that its `MixedPrecisionPolicy` says.
+    """
     if own_class(type(module)) is type(module):
         return []
-    every: list[dict] = [module._forward_pre_hooks, module._forward_hooks]
-    return [(hooks, {key: hook for key, hook in hooks.items() if not _shards(hook)}) for hooks in every]
+    every: list[tuple[dict, Any]] = [
+        (module._forward_pre_hooks, lambda policy: _inputs_as(policy.cast_forward_inputs and policy.param_dtype)),
+        (module._forward_hooks, lambda policy: _outputs_as(policy.output_dtype)),
+    ]
+    made = []
+    for hooks, casting in every:
+        policies = {key: _policy(hook) for key, hook in hooks.items()}
+        kept = {key: hook if policies[key] is None else casting(policies[key]) for key, hook in hooks.items()}
+        made.append((hooks, kept))
+    return made
 
 
-def _shards(hook: Any) -> bool:
-    function = getattr(hook, "__wrapped__", hook)
-    function = getattr(function, "__func__", function)
-    return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp.")
+def _policy(hook: Any) -> Any:
+    """The `MixedPrecisionPolicy` of a hook that gathers and shards parameters; None for other hooks."""
+    method = hook
+    while not hasattr(method, "__self__") and hasattr(method, "__wrapped__"):  # modules that are sharded together
+        method = method.__wrapped__
+    function = getattr(method, "__func__", method)
+    of_fsdp = (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp.")
+    return method.__self__._mp_policy if of_fsdp else None
+
+
+def _inputs_as(dtype: torch.dtype | None) -> Any:
+    """A forward pre-hook that gives a module its floating-point inputs in a type."""
+
+    def cast_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return map_leaves(lambda x: cast(x, dtype), args), map_leaves(lambda x: cast(x, dtype), kwargs)
+
+    return cast_inputs
+
+
+def _outputs_as(dtype: torch.dtype | None) -> Any:
+    """A forward hook that hands on a module's floating-point outputs in a type."""
+
+    def cast_outputs(module: nn.Module, args: tuple, outputs: Any) -> Any:
+        return map_leaves(lambda x: cast(x, dtype), outputs)
+
+    return cast_outputs
+
+
+def cast(x: Any, dtype: torch.dtype | None) -> Any:
+    """A floating-point tensor in a type, with its graph; anything else as it is."""
+    return x.to(dtype) if dtype and isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def part_of_a_model(kind: type) -> bool:

@@ -66,31 +66,25 @@ def _not_to_be_gathered(model: Any) -> set[str]:
     sharded = [tensor for tensor in _tensors(model) if is_sharded(tensor)]
     own = getattr(fsdp, "FSDPModule", ())
     states = [module._get_fsdp_state() for module in modules if isinstance(module, own)]
-    groups = [group for state in states for group in _parameter_groups(state)]
+    groups = [group for state in states for group in parameter_groups(state)]
     meshes = [group.mesh_info.mesh for group in groups]
     if any(tensor.device_mesh != mesh for tensor in sharded for mesh in meshes) or (sharded and not meshes):
         kinds.add("DTensor, by tensor parallelism or over several meshes")
     if any(mesh.ndim > 1 and mesh.size() != torch.distributed.get_world_size() for mesh in meshes):
         kinds.add("fully_shard, over several dimensions of a part of the processes")
-    if any(_computes_otherwise(state._mp_policy) for state in states):
-        kinds.add("fully_shard with a MixedPrecisionPolicy")
     if any(type(getattr(group, "offload_policy", None)).__name__ == "CPUOffloadPolicy" for group in groups):
         kinds.add("fully_shard with a CPUOffloadPolicy")
-    if any(tensor.dtype == torch.float16 for tensor in sharded):
+    narrow = [state._mp_policy.param_dtype for state in states] + [tensor.dtype for tensor in sharded]
+    if torch.float16 in narrow:  # whose gradients are scaled on the way, and are met before that is undone
         kinds.add("fully_shard of float16")
     return kinds
 
 
-def _parameter_groups(state: Any) -> list[Any]:
+def parameter_groups(state: Any) -> list[Any]:
     """The groups of parameters that `fully_shard` gathers at a time."""
     groups = getattr(state, "_fsdp_param_groups", None)
     groups = [state._fsdp_param_group] if groups is None else groups  # up to PyTorch 2.11
     return [group for group in groups if group is not None]
-
-
-def _computes_otherwise(policy: Any) -> bool:
-    """Whether parameters or outputs take another dtype for a pass."""
-    return policy.param_dtype is not None or policy.output_dtype is not None
 
 
 def refuse_transforms() -> None:

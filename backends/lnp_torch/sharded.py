@@ -9,8 +9,9 @@ training does, so that each process keeps its shard.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lnp_torch.refusals import parameter_groups
 from lnp_torch.rounds import Rounds, is_sharded
 from lnp_torch.writes import tensors
 
@@ -64,16 +66,16 @@ class Gathering(TorchDispatchMode):
         super().__init__()
         self.parameters: dict[str, torch.Tensor] = {}
         self.peak = self.gathered = 0
-        self._rounds, self._places = rounds, places
+        self._rounds, self._places, self._dtypes = rounds, places, dict(computed_in(model))
         self._leaves: dict[int, Leaf] = {}
         self._resident: list[Leaf] = []  # the one that was read last is the last
         self._room = max(map(_own_size, model.modules()))
 
-    def standing(self, p: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def standing(self, p: torch.Tensor) -> torch.Tensor:
         """A leaf without memory in the place of a sharded parameter; another parameter itself."""
         if not is_sharded(p):
             return p
-        return self._without_memory(self._places[id(p)], p.shape, dtype or p.dtype, p.device)
+        return self._without_memory(self._places[id(p)], p.shape, self._dtypes.get(id(p)) or p.dtype, p.device)
 
     def as_float64(self, tensor: torch.Tensor) -> torch.Tensor:
         """What stands for a parameter, in float64."""
@@ -129,6 +131,17 @@ class Gathering(TorchDispatchMode):
         leaf.tensor.data.copy_(whole)  # by .data, which leaves the version alone that graphs have noted
         leaf.resident = True
         self.gathered += leaf.size
+
+
+def computed_in(model: nn.Module) -> Iterator[tuple[int, torch.dtype | None]]:
+    """(id, type in which passes have it) of each parameter that `fully_shard` has sharded; None for its own type."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if isinstance(module, getattr(fsdp, "FSDPModule", ())):
+            state = module._get_fsdp_state()
+            for group in parameter_groups(state):
+                for p in group.fsdp_params:
+                    yield id(p.sharded_param), state._mp_policy.param_dtype
 
 
 def _free(leaf: Leaf) -> None:

@@ -125,6 +125,20 @@ def test_parameters_are_whole_one_module_at_a_time(ranks):
         assert cases["fully_sharded"]["gathered"] > every
 
 
+def test_mixed_precision_is_that_of_the_policy(ranks):
+    """Parameters and inputs in bfloat16, outputs in float32: the loss is that of the sharded model itself."""
+    losses = [cases["fully_sharded"]["loss"] for cases in ranks]
+    found = ranks[0]["fully_sharded"]["bfloat16"]
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    model, (x, y) = torch_groups.network(torch.bfloat16), torch_groups.numbers(torch.bfloat16)
+    expected = whole(
+        (lambda p, x: torch.func.functional_call(model, p, x).float(), dict(model.named_parameters())), (x, y)
+    )
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for name in ("rate", "chi_loss", "chi_net", "chi_pos"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-2), name
+
+
 def test_processes_may_go_ways_of_their_own(ranks):
     expected = whole(torch_groups.language(), torch_groups.text(), nn.CrossEntropyLoss())
     for cases in ranks:
@@ -167,7 +181,7 @@ def test_killed_processes_make_the_others_raise_in_time(ranks):
         ("talks", "RuntimeError: The network or its loss talks to other processes"),
         ("shards alone", "ValueError: The model's parameters are sharded over processes by fully_shard"),
         ("spectrum", "ValueError: The model's parameters are sharded over processes by fully_shard"),
-        ("narrow", "ValueError: The model's parameters are sharded over processes (fully_shard with a Mixed"),
+        ("narrow", "ValueError: The model's parameters are sharded over processes (fully_shard of float16)"),
         ("parameters", "ValueError: Processes 0 and 1 of the group measure different parameters: ['0.bias'"),
         ("preconditioner", "ValueError: preconditioner= was given for a model that 4 processes measure together"),
         ("kind", "TypeError: group is 3. Expected a torch.distributed.ProcessGroup"),

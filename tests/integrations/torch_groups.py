@@ -121,6 +121,12 @@ def fully_sharded(rank: int) -> dict:
     found = {}
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         found[name] = values(lnp.decompose(sharded(network(dtype)), own(numbers(dtype), rank), **EXACT))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+    narrow = sharded(network(torch.float32), mp_policy=policy)
+    found["bfloat16"] = values(lnp.decompose(narrow, own(numbers(torch.float32), rank), **EXACT))
+    x, y = own(numbers(torch.float32), rank)
+    found["loss"] = float(F.cross_entropy(narrow(x), y).detach())
+    narrow.reshard()
     model, every = sharded(language()), []
     kept = ShardedProcesses.__init__
     ShardedProcesses.__init__ = lambda self, *args: (kept(self, *args), every.append(self))[0]  # type: ignore[method-assign]
@@ -194,7 +200,7 @@ def failing(rank: int) -> dict:
     found["shards alone"] = told(lambda: lnp.decompose(fsdp, batch, group=None))
     found["spectrum"] = told(lambda: lnp.spectrum(fsdp, batch))
     found["other group"] = told(lambda: lnp.decompose(fsdp, batch, group=dist.new_group([0, 1])))
-    narrow = sharded(network(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    narrow = sharded(network(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16))
     found["narrow"] = told(lambda: lnp.decompose(narrow, batch))
     found["parameters"] = told(lambda: lnp.decompose(ddp, batch, parameters="*weight" if rank else None, group=group))
     found["preconditioner"] = told(lambda: lnp.decompose(ddp, batch, preconditioner=[1.0]))
