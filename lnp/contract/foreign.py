@@ -11,6 +11,8 @@ import numpy as np
 
 TABLES = ("pandas", "polars", "pyarrow")
 TEXTS = (str, bytes)
+NOT_INFERRED = "The loss cannot be inferred"
+"""Begins those of lnp's own errors that targets of other kinds raise (`lnp.losses.kinds`)."""
 
 
 def is_own(error: BaseException) -> bool:
@@ -41,6 +43,8 @@ def why_foreign(batches: tuple, backend: Any, error: BaseException) -> str | Non
     The inputs are nested lists of 2 rows, and measuring them failed: no floats here. Expected arrays of numbers. \
 Convert them, for example by numpy.asarray(values).
     """
+    if is_own(error) and NOT_INFERRED not in str(error):
+        return None  # it says something else that is wrong
     conversion = getattr(backend, "CONVERSION", None)
     for batch in batches:
         if not (isinstance(batch, list | tuple) and len(batch) >= 2):

@@ -21,7 +21,8 @@ def unpack(batch: Any) -> tuple[Any, Any]:
     if is_loader(batch):
         raise TypeError(
             f"The batch is a {what}, which gives batches. Expected one of them, (inputs, targets). Pass "
-            "next(iter(loader)), whose first two items are the inputs and the targets; or batches=, to measure many as one."
+            "next(iter(loader)), whose first two items are the inputs and the targets; or batches=, to measure many as "
+            "one."
         )
     raise TypeError(
         f"The batch is a {what}. Expected a pair (inputs, targets), where inputs may be an array, a tuple or a dict "

@@ -239,3 +239,15 @@ def test_elementwise_losses_do_not_broadcast(name):
         lnp.decompose((apply, W), (X, VALUES[:, :1]), name)
     with pytest.raises(ValueError, match="one array each"):
         lnp.decompose((two_views, W), ({"left": X}, VALUES), name)
+
+
+def test_what_is_no_loss_or_no_array_is_said():
+    def apply(p, x):
+        return x @ p["w"]
+
+    with pytest.raises(TypeError, match="returned None"):
+        lnp.decompose((apply, W), (jnp.asarray(X), jnp.asarray(LABELS)), lambda outputs, targets: None)
+    with pytest.raises(TypeError, match="inputs are nested lists of 6 rows"):
+        lnp.decompose((apply, {"w": jnp.ones((4, C))}), (X.tolist(), LABELS))
+    with pytest.raises(TypeError, match="list of ArrayImpl"):
+        lnp.decompose((apply, {"w": jnp.ones((4, C))}), (X, LABELS), parameters=[jnp.ones(3)])

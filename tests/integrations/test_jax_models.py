@@ -297,3 +297,10 @@ def test_microbatches_refuse_interacting_samples(estimator, size, dtype):
     parameters = {"w": jnp.ones((4, 3), dtype), "gate": jnp.zeros((), dtype)}
     with pytest.raises(ValueError, match=f"microbatch={size}"):
         lnp.decompose((gated, parameters), batch(dtype, 6, 4), estimator=estimator, microbatch=size)
+
+
+def test_a_linen_module_beside_its_variables_is_refused():
+    module = linen.Dense(2)
+    x = jnp.ones((3, 4))
+    with pytest.raises(ValueError, match=r"Linen module Dense .* pass \(module.apply, variables\)"):
+        lnp.decompose((module, module.init(jax.random.key(0), x)), (x, jnp.zeros(3, int)))
