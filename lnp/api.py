@@ -154,8 +154,8 @@ def decompose(
     if batches is not None:
         if preconditioner is not None:
             raise ValueError(
-                "Received both batches= and preconditioner=. Expected one of them: the preconditioned trace is estimated "
-                "on whole batches. Measure one batch, or leave preconditioner= out."
+                "Received both batches= and preconditioner=. Expected one of them: the preconditioned trace is "
+                "estimated on whole batches. Measure one batch, or leave preconditioner= out."
             )
         streamed = DecomposePart(estimator, rtol, max_probes, by_layer, population, sample_losses)
         return decompose_stream(model, batch, batches, streamed, options)

@@ -124,7 +124,9 @@ def test_an_error_of_the_users_own_says_what_the_model_was_called_with():
 
 
 def test_lnps_own_errors_stay_as_they_are_whatever_the_batch_holds():
-    model = lnp_numpy.JacobianModel(lambda p, x: np.asarray(x) @ p["w"], lambda p, x: {"w": np.zeros((6, 2, 4, 2))}, {"w": np.ones((4, 2))})
+    model = lnp_numpy.JacobianModel(
+        lambda p, x: np.asarray(x) @ p["w"], lambda p, x: {"w": np.zeros((6, 2, 4, 2))}, {"w": np.ones((4, 2))}
+    )
     with pytest.raises(ValueError, match="Unknown loss"):
         lnp.decompose(model, (X.tolist(), Y), "nll")
 

@@ -1,4 +1,4 @@
-"""What a measurement leaves in memory, while the garbage collector does not run: a graph that holds itself would stay."""
+"""What a measurement leaves in memory while the garbage collector does not run: a graph that holds itself stays."""
 
 import gc
 import warnings
