@@ -129,11 +129,14 @@ def wide(parts: list[torch.Tensor]) -> torch.dtype:
 
 CHUNK = 2**18
 """Numbers of a vector that are multiplied at a time."""
+ON_A_DEVICE = 2**25
+"""The same on a GPU, which would wait for the launches of small pieces."""
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """<a, b> in float32 or better, without a product of the vectors' size."""
-    if a.numel() <= CHUNK:
+    chunk = CHUNK if a.device.type == "cpu" else ON_A_DEVICE
+    if a.numel() <= chunk:
         return (widened(a) * widened(b)).sum()
-    pairs = zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True)
+    pairs = zip(a.reshape(-1).split(chunk), b.reshape(-1).split(chunk), strict=True)
     return torch.stack([dot(one, other) for one, other in pairs]).sum()
