@@ -25,22 +25,31 @@ ERRORS = ("rate_stderr", "chi_pos_stderr", "noise_scale_low", "noise_scale_high"
 """Of the population, which come from other samples in parts of a batch."""
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def run(folder, *cases):
     """What each process came to, by case."""
-    folder = tmp_path_factory.mktemp("groups")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(folder), port] for rank in range(SIZE)]
+    commands = [[sys.executable, str(SCRIPT), str(rank), str(folder), port, *cases] for rank in range(SIZE)]
     processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     try:
         printed = [process.communicate(timeout=LIMIT)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 9, 0, 9], "\n".join(printed)
+    ends = [0, 9, 0, 9] if "killed" in cases else [0] * SIZE
+    assert [process.returncode for process in processes] == ends, "\n".join(printed)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("groups"), "data_parallel", "fully_sharded", "undisturbed", "failing", "killed")
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("more"), "other_shardings", "ways_of_their_own")
 
 
 def whole(model, batch, loss=None, **options):
@@ -125,10 +134,34 @@ def test_parameters_are_whole_one_module_at_a_time(ranks):
         assert cases["fully_sharded"]["gathered"] > every
 
 
-def test_mixed_precision_is_that_of_the_policy(ranks):
+@pytest.mark.parametrize("kind", ["hybrid", "grouped", "partly"])
+@pytest.mark.thorough
+def test_other_shardings(more, kind):
+    expected = whole(torch_groups.network(), torch_groups.numbers())
+    for cases in more:
+        same(cases["other_shardings"][kind], expected, 1e-12)
+
+
+@pytest.mark.thorough
+def test_parameters_that_not_all_processes_use(more):
+    models, (x, y) = [torch_groups.branching(0), torch_groups.branching(1)], torch_groups.numbers()
+    parts = [torch_groups.own((x, y), rank) for rank in range(SIZE)]
+    gradients = [
+        torch.autograd.grad(
+            F.cross_entropy(models[rank % 2](a), b), list(models[rank % 2].parameters()), materialize_grads=True
+        )
+        for rank, (a, b) in enumerate(parts)
+    ]
+    expected = sum(float((sum(of_one) / SIZE).square().sum()) for of_one in zip(*gradients, strict=True))
+    for cases in more:
+        assert cases["other_shardings"]["branching"]["rate"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.thorough
+def test_mixed_precision_is_that_of_the_policy(more):
     """Parameters and inputs in bfloat16, outputs in float32: the loss is that of the sharded model itself."""
-    losses = [cases["fully_sharded"]["loss"] for cases in ranks]
-    found = ranks[0]["fully_sharded"]["bfloat16"]
+    losses = [cases["ways_of_their_own"]["loss"] for cases in more]
+    found = more[0]["ways_of_their_own"]["bfloat16"]
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     model, (x, y) = torch_groups.network(torch.bfloat16), torch_groups.numbers(torch.bfloat16)
     expected = whole(
@@ -139,10 +172,11 @@ def test_mixed_precision_is_that_of_the_policy(ranks):
         assert found[name] == pytest.approx(expected[name], rel=1e-2), name
 
 
-def test_processes_may_go_ways_of_their_own(ranks):
+@pytest.mark.thorough
+def test_processes_may_go_ways_of_their_own(more):
     expected = whole(torch_groups.language(), torch_groups.text(), nn.CrossEntropyLoss())
-    for cases in ranks:
-        found = cases["fully_sharded"]["ways"]
+    for cases in more:
+        found = cases["ways_of_their_own"]["ways"]
         assert found["rate"] == pytest.approx(expected["rate"], rel=1e-10)
         assert abs(found["chi_net"] - expected["chi_net"]) < 5 * found["chi_net_stderr"]
         assert "parts of the batch took different estimators: per_sample, exact" in found["notes"]

@@ -1,4 +1,4 @@
-"""One of four processes that measure together, for test_torch_groups.py: python torch_groups.py RANK FOLDER PORT
+"""One of four processes that measure together, for test_torch_groups.py: python torch_groups.py RANK FOLDER PORT CASES
 
 Writes what each case came to into FOLDER/RANK.json. Processes 1 and 3 kill themselves in the end.
 """
@@ -121,19 +121,59 @@ def fully_sharded(rank: int) -> dict:
     found = {}
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         found[name] = values(lnp.decompose(sharded(network(dtype)), own(numbers(dtype), rank), **EXACT))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
-    narrow = sharded(network(torch.float32), mp_policy=policy)
-    found["bfloat16"] = values(lnp.decompose(narrow, own(numbers(torch.float32), rank), **EXACT))
-    x, y = own(numbers(torch.float32), rank)
-    found["loss"] = float(F.cross_entropy(narrow(x), y).detach())
-    narrow.reshard()
     model, every = sharded(language()), []
     kept = ShardedProcesses.__init__
     ShardedProcesses.__init__ = lambda self, *args: (kept(self, *args), every.append(self))[0]  # type: ignore[method-assign]
     found["language"] = values(lnp.decompose(model, own(text(), rank), nn.CrossEntropyLoss(), **EXACT))
     ShardedProcesses.__init__ = kept  # type: ignore[method-assign]
     found["peak"], found["gathered"] = every[0].gathering.peak, every[0].gathering.gathered
-    # each process goes a way of its own
+    return found
+
+
+class Branching(nn.Module):
+    """Each process uses one of two layers, and no process the third."""
+
+    def __init__(self, branch: int) -> None:
+        super().__init__()
+        self.branch, self.layers = branch, nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[self.branch](x)
+
+
+def branching(branch: int) -> nn.Module:
+    torch.manual_seed(0)
+    return Branching(branch).double()
+
+
+def other_shardings(rank: int) -> dict:
+    """Over a mesh of two dimensions, several modules as one, some parameters whole, and some that not all use."""
+    batch = own(numbers(), rank)
+    hybrid = sharded(network(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    mesh = init_device_mesh("cpu", (SIZE,))
+    grouped, kept = network(), network()
+    fully_shard([grouped[0], grouped[2]], mesh=mesh)
+    fully_shard(grouped, mesh=mesh)
+    fully_shard(kept, mesh=mesh, ignored_params={kept[2].weight})
+    found = {"hybrid": hybrid, "grouped": grouped, "partly": kept}
+    measured = {name: values(lnp.decompose(model, batch, **EXACT)) for name, model in found.items()}
+    model = branching(rank % 2)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    measured["branching"] = values(lnp.decompose(fully_shard(model, mesh=mesh), batch, estimator="exact"))
+    return measured
+
+
+def ways_of_their_own(rank: int) -> dict:
+    """Mixed precision; and processes that need different numbers of passes."""
+    found = {}
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+    narrow = sharded(network(torch.float32), mp_policy=policy)
+    found["bfloat16"] = values(lnp.decompose(narrow, own(numbers(torch.float32), rank), **EXACT))
+    x, y = own(numbers(torch.float32), rank)
+    found["loss"] = float(F.cross_entropy(narrow(x), y).detach())
+    narrow.reshard()
+    model = sharded(language())
     way = {
         "estimator": "exact" if rank % 2 else "per_sample",
         "rtol": 0.0,
@@ -224,24 +264,27 @@ def killed(rank: int) -> dict:
     return {"told": told(lambda: lnp.decompose(model, batch, loss, group=group))}
 
 
-CASES = (data_parallel, fully_sharded, undisturbed, failing, killed)
+CASES = {
+    case.__name__: case
+    for case in (data_parallel, fully_sharded, other_shardings, ways_of_their_own, undisturbed, failing, killed)
+}
 
 
-def main(rank: int, folder: Path, port: str) -> None:
+def main(rank: int, folder: Path, port: str, cases: list[str]) -> None:
     meeting = f"tcp://127.0.0.1:{port}"
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=SIZE, timeout=limit)
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
     found: dict = {}
-    for case in CASES:
+    for case in cases:
         started = time.monotonic()
         (folder / f"{rank}.json").write_text(json.dumps(found))  # before what may end the process
-        found[case.__name__] = case(rank)
-        print(case.__name__, round(time.monotonic() - started, 1), flush=True)  # read where the test fails
+        found[case] = CASES[case](rank)
+        print(case, round(time.monotonic() - started, 1), flush=True)  # read where the test fails
     (folder / f"{rank}.json").write_text(json.dumps(found))
     os._exit(0)  # taking the group down waits for those that are gone
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
