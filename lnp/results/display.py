@@ -106,9 +106,7 @@ def _rows(d: Decomposition) -> list[Row]:
     rows = [row(d, name, printable(d.loss_name) or text if name == "loss" else text) for name, text in MEANING.items()]
     if d.population is not None:
         rows += [
-            row(
-                d.population, "chi_pos", "chi_pos of the population, without the floor of a finite batch", "population"
-            ),
+            row(d.population, "chi_pos", "chi_pos of the population, without batch noise", "population"),
             ("noise", *noise_scale(d.population), "gradient noise scale, samples"),
         ]
     if d.total is not None:
