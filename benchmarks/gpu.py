@@ -163,8 +163,8 @@ def main() -> None:
         if options.models in name:
             try:
                 rows += rows_of(name, options.device, options.rounds)
-            except ImportError as error:
-                notes.append(f"{name} was left out: {error}")
+            except (ImportError, torch.OutOfMemoryError) as error:
+                notes.append(f"{name} was left out: {str(error).splitlines()[0][:150]}")
             for row in rows[-6:]:
                 print(row, flush=True)
     what = torch.cuda.get_device_name() if options.device != "cpu" else "cpu"
