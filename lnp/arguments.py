@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 Model = Any
 """A model of a framework that has a backend, or (apply, parameters)."""
 Batch = Any
 """(inputs, targets), or a dictionary with labels; of any structure that the model takes."""
-Loss = str | Callable[[Any, Any], Any] | None
+LossName = Literal["cross_entropy", "mse", "binary_cross_entropy", "huber"]
+"""Losses that lnp knows by name; `lnp.losses.kinds` has what they are."""
+Loss = LossName | Callable[[Any, Any], Any] | None
 """loss(outputs, targets), a name, or None for the model's own."""
 Forward = Callable[[Any, Any], Any] | None
 """forward(model, inputs) -> outputs, or None to call the model."""

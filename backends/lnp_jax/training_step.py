@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 import lnp
+from lnp.arguments import Loss
 from lnp.contract import validation
 from lnp_jax.losses import step_value
 from lnp_jax.model import separate
@@ -19,7 +20,7 @@ from lnp_jax.state_guard import leave_no_trace
 OPTIONS = ("by_layer", "population", "estimator", "rtol", "max_probes", "loss_terms")
 
 
-def value_and_grad(apply: Callable, loss: str | Callable | None = None, **options: Any) -> Callable:
+def value_and_grad(apply: Callable, loss: Loss = None, **options: Any) -> Callable:
     """(parameters, batch, key) -> ((loss, decomposition), gradients): `jax.value_and_grad` of the batch's loss, and
     `lnp.decompose` beside it.
 
@@ -90,7 +91,7 @@ def value_and_grad(apply: Callable, loss: str | Callable | None = None, **option
     return value_and_grad_of
 
 
-def _step(apply: Callable, loss: str | Callable | None, parameters: Any, batch: Any) -> tuple[jax.Array, Any]:
+def _step(apply: Callable, loss: Loss, parameters: Any, batch: Any) -> tuple[jax.Array, Any]:
     """The step as it is without lnp: the user's function on the whole batch, the user's loss, nothing else."""
     inputs, targets = validation.unpack(batch)
     return jax.value_and_grad(lambda p: step_value(loss, apply(p, inputs), targets))(parameters)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 import lnp
+from lnp.arguments import LossName
 from lnp.testing import scenarios
 from lnp.testing.kit import FACTORS, Kit
 from lnp.testing.numbers import three_times_mse
@@ -61,7 +62,8 @@ def gradient_gram_is_the_dense_one(kit: Kit) -> None:
 
 def cross_response_takes_two_losses(kit: Kit) -> None:
     """-dL_m/dt under a step on L_t, against a finite difference, with geometric means of the factors."""
-    for scenario, measured in ((scenarios.LINEAR, "huber"), (scenarios.INDEPENDENT[3], "mse")):
+    pairs: tuple[tuple[Scenario, LossName], ...] = (scenarios.LINEAR, "huber"), (scenarios.INDEPENDENT[3], "mse")
+    for scenario, measured in pairs:
         (case,) = kit.cases(scenario, dtypes=1)
         model, batch = kit.build(case.scenario)
         other = replace(case.scenario, inputs=case.scenario.inputs[::-1] * 2, loss=measured)

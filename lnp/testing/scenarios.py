@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lnp.arguments import LossName
+
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -37,7 +39,7 @@ class Scenario:
     parameters: Arrays
     inputs: np.ndarray
     targets: np.ndarray
-    loss: str
+    loss: LossName
     apply: Callable[[Any, Mapping[str, Any], Any], Any]
     jacobian: Callable[[Arrays, np.ndarray], Arrays]
     interacts: bool = False
@@ -52,7 +54,7 @@ class Scenario:
         )
 
 
-def linear(samples: int = 3, outputs: int = 2, name: str = "linear", loss: str = "mse") -> Scenario:
+def linear(samples: int = 3, outputs: int = 2, name: str = "linear", loss: LossName = "mse") -> Scenario:
     """f = x W + b."""
     rng = np.random.default_rng(samples + 10 * outputs)
     parameters = {"weight": rng.normal(size=(3, outputs)), "bias": rng.normal(size=outputs)}

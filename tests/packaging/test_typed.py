@@ -8,6 +8,8 @@ import typing
 from pathlib import Path
 
 import lnp
+from lnp.arguments import LossName
+from lnp.losses.kinds import NAMES
 from lnp.typed_options import DecomposeOptions, TrackerOptions
 
 OF_DECOMPOSE = inspect.signature(lnp.decompose).parameters
@@ -27,6 +29,10 @@ def test_the_options_are_those_of_decompose():
 def test_the_options_are_those_of_the_tracker():
     given = {name for name in OF_TRACKER if name not in ("path", "schedule", "options")}
     assert set(options(TrackerOptions)) - set(options(DecomposeOptions)) == given
+
+
+def test_names_of_losses_are_those_of_the_core():
+    assert typing.get_args(LossName) == NAMES
 
 
 def test_values_are_floats_to_a_checker():

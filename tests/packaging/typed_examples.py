@@ -43,6 +43,7 @@ MISTAKES = {
     "a text as a tolerance": 'lnp.Tracker("run.jsonl", rtol="1%")',
     "a name that lnp does not have": "lnp.decomposed(model, batch)",
     "a misspelt value": "lnp.decompose(model, batch).chi_poss",
+    "an unknown loss": 'lnp.decompose(model, batch, "crossentropy")',
     "a misspelt option of nested batches": "lnp.decompose_nested(model, batch, rtoll=0.1)",
 }
 
