@@ -21,6 +21,7 @@ from lnp.batches.cutting import part, samples_of
 from lnp.estimators.population import Population
 from lnp.optional import import_optional
 from lnp.results.decomposition import Decomposition
+from lnp.results.in_group import AUTO
 from lnp.results.rounding import number, with_error
 from lnp.results.tables import Page, Shown
 from lnp.typed_options import MeasureOptions
@@ -111,12 +112,13 @@ def decompose_nested(
     batch_sizes:
         Numbers of samples. Default: 8, 16, 32, ... and N.
     options:
-        Those of `lnp.decompose`, for every size.
+        Those of `lnp.decompose`, for every size; but the batch is that of this process alone.
 
     Raises
     ------
     ValueError
-        For sizes that the batch does not have, and for a batch that cannot be cut; before anything is measured.
+        For sizes that the batch does not have, for a `group`, and for a batch that cannot be cut; before anything is
+        measured.
     TypeError, ValueError
         As `lnp.decompose`.
 
@@ -132,6 +134,12 @@ def decompose_nested(
     samples = samples_of(batch)
     sizes = _default_sizes(samples) if batch_sizes is None else _checked_sizes(batch_sizes, samples)
     parts = [part(batch, slice(0, size), samples) for size in sizes]
+    if options.setdefault("group", None) not in (None, AUTO):
+        raise ValueError(
+            "group= was given to lnp.decompose_nested, which cuts the batch of this process. Expected group=None. Call "
+            "lnp.decompose in all processes for each size, with the first samples of each."
+        )
+    options["group"] = None
     found = []
     for size, one in zip(sizes, parts, strict=True):
         d = decompose(model, one, loss, **options)

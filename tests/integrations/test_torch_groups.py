@@ -218,12 +218,17 @@ def test_killed_processes_make_the_others_raise_in_time(ranks):
         ("narrow", "ValueError: The model's parameters are sharded over processes (fully_shard of float16)"),
         ("parameters", "ValueError: Processes 0 and 1 of the group measure different parameters: ['0.bias'"),
         ("preconditioner", "ValueError: preconditioner= was given for a model that 4 processes measure together"),
+        ("nested together", "ValueError: group= was given to lnp.decompose_nested, which cuts the batch of this"),
         ("kind", "TypeError: group is 3. Expected a torch.distributed.ProcessGroup"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_every_process(ranks, case, text):
     for cases in ranks:
         assert cases["failing"][case].startswith(text)
+
+
+def test_other_functions_measure_one_process(ranks):
+    assert ranks[0]["failing"]["nested"] is None
 
 
 def test_groups_that_do_not_fit(ranks):

@@ -244,6 +244,8 @@ def failing(rank: int) -> dict:
     found["narrow"] = told(lambda: lnp.decompose(narrow, batch))
     found["parameters"] = told(lambda: lnp.decompose(ddp, batch, parameters="*weight" if rank else None, group=group))
     found["preconditioner"] = told(lambda: lnp.decompose(ddp, batch, preconditioner=[1.0]))
+    found["nested"] = told(lambda: lnp.decompose_nested(ddp, batch, batch_sizes=[4, 6])) if rank == 0 else None
+    found["nested together"] = told(lambda: lnp.decompose_nested(ddp, batch, batch_sizes=[4, 6], group=group))
     found["kind"] = told(lambda: lnp.decompose(ddp, batch, group=3))
     return found
 
