@@ -11,8 +11,9 @@ The loss is what the trainer's own `compute_loss` makes of the batch, run once m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -30,9 +31,8 @@ except ImportError as error:
         "lnp_torch.transformers needs Hugging Face Transformers. Run: pip install 'lnp[transformers]'"
     ) from error
 
-LABELS = "labels"
-ZERO_3 = 3
-"""The stage from which DeepSpeed shards parameters."""
+LABELS, ZERO_3 = "labels", 3
+"""The latter is the stage from which DeepSpeed shards parameters."""
 APART = frozenset(
     {
         *("train_dataset", "eval_dataset", "optimizer", "lr_scheduler", "callback_handler", "data_collator"),
@@ -48,12 +48,18 @@ FACTORS = ("lnp/rate", "lnp/chi_loss", "lnp/chi_net", "lnp/chi_pos", "lnp/popula
 
 
 def attach(
-    trainer: Any, path: Any = None, schedule: Any = None, *, log: Log = True, **options: Unpack[TrackerOptions]
+    trainer: Any,
+    path: Any = None,
+    schedule: Any = None,
+    *,
+    log: Log = True,
+    accumulated: bool = False,
+    **options: Unpack[TrackerOptions],
 ) -> Tracker:
     """Measure the trainer's model while it trains, and return the tracker.
 
     Measured are the parameters before an update, on the batch that it trains on: with accumulated gradients on the
-    first of its batches, as a mean over that batch's own labels; with `group=lnp_torch.Group()` on the batches of all
+    first of its batches, as a mean over that batch's own labels, unless `accumulated` is true; with `group=lnp_torch.Group()` on the batches of all
     processes, as the mean of their means. The loss is the one that the trainer minimises. What
     fails on the way is told once, and training goes on (`on_error` of the tracker). A trainer that shards parameters
     (FSDP, ZeRO-3), of which the tracker warns here, is left as it is.
@@ -62,6 +68,9 @@ def attach(
     ----------
     path, schedule, options:
         Of `lnp.Tracker`; or a Tracker in the place of the path. `loss=` replaces the trainer's.
+    accumulated:
+        Measure all batches whose gradients an update adds up, one after the other, as the mean over all their labels
+        (`batches=` of `lnp.decompose`), in the place of the first one. In this process.
     log:
         Also hand the values to `trainer.log`, and with it to everything that the trainer reports to, the console too.
         "factors" hands it the rate, its factors and the population's position alone, False nothing.
@@ -86,9 +95,12 @@ def attach(
     tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **options)
     reason = _refusal(trainer)
     if reason is None:
+        handed = _HandedOut(trainer.get_batch_samples) if accumulated else None
         trainer.training_step = _Watched(
-            trainer, tracker, log, trainer.training_step, vars(trainer).get("training_step")
+            trainer, tracker, log, trainer.training_step, vars(trainer).get("training_step"), handed
         )
+        if handed is not None:
+            trainer.get_batch_samples = handed
     elif trainer.is_world_process_zero() or tracker.on_error == "raise":
         tracker.check(trainer.model, reason)
     return tracker
@@ -110,10 +122,34 @@ def detach(trainer: Any) -> None:
             f"This trainer's training_step is a {type(watched).__name__} that attach() has not put there. Expected "
             "attach()'s own. Take away first what has been put around it since."
         )
+    if watched.handed is not None and vars(trainer).get("get_batch_samples") is watched.handed:
+        del trainer.get_batch_samples
     if watched.before is None:
         del trainer.training_step
     else:
         trainer.training_step = watched.before
+
+
+@dataclass(eq=False)
+class _HandedOut:
+    """A trainer's `get_batch_samples`, which remembers the batches of the update that begins."""
+
+    original: Callable
+    last: Sequence[Any] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.original(*args, **kwargs)
+        self.last = tuple(found[0])
+        return found
+
+    def beginning_with(self, inputs: Any) -> list[Any]:
+        """All batches of the update, of which these inputs are the first."""
+        if not (self.last and self.last[0] is inputs):
+            raise ValueError(
+                "The trainer has not taken this update's batches from its get_batch_samples. Expected one that does. "
+                "Attach without accumulated=True, to measure the first of them."
+            )
+        return list(self.last)
 
 
 @dataclass(eq=False)
@@ -126,6 +162,8 @@ class _Watched:
         The training step itself.
     before:
         What the trainer, and not its class, had under this name; None without.
+    handed:
+        What knows the batches of an update, where all of them are measured; else None.
     """
 
     trainer: Any
@@ -133,6 +171,7 @@ class _Watched:
     log: Log
     original: Callable
     before: Callable | None
+    handed: _HandedOut | None
     checked: bool = False
 
     def __call__(self, model: Any, inputs: Mapping[str, Any], *rest: Any, **more: Any) -> Any:
@@ -161,19 +200,25 @@ class _Watched:
         trainer, tracker = self.trainer, self.tracker
         model.train()  # as it does itself, at once
         unwrapped = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        batch: Any = trainer._prepare_inputs(dict(inputs))
+        every = [inputs] if self.handed is None else self.handed.beginning_with(inputs)
+        prepared: list[Any] = [trainer._prepare_inputs(dict(one)) for one in every]
         options: dict[str, Any] = {}
-        given = tracker.option("loss") is not None and LABELS in batch
-        own = items if self._alone else _items(trainer, batch, items)
+        given = tracker.option("loss") is not None and LABELS in prepared[0]
         if given:
-            batch = batch, batch.pop(LABELS)
+            prepared = [(one, one.pop(LABELS)) for one in prepared]
         if not given and tracker.option("loss") is None and tracker.option("forward") is None:
-            options["forward"] = HostStep(_Computed(_stand_in(trainer), trainer.accelerator, own), id(trainer))
-            batch = {"batch": batch}
+            if self.handed is not None:
+                items = partial(_items, trainer, items=items)  # of each batch, which are weighted by their labels
+            elif not self._alone:
+                items = _items(trainer, prepared[0], items)
+            options["forward"] = HostStep(_Computed(_stand_in(trainer), trainer.accelerator, items), id(trainer))
+            prepared = [{"batch": one} for one in prepared]
         elif "_original_forward" in vars(unwrapped) and tracker.option("forward") is None:
             options["forward"] = _Forward(trainer.accelerator)
+        options |= {} if self.handed is None else {"batches": len(prepared)}
         tracker.tags.setdefault("parameters", sum(p.numel() for p in unwrapped.parameters() if p.requires_grad))
         with trainer.compute_loss_context_manager():
+            batch = prepared[0] if self.handed is None else prepared
             measured = tracker.observe(step, unwrapped, batch, options=options)
         if measured is None:
             return None
@@ -232,7 +277,7 @@ class _Computed:
     accelerator:
         Its accelerator.
     items:
-        `num_items_in_batch`.
+        `num_items_in_batch`, or what counts them in a batch.
     """
 
     trainer: Any
@@ -251,7 +296,8 @@ class _Computed:
                 return convert_to_fp32(outputs[-1])
 
             model.forward = forward
-        more = {} if self.items is None or own else {"num_items_in_batch": self.items}
+        items = self.items(batch) if callable(self.items) else self.items
+        more = {} if items is None or own else {"num_items_in_batch": items}
         return self.trainer.compute_loss(model, batch, **more)
 
 

@@ -16,7 +16,7 @@ from integrations.torch_architectures import BART, DECODER, ENCODER, T5, TASK
 from integrations.torch_runs import one_thread, warned_of
 from lnp_torch import self_check
 from lnp_torch.lightning import LNPCallback
-from lnp_torch.transformers import attach
+from lnp_torch.transformers import attach, detach
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -144,12 +144,12 @@ HUGGING_FACE = {  # model, rows, arguments, more, class of the trainer
 }  # fmt: skip
 
 
-def trainer_of(name, folder, **arguments):
+def trainer_of(name, folder, size=SAMPLES, **arguments):
     model, rows, own, more, kind = HUGGING_FACE[name]
     torch.manual_seed(0)
     network = model()
     args = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=SAMPLES, max_steps=1, report_to=[], use_cpu=True,
+        output_dir=str(folder), per_device_train_batch_size=size, max_steps=1, report_to=[], use_cpu=True,
         disable_tqdm=True, save_strategy="no", max_grad_norm=0.0, logging_strategy="no", **own, **arguments,
     )  # fmt: skip
     optimizer = torch.optim.SGD(network.parameters(), RATE)
@@ -168,6 +168,20 @@ def test_hugging_face(name, tmp_path, told):
     (rate,) = tracker.history["rate"]
     assert rate == pytest.approx(squared_update(before, values(trainer.model)), rel=2e-4)
     assert getattr(trainer, "seen", 1) == 1
+
+
+@pytest.mark.parametrize("name", ["Llama", "smoothed", "compute_loss_func", "LoRA, smoothed"])
+def test_all_batches_of_an_update(name, tmp_path, told):
+    """Whose texts have different numbers of labels, by which the trainer weighs them."""
+    trainer = trainer_of(name, tmp_path, size=1, gradient_accumulation_steps=SAMPLES)
+    before = values(trainer.model)
+    tracker = attach(trainer, schedule=1, log=False, accumulated=True, **JOINT)
+    trainer.train()
+    assert told() == []
+    (rate,) = tracker.history["rate"]
+    assert rate == pytest.approx(squared_update(before, values(trainer.model)), rel=2e-4)
+    detach(trainer)
+    assert not {"training_step", "get_batch_samples"} & set(vars(trainer))
 
 
 def test_a_trainer_that_minimises_something_else_is_told_of(tmp_path, told):
