@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # these machines
 hypothesis.settings.load_profile("untimed")
 
 LINES = Path(__file__).with_name("thorough.txt").read_text(encoding="utf-8").splitlines()
-THOROUGH = {line for line in LINES if line and not line.startswith("#")}
+NAMED = [line.split(" @") for line in LINES if line and not line.startswith("#")]
+THOROUGH = {name for name, *where in NAMED if not where or os.environ.get("KERAS_BACKEND") in where}
 
 
 def pytest_collection_modifyitems(items):

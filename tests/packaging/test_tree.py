@@ -40,7 +40,7 @@ def test_folders_of_one_machine_are_recognised(line):
 
 def test_thorough_tests_are_there():
     lines = (ROOT / "tests/thorough.txt").read_text(encoding="utf-8").splitlines()
-    named = [line.partition("[")[0].split("::") for line in lines if line and not line.startswith("#")]
+    named = [re.split(r"\[| @", line)[0].split("::") for line in lines if line and not line.startswith("#")]
     gone = [f"{path}::{name}" for path, name in named if f"def {name}(" not in read(f"tests/{path}")]
     assert named, "it lists none"
     assert not gone, gone
