@@ -10,32 +10,41 @@ import tensorflow as tf
 
 from lnp.contract.trees import leaves, map_leaves
 
-SCOPE = ("_distribution_strategy_stack", "_variable_creator_stack")
+STRATEGIES, CREATORS = "_distribution_strategy_stack", "_variable_creator_stack"
 """Where a graph keeps what `strategy.scope()` has entered; there is no public way out of it."""
 
 
 @contextlib.contextmanager
 def as_one_replica() -> Iterator[None]:
-    """Inside of it there is no strategy: variables are those of one replica, new ones are not mirrored, and Keras's
-    losses are not divided by the number of replicas, which a step does because it adds up their gradients.
+    """Inside of it there is no strategy: variables are those of one replica, and Keras's losses are not divided by the
+    number of replicas, which a step does because it adds up their gradients.
     """
+    with _left(STRATEGIES) if tf.distribute.has_strategy() else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def outside_of_scope() -> Iterator[None]:
+    """The same in the scope of a strategy, where new variables are not mirrored either; in a replica's own step, and
+    where there is no strategy, nothing.
+    """
+    in_scope = tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()
+    with _left(STRATEGIES, CREATORS) if in_scope else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _left(*stacks: str) -> Iterator[None]:
+    """The graph of here without what it has entered."""
     graph = tf.compat.v1.get_default_graph()
-    entered = {name: getattr(graph, name) for name in SCOPE}
+    entered = {name: getattr(graph, name) for name in stacks}
     try:
-        for name in SCOPE:
+        for name in stacks:
             setattr(graph, name, [])
         yield
     finally:
         for name, stack in entered.items():
             setattr(graph, name, stack)
-
-
-@contextlib.contextmanager
-def outside_of_scope() -> Iterator[None]:
-    """`as_one_replica` in the scope of a strategy; in a replica's own step, and where there is no strategy, nothing."""
-    in_scope = tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()
-    with as_one_replica() if in_scope else contextlib.nullcontext():
-        yield
 
 
 def whole(batches: Any, variables: Any) -> Any:
