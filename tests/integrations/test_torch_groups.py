@@ -130,7 +130,7 @@ def test_parameters_are_whole_one_module_at_a_time(ranks):
     largest = max(sum(8 * p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     every = sum(8 * p.numel() for p in model.parameters())
     for cases in ranks:
-        assert cases["fully_sharded"]["peak"] <= largest < every / 5
+        assert cases["fully_sharded"]["peak"] <= largest < every / 3
         assert cases["fully_sharded"]["gathered"] > every
 
 
