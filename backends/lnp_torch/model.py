@@ -155,7 +155,7 @@ def _on_a_device(made: Program) -> Program:
         raise ValueError(
             f"The parameter {next(iter(made.parameters))} is on the meta device, where numbers have shapes but no "
             "values. Expected parameters with values: move the model to a device by to_empty(device=...) and load its "
-            "weights."
+            "weights, or load it without offloading where a library keeps them elsewhere."
         )
     return made
 
