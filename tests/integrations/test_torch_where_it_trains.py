@@ -76,7 +76,7 @@ def test_adapters_on_quantised_weights():
     assert found.notes == ()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_activations_that_are_quantised_by_the_batch_make_its_samples_interact():
     if not hasattr(torch.ao.quantization, "quantize_dynamic"):
         pytest.skip("it has moved to a library of its own")
