@@ -8,6 +8,7 @@ except ImportError as error:
 from lnp_jax import pytrees
 from lnp_jax.backend import accepts, decompose, evaluate, linearize
 from lnp_jax.processes import needs_all, process_number
+from lnp_jax.shards import group_of
 from lnp_jax.training_step import value_and_grad
 from lnp_jax.updates import difference, snapshot
 
@@ -16,6 +17,7 @@ __all__ = [
     "decompose",
     "difference",
     "evaluate",
+    "group_of",
     "linearize",
     "needs_all",
     "process_number",

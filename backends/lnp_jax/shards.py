@@ -138,3 +138,19 @@ def together(axis: str | tuple[str, ...] | None) -> Iterator[None]:
         yield
     finally:
         _DEVICES.reset(token)
+
+
+def group_of(model: Any, asked: Any) -> None:
+    """No processes have to be named: arrays are measured wherever they lie.
+
+    Raises
+    ------
+    TypeError
+        For a group; it says where an axis of a mesh is one.
+    """
+    if asked not in (None, "auto"):
+        raise TypeError(
+            f"group={asked!r} was given to lnp.decompose for JAX, which measures arrays wherever they lie. Expected "
+            "none, or an axis of a mesh inside of jax.shard_map. Leave group= out, or call lnp_jax.decompose(apply, "
+            "parameters, batch, key, group=axis) there."
+        )

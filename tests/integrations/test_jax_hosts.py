@@ -318,3 +318,5 @@ def test_inside_of_shard_map():
     assert float(found[0]) == pytest.approx(rate, rel=1e-5)
     with pytest.raises(ValueError, match=r"check_vma=True\. Expected check_vma=False"):
         jax.jit(jax.shard_map(inside, **shapes))(weights(), X, Y)
+    with pytest.raises(TypeError, match=r"group='data' was given to lnp\.decompose.* call lnp_jax\.decompose"):
+        lnp.decompose((apply, weights()), (X, Y), group="data")
