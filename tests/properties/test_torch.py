@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import lnp
 from lnp.testing import Kit
-from properties.common import EPSILON, NAMES, PROPERTIES
+from properties.common import EPSILON, NAMES, PROPERTIES, agree
 
 DEVICE = os.environ.get("LNP_TEST_DEVICE", "cpu")
 ACTIVATIONS = {"tanh": torch.tanh, "sin": torch.sin, "softplus": nn.functional.softplus, "relu": torch.relu}
@@ -57,3 +58,34 @@ kit = Kit(
 @given(data=st.data())
 def test_property(holds, scenarios, data):
     holds(kit, data.draw(scenarios))
+
+
+NUMBERS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "loss_terms")
+LOSSES = {
+    "cross-entropy": None,
+    "a weighted mean": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)),
+    "a sum": nn.CrossEntropyLoss(reduction="sum"),
+    "of pairs": lambda outputs, targets: torch.logsumexp(outputs @ outputs.T, dim=1).mean(),
+    "of the batch's own spread": lambda outputs, targets: (outputs - outputs.mean(0)).square().mean().sqrt(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@settings(max_examples=12, derandomize=True)
+@given(samples=st.integers(2, 9), size=st.integers(1, 10), ignored=st.integers(0, 1), seed=st.integers(0, 2**16))
+def test_parts_of_any_size_change_nothing(loss, samples, size, ignored, seed):
+    """Micro-batches, for any loss; and the same parts as batches of a loader, for means over samples."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().to(DEVICE)
+    x, y = torch.randn(samples, 4, dtype=torch.float64), torch.randint(0, 3, (samples,))
+    y[:ignored] = -100
+    batch, criterion = (x.to(DEVICE), y.to(DEVICE)), LOSSES[loss]
+    criterion = criterion.to(DEVICE) if isinstance(criterion, nn.Module) else criterion
+    whole = lnp.decompose(model, batch, criterion, estimator="exact")
+    found = [lnp.decompose(model, batch, criterion, microbatch=size, estimator="exact")]
+    parts = list(zip(batch[0].split(size), batch[1].split(size), strict=True))
+    if loss in ("cross-entropy", "a weighted mean") and all((part[1] >= 0).any() for part in parts):
+        found.append(lnp.decompose(model, parts, criterion, batches=len(parts), estimator="exact"))
+    for one in found:
+        for name in NUMBERS:
+            agree(getattr(one, name), getattr(whole, name))
