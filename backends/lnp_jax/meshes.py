@@ -76,7 +76,8 @@ def _of_context() -> list[Any]:
     """The mesh that `jax.set_mesh` has entered, if it has explicit axes."""
     entered = getattr(jax.sharding, "get_mesh", None)
     here = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
-    return [entered()] if entered is not None and getattr(here, "explicit_axes", ()) else []
+    explicit: Any = getattr(here, "explicit_axes", None)
+    return [entered()] if entered is not None and explicit else []
 
 
 def _explicit_mesh(leaf: Any) -> Any:

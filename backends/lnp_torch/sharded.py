@@ -136,8 +136,9 @@ class Gathering(TorchDispatchMode):
 def computed_in(model: nn.Module) -> Iterator[tuple[int, torch.dtype | None]]:
     """(id, type in which passes have it) of each parameter that `fully_shard` has sharded; None for its own type."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    kind: Any = getattr(fsdp, "FSDPModule", ())
     for module in model.modules():
-        if isinstance(module, getattr(fsdp, "FSDPModule", ())):
+        if isinstance(module, kind):
             state = module._get_fsdp_state()
             for group in parameter_groups(state):
                 for p in group.fsdp_params:

@@ -126,7 +126,7 @@ def projected(vector: Mapping[str, np.ndarray]) -> np.ndarray:
     """s, (4096,), with E <s_u, s_w> = <u, w>: sums of a vector's entries with random signs, the same for every vector.
 
     >>> u = {"a": np.ones(30_000), "b": np.ones((2, 5))}
-    >>> abs(projected(u) @ projected(u) / 30_010 - 1) < 0.1
+    >>> bool(abs(projected(u) @ projected(u) / 30_010 - 1) < 0.1)
     True
     """
     found, signs = np.zeros(PROJECTIONS), np.random.default_rng(0)
