@@ -18,7 +18,7 @@ SHARDED = (
 )
 TOGETHER = (
     "The model's parameters are sharded over processes by fully_shard, and this measurement is made by one process "
-    "alone: nothing has been touched. Expected lnp.decompose(model, batch), or tracker.observe, in all processes, without "
+    "alone: nothing has been touched. Expected lnp.decompose(model, batch) or tracker.observe in all processes, and no "
     "group=None. Call it so, or measure an unsharded copy of the model, such as a checkpoint in one process."
 )
 
