@@ -59,10 +59,10 @@ def attach(
     """Measure the trainer's model while it trains, and return the tracker.
 
     Measured are the parameters before an update, on the batch that it trains on: with accumulated gradients on the
-    first of its batches, as a mean over that batch's own labels, unless `accumulated` is true; with `group=lnp_torch.Group()` on the batches of all
-    processes, as the mean of their means. The loss is the one that the trainer minimises. What
-    fails on the way is told once, and training goes on (`on_error` of the tracker). A trainer that shards parameters
-    (FSDP, ZeRO-3), of which the tracker warns here, is left as it is.
+    first of its batches, as a mean over that batch's own labels, unless `accumulated` is true; with
+    `group=lnp_torch.Group()` on the batches of all processes, as the mean of their means. The loss is the one that the
+    trainer minimises. What fails on the way is told once, and training goes on (`on_error` of the tracker). A trainer
+    that shards parameters (FSDP, ZeRO-3), of which the tracker warns here, is left as it is.
 
     Parameters
     ----------
