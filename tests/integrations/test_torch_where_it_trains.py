@@ -88,6 +88,6 @@ def test_offloaded_parameters_are_refused_before_anything_happens():
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(copy.deepcopy(network()), torch.device("cpu"))
     expected = model(X)
-    with pytest.raises(ValueError, match="on the meta device.*load it without offloading"):
+    with pytest.raises(ValueError, match=r"on the meta device.*load it without offloading"):
         lnp.decompose(model, (X, Y))
     assert torch.equal(model(X), expected)
