@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_readme import README, program_of
-
 FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras")
 CHECKERS = (
     ("mypy", "--strict", "--allow-untyped-defs", "--allow-untyped-calls", "--ignore-missing-imports"),
@@ -50,6 +48,8 @@ MISTAKES = {
 
 def main(folder: Path) -> int:
     """The number of files that a checker has refused, or has not, otherwise than it should."""
+    from test_readme import README, program_of  # found where this file runs as a program, not where it is collected
+
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     right = {f"readme_{framework}": program_of(README, framework) for framework in FRAMEWORKS} | {"right": RIGHT}
