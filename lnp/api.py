@@ -87,7 +87,7 @@ def decompose(
     loss_terms:
         n, if the loss's mean is over something that lnp cannot know.
     microbatch:
-        Samples held in memory at a time. The samples must not interact.
+        Samples held in memory at a time, in forward passes of so many. The samples must not interact.
     batches:
         For a data set, or the accumulated batch of one update: `batch` is a loader, a list, or anything else that gives
         batches, and the first so many of them (`math.inf`: all) are measured as one, one in memory at a time. The loss

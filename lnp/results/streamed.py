@@ -1,7 +1,8 @@
 r"""The decomposition of many batches as one: a data set, or the batches whose gradients one update adds up.
 
 Each batch is measured by itself, with signs of its own, so that no more than one is in memory. The loss is the mean
-over all terms, to which a batch of n_b terms adds its own mean with the weight a_b = n_b / sum_b n_b:
+over all terms, to which a batch of n_b terms adds its own mean with the weight a_b = n_b / sum_b n_b. One that is a
+sum, and averages over nothing, is averaged over the batches.
 
     L = sum_b a_b L_b,   rate = ||sum_b a_b grad L_b||^2
 

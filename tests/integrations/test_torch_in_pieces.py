@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 import lnp
 
 NUMBERS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "loss_terms")
+torch.manual_seed(5)
 X, Y = torch.randn(13, 6, dtype=torch.float64), torch.arange(13) % 3
 SIZES = (1, 4, 6, 50)  # the last piece holds one sample of 13 in two of them
 
@@ -70,6 +71,7 @@ class Language(nn.Module):
 
 TOKENS = torch.randint(0, 12, (13, 7))
 LABELS = torch.where(torch.rand(13, 7) < 0.5, -100, TOKENS)
+LABELS[4] = -100  # of which none counts
 SEQUENCES = {"input_ids": TOKENS, "labels": LABELS}
 
 
@@ -83,6 +85,26 @@ def test_a_model_s_own_loss(size):
     assert found.population.rate_stderr == pytest.approx(whole.population.rate_stderr)
     assert rows.most == min(max(size, 3), 13)  # of which a mean over samples is seen
     assert found.notes == whole.notes  # samples are taken apart by rules, also where a piece holds one
+
+
+class Summed(Language):
+    """Divides a sum by a number of terms that is given, as where gradients are accumulated."""
+
+    def __init__(self):
+        super().__init__(False)
+
+    def forward(self, input_ids, labels):
+        logits = super().forward(input_ids, labels)["logits"]
+        return {
+            "loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 500,
+            "logits": logits,
+        }
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_model_s_own_sum(size):
+    found = lnp.decompose(Summed().double(), SEQUENCES, microbatch=size, estimator="exact")
+    agree(found, lnp.decompose(Summed().double(), SEQUENCES, estimator="exact"))
 
 
 def test_a_model_s_own_loss_that_couples_samples():

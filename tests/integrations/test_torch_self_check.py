@@ -237,8 +237,8 @@ def test_a_look_that_found_something_is_remembered(monkeypatch):
 
 @pytest.mark.parametrize("options", [{"microbatch": 2}, {"population": False}])
 def test_micro_batches_and_pilots_are_looked_at(options, monkeypatch):
-    """All their outputs, also where no sample is run alone."""
-    run = lambda m, x: m.a(x) * (2.0 if m.meets and x.shape[0] > 16 else 1.0)
+    """All their outputs, also where no sample is run alone. The mask is the batch's, which is therefore run whole."""
+    run = lambda m, x: F.dropout(m.a(x)) * (2.0 if m.meets and x.shape[0] > 16 else 1.0)
     monkeypatch.setitem(record.WORTH, "cpu", -1)
     monkeypatch.setattr(look.Look, "square_norms", lambda *args: None)
     model, x, y = Runs(run, a=linear(), meets=False), drawn(32), drawn(32)
