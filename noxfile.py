@@ -271,7 +271,17 @@ def pytest(session: nox.Session, framework: str | None, *arguments: str) -> None
     """Run tests and doctests; the framework is the one whose README examples are run. No test at all is a failure."""
     env = {"LNP_TEST_FRAMEWORK": framework} if framework else {}
     chosen = ("-m", "not thorough")  # -m among the options that are passed on replaces it
-    session.run("pytest", "-c", "pyproject.toml", "--doctest-modules", *chosen, *arguments, *session.posargs, env=env)
+    session.run(
+        "pytest",
+        "-c",
+        "pyproject.toml",
+        "--doctest-modules",
+        "--durations=12",
+        *chosen,
+        *arguments,
+        *session.posargs,
+        env=env,
+    )
 
 
 def show(session: nox.Session, *options: str) -> None:
