@@ -76,10 +76,10 @@ def extension(session: nox.Session) -> None:
 @nox.session
 def core(session: nox.Session) -> None:
     """The core and its NumPy backend where no framework is installed."""
-    install(session, ".[test]")
+    install(session, ".[test]", "pytest-xdist")
     found = ("matplotlib", "pandas", "polars", "pyarrow", "orjson", "sklearn", "rich", "tqdm")
     refuse(session, "torch", "jax", "tensorflow", "keras", "transformers", *found)
-    pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/core", *suite("numpy"))
+    pytest(session, "numpy", *PARALLEL, "--pyargs", "lnp", "lnp_numpy", "tests/core", *suite("numpy"))
 
 
 @nox.session
@@ -116,6 +116,8 @@ def jax(session: nox.Session) -> None:
     pytest(session, "jax", *PARALLEL, "--pyargs", "lnp_jax", *tests)
     session.env["XLA_FLAGS"] = ""
     pytest(session, "jax", *PARALLEL, AS_USERS_COMPILE)
+    if not session.posargs:
+        show(session)
 
 
 @nox.session
@@ -145,13 +147,13 @@ def keras(session: nox.Session, framework: str) -> None:
 @nox.session
 def parity(session: nox.Session) -> None:
     """The same numbers from all frameworks in one process."""
-    install(session, ".[torch,jax,keras,test]", TENSORFLOW)
+    install(session, ".[torch,jax,keras,test]", TENSORFLOW, "pytest-xdist")
     compile_fast(session)
     session.env["KERAS_BACKEND"] = "tensorflow"
-    pytest(session, None, "tests/properties/test_parity.py", "tests/properties/test_parity_layers.py")
+    pytest(session, None, *PARALLEL, "tests/properties/test_parity.py", "tests/properties/test_parity_layers.py")
 
 
-@nox.session
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """The demo on JAX, from what a user installs for it."""
     install(session, ".[demo,jax]")
