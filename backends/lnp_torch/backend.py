@@ -17,7 +17,7 @@ from lnp_torch.collectives import alone
 from lnp_torch.look import CannotRun, Look
 from lnp_torch.model import Program, accepts
 from lnp_torch.on_a_copy import on_a_copy
-from lnp_torch.outputs import real
+from lnp_torch.outputs import real, widened
 from lnp_torch.record import record
 from lnp_torch.refusals import refuse_devices
 from lnp_torch.state_guard import undisturbed
@@ -149,16 +149,28 @@ def decided(result: Any, looks: list[Look | None], flags: list[torch.Tensor]) ->
     return result, [bool(number) for number in numbers[: len(flags)]]
 
 
+LARGE = 2**16
+"""Numbers from which on an array goes to the host by itself, in its own type: a gradient, for whom one transfer is as
+good as another, and which would be held twice more on its way.
+"""
+
+
 def to_host(result: Any, others: list[torch.Tensor]) -> tuple[Any, list[float]]:
-    """Every tensor of shape () as a Python number, others as NumPy arrays, and `others` as numbers, in one transfer."""
+    """Every tensor of shape () as a Python number, others as NumPy arrays, and `others` as numbers: all small ones in
+    one transfer.
+    """
     tensors = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)] + others
-    if not tensors:
-        return result, []
-    device = tensors[0].device  # a loss of the user's may have brought its targets there itself
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    values = torch.cat([tensor.detach().to(device, dtype).reshape(-1) for tensor in tensors]).cpu().numpy()
-    ends = np.cumsum([tensor.numel() for tensor in tensors])
-    brought = iter([_on_host(values[end - t.numel() : end], t) for end, t in zip(ends, tensors, strict=True)])
+    small = [tensor for tensor in tensors if tensor.numel() < LARGE]
+    found: list[np.ndarray] = []
+    if small:
+        device = small[0].device  # a loss of the user's may have brought its targets there itself
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        values = torch.cat([tensor.detach().to(device, dtype).reshape(-1) for tensor in small]).cpu().numpy()
+        found = np.split(values, np.cumsum([tensor.numel() for tensor in small])[:-1])
+    pieces = iter(found)
+    brought = iter(
+        [_on_host(next(pieces), t) if t.numel() < LARGE else widened(t.detach()).cpu().numpy() for t in tensors]
+    )
     result = map_leaves(lambda leaf: next(brought) if isinstance(leaf, torch.Tensor) else leaf, result)
     return result, list(brought)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lnp
+from lnp_torch import backend
 
 NUMBERS = ("loss", "rate", "chi_loss", "chi_net", "chi_pos", "loss_terms")
 torch.manual_seed(5)
@@ -54,6 +55,14 @@ def test_a_model_s_own_loss_counts_its_labels():
     batches = [{"input_ids": tokens[s : s + 3], "labels": labels[s : s + 3]} for s in range(0, 10, 3)]
     found = lnp.decompose(model, batches, batches=4, estimator="exact")
     agree(found, lnp.decompose(model, {"input_ids": tokens, "labels": labels}, estimator="exact"))
+
+
+def test_large_gradients_come_by_themselves(monkeypatch):
+    expected = lnp.decompose(network(), loader(), batches=8, estimator="exact", by_layer=True)
+    monkeypatch.setattr(backend, "LARGE", 30)
+    found = lnp.decompose(network(), loader(), batches=8, estimator="exact", by_layer=True)
+    agree(found, expected)
+    assert found.layers["2"].rate == pytest.approx(expected.layers["2"].rate, rel=1e-10)
 
 
 def test_random_probes_reach_the_tolerance_together():
