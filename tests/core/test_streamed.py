@@ -58,6 +58,17 @@ def test_as_many_batches_are_drawn_as_are_asked_for():
     assert lnp.decompose(MODEL, pieces(), batches=500).samples == 61
 
 
+def test_errors_are_those_of_batches_that_are_left_out():
+    batches = pieces(ends=range(0, 61, 4))
+    found = lnp.decompose(MODEL, batches, batches=math.inf, estimator="exact").population
+    rest = [batches[:place] + batches[place + 1 :] for place in range(len(batches))]
+    without = [lnp.decompose(MODEL, some, batches=math.inf, estimator="exact").population for some in rest]
+    for name in ("rate", "chi_pos"):
+        values = np.array([getattr(one, name) for one in without])
+        expected = np.sqrt((len(values) - 1) * np.var(values))
+        assert getattr(found, f"{name}_stderr") == pytest.approx(expected, rel=0.03), name
+
+
 def test_errors_of_population_values_hold():
     truth = np.random.default_rng(5).normal(size=(4, 1))
     model, rates, errors = lnp_numpy.LinearModel(weight=np.zeros((4, 1))), [], []

@@ -79,6 +79,7 @@ def test_nothing_of_the_model_or_its_random_state_is_changed():
     model = network()
     before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
     lnp.decompose(model, loader(), batches=3)
+    lnp.decompose(model, ((torch.randn(4, 6, dtype=torch.float64), Y[:4]) for _ in range(3)), batches=3)
     assert all(map(torch.equal, before, model.parameters()))
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
