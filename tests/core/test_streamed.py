@@ -9,6 +9,7 @@ import pytest
 
 import lnp
 import lnp_numpy
+from lnp.results import streamed
 from lnp.results.streamed import PROJECTIONS, projected
 
 RNG = np.random.default_rng(0)
@@ -85,6 +86,15 @@ def test_errors_of_population_values_hold():
     assert 0.88 < np.mean(np.abs(deviations) < 2) < 0.99
     assert 0.8 < np.mean(errors) / np.std(rates) < 1.25
     assert abs(np.mean(rates) - expected) < 3 * np.std(rates) / 150**0.5
+
+
+@pytest.mark.parametrize(("given", "asked"), [(16, 0.04), (10_000, 0.5), (math.inf, 0.01)])
+def test_each_batch_is_as_precise_as_all_of_them_need(given, asked, monkeypatch):
+    """r sqrt(B), up to a half; r itself where it is not known how many there will be."""
+    seen, evaluate = [], streamed.evaluate_gradient
+    monkeypatch.setattr(streamed, "evaluate_gradient", lambda one, *rest: seen.append(one.rtol) or evaluate(one, *rest))
+    lnp.decompose(MODEL, (batch for batch in pieces()), batches=given, rtol=0.01)
+    assert seen == pytest.approx([asked] * 15)
 
 
 def test_sample_losses_of_all():
