@@ -11,7 +11,7 @@ The loss is what the trainer's own `compute_loss` makes of the batch, run once m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -22,6 +22,7 @@ from lnp.losses import kinds
 from lnp.tracking.tracker import Tracker
 from lnp.typed_options import TrackerOptions
 from lnp_torch.host_steps import HostStep, check_same
+from lnp_torch.update_batches import HandedOut
 
 try:
     from accelerate.utils import convert_to_fp32
@@ -37,6 +38,7 @@ APART = frozenset(
     {
         *("train_dataset", "eval_dataset", "optimizer", "lr_scheduler", "callback_handler", "data_collator"),
         *("processing_class", "tokenizer", "training_step", "_train_batch_size", "hp_search_backend"),
+        "get_batch_samples",
     }
 )
 """What a trainer has that is no part of how it computes a loss."""
@@ -95,7 +97,8 @@ def attach(
     tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **options)
     reason = _refusal(trainer)
     if reason is None:
-        handed = _HandedOut(trainer.get_batch_samples) if accumulated else None
+        own = vars(trainer).get("get_batch_samples")
+        handed = HandedOut(trainer.get_batch_samples, own) if accumulated else None
         trainer.training_step = _Watched(
             trainer, tracker, log, trainer.training_step, vars(trainer).get("training_step"), handed
         )
@@ -123,33 +126,16 @@ def detach(trainer: Any) -> None:
             "attach()'s own. Take away first what has been put around it since."
         )
     if watched.handed is not None and vars(trainer).get("get_batch_samples") is watched.handed:
-        del trainer.get_batch_samples
-    if watched.before is None:
-        del trainer.training_step
+        _put_back(trainer, "get_batch_samples", watched.handed.before)
+    _put_back(trainer, "training_step", watched.before)
+
+
+def _put_back(trainer: Any, name: str, before: Callable | None) -> None:
+    """What the trainer itself had under a name, or its class's."""
+    if before is None:
+        delattr(trainer, name)
     else:
-        trainer.training_step = watched.before
-
-
-@dataclass(eq=False)
-class _HandedOut:
-    """A trainer's `get_batch_samples`, which remembers the batches of the update that begins."""
-
-    original: Callable
-    last: Sequence[Any] = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.original(*args, **kwargs)
-        self.last = tuple(found[0])
-        return found
-
-    def beginning_with(self, inputs: Any) -> list[Any]:
-        """All batches of the update, of which these inputs are the first."""
-        if not (self.last and self.last[0] is inputs):
-            raise ValueError(
-                "The trainer has not taken this update's batches from its get_batch_samples. Expected one that does. "
-                "Attach without accumulated=True, to measure the first of them."
-            )
-        return list(self.last)
+        setattr(trainer, name, before)
 
 
 @dataclass(eq=False)
@@ -171,7 +157,7 @@ class _Watched:
     log: Log
     original: Callable
     before: Callable | None
-    handed: _HandedOut | None
+    handed: HandedOut | None
     checked: bool = False
 
     def __call__(self, model: Any, inputs: Mapping[str, Any], *rest: Any, **more: Any) -> Any:

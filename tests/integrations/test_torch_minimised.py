@@ -184,6 +184,18 @@ def test_all_batches_of_an_update(name, tmp_path, told):
     assert not {"training_step", "get_batch_samples"} & set(vars(trainer))
 
 
+def test_a_trainer_s_own_way_to_batches_is_put_back(tmp_path, told):
+    trainer = trainer_of("Llama", tmp_path, size=1, gradient_accumulation_steps=SAMPLES)
+    original, asked = trainer.get_batch_samples, []
+    trainer.get_batch_samples = own = lambda *args: asked.append(1) or original(*args)
+    tracker = attach(trainer, schedule=1, log=False, accumulated=True, **JOINT)
+    trainer.train()
+    assert (told(), asked, len(tracker.history)) == ([], [1], 1)
+    detach(trainer)
+    assert trainer.get_batch_samples is own
+    assert "training_step" not in vars(trainer)
+
+
 def test_a_trainer_that_minimises_something_else_is_told_of(tmp_path, told):
     trainer = trainer_of("Llama", tmp_path)
     training_step = trainer.training_step
