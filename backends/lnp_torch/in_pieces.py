@@ -14,7 +14,6 @@ import torch
 
 from lnp.contract.options import Options
 from lnp.contract.trees import leaves, map_leaves
-from lnp.losses.evidence import OF_THE_MODEL
 from lnp_torch.averages import Averages
 from lnp_torch.loss_gradient import LossAt, loss_at, models_own
 from lnp_torch.model import Program
@@ -107,7 +106,6 @@ def _joined(pieces: list[LossAt], terms: Any, ends: list[Any], stated: int | Non
         terms=stated or seen,
         notes=tuple(dict.fromkeys(note for piece in pieces for note in piece.notes)),
         sample_terms=torch.cat(known) if len(known) == len(weights) else None,
-        told={"loss_name": OF_THE_MODEL},
     )
 
 

@@ -77,8 +77,7 @@ def loss_at(
     if targets is None:
         assert averages is not None, "it has watched the pass in which the model computed its loss"
         found, outputs = models_own(outputs, options, averages)
-        name = OF_THE_STEP if isinstance(options.forward, HostStep) else OF_THE_MODEL
-        return replace(found, told={"loss_name": name}), outputs
+        return found, outputs
     _check_lengths(outputs, targets)
     # in float32 or better, also for narrower outputs: the gradient of a mean over many terms is small
     parts = [part.detach().to(wide([part])).requires_grad_() for part in outputs.parts]
@@ -173,6 +172,7 @@ def models_own(outputs: Outputs, options: Options, averages: Averages) -> tuple[
         separable=False,
         notes=notes,
         sample_terms=weights,
+        told={"loss_name": OF_THE_STEP if isinstance(options.forward, HostStep) else OF_THE_MODEL},
         alone=sample_losses.by_the_model,
     )
     return found, outputs

@@ -84,6 +84,7 @@ def test_a_model_s_own_loss(size):
     assert found.population.rate == pytest.approx(whole.population.rate)
     assert found.population.rate_stderr == pytest.approx(whole.population.rate_stderr)
     assert rows.most == min(max(size, 3), 13)  # of which a mean over samples is seen
+    assert found.loss_name == whole.loss_name == "the model's own loss"
     assert found.notes == whole.notes  # samples are taken apart by rules, also where a piece holds one
 
 
