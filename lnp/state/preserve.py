@@ -10,6 +10,7 @@ import contextlib
 import functools
 import random
 import sys
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,6 +24,8 @@ PLAIN |= {types.ModuleType, staticmethod, classmethod, types.MemberDescriptorTyp
 """Types whose objects are not searched: nothing can be written to them, or, for modules, it is found elsewhere."""
 CONTAINER_MODULES = frozenset({"types", "argparse", "collections", "dataclasses"})
 """Modules of the standard library whose objects are mere containers: what others hold (locks, files) is theirs."""
+ONE = threading.RLock()
+"""Two threads on one model would each put back what the other has written; random states are the whole process's."""
 LINKS = (types.MethodType, types.BuiltinMethodType, types.FunctionType, types.CellType, functools.partial)
 
 
@@ -32,7 +35,7 @@ def preserve_state(*roots: Any, foreign: frozenset[str] = frozenset()) -> Iterat
 
     Containers, attributes, closures, the globals that the user's functions name, small arrays of NumPy and random
     states (NumPy's and Python's own, and generators that are found on the way) are put back in place, so that everybody
-    who refers to them still does.
+    who refers to them still does. One thread at a time is in here.
 
     Parameters
     ----------
@@ -49,15 +52,16 @@ def preserve_state(*roots: Any, foreign: frozenset[str] = frozenset()) -> Iterat
     >>> calls
     []
     """
-    before = SavedState(roots, foreign)
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002 - the user's legacy state
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        before.restore()
+    with ONE:
+        before = SavedState(roots, foreign)
+        python_state = random.getstate()
+        numpy_state = np.random.get_state()  # noqa: NPY002 - the user's legacy state
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            before.restore()
 
 
 class SavedState:
