@@ -121,13 +121,19 @@ class StepMeasurer:
             self._selection.record_cost(seconds)
         return row
 
-    def loss_change(self, before: Any, after: Model, batch: Batch) -> dict[str, float]:
-        """The loss change of an update, predicted and measured, for the row of its step."""
-        own = batch if batch is not None else self.source.last if self.source is not None else None
+    def loss_change(self, step: int, before: Any, after: Model, batch: Batch) -> dict[str, float]:
+        """The loss change of an update, predicted and measured, and how much of what updates promise for the tracker's
+        own batch arrives, for the row of its step.
+        """
+        own = None if self.source is None else self.source.last
         options = {name: self.options[name] for name in STEP_OPTIONS if name in self.options}
         with single_process(after):
-            taken = step_taken(before, after, own, **options)
-        return {"update/predicted": taken.predicted, "update/measured": taken.measured}
+            taken = step_taken(before, after, own if batch is None else batch, **options)
+            of_own = taken if batch is None or own is None else step_taken(before, after, own, **options)
+        values = {"update/predicted": taken.predicted, "update/measured": taken.measured}
+        if self.net is None or self.source is None:
+            return values
+        return values | self.net.arrived(step, self.source.key, -of_own.predicted)
 
 
 def decompose_batches(

@@ -14,14 +14,19 @@ over the N samples, of which each has the share s_n in the mean (1 / N, if all w
 Under gradient flow the net rate is the mean of the rate on the way. The rate of a network that hovers around its path,
 by the noise of its updates, is larger, since most of what it promises is undone by the next steps.
 
+For any optimizer, an update Delta_s promises the fall p_s = -<grad L, Delta_s>. With the means over those updates that
+were measured in the windows of a and b,
+
+    predicted fall = (b - a) (mean p_a + mean p_b) / 2,   per predicted = fall / predicted fall
+
 Source: docs/theory.md, "Net rate".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +71,8 @@ class Ends:
         chi_loss chi_net, and its relative standard error.
     parts, shares:
         What each sample adds to the loss, and its share; None where that is not known.
+    predicted:
+        The fall of the loss by the update that was made there, to first order; None where that was not measured.
     """
 
     mark: Mark
@@ -76,6 +83,7 @@ class Ends:
     relative: float
     parts: list[float] | None
     shares: list[float] | None
+    predicted: float | None = None
 
 
 def fall(before: Ends, after: Ends) -> tuple[float, float]:
@@ -128,6 +136,27 @@ def between(before: Ends, after: Ends, rates: LearningRates, rescaled: bool) -> 
     return found, [*notes, note] if note else notes
 
 
+def per_predicted(before: Ends, after: Ends, at_start: Sequence[float], at_end: Sequence[float]) -> dict[str, float]:
+    """Columns that hold a fall against what the updates of both ends' windows promise; none where one has no update.
+
+    Where the promise is below two of its standard errors, the fall per unit of it is not known, and left out.
+    """
+    if not (at_start and at_end):
+        return {}
+    steps, updates = after.mark.step - before.mark.step, [*at_start, *at_end]
+    promise = steps * (np.mean(at_start) + np.mean(at_end)) / 2
+    stderr = steps * np.std(updates, ddof=1) / math.sqrt(len(updates))
+    found = {"net/predicted_fall": float(promise), "net/predicted_fall_stderr": float(stderr)}
+    if not promise > SURE * stderr:
+        return found
+    lost, error = fall(before, after)
+    share = lost / promise
+    return found | {
+        "net/per_predicted": float(share),
+        "net/per_predicted_stderr": float(math.hypot(error, share * stderr) / promise),
+    }
+
+
 class NetRates:
     """Falls of the loss between measurements of the same batch, from one window of a schedule to the next: each between
     measurements at the same place of both, so that their mean is the fall of the windows' means.
@@ -150,6 +179,11 @@ class NetRates:
         if before is None or before.mark.step >= step:
             return {}, []
         return between(before, after, self.rates, rescaled)
+
+    def arrived(self, step: int, key: Hashable, predicted: float) -> dict[str, float]:
+        """Columns of a row whose update makes the loss on its batch fall by `predicted`, to first order."""
+        windows = self._seen.get(str(key))
+        return {} if windows is None else windows.arrived(step, predicted)
 
     def go_back(self, step: int) -> None:
         """Forget what was measured at this step and later."""
@@ -198,12 +232,28 @@ class _Windows:
             self._window, self._before, self._now = window, self._now, []
         place = len(self._now)
         self._now.append(after)
+        return self._at(place)
+
+    def arrived(self, step: int, predicted: float) -> dict[str, float]:
+        """Columns of the latest measurement, once its update is known."""
+        if not self._now or self._now[-1].mark.step != step:
+            return {}
+        after = self._now[-1] = replace(self._now[-1], predicted=predicted)
+        before = self._at(len(self._now) - 1)
+        return {} if before is None else per_predicted(before, after, _predicted(self._before), _predicted(self._now))
+
+    def _at(self, place: int) -> Ends | None:
+        """The measurement at this place of the window before."""
         return self._before[min(place, len(self._before) - 1)] if self._before else None
 
     def go_back(self, step: int) -> None:
         self._now, self._before = ([end for end in ends if end.mark.step < step] for ends in (self._now, self._before))
         if not self._now:
             self._now, self._before = self._before, []
+
+
+def _predicted(ends: list[Ends]) -> list[float]:
+    return [end.predicted for end in ends if end.predicted is not None]
 
 
 def end_of(mark: Mark, d: Decomposition) -> Ends:
