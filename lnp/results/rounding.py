@@ -33,13 +33,16 @@ def rounded(value: Any, stderr: Any = None) -> tuple[str, str]:
     (('7360', '100'), ('76.8', '0.3'), ('0.0012', '0.0003'), ('-0.0002', '0.0010'))
     >>> rounded(1.2345e-9, 2e-11), rounded(1.0, 0.0), rounded(1.0, float("nan"))
     (('1.23e-09', '0.02e-09'), ('1', ''), ('1', 'nan'))
+    >>> rounded(9.8e-9, 3e-9)
+    ('1.0e-08', '0.3e-08')
     """
     if stderr is None or (isinstance(stderr, int | float) and stderr == 0):
         return number(value), ""
     if not all(isinstance(part, int | float) and math.isfinite(part) for part in (value, stderr)):
         return number(value), number(stderr)
     last = _exponent(stderr, 2) - 1 if f"{stderr:.0e}".startswith("1") else _exponent(stderr, 1)
-    top = max(_exponent(value, DIGITS) if value else last, last)
+    shown = round(value, -last)  # which may have a digit more: 9.8 to 10
+    top = max(_exponent(shown, DIGITS) if shown else last, last)
     if top - last >= MOST or abs(top) > EXTREME:
         return f"{value:.{MOST}g}", f"{stderr:.1g}"
     if top in FIXED and top >= last:
