@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from lnp.tracking.history import History
 
 LINES = "\n"
+LEFT = 128 + 13
+"""The status of a program that a closed pipe ends, SIGPIPE."""
 RUNS = "files that trackers wrote, or folders of them"
 
 
@@ -56,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"received --steps {options.steps} --seeds {options.seeds}; expected at least 3 steps and 1 seed")
     run = {"demo": _demo, "plot": _plot, "compare": _compare, "watch": _watch, "report": _report}
     try:
-        return (run | {"measure": command.run})[options.command](options)
+        status = (run | {"measure": command.run})[options.command](options)
+        sys.stdout.flush()  # or a reader that has left is met when Python ends
+        return status
+    except BrokenPipeError:  # `lnp compare runs | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return LEFT
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         # the text of a KeyError is its argument, in quotes
         reason = error.args[0] if isinstance(error, KeyError) else error

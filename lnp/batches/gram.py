@@ -20,15 +20,17 @@ import numpy as np
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters
 from lnp.batches.cutting import part, samples_of
 from lnp.contract.options import BatchStatistics, Options
-from lnp.printable import printable
+from lnp.results.display import noted
 from lnp.results.gradients import LossGradient, evaluate_gradient, loss_gradient, products
+from lnp.results.rounding import number
+from lnp.results.tables import Page, Shown
 
 SHOWN = 12
 """Rows and columns that are printed."""
 
 
 @dataclass(frozen=True)
-class GradientGram:
+class GradientGram(Shown):
     """<grad L_a, grad L_b> of m batches.
 
     Attributes
@@ -69,16 +71,16 @@ class GradientGram:
         pairs = count * (count - 1)
         return float((self.matrix.sum() - self.rates.sum()) / pairs) if pairs else float("nan")
 
-    def __str__(self) -> str:
-        shown = self.cosines[:SHOWN, :SHOWN]
-        lines = [f"{'':>4}{'loss':>11}{'rate':>11}   cosines of the gradients"]
-        lines += [
-            f"{index:>4}{self.losses[index]:>11.4g}{self.rates[index]:>11.4g}   "
-            + "".join(f"{cosine:>7.2f}" for cosine in row)
-            for index, row in enumerate(shown)
+    def _page(self) -> Page:
+        count = min(len(self.matrix), SHOWN)
+        table = [
+            [str(index), number(float(loss)), number(float(rate)), *(f"{cosine:.2f}" for cosine in row[:count])]
+            for index, (loss, rate, row) in enumerate(zip(self.losses, self.rates, self.cosines, strict=True))
+            if index < count
         ]
-        left = [f"... {len(self.matrix)} batches in all"] if len(self.matrix) > SHOWN else []
-        return "\n".join([*lines, *left, *(f"note: {printable(note)}" for note in self.notes)])
+        left = [f"{len(self.matrix)} batches in all, of which {SHOWN} are shown"] if len(self.matrix) > SHOWN else []
+        said = "The columns with a number have the cosines of the gradients."
+        return Page((), ("batch", "loss", "rate", *map(str, range(count))), table, [said, *left, *noted(self.notes)])
 
 
 def gradient_gram(

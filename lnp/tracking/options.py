@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral
@@ -43,13 +44,24 @@ def check_made(path: Any, schedule: Any, tags: Any, rank: Any, options: Mapping[
         check_names(tags)
 
 
-def check_call(options: Mapping[str, Any] | None, values: Iterable[str] | None) -> None:
-    """Raise an error for options, and names of values or tags, that a tracker does not take."""
+def check_call(options: Mapping[str, Any] | None, values: Mapping[str, Any] | None) -> None:
+    """Raise an error for options, names of values or tags, and learning rates that a tracker does not take."""
     if options:
         check_options(options)
     if values:
         check_names(values)
         _check_no_options(values)
+        _check_learning_rate(values.get("learning_rate"))
+
+
+def _check_learning_rate(rate: Any) -> None:
+    """Raise TypeError for what is no number by its type; an array on a device is not waited for."""
+    if isinstance(rate, str | bytes | list | tuple | dict | set) or callable(rate):
+        raise TypeError(
+            f"learning_rate is {reprlib.repr(rate)}, a {type(rate).__name__}. Expected a number, that of this step's "
+            "update. Of PyTorch's schedulers it is scheduler.get_last_lr()[0]; a function of the step goes to "
+            "lnp.Tracker(learning_rate=...)."
+        )
 
 
 def _check_no_options(values: Iterable[str]) -> None:

@@ -135,11 +135,11 @@ class Tracker(KeptRows):
         Decomposition or None
             The training batch's, or that of the tracker's own batch without one. None where nothing was measured.
         """
-        if options or values:
-            check_call(options, values)
+        given = values if learning_rate is None else {"learning_rate": learning_rate, **values}
+        if options or given:
+            check_call(options, given)
         measured = None
         if self._selection.claim(step, model):
-            given = values if learning_rate is None else {"learning_rate": learning_rate, **values}
             measured = self._measure(step, model, batch, options, given)
         if learning_rate is not None or self._reads:
             self.count(step, learning_rate)

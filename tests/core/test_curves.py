@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -183,6 +185,17 @@ def test_compare_prints_a_table(tmp_path, capsys):
     assert len({len(line) for line in lines[:3]}) == 1
     assert "nothing has been measured yet in c" in printed.err
     assert to_text(compare(tmp_path)) in printed.out
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path):
+    """As in `lnp compare runs | head -1`."""
+    write(tmp_path, "a.jsonl")
+    read, written = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lnp", "compare", str(tmp_path)]
+    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, check=False)
+    os.close(written)
+    assert (done.stderr, done.returncode) == (b"", 141)
 
 
 def test_what_cannot_be_read_is_said(tmp_path, capsys, monkeypatch):

@@ -81,6 +81,12 @@ CALLS = {  # the call, the error's type, its text
     "an option as a value": (
         lambda: watch().observe(0, MODEL, BATCH, rtol=0.1), TypeError, "rtol is an option .* options=.'rtol'"
     ),
+    "a learning rate of a row in words": (
+        lambda: watch().observe(0, MODEL, BATCH, learning_rate="x"), TypeError, "'x', a str. Expected a number"
+    ),
+    "the last learning rates": (
+        lambda: watch().observe(0, MODEL, BATCH, learning_rate=[0.1]), TypeError, r"get_last_lr\(\)\[0\]"
+    ),
     "a measured column": (lambda: watch().observe(0, MODEL, BATCH, chi_pos=1), ValueError, "'chi_pos'.* 'my_chi_pos'"),
 }  # fmt: skip
 
