@@ -142,3 +142,86 @@ def test_extreme_logits_do_not_overflow():
 def test_elementwise_losses_do_not_broadcast(name):
     with pytest.raises(ValueError, match="do not match outputs"):
         value_and_gradient(name, LOGITS, np.zeros((2, 1)))
+
+
+class Stated:
+    """A loss that says how many terms it averages."""
+
+    separable = True
+
+    def __call__(self, outputs, targets):
+        return 0.0
+
+    def loss_terms(self, outputs, targets):
+        return 7, ("told by the loss",)
+
+
+class Weighing(Stated):
+    def sample_terms(self, outputs, targets):
+        return np.array([3, 4])
+
+
+def prepared(loss, outputs, targets, **options):
+    """What a backend makes of a loss, with functions that only say which one they are."""
+
+    def shape(values):
+        return values.shape if isinstance(values, np.ndarray) else None
+
+    integer = isinstance(targets, np.ndarray) and targets.dtype.kind in "iu"
+    first = outputs if isinstance(outputs, np.ndarray) else outputs[0]
+    given = kinds.Given(shape(outputs), shape(targets), integer, first.shape)
+    elementwise = dict.fromkeys(kinds.ELEMENTWISE, "an elementwise one")
+    chosen = {"elementwise": elementwise, "cross_entropy": lambda axis, labels: ("cross-entropy", axis, labels)}
+    return kinds.prepare(np, loss, given, (outputs, targets), **chosen, **options)
+
+
+LABELS = np.array([[0, 2], [-100, 1]])
+
+
+class TestPrepare:
+    def test_labels_are_counted_for_each_sample(self):
+        found = prepared(None, np.zeros((2, 2, 3)), LABELS)
+        assert (found.function, found.terms, found.separable) == (("cross-entropy", 2, True), 3, True)
+        assert found.sample_terms.tolist() == [2, 1]
+        assert [bool(flag) for flag, _ in found.violations] == [False]
+        assert bool(prepared(None, np.zeros((2, 2, 2)), LABELS).violations[0][0])
+        assert found.name == "cross-entropy of logits, inferred from the targets"
+
+    def test_soft_targets_and_elements_weigh_the_same(self):
+        soft = prepared("cross_entropy", np.zeros((2, 4, 3)), np.full((2, 4, 3), 1 / 3))
+        assert (soft.function, soft.terms, soft.sample_terms, soft.violations) == (
+            ("cross-entropy", 2, False), 8, None, ()
+        )  # fmt: skip
+        plain = prepared("mse", np.zeros((2, 3)), np.zeros((2, 3)))
+        assert (plain.function, plain.terms, plain.separable, plain.takes) == ("an elementwise one", 6, True, "mse")
+
+    def test_a_loss_says_itself_what_it_averages(self):
+        found = prepared(Stated(), np.zeros((2, 3)), LABELS)
+        assert (found.terms, found.separable, found.notes) == (7, True, ("told by the loss",))
+        assert found.sample_terms is None
+        assert prepared(Weighing(), np.zeros((2, 3)), LABELS).sample_terms.tolist() == [3, 4]
+
+    def test_the_users_own_number_of_terms_counts(self):
+        kept = prepared(Weighing(), np.zeros((2, 3)), LABELS, loss_terms=7)
+        assert (kept.terms, kept.notes, kept.sample_terms.tolist()) == (7, (), [3, 4])
+        other = prepared(Weighing(), np.zeros((2, 3)), LABELS, loss_terms=5)
+        assert (other.terms, other.sample_terms.tolist()) == (5, [1, 1])
+        assert prepared(some_loss, np.zeros((2, 3)), np.zeros((2, 3)), loss_terms=5).notes == ()
+
+    def test_a_library_knows_its_own_losses(self):
+        own = kinds.Prepared(some_loss, 4, False, takes="mse")
+        found = prepared(some_loss, np.zeros((2, 3)), np.zeros((2, 3)), known=lambda loss: own)
+        assert (found.terms, found.takes) == (4, "mse")
+
+    def test_others_are_assumed_to_average_what_the_targets_have(self):
+        labels = prepared(some_loss, np.zeros((2, 2, 3)), LABELS)
+        assert (labels.terms, labels.sample_terms.tolist(), labels.separable) == (3, [2, 1], False)
+        assert "assumed" in labels.notes[0]
+        assert labels.name.endswith("some_loss")
+        assert prepared(some_loss, np.zeros((2, 3)), np.zeros((2, 3))).sample_terms is None
+        several = prepared(some_loss, (np.zeros((2, 3)), np.zeros(2)), LABELS)
+        assert (several.terms, several.sample_terms, several.inputs) == (2, None, None)
+
+    def test_a_named_loss_needs_single_arrays(self):
+        with pytest.raises(ValueError, match="cannot be inferred"):
+            prepared("mse", (np.zeros((2, 3)), np.zeros(2)), np.zeros((2, 3)))
