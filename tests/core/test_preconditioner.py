@@ -12,6 +12,7 @@ import lnp
 import lnp_numpy
 from core.dense import network, record
 from lnp.contract.linearization import GradientPass
+from lnp.contract.vectors import update_by_name
 from lnp.results.decomposition import decompose
 from lnp.results.preconditioner import precondition
 
@@ -87,3 +88,24 @@ def test_the_predicted_change_of_such_a_step_is_the_rate():
     gradient = -2 * BATCH[0].T @ BATCH[1] / 3
     update = {"weight": -eta * m["weight"] * gradient}
     assert lnp.predicted_loss_change(MODEL, BATCH, update=update) == pytest.approx(d.predicted_loss_change(eta))
+
+
+SHAPES = {"a": (2,), "b": (1,)}
+
+
+class TestVectorsByName:
+    """What users pass for an update or a preconditioner, by name or in order."""
+
+    def test_some_names_or_all_in_order(self):
+        assert update_by_name({"b": [1.0]}, SHAPES, list, "it") == {"b": [1.0]}
+        whole = update_by_name([np.ones(2), np.zeros(1)], SHAPES, list, "it")
+        assert {name: part.shape for name, part in whole.items()} == SHAPES
+
+    @pytest.mark.parametrize("update", [3, [np.ones(2)], {}, {"c": np.ones(2)}])
+    def test_other_numbers_and_names(self, update):
+        with pytest.raises(ValueError, match="does not match the model's parameters. Expected it."):
+            update_by_name(update, SHAPES, list, "it")
+
+    def test_other_shapes_are_named(self):
+        with pytest.raises(ValueError, match=r"parameters at \['a'\]. Expected it."):
+            update_by_name([np.ones(3), np.zeros(1)], SHAPES, list, "it")
