@@ -103,7 +103,7 @@ class TestVectorsByName:
 
     @pytest.mark.parametrize("update", [3, [np.ones(2)], {}, {"c": np.ones(2)}])
     def test_other_numbers_and_names(self, update):
-        with pytest.raises(ValueError, match="does not match the model's parameters. Expected it."):
+        with pytest.raises(ValueError, match=r"does not match the model's parameters. Expected it."):
             update_by_name(update, SHAPES, list, "it")
 
     def test_other_shapes_are_named(self):
