@@ -1,13 +1,14 @@
 """A batch of which several processes have a part each: all call the same line, and get the same decomposition.
 
 What is minimised is the mean over the R processes of their losses, as in data-parallel training: `lnp.results.merged`
-with a_r = 1/R. Each process measures its own part, by whatever passes that takes. Then all agree that they have, the
-gradients are summed, once, as in training, and numbers are exchanged. So nobody waits for a process that has failed:
-what can fail on its own comes before what needs the others.
+with a_r = 1/R. Processes that have the same part count as one. Each process measures its own part, by whatever passes
+that takes. Then all agree that they have, the gradients are summed, once, as in training, and numbers are exchanged. So
+nobody waits for a process that has failed: what can fail on its own comes before what needs the others.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -41,11 +42,15 @@ class Group(Protocol):
         This process among them, from 0 on, and R.
     whole_gradients:
         Whether each process holds its own gradient, of all parameters, before they are added up.
+    parts:
+        Which part of the batch each process has, by rank: 0 to R - 1, or the same one for processes among which a
+        network's operations are split.
     """
 
     rank: int
     size: int
     whole_gradients: bool
+    parts: Sequence[int]
 
     def session(self) -> AbstractContextManager:
         """Around a measurement: waits for all processes, and tells the others of an error."""
@@ -115,9 +120,9 @@ class DecomposeTogether(DecomposeWithGradient):
         d, held = measured
         assert self.group is not None, "it belongs to this computation"
         own: dict[str, Any] = {"magnitude": float(d.magnitude), "population": d.contributions is not None}
-        own["names"] = held.names
+        own |= {"names": held.names, "samples": d.samples, "loss": float(d.loss)}
         every = self.group.exchange("measured", own)
-        _check_alike(every)
+        _check_alike(every, self.group.parts)
         magnitude = max(one["magnitude"] for one in every)
         share = float(d.magnitude) / magnitude / self.group.size
         squares, u = self.group.summed(lin, held.vector, share)
@@ -133,14 +138,17 @@ def decompose_together(computation: DecomposeTogether, model: Model, batch: Batc
     group = computation.group
     assert group is not None, "the caller has found it"
     with group.session():
-        own = replace(options, seed=_seed_of(options.seed, group.rank))
+        first = [group.parts.index(part) for part in sorted(set(group.parts))]  # the process that stands for each
+        own = options
+        if len(first) > 1:  # signs of this part alone: errors of parts are independent, so that they add up in squares
+            own = replace(options, seed=seed_of_part(operator.index(options.seed), group.parts[group.rank]))
         found = evaluate(computation, model, (batch,), own)
         every = group.exchange("parts", _part(*found))
         squares = {name: sum(one["square_norms"][name] for one in every) for name in every[0]["square_norms"]}
         known: list[Any] | None = [one["products"] for one in every]
         known = None if any(products is None for products in known or []) else known
-        weights = [1 / group.size] * group.size
-        return merged([one["decomposition"] for one in every], weights, squares, computation.by_layer, known)
+        parts = [every[rank]["decomposition"] for rank in first]
+        return merged(parts, [1 / len(parts)] * len(parts), squares, computation.by_layer, known)
 
 
 def _part(d: Decomposition, squares: dict[str, float], magnitude: float, products: np.ndarray | None) -> dict[str, Any]:
@@ -154,13 +162,12 @@ def _part(d: Decomposition, squares: dict[str, float], magnitude: float, product
     }
 
 
-def _seed_of(seed: Any, rank: int) -> int:
-    """Signs of this process alone: errors of parts are independent, so that they add up in squares."""
-    return seed_of_part(operator.index(seed), rank)
+APART = 1e-4
+"""Relative difference up to which two losses of one batch are the same, whatever order they were summed in."""
 
 
-def _check_alike(every: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError in every process where they measure different parameters."""
+def _check_alike(every: Sequence[dict[str, Any]], parts: Sequence[int]) -> None:
+    """Raise ValueError in every process where they measure different parameters, or different batches as one."""
     names = [one["names"] for one in every]
     other = next((rank for rank, one in enumerate(names) if one != names[0]), None)
     if other is not None:
@@ -169,3 +176,18 @@ def _check_alike(every: Sequence[dict[str, Any]]) -> None:
             f"Processes 0 and {other} of the group measure different parameters: {differing[:3]}. Expected the same "
             "model and the same parameters= in all of them. Pass group=None to measure this process alone."
         )
+    for rank, part in enumerate(parts):
+        other = parts.index(part)
+        first, own = every[other], every[rank]
+        if not _same_batch(first, own):
+            raise ValueError(
+                f"Processes {other} and {rank} of the group have different batches: {first['samples']} samples with a "
+                f"loss of {first['loss']:.6g}, and {own['samples']} with {own['loss']:.6g}. Expected one batch in "
+                "both, between which the network's operations are split. Give them the same one."
+            )
+
+
+def _same_batch(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    both_nan = one["loss"] != one["loss"] and other["loss"] != other["loss"]
+    alike = both_nan or math.isclose(one["loss"], other["loss"], rel_tol=APART)
+    return one["samples"] == other["samples"] and alike
