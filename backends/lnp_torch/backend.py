@@ -21,6 +21,7 @@ from lnp_torch.outputs import real, widened
 from lnp_torch.record import record
 from lnp_torch.refusals import refuse_devices
 from lnp_torch.state_guard import undisturbed
+from lnp_torch.tensor_parallel import check_against_model
 
 __all__ = ["accepts", "evaluate", "linearize"]
 
@@ -72,7 +73,10 @@ def _measurement(
                 and not any(violated)
                 and not any(look and look.reason for look in looks)
             ):
-                result = to_host(computation.together(*records, result), [])[0]
+                together: Any = computation
+                result = to_host(together.together(*records, result), [])[0]
+                if together.group.shares_a_part:
+                    check_against_model(together.group, model, batches[0], options, records[0])
             return result, violated, [message for _, message in checks]
         except CannotRun:
             return None, [], []

@@ -20,7 +20,7 @@ from lnp_torch.collectives import with_others
 from lnp_torch.meeting import Gone, Meeting, ended
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import dot, widened
-from lnp_torch.refusals import TOGETHER, process_group_of_shards, refusal
+from lnp_torch.refusals import TOGETHER, is_tensor_parallel, process_group_of_shards, refusal
 from lnp_torch.rounds import Broken, Failed, Rounds, is_sharded
 from lnp_torch.sharded import Gathering, met_one_by_one, set_active
 
@@ -66,8 +66,14 @@ class Processes:
     def __init__(self, process_group: Any, timeout: float) -> None:
         self._process_group = process_group
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.parts: tuple[int, ...] = tuple(range(self.size))
         name = getattr(process_group, "group_name", "") or "all"
         self._meeting = Meeting(name, dist.get_process_group_ranks(process_group), self.rank, timeout)
+
+    @property
+    def shares_a_part(self) -> bool:
+        """Whether others have the same part of the batch."""
+        return len(set(self.parts)) < self.size
 
     def session(self) -> AbstractContextManager:
         """Around a measurement: waits for all processes, and tells the others of an error."""
@@ -104,12 +110,22 @@ class Processes:
 
 
 class ShardedProcesses(Processes):
-    """The same for a model whose parameters are sharded over the processes by `fully_shard`."""
+    """The same for a model whose parameters are sharded over the processes.
+
+    Attributes
+    ----------
+    gathering:
+        What brings the parameters.
+    summed_gradient:
+        {parameter: this process's part of what `summed` has added up}.
+    """
 
     whole_gradients = False
 
     def __init__(self, model: nn.Module, process_group: Any, timeout: float) -> None:
         super().__init__(process_group, timeout)
+        self.parts = (0,) * self.size if is_tensor_parallel(model) else self.parts
+        self.summed_gradient: dict[str, torch.Tensor] = {}
         self._names = dict(unwrapped(model).named_parameters())
         self._tensors = list(self._names.values())
         self._rounds = Rounds(self._tensors, process_group, partial(self._done, failures=False))
@@ -165,6 +181,8 @@ class ShardedProcesses(Processes):
             place = index[name]
             total = torch.as_tensor(totals.get(place, 0.0) + self._rounds.others.get(place, 0.0))
             squares[name] = dot(total, total) / _copies(self._tensors[place], self.size)
+            if self.shares_a_part:
+                self.summed_gradient[name] = total
         return squares, None
 
 
@@ -218,7 +236,7 @@ def _ranks(process_group: Any) -> list[int]:
 
 
 def needs_all(model: Any) -> bool:
-    """Whether `fully_shard` has sharded the model, so that all processes have to measure it."""
+    """Whether the model's parameters are sharded, so that all processes have to measure it."""
     return refusal(model) == TOGETHER
 
 

@@ -179,7 +179,7 @@ class Meeting:
                 self._store.delete_key(self._key(point, self.rank, call))
 
 
-_POINTS = ("begin", "alive", "measured", "parts")
+_POINTS = ("begin", "alive", "measured", "compared", "parts")
 """Of a measurement; an error stays, for those that come late."""
 
 

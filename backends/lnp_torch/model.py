@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from lnp_torch.clones import cast
 from lnp_torch.leaf_names import named
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import continuous, like, real
-from lnp_torch.refusals import refuse, refuse_transforms
+from lnp_torch.refusals import is_tensor_parallel, refuse, refuse_transforms, with_whole_weights
 from lnp_torch.replica import Replica
 from lnp_torch.rounds import is_sharded
 from lnp_torch.sharded import active
@@ -204,7 +205,8 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
     gathering = active()
     values = own if gathering is None else {name: gathering.standing(p) for name, p in own.items()}
     aliases = {name: _alias(values[name]) for name in chosen}
-    if gathering is not None:
+    split = gathering is not None and not gathering.as_it_is and is_tensor_parallel(model)
+    if gathering is not None and not gathering.as_it_is:
         gathering.parameters = aliases
     replica = Replica((model, forward or called, loss), map(id, own.values()), written)
     copy, run, of_outputs = replica.roots
@@ -219,7 +221,8 @@ def _module(model: nn.Module, forward: Callable | None, parameters: Any, loss: A
         replica.rewind(standing := {id(p): stands_for(name, p, parameters) for name, p in own.items()})
         token = _STANDING.set(standing)
         try:
-            return run(copy, inputs)
+            with with_whole_weights() if split else nullcontext():
+                return run(copy, inputs)
         finally:
             _STANDING.reset(token)
 

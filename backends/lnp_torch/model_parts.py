@@ -44,11 +44,9 @@ def own_class(kind: type) -> type:
 
 
 def without_sharding(module: nn.Module) -> list[tuple[dict, dict]]:
-    """The hooks of a module that `fully_shard` has changed, and what runs in their place: nothing is gathered, and
-    inputs and outputs take the types that its `MixedPrecisionPolicy` says.
+    """The hooks of a module that is sharded, and what runs in their place: nothing is gathered or split, and inputs
+    and outputs take the types that the `MixedPrecisionPolicy` of `fully_shard` says.
     """
-    if own_class(type(module)) is type(module):
-        return []
     every: list[tuple[dict, Any]] = [
         (module._forward_pre_hooks, lambda policy: _inputs_as(policy.cast_forward_inputs and policy.param_dtype)),
         (module._forward_hooks, lambda policy: _outputs_as(policy.output_dtype)),
@@ -56,9 +54,19 @@ def without_sharding(module: nn.Module) -> list[tuple[dict, dict]]:
     made = []
     for hooks, casting in every:
         policies = {key: _policy(hook) for key, hook in hooks.items()}
-        kept = {key: hook if policies[key] is None else casting(policies[key]) for key, hook in hooks.items()}
-        made.append((hooks, kept))
+        kept = {
+            key: hook if policies[key] is None else casting(policies[key])
+            for key, hook in hooks.items()
+            if not _splits(hook)
+        }
+        if len(kept) < len(hooks) or any(policies.values()):
+            made.append((hooks, kept))
     return made
+
+
+def _splits(hook: Any) -> bool:
+    """Whether a hook makes DTensors of a module's inputs, or other ones of its outputs, as tensor parallelism does."""
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.tensor.")
 
 
 def _policy(hook: Any) -> Any:

@@ -142,7 +142,7 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
     # what was made in inference mode can take no part in a derivative
     targets = map_leaves(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, targets)
     whole = options.microbatch is None
-    loss, outputs, passes, taps, differing = _first(prepared, inputs, targets, options)
+    loss, outputs, passes, taps, differing = first_loss(prepared, inputs, targets, options)
     parts = outputs.parts
     flat = flatten([part.detach() for part in parts])
     if whole:
@@ -166,7 +166,7 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
     return replace(made, notes=(*made.notes, *differing, *notes)), look
 
 
-def _first(
+def first_loss(
     prepared: Program, inputs: Any, targets: Any, options: Options
 ) -> tuple[LossAt, Outputs, Passes, Taps | None, tuple[str, ...]]:
     """The loss and the measured outputs of the first pass, the passes that repeat it, what watched it, and notes.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,13 +16,35 @@ from lnp_torch.rounds import is_sharded
 SHARDED = (
     "The model's parameters are sharded over processes ({}), and lnp measures whole ones: nothing has been touched. "
     "Expected a model whose every process holds all of its parameters, as in DistributedDataParallel, or one that "
-    "fully_shard has sharded. Measure an unsharded copy of it, such as a checkpoint that is loaded in one process."
+    "fully_shard or parallelize_module alone has sharded. Measure an unsharded copy of it, such as a checkpoint in one "
+    "process."
 )
 TOGETHER = (
-    "The model's parameters are sharded over processes by fully_shard, and this measurement is made by one process "
-    "alone: nothing has been touched. Expected lnp.decompose(model, batch) or tracker.observe in all processes, and no "
-    "group=None. Call it so, or measure an unsharded copy of the model, such as a checkpoint in one process."
+    "The model's parameters are sharded over processes by fully_shard or parallelize_module, and this measurement is "
+    "made by one process alone: nothing has been touched. Expected lnp.decompose(model, batch) or tracker.observe in "
+    "all processes, and no group=None. Call it so, or measure an unsharded copy of the model, such as a checkpoint in "
+    "one process."
 )
+
+
+SPLIT = (
+    "This network is tensor parallel, and lnp runs it whole, where {}: its code depends on what each process holds, "
+    "such as a number of heads that was divided by the number of processes, or the processes were given "
+    "different batches, or draw different dropout masks. Expected the same function with whole weights, and one batch "
+    "in all processes of the mesh. Write such sizes as -1, call model.eval() where there is dropout, or measure an "
+    "unsharded copy of the model, such as a checkpoint in one process."
+)
+
+
+@contextlib.contextmanager
+def with_whole_weights() -> Iterator[None]:
+    """Around a network that has whole weights in the place of its parts: what it raises may come from that."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(SPLIT.format(f"it raised a {type(error).__name__} ({error})")) from error
 
 
 def refusal(model: Any) -> str | None:
@@ -35,7 +59,7 @@ def refusal(model: Any) -> str | None:
 
 
 def process_group_of_shards(model: Any) -> Any:
-    """The processes over which `fully_shard` has sharded a model; None for one that is not sharded.
+    """The processes over which a model's parameters are sharded; None for one that is not sharded.
 
     Raises
     ------
@@ -49,6 +73,11 @@ def process_group_of_shards(model: Any) -> Any:
     return mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
 
 
+def is_tensor_parallel(model: Any) -> bool:
+    """Whether single operations are spread over processes (`parallelize_module`), which all have the same batch."""
+    return any(map(is_sharded, _tensors(model))) and not _states_of_fsdp(model)
+
+
 def refuse(model: Any) -> None:
     """Raise ValueError for a model that one process alone cannot measure, before anything has happened."""
     reason = refusal(model)
@@ -57,19 +86,20 @@ def refuse(model: Any) -> None:
 
 
 def _not_to_be_gathered(model: Any) -> set[str]:
-    """The ways in which parameters are spread over processes other than that of `fully_shard`."""
+    """The ways in which parameters are spread over processes that cannot be gathered."""
     kinds = {"ZeRO stage 3" for tensor in _tensors(model) if hasattr(tensor, "ds_id")}  # DeepSpeed leaves it empty
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     modules = list(model.modules()) if fsdp is not None and isinstance(model, nn.Module) else []
     if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in modules):
         kinds.add("FullyShardedDataParallel")
     sharded = [tensor for tensor in _tensors(model) if is_sharded(tensor)]
-    own = getattr(fsdp, "FSDPModule", ())
-    states = [module._get_fsdp_state() for module in modules if isinstance(module, own)]
+    states = _states_of_fsdp(model)
     groups = [group for state in states for group in parameter_groups(state)]
     meshes = [group.mesh_info.mesh for group in groups]
-    if any(tensor.device_mesh != mesh for tensor in sharded for mesh in meshes) or (sharded and not meshes):
-        kinds.add("DTensor, by tensor parallelism or over several meshes")
+    if any(tensor.device_mesh != mesh for tensor in sharded for mesh in meshes):
+        kinds.add("fully_shard together with tensor parallelism, or over several meshes")
+    if sharded and not states:
+        kinds |= _not_one_tensor_parallel(model, sharded)
     if any(mesh.ndim > 1 and mesh.size() != torch.distributed.get_world_size() for mesh in meshes):
         kinds.add("fully_shard, over several dimensions of a part of the processes")
     if any(type(getattr(group, "offload_policy", None)).__name__ == "CPUOffloadPolicy" for group in groups):
@@ -78,6 +108,26 @@ def _not_to_be_gathered(model: Any) -> set[str]:
     if torch.float16 in narrow:  # whose gradients are scaled on the way, and are met before that is undone
         kinds.add("fully_shard of float16")
     return kinds
+
+
+def _not_one_tensor_parallel(model: Any, sharded: list[Any]) -> set[str]:
+    """The ways in which DTensors are spread other than over one mesh of one dimension."""
+    kinds = set()
+    mesh = sharded[0].device_mesh
+    if mesh.ndim > 1 or any(tensor.device_mesh != mesh for tensor in sharded):
+        kinds.add("DTensor, over several meshes or several dimensions of one")
+    if not isinstance(model, nn.Module) or any(map(is_sharded, model.buffers())):
+        kinds.add("DTensor, where it is no parameter of a module")
+    if any(tensor.dtype == torch.float16 for tensor in sharded):
+        kinds.add("DTensor of float16")
+    return kinds
+
+
+def _states_of_fsdp(model: Any) -> list[Any]:
+    """What `fully_shard` keeps of each module that it was called for."""
+    own: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [module._get_fsdp_state() for module in modules if isinstance(module, own)]
 
 
 def parameter_groups(state: Any) -> list[Any]:

@@ -37,6 +37,7 @@ from lnp_torch.model_parts import (
     unwrapped,
     without_sharding,
 )
+from lnp_torch.sharded import active
 
 FIXED = (type, types.ModuleType, torch.dtype, torch.device, torch.Size, enum.Enum)
 
@@ -187,7 +188,8 @@ class Replica:
             self._fill(x, made, (SCRIPTED,))
             return made
         self.clones.buffers.update(id(buffer) for buffer in x._buffers.values())
-        for hooks, kept in without_sharding(x):
+        gathering = active()
+        for hooks, kept in without_sharding(x) if gathering is not None and not gathering.as_it_is else ():
             self._keep(hooks, type(hooks)((key, self.of(hook)) for key, hook in kept.items()))
         made = self._object(x)
         made.__class__ = own_class(type(x))

@@ -60,12 +60,15 @@ class Gathering(TorchDispatchMode):
         The most bytes of whole parameters that were in memory at a time.
     gathered:
         How many bytes were gathered.
+    as_it_is:
+        Whether programs that are made now keep the sharded parameters and what makes DTensors of activations.
     """
 
     def __init__(self, model: nn.Module, rounds: Rounds, places: dict[int, int]) -> None:
         super().__init__()
         self.parameters: dict[str, torch.Tensor] = {}
         self.peak = self.gathered = 0
+        self.as_it_is = False
         self._rounds, self._places, self._dtypes = rounds, places, dict(computed_in(model))
         self._leaves: dict[int, Leaf] = {}
         self._resident: list[Leaf] = []  # the one that was read last is the last
@@ -73,7 +76,7 @@ class Gathering(TorchDispatchMode):
 
     def standing(self, p: torch.Tensor) -> torch.Tensor:
         """A leaf without memory in the place of a sharded parameter; another parameter itself."""
-        if not is_sharded(p):
+        if self.as_it_is or not is_sharded(p):
             return p
         return self._without_memory(self._places[id(p)], p.shape, self._dtypes.get(id(p)) or p.dtype, p.device)
 

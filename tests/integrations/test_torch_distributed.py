@@ -33,7 +33,7 @@ def ranks(tmp_path_factory):
 
 
 WAYS = [
-    *(("tensor parallel", way) for way in ("observe", "step", "shared")),
+    *(("tensor parallel", way) for way in ("step", "shared")),
     *(("FSDP2", way) for way in ("step", "shared")),
 ]
 """In which one process measures alone, and models that it cannot measure."""
@@ -76,16 +76,17 @@ def test_a_network_that_talks_to_other_processes_does_not_wait_for_them(ranks, w
     assert "talks to other processes" in ranks[0][f"talking, {way}, warned"]["told"][0]
 
 
-@pytest.mark.parametrize("kind", ["FSDP2, observe", "data parallel, group"])
+@pytest.mark.parametrize("kind", ["FSDP2, observe", "tensor parallel, observe", "data parallel, group"])
 def test_all_processes_measure_and_the_first_keeps_the_rows(ranks, kind):
     found = [cases[f"{kind}, measured"] for cases in ranks]
     assert [case["rows"] for case in found] == [STEPS, 0]
     assert all(case["equal"] and case["moved"] and not case["told"] for case in found)
-    assert found[0]["samples"] == [16.0] * STEPS  # of both
+    assert found[0]["samples"] == [8.0 if kind.startswith("tensor") else 16.0] * STEPS
 
 
-def test_a_failure_of_one_process_is_told_by_the_first(ranks):
-    found = [cases["FSDP2, observe, one fails"] for cases in ranks]
+@pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel"])
+def test_a_failure_of_one_process_is_told_by_the_first(ranks, kind):
+    found = [cases[f"{kind}, observe, one fails"] for cases in ranks]
     assert all(case["equal"] and case["moved"] for case in found)
     assert [len(case["told"]) for case in found] == [1, 0]
     assert "lnp failed in process 1 of 2" in found[0]["told"][0]

@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import lnp
-from integrations import torch_groups
+from integrations import torch_groups, torch_split
 from integrations.torch_groups import EXACT, SAMPLES, SIZE
 
-SCRIPT = Path(torch_groups.__file__)
+TESTS = Path(__file__).parent.parent
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LIMIT = 300
 """Seconds until the processes count as waiting for each other."""
 ERRORS = ("rate_stderr", "chi_pos_stderr", "noise_scale_low", "noise_scale_high")
@@ -30,8 +31,17 @@ def run(folder, *cases):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(folder), port, *cases] for rank in range(SIZE)]
-    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    command = [sys.executable, "-m", torch_groups.__name__]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder), port, *cases],
+            cwd=TESTS,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(SIZE)
+    ]
     try:
         printed = [process.communicate(timeout=LIMIT)[0] for process in processes]
     finally:
@@ -44,7 +54,8 @@ def run(folder, *cases):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("groups"), "data_parallel", "fully_sharded", "undisturbed", "failing", "killed")
+    cases = "data_parallel", "fully_sharded", "tensor_parallel", "undisturbed", "failing", "killed"
+    return run(tmp_path_factory.mktemp("groups"), *cases)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +75,8 @@ def same(found, expected, rel):
 
 @pytest.mark.parametrize("case", ["data_parallel", "fully_sharded"])
 def test_every_process_gets_the_result_of_the_whole_batch(ranks, case):
-    for name, dtype, rel in (("float64", torch.float64, 1e-12), ("float32", torch.float32, 1e-6)):
+    for name, rel in (("float64", 1e-12), ("float32", 1e-6)):
+        dtype = DTYPES[name]
         found = [cases[case][name] for cases in ranks]
         assert all(one == found[0] for one in found)
         same(found[0], whole(torch_groups.network(dtype), torch_groups.numbers(dtype)), rel)
@@ -123,6 +135,63 @@ def test_a_sharded_language_model(ranks):
     found = [cases["fully_sharded"]["language"] for cases in ranks]
     assert all(one == found[0] for one in found)
     same(found[0], expected, 1e-10)
+
+
+def test_processes_that_split_operations_get_the_result_of_one(ranks):
+    """With the population's errors, and the same signs: all of them have the whole batch."""
+    expected = {name: whole(torch_groups.network(dtype), torch_groups.numbers(dtype)) for name, dtype in DTYPES.items()}
+    expected["pair"] = expected["float64"]
+    language = nn.CrossEntropyLoss()
+    expected["block"] = whole(torch_split.block(), torch_split.sentences(), language)
+    expected["probes"] = lnp.decompose(torch_split.block(), torch_split.sentences(), language, seed=3).to_dict()
+    for name, values in expected.items():
+        found = [cases["tensor_parallel"][name] for cases in ranks]
+        assert all(one == found[0] for one in found)
+        for key, value in values.items():
+            if isinstance(value, float):
+                rel = 1e-6 if name == "float32" else 1e-12
+                rel *= 10 if key.startswith("population") else 1  # differences of what is nearly the same
+                assert found[0][key] == pytest.approx(value, rel=rel, abs=1e-7 * rel, nan_ok=True), (name, key)
+        assert not found[0]["notes"]
+
+
+def test_splitting_goes_on_bit_by_bit(ranks):
+    assert all(cases["tensor_parallel"]["undisturbed"] for cases in ranks)
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        (
+            "counts",
+            "ValueError: This network is tensor parallel, and lnp runs it whole, where it raised a",
+        ),
+        ("means", "ValueError: This network is tensor parallel, and lnp runs it whole, where its outputs"),
+        (
+            "gains",
+            "ValueError: This network is tensor parallel, and lnp runs it whole, where its gradient",
+        ),
+        ("batches", "ValueError: Processes 0 and 1 of the group have different batches: 6 samples with a loss of"),
+        ("shifted", "ValueError: This network is tensor parallel, and lnp runs it whole, where its"),
+        (
+            "two meshes",
+            "ValueError: The model's parameters are sharded over processes (DTensor, over several meshes",
+        ),
+    ],
+)
+def test_what_goes_by_its_part_of_the_weights_is_refused_in_every_process(ranks, case, text):
+    for cases in ranks:
+        assert cases["tensor_parallel"][case].startswith(text)
+
+
+def test_a_process_that_splits_operations_and_is_alone_or_fails_is_told_of(ranks):
+    told = [cases["tensor_parallel"]["one fails"] for cases in ranks]
+    assert ranks[0]["tensor_parallel"]["alone"].startswith("Gone: Process 0 of 4 has called lnp and waited 2 s")
+    assert told[2] == "FloatingPointError: overflow in process 2"
+    assert all(told[rank].startswith("FailedElsewhere: lnp failed in process 2 of 4") for rank in (0, 1, 3))
+    expected = whole(torch_groups.network(), torch_groups.numbers())
+    for cases in ranks:
+        same(cases["tensor_parallel"]["afterwards"], expected, 1e-12)
 
 
 def test_parameters_are_whole_one_module_at_a_time(ranks):
@@ -213,8 +282,8 @@ def test_killed_processes_make_the_others_raise_in_time(ranks):
     ("case", "text"),
     [
         ("talks", "RuntimeError: The network or its loss talks to other processes"),
-        ("shards alone", "ValueError: The model's parameters are sharded over processes by fully_shard"),
-        ("spectrum", "ValueError: The model's parameters are sharded over processes by fully_shard"),
+        ("shards alone", "ValueError: The model's parameters are sharded over processes by fully_shard or"),
+        ("spectrum", "ValueError: The model's parameters are sharded over processes by fully_shard or"),
         ("narrow", "ValueError: The model's parameters are sharded over processes (fully_shard of float16)"),
         ("parameters", "ValueError: Processes 0 and 1 of the group measure different parameters: ['0.bias'"),
         ("preconditioner", "ValueError: preconditioner= was given for a model that 4 processes measure together"),

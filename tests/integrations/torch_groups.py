@@ -1,4 +1,6 @@
-"""One of four processes that measure together, for test_torch_groups.py: python torch_groups.py RANK FOLDER PORT CASES
+"""One of four processes that measure together, for test_torch_groups.py: in tests/:
+
+    python -m integrations.torch_groups RANK FOLDER PORT CASES
 
 Writes what each case came to into FOLDER/RANK.json. Processes 1 and 3 kill themselves in the end.
 """
@@ -279,10 +281,13 @@ def main(rank: int, folder: Path, port: str, cases: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
     found: dict = {}
+    from integrations.torch_split import tensor_parallel  # which takes this file's networks
+
+    known = CASES | {"tensor_parallel": tensor_parallel}
     for case in cases:
         started = time.monotonic()
         (folder / f"{rank}.json").write_text(json.dumps(found))  # before what may end the process
-        found[case] = CASES[case](rank)
+        found[case] = known[case](rank)
         print(case, round(time.monotonic() - started, 1), flush=True)  # read where the test fails
     (folder / f"{rank}.json").write_text(json.dumps(found))
     os._exit(0)  # taking the group down waits for those that are gone
