@@ -6,6 +6,7 @@ Keras's safe mode on (CVE-2025-1550, CVE-2025-9906, CVE-2026-1462).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,19 @@ class KerasWeights:
         return step
 
     def load(self, path: Path) -> Any:
-        """A new model with these weights; Keras raises an error for some that do not fit."""
-        model = self._model()
+        """A new model with these weights."""
+        return self.fill(path, self._model())
+
+    def fill(self, path: Path, model: Any) -> Any:
+        """The model with these weights; Keras raises an error for some that do not fit."""
         if not model.weights:
             raise ValueError(
                 f"{printable(path)} cannot be read into a model without weights. Expected a model that is built: give "
                 "it a keras.Input, or call it once in the function that makes it."
             )
-        model.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")  # it is not asked for
+            model.load_weights(path)
         return model
 
     def prepare(self, batch: Batch) -> Batch:

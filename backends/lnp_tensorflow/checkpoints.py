@@ -46,8 +46,11 @@ class Variables:
         return step
 
     def load(self, path: Path) -> Any:
-        """A new module with the variables that the checkpoint holds under one of its names."""
-        model = self._model()
+        """A new module with the checkpoint's variables."""
+        return self.fill(path, self._model())
+
+    def fill(self, path: Path, model: Any) -> Any:
+        """The module with the variables that the checkpoint holds under one of its names."""
         if not model.trainable_variables:
             raise ValueError(
                 f"{printable(path)} cannot be read into a module without variables. Expected a module that has them: "

@@ -95,10 +95,19 @@ class Checkpoints:
         return tuple(sorted(self.files))
 
     def __call__(self, step: int) -> Model:
-        """The model of a step; a ValueError that names the checkpoint for one that cannot be read."""
+        """The model of a step, a new one; a ValueError that names the checkpoint for one that cannot be read."""
+        return self._read(step, self.reader.load)
+
+    def in_turn(self) -> Callable[[int], Model]:
+        """A loader of one step after the other, which fills one model again where another one is compiled anew."""
+        fill = getattr(self.reader, "fill", None)
+        return self if fill is None else _InTurn(self._read, self.reader.load, fill)
+
+    def _read(self, step: int, load: Callable[[Path], Model]) -> Model:
+        """What `load` makes of a step's file."""
         path = self.files[step]
         try:
-            return self.reader.load(path)
+            return load(path)
         except ImportError:
             raise
         except Exception as error:  # whatever a library raises of a damaged file
@@ -126,6 +135,20 @@ class Checkpoints:
     def size(self, model: Model) -> int:
         """Number of trained parameters."""
         return self.reader.size(model)
+
+
+class _InTurn:
+    """Loads a model once, and puts the weights of other steps into it. One that could not be filled is dropped."""
+
+    def __init__(self, read: Callable[..., Model], load: Callable[[Path], Model], fill: Callable[..., Model]) -> None:
+        self._read, self._load, self._fill = read, load, fill
+        self._model: Model = None
+
+    def __call__(self, step: int) -> Model:
+        """The model, with the weights of a step."""
+        model, self._model = self._model, None
+        self._model = self._read(step, self._load if model is None else lambda path: self._fill(path, model))
+        return self._model
 
 
 def open_checkpoints(

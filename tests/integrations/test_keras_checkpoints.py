@@ -39,6 +39,28 @@ def test_weights_of_each_epoch(tmp_path):
             assert row[name] == pytest.approx(other[name], rel=1e-5), name
 
 
+def test_one_model_is_filled_again_and_measured_as_new_ones_are(tmp_path):
+    made = []
+
+    def build():
+        made.append(network())
+        return made[-1]
+
+    for step in (1, 2, 4):
+        network().save_weights(tmp_path / f"{step}.weights.h5")
+    network(units=5).save_weights(tmp_path / "3.weights.h5")
+    model = network()
+    model.get_layer("head").bias.assign([5.0, 6.0])
+    model.save_weights(tmp_path / "2.weights.h5")
+    checkpoints = lnp.open_checkpoints(tmp_path, model=build)
+    with pytest.warns(UserWarning, match="step 3 was skipped"):
+        history = lnp.measure_checkpoints(checkpoints, batches=(X, Y)).history
+    assert len(made) == 2  # another one after the file that does not fit
+    assert list(history["loss"]) == [lnp.decompose(checkpoints(step), (X, Y)).loss for step in (1, 2, 4)]
+    assert history["loss"][0] == history["loss"][2] != history["loss"][1]
+    assert checkpoints(1) is not checkpoints(2)
+
+
 def test_a_keras_file_gives_its_weights_alone(tmp_path):
     mark = tmp_path / "ran"
     model = network()
