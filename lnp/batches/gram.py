@@ -67,9 +67,12 @@ class GradientGram(Shown):
         For batches that were drawn independently, and one loss that is a mean over samples of equal weight, it
         estimates ||grad L||^2 of the population without bias; it may come out negative.
         """
-        count = len(self.matrix)
-        pairs = count * (count - 1)
-        return float((self.matrix.sum() - self.rates.sum()) / pairs) if pairs else float("nan")
+        return mean_of_pairs(self.matrix)[0]
+
+    @property
+    def population_rate_stderr(self) -> float:
+        """The standard error of `population_rate`, by leaving out one batch at a time; nan for fewer than three."""
+        return mean_of_pairs(self.matrix)[1]
 
     def _page(self) -> Page:
         count = min(len(self.matrix), SHOWN)
@@ -150,6 +153,26 @@ def gradient_gram(
     ]
     measured = [evaluate_gradient(loss_gradient, model, batch, one) for batch, one in zip(given, options, strict=True)]
     return _gram(measured)
+
+
+def mean_of_pairs(table: np.ndarray) -> tuple[float, float]:
+    """(Mean over the pairs of a symmetric table, its standard error by leaving out one row and column at a time).
+
+    The error is nan for fewer than three rows, and so is the mean for a single one. Source: docs/theory.md, "The Gram
+    matrix of gradients"; Arvesen, doi:10.1214/aoms/1177697287.
+
+    >>> mean_of_pairs(np.array([[0.0, 1.0, 2.0], [1.0, 0.0, 3.0], [2.0, 3.0, 0.0]]))
+    (2.0, 1.1547005383792515)
+    """
+    count = len(table)
+    if count < 2:
+        return float("nan"), float("nan")
+    off = table - np.diag(np.diag(table))
+    mean = float(off.sum() / (count * (count - 1)))
+    if count < 3:
+        return mean, float("nan")
+    left_out = (off.sum() - 2 * off.sum(axis=1)) / ((count - 1) * (count - 2))
+    return mean, float(np.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum()))
 
 
 def _gram(gradients: list[LossGradient]) -> GradientGram:

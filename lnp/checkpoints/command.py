@@ -18,8 +18,8 @@ from lnp.printable import printable
 
 INCOMPLETE = 3
 """The exit status where something was skipped, or is being measured by another process."""
-OPTIONS = ("loss", "by_layer", "microbatch", "rtol", "seed")
-"""Options of `lnp.decompose` that the command line has."""
+OPTIONS = ("loss", "by_layer", "microbatch", "rtol", "seed", "responses", "nested")
+"""Options of `lnp.measure_checkpoints` that the command line has under their own names."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=_positive, default=128, help="tokens of a sequence (default: 128)")
     add("--batch-size", type=_positive, default=32, help="samples of a batch (default: 32)")
     add("--count", type=_positive, default=1, help="batches; with several, means and errors over them (default: 1)")
+    add("--responses", action="store_true", help="also the cross responses between the batches")
+    add(
+        "--nested",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_sizes,
+        metavar="SIZES",
+        help="also the first 8, 16, 32, ... samples of each batch, or such as 4,16,64: the floor of a finite batch",
+    )
     add("--tokenizer", type=Path, metavar="FOLDER", help="default: the one in the last checkpoint's folder")
     add(
         "--model",
@@ -131,6 +141,14 @@ def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"received {text}; expected an integer above 0")
     return value
+
+
+def _sizes(text: str) -> list[int]:
+    """Numbers of samples."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"received {text!r}; expected numbers of samples, such as 8,32,128") from None
 
 
 def _steps(text: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 from lnp import api
 from lnp.arguments import Batch, Model
+from lnp.checkpoints.asked import Asked, Sizes, asked
 from lnp.checkpoints.fingerprints import digest, text_of
 from lnp.checkpoints.means import ends_of, row_of
 from lnp.checkpoints.results import Part, Results
@@ -63,6 +64,8 @@ def measure_checkpoints(
     *,
     learning_rate: LearningRate = None,
     tags: Mapping[str, Any] | None = None,
+    responses: bool = False,
+    nested: Sizes = False,
     on_error: OnError = "warn",
     **options: Unpack[LossOptions],
 ) -> MeasuredCheckpoints:
@@ -93,6 +96,13 @@ def measure_checkpoints(
         A number, or a function step -> number, for plain gradient descent: see `lnp.Tracker`.
     tags:
         Values that are the same for the whole run, such as its parameters or `tokens_per_step`.
+    responses:
+        Also the cross responses between the batches, <grad L_a, grad L_b>: `cross/rate` and `cross/chi_pos` are their
+        means over pairs, with errors from three batches on, `cross/0-1/rate` that of a pair. Their mean has no floor.
+        The gradients of all batches are held in NumPy at a time.
+    nested:
+        Also the first 8, 16, 32, ... samples of each batch, or as many as a list says: `nested/8/chi_pos` and so on,
+        which show the floor that a batch's size puts under its position.
     on_error:
         "warn": a checkpoint that cannot be loaded or measured is named in a warning, skipped, and tried again when this
         is called again. "raise": the error is raised.
@@ -103,7 +113,8 @@ def measure_checkpoints(
     ------
     TypeError, ValueError
         For options that `lnp.decompose` does not have, without steps or batches, for tags named as measured columns,
-        and where the path holds checkpoints that were measured with other settings.
+        for responses of one batch, sizes that batches do not have, and where the path holds checkpoints that were
+        measured with other settings.
     FileExistsError
         If there is something else at the path.
 
@@ -123,11 +134,14 @@ def measure_checkpoints(
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error is {on_error!r}. Expected one of {', '.join(map(repr, ON_ERROR))}.")
     listed = _listed(load, batches)
+    more = asked(responses, nested, listed, options)
     numbers = _steps(getattr(load, "steps", None) if steps is None else steps)
     rates = None if learning_rate is None else LearningRates(learning_rate)
     settings = {name: text_of(value) for name, value in options.items()}
     settings |= {"batches": digest(listed), "checkpoints": text_of(getattr(load, "source", load))}
-    work = _Work(load, listed, options, on_error)
+    if responses or nested is not False:
+        settings |= {"responses": text_of(more.responses), "nested": text_of(more.sizes)}
+    work = _Work(load, getattr(load, "in_turn", lambda: load)(), listed, options, more, on_error)
     with contextlib.ExitStack() as stack:
         kept = path if path is not None else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run.jsonl"
         results = Results(kept, settings)
@@ -141,8 +155,10 @@ class _Work:
     """How a checkpoint is measured."""
 
     load: Callable[[int], Model]
+    next_model: Callable[[int], Model]
     batches: list[Batch]
     options: Mapping[str, Any]
+    more: Asked
     on_error: OnError
 
     def stamp(self, step: int) -> str:
@@ -157,23 +173,29 @@ class _Work:
             return True
 
     def measure(self, step: int) -> Part:
-        """What a file keeps of a checkpoint. The model is gone when this returns."""
+        """What a file keeps of a checkpoint. The model is gone when this returns, unless it is filled again."""
         stamp, started = self.stamp(step), time.perf_counter()
-        model = self.load(step)
+        model = self.next_model(step)
         refuse(model)
         size = getattr(self.load, "size", None)
         with single_process(model):
-            found = [self._decompose(step, model, index) for index in range(len(self.batches))]
-        values, notes = row_of(found)
+            seeds = [self._seed(step, index) for index in range(len(self.batches))]
+            found = [self._decompose(model, batch, seed) for batch, seed in zip(self.batches, seeds, strict=True)]
+            values, notes = row_of(found)
+            beside, more = self.more.values(model, self.batches, found, seeds, self.options)
         row = {STEP: step, "time": time.time(), **values, "seconds": time.perf_counter() - started}
         if size is not None:
             row["parameters"] = size(model)
-        return {"row": row, "notes": notes, "ends": ends_of(step, found, values), "stamp": stamp}
+        notes = (*notes, *(note for note in more if note not in notes))
+        return {"row": row | beside, "notes": notes, "ends": ends_of(step, found, values), "stamp": stamp}
 
-    def _decompose(self, step: int, model: Model, index: int) -> Decomposition:
-        """The decomposition of one of the batches, with the seed that a tracker has for the first."""
-        seed = seed_at(self.options.get("seed", 0), step + index * BATCHES_APART)
-        return api.decompose(model, self.batches[index], **{**self.options, "seed": seed, "sample_losses": True})
+    def _seed(self, step: int, index: int) -> int:
+        """The seed for one of the batches; of the first it is that of a tracker."""
+        return seed_at(self.options.get("seed", 0), step + index * BATCHES_APART)
+
+    def _decompose(self, model: Model, batch: Batch, seed: int) -> Decomposition:
+        """The decomposition of one of the batches."""
+        return api.decompose(model, batch, **{**self.options, "seed": seed, "sample_losses": True})
 
 
 def _measure_all(

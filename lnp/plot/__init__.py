@@ -10,7 +10,7 @@ of the single measurement. Steps are on a scale that is linear up to 1 and logar
 from lnp.plot.dashboard import dashboard
 from lnp.plot.layers import layers
 from lnp.plot.lines import chi_loss, chi_net, chi_pos, curve, loss, noise_scale
-from lnp.plot.nested import nested_batches
+from lnp.plot.nested import nested_batches, nested_sizes
 from lnp.plot.runs import against_compute, position_against_loss, reach_against_compute, reach_against_size
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "layers",
     "loss",
     "nested_batches",
+    "nested_sizes",
     "noise_scale",
     "position_against_loss",
     "reach_against_compute",

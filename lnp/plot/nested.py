@@ -9,6 +9,9 @@ import numpy as np
 from lnp.batches.nested import NestedBatches
 from lnp.estimators.population import INTERVAL
 from lnp.plot import style
+from lnp.plot.lines import LABELS, STEP, curve
+from lnp.runs.curves import POSITION
+from lnp.runs.open_runs import RunSources, open_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +46,42 @@ def nested_batches(nested: NestedBatches, ax: Axes | None = None) -> Axes:
     style.tidy(ax, "samples in the batch", r"spectral position  $\chi_\mathrm{pos}$")
     ax.legend(frameon=False, fontsize="small")
     return ax
+
+
+def nested_sizes(run: RunSources, ax: Axes | None = None) -> Axes:
+    """The position over the steps for each batch size, of a run whose checkpoints were measured with `nested=`.
+
+    Darker is larger; the whole batch is the darkest, and the population's position, which has no floor, is in colour.
+
+    Raises
+    ------
+    ValueError
+        For several runs, and for a run without nested batches.
+    """
+    named = open_runs(run)
+    history = next(iter(named.values())) if len(named) == 1 else None
+    sizes = sorted(int(size) for name in (history.columns if history else ()) if (size := _size_in(name)))
+    if history is None or not sizes:
+        what = f"{len(named)} runs" if history is None else "a run without nested batches"
+        raise ValueError(f"nested_sizes() received {what}. Expected one run, measured with nested=True.")
+    columns = {f"{size} samples": f"nested/{size}/chi_pos" for size in sizes}
+    whole = history["samples"][-1] if "samples" in history else None
+    columns["whole batch" if whole is None else f"{whole:.0f}, the whole batch"] = "chi_pos"
+    ax = style.axes(ax)
+    for index, (label, column) in enumerate(columns.items()):
+        shade = str(0.75 - 0.65 * index / (len(columns) - 1))
+        curve(named, column, ax, color=shade, label=label, legend=False)
+    if POSITION in history:
+        curve(named, POSITION, ax, color=style.SINGLE, label="of the population", legend=False)
+    style.tidy(ax, STEP, LABELS[POSITION])
+    style.legend(ax, len(columns))
+    return ax
+
+
+def _size_in(column: str) -> str:
+    """The size in the name of a column of positions, "nested/8/chi_pos"; "" for other columns."""
+    parts = column.split("/")
+    return parts[1] if len(parts) == 3 and (parts[0], parts[2]) == ("nested", "chi_pos") else ""
 
 
 def _draw_population(ax: Axes, population: Population, sizes: np.ndarray) -> None:

@@ -15,7 +15,7 @@ NOTES = "notes"
 SEAL = "crc32"
 NUMBERS = frozenset((*WHOLE, "time", "seconds", "window"))
 """Columns that hold numbers, as do those whose names begin with one of the following."""
-FAMILIES = ("population/", "layer/", "cross/", "measured/", "update/", "total/", "net/")
+FAMILIES = ("population/", "layer/", "cross/", "measured/", "update/", "total/", "net/", "nested/")
 TEXTS = ("measured/estimator", "measured/loss_name")
 """Columns of these families that hold texts."""
 RESERVED = NUMBERS | {*SHAPE, STEP, RESUMED, NOTES, SEAL}

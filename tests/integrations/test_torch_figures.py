@@ -122,6 +122,17 @@ def test_layers_without_a_value_are_said_to_have_none():
     assert [text.get_text() for text in ax.texts] == ["no values: " + r"$\chi_\mathrm{pos}$ of the layer"]
 
 
+def test_nested_sizes_have_a_line_each():
+    floor = {f"nested/{size}/chi_pos": 1 / size for size in (16, 8)}
+    ax = lnp.plot.nested_sizes(run(**floor))
+    named = {line.get_label(): line.get_ydata()[0] for line in ax.get_lines() if not line.get_label().startswith("_")}
+    assert list(named) == ["8 samples", "16 samples", "32, the whole batch", "of the population"]
+    assert (named["8 samples"], named["16 samples"]) == (1 / 8, 1 / 16)
+    for wrong, words in ((run(), "a run without nested batches"), ([run(**floor)] * 2, "2 runs")):
+        with pytest.raises(ValueError, match=f"received {words}"):
+            lnp.plot.nested_sizes(wrong)
+
+
 def test_reach_is_shown_over_the_size():
     runs = {str(n): run(size=n) for n in (10, 1000)}
     ax = lnp.plot.reach_against_size(runs)
