@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import lnp
 
@@ -24,3 +27,16 @@ def run(example: str, name: str, folder: Path, length: int, falls: bool = True) 
     assert not falls or history["loss"][-1] < history["loss"][0]
     assert len(history.layers) > 1
     return history
+
+
+def ladder(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch, widths: tuple[int, ...]) -> list[lnp.History]:
+    """The histories of a ladder of two steps, measured from its checkpoints; they are those of a tracker in the run."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    apart = importlib.import_module(example).main(folder, 2, widths)
+    assert max(apart) < 1e-6
+    assert (folder / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    runs = [lnp.History.read(folder / "histories" / f"width-{width}.jsonl") for width in widths]
+    assert [list(run["step"]) for run in runs] == [[1, 2]] * len(widths)
+    assert all(run["loss"][1] < run["loss"][0] for run in runs)
+    return runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from integrations.examples import run
+from integrations.examples import ladder, run
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,9 @@ from integrations.examples import run
 )
 def test_examples(example, name, length, tmp_path):
     run(example, name, tmp_path, length)
+
+
+@pytest.mark.filterwarnings("ignore")  # Orbax's own
+def test_a_ladder_of_checkpoints(tmp_path, monkeypatch):
+    (run,) = ladder("flax_ladder", tmp_path, monkeypatch, (4,))
+    assert run["parameters"][0] > 0

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
-
 import pytest
 
-import lnp
-from integrations.examples import EXAMPLES, run
+from integrations.examples import ladder, run
 
 
 @pytest.mark.parametrize(
@@ -24,11 +21,7 @@ def test_examples(example, name, length, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # the Trainer's own
 def test_a_ladder_of_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    runpy.run_path(str(EXAMPLES / "checkpoint_ladder.py"))["main"](tmp_path, 2)
-    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-    runs = [lnp.History.read(tmp_path / "histories" / f"width-{width}.jsonl") for width in (16, 32, 64)]
-    assert [list(run["step"]) for run in runs] == [[1, 2]] * 3
-    assert runs[0]["parameters"][0] < runs[1]["parameters"][0] < runs[2]["parameters"][0]
-    assert [run["tokens_per_step"][0] for run in runs] == [16 * 32] * 3
-    assert all(run["loss"][1] < run["loss"][0] for run in runs)
+    runs = ladder("checkpoint_ladder", tmp_path, monkeypatch, (8, 16))
+    assert runs[0]["parameters"][0] < runs[1]["parameters"][0]
+    assert [run["tokens_per_step"][0] for run in runs] == [16 * 32] * 2
+    assert "ladder" in (tmp_path / "ladder.html").read_text()
