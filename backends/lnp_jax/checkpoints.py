@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ class OrbaxTrees:
         self._entry = entry
         self._device = None if device is None else jax.devices(device)[0]
         self._dtype = dtype
+
+    def quiet(self) -> None:
+        """Keep Orbax from telling of every checkpoint which files it does not have, in this process."""
+        logging.getLogger("absl").setLevel(logging.ERROR)
 
     def step(self, path: Path, step: int) -> int:
         """The step in the name."""
