@@ -9,6 +9,7 @@ from lnp.arguments import Batch, Forward, Group, Loss, Model, Parameters, Seed, 
 from lnp.contract.options import BatchStatistics, Options
 from lnp.contract.registry import evaluate
 from lnp.estimators.trace import Estimator, takes_samples_apart
+from lnp.parameter_texts import parameters_of
 from lnp.results.computations import Decompose, Respond, measured_change, predicted_change
 from lnp.results.cross_response import CrossResponse, finished
 from lnp.results.decomposition import ByLayer, Decomposition
@@ -51,8 +52,8 @@ def decompose(
     Parameters
     ----------
     model:
-        torch.nn.Module, Flax NNX or Equinox module, bound Flax Linen module, a model of `lnp_numpy`, or
-        `(apply, parameters)` with `apply(parameters, inputs) -> outputs`.
+        torch.nn.Module, tf.Module, Keras model, Flax NNX or Equinox module, bound Flax Linen module, a model of
+        `lnp_numpy`, or `(apply, parameters)` with `apply(parameters, inputs) -> outputs`.
     batch:
         `(inputs, targets)`; inputs may be an array, tuple or dict. For a Hugging Face model a dict with labels.
         N samples along the first axis of outputs of any structure, K numbers each. With `batches`, a loader.
@@ -60,9 +61,8 @@ def decompose(
         `loss(outputs, targets) -> scalar`, or a name: "cross_entropy", "mse", "binary_cross_entropy" (of logits) or
         "huber" (delta = 1). None takes the model's own (Hugging Face, compiled Keras models), else cross-entropy for
         integer targets and mean squared error for float targets of the outputs' shape; `Decomposition.loss_name` tells
-        which it was, and a note if it was probably not meant. Population values need
-        a mean over samples: a callable of your own is called on some of the samples to find out, once, or says so by an
-        attribute `separable = True`.
+        which it was, and a note if it was probably not meant. Population values need a mean over samples: a callable of
+        your own is called on some of the samples to find out, once, or says so by an attribute `separable = True`.
     forward:
         `forward(model, inputs) -> outputs`, for models that are not called as `model(inputs)`.
     parameters:
@@ -166,6 +166,7 @@ def decompose(
     return explained(evaluate(preconditioned, model, (batch,), joint_options(options), update=preconditioner))
 
 
+@parameters_of(decompose)
 def cross_response(
     model: Model,
     train_batch: Batch,
@@ -208,7 +209,7 @@ def cross_response(
     Raises
     ------
     TypeError, ValueError
-        As `decompose`, and for `measured_loss` inside of a compiled function.
+        For a model, batch, loss or option that cannot be used, and for `measured_loss` inside of a compiled function.
 
     Examples
     --------
@@ -239,6 +240,7 @@ def cross_response(
     return respond_to(computation, model, (train_batch, options), (measured_batch, other))
 
 
+@parameters_of(decompose)
 def measured_loss_change(
     model: Model,
     batch: Batch,
@@ -250,8 +252,7 @@ def measured_loss_change(
     parameters: Parameters = None,
     batch_statistics: BatchStatistics = "frozen",
 ) -> float:
-    """L(theta + Delta) - L(theta) on the batch, by evaluating the loss at the moved parameters. The model stays
-    where it is.
+    """L(theta + Delta) - L(theta) on the batch: the loss at moved parameters, while the model stays where it is.
 
     Parameters
     ----------
@@ -259,7 +260,9 @@ def measured_loss_change(
         For Delta = -learning_rate * grad L, a step of gradient descent.
     update:
         Delta itself: {parameter name: array} or a list in PyTorch, a pytree of the parameters' structure in JAX, a
-        vector in NumPy. One of the two must be given. Others as for `decompose`.
+        vector in NumPy. One of the two must be given.
+    others:
+        As for `decompose`.
 
     Examples
     --------
@@ -272,6 +275,7 @@ def measured_loss_change(
     return _loss_change(measured_change, model, batch, options, learning_rate, update)
 
 
+@parameters_of(measured_loss_change)
 def predicted_loss_change(
     model: Model,
     batch: Batch,
@@ -283,7 +287,12 @@ def predicted_loss_change(
     parameters: Parameters = None,
     batch_statistics: BatchStatistics = "frozen",
 ) -> float:
-    """<grad L, Delta>, the loss change of a step to first order. Parameters as for `measured_loss_change`.
+    """<grad L, Delta>, the loss change of a step to first order.
+
+    Parameters
+    ----------
+    others:
+        As for `measured_loss_change`.
 
     Examples
     --------

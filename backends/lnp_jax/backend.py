@@ -13,6 +13,7 @@ import lnp
 from lnp.contract import validation
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import Options
+from lnp.parameter_texts import parameters_of
 from lnp.per_sample.verdict import BENT, Verdict
 from lnp.results.computations import changes, measured_change, predicted_change
 from lnp.results.preconditioner import DecomposePreconditioned
@@ -41,6 +42,7 @@ OF_THE_GRADIENT = (measured_change, predicted_change, changes)
 """Computations about the loss's own gradient, which is what the backward pass says, whether it is linear or not."""
 
 
+@parameters_of(lnp.decompose)
 def decompose(
     apply: Callable,
     parameters: Any,
@@ -58,20 +60,24 @@ def decompose(
 
     Parameters
     ----------
-    apply, parameters, batch, options:
-        As for `lnp.decompose`.
+    apply:
+        `apply(parameters, inputs) -> outputs`.
+    parameters:
+        What it is differentiated by: a pytree of arrays.
     key:
-        Of the random signs; the same on all devices that measure together.
+        Of the random signs, in the place of a seed; the same on all devices that measure together.
     group:
         Inside of `jax.shard_map` or `jax.pmap`: the axis, or axes, of the mesh along which devices hold parts of one
         batch, of equal sizes, with the same parameters. Every device gets the result of the whole batch. None: each its
         own part's. Outside, arrays with a `NamedSharding` are measured as one batch in any case.
+    batch, loss, by_layer, population, estimator, rtol, max_probes, loss_terms, microbatch, batch_statistics:
+        As for `lnp.decompose`.
 
     Raises
     ------
     TypeError, ValueError
-        As `lnp.decompose`; and inside of `jax.shard_map` with `check_vma=True`, and for a network or a loss that talks
-        to other devices there.
+        For a model, batch, loss or option that cannot be used; inside of `jax.shard_map` with `check_vma=True`, and for
+        a network or a loss that talks to other devices there.
 
     >>> import jax, jax.numpy as jnp
     >>> @jax.jit

@@ -11,6 +11,7 @@ import jax
 import lnp
 from lnp.arguments import Loss
 from lnp.contract import validation
+from lnp.parameter_texts import parameters_of
 from lnp_jax.losses import step_value
 from lnp_jax.model import separate
 from lnp_jax.observed import without_states
@@ -20,6 +21,7 @@ from lnp_jax.state_guard import leave_no_trace
 OPTIONS = ("by_layer", "population", "estimator", "rtol", "max_probes", "loss_terms")
 
 
+@parameters_of(lnp.decompose)
 def value_and_grad(apply: Callable, loss: Loss = None, **options: Any) -> Callable:
     """(parameters, batch, key) -> ((loss, decomposition), gradients): `jax.value_and_grad` of the batch's loss, and
     `lnp.decompose` beside it.
@@ -43,15 +45,15 @@ def value_and_grad(apply: Callable, loss: Loss = None, **options: Any) -> Callab
         `lambda p, x: nnx.merge(graph, p, rest, copy=True)(x)` with `graph, p, rest = nnx.split(model, nnx.Param, ...)`.
     loss:
         As for `lnp.decompose`.
-    options:
-        `by_layer`, `population`, `estimator`, `rtol`, `max_probes` and `loss_terms` of `lnp.decompose`.
+    by_layer, population, estimator, rtol, max_probes, loss_terms:
+        As for `lnp.decompose`.
 
     Raises
     ------
     TypeError
         For other options.
     ValueError
-        If leaves of `parameters` cannot be trained, and as `lnp.decompose`, before the step has run.
+        If leaves of `parameters` cannot be trained, or a batch or loss cannot be used, before the step has run.
 
     Examples
     --------

@@ -8,12 +8,14 @@ from typing import Any
 import keras
 
 import lnp
+from lnp.parameter_texts import parameters_of
 from lnp_keras.compiled import is_compute_loss
 from lnp_keras.losses import KerasLoss, adapted, named_loss, plain_value
 from lnp_keras.model import called, named_variables, selected, unpack
 from lnp_keras.state_guard import Scope
 
 
+@parameters_of(lnp.decompose, without=("batches", "group"))
 def value_and_grad(
     model: Any, batch: Any, loss: Any = None, **options: Any
 ) -> tuple[tuple[Any, lnp.Decomposition], list]:
@@ -50,8 +52,8 @@ def value_and_grad(
     Raises
     ------
     TypeError, ValueError
-        As `lnp.decompose`, before the step has begun. ValueError inside a function that XLA compiles, which would fuse
-        the step's operations with those of the measurement.
+        For a model, batch, loss or option that cannot be used, before the step has begun. ValueError inside a function
+        that XLA compiles, which would fuse the step's operations with those of the measurement.
 
     Examples
     --------

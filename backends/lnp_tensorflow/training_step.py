@@ -9,12 +9,14 @@ import tensorflow as tf
 import lnp
 from lnp.contract.trees import map_leaves
 from lnp.contract.validation import unpack
+from lnp.parameter_texts import parameters_of
 from lnp_tensorflow import losses
 from lnp_tensorflow.model import accepts, called, first_names, is_module, named, separate
 from lnp_tensorflow.outputs import parts, rebuild, wide
 from lnp_tensorflow.replay import in_xla
 
 
+@parameters_of(lnp.decompose, without=("batches", "group"))
 def value_and_grad(
     model: Any, batch: Any, loss: Any = None, **options: Any
 ) -> tuple[tuple[Any, lnp.Decomposition], Any]:
@@ -32,7 +34,7 @@ def value_and_grad(
     Parameters
     ----------
     model, batch, loss, options:
-        As for `lnp_tensorflow.decompose`. Whatever the options say of the measurement (`microbatch=`), the step is one
+        As for `lnp.decompose`. Whatever the options say of the measurement (`microbatch=`), the step is one
         pass over the whole batch.
 
     Returns
@@ -49,8 +51,8 @@ def value_and_grad(
     Raises
     ------
     TypeError, ValueError
-        As `lnp.decompose`, before the step has begun. ValueError inside a function that XLA compiles, which would fuse
-        the step's operations with those of the measurement.
+        For a model, batch, loss or option that cannot be used, before the step has begun. ValueError inside a function
+        that XLA compiles, which would fuse the step's operations with those of the measurement.
 
     Examples
     --------

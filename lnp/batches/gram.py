@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from lnp.api import decompose
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters
 from lnp.batches.cutting import part, samples_of
 from lnp.contract.options import BatchStatistics, Options
+from lnp.parameter_texts import parameters_of
 from lnp.results.display import noted
 from lnp.results.gradients import LossGradient, evaluate_gradient, loss_gradient, products
 from lnp.results.rounding import number
@@ -86,6 +88,7 @@ class GradientGram(Shown):
         return Page((), ("batch", "loss", "rate", *map(str, range(count))), table, [said, *left, *noted(self.notes)])
 
 
+@parameters_of(decompose)
 def gradient_gram(
     model: Model,
     batches: Iterable[Batch] | Batch,
@@ -109,7 +112,7 @@ def gradient_gram(
     batches:
         m batches as `lnp.decompose` takes them: a list, or anything that yields them. With `groups`, one batch.
     loss:
-        As for `lnp.decompose`, or a list with one loss for each batch, such as those of several tasks.
+        As for `lnp.decompose`. Or a list with one loss for each batch, such as those of several tasks.
     groups:
         Cut one batch into so many groups of neighbouring samples, as equal as possible, each a batch of its own; as
         many as there are samples for single samples.
@@ -119,7 +122,7 @@ def gradient_gram(
     Raises
     ------
     TypeError
-        Inside of a compiled function, and where `lnp.decompose` raises it.
+        Inside of a compiled function, and for a model, batch or loss that cannot be used.
     ValueError
         For no batches, another number of losses than batches, and a batch that cannot be cut into groups.
 

@@ -20,6 +20,7 @@ from lnp.arguments import Batch, Loss, Model
 from lnp.batches.cutting import part, samples_of
 from lnp.estimators.population import Population
 from lnp.optional import import_optional
+from lnp.parameter_texts import parameters_of
 from lnp.results.decomposition import Decomposition
 from lnp.results.in_group import AUTO
 from lnp.results.rounding import number, with_error
@@ -90,6 +91,7 @@ class NestedBatches(Shown):
         return Page((), HEAD, lines, small)
 
 
+@parameters_of(decompose, without=("batches", "group"))
 def decompose_nested(
     model: Model,
     batch: Batch,
@@ -112,7 +114,7 @@ def decompose_nested(
     batch_sizes:
         Numbers of samples. Default: 8, 16, 32, ... and N.
     options:
-        Those of `lnp.decompose`, for every size; but the batch is that of this process alone.
+        As for `lnp.decompose`. They hold for every size. The batch is that of this process alone.
 
     Raises
     ------
@@ -120,7 +122,7 @@ def decompose_nested(
         For sizes that the batch does not have, for a `group`, and for a batch that cannot be cut; before anything is
         measured.
     TypeError, ValueError
-        As `lnp.decompose`.
+        For a model, batch, loss or option that cannot be used.
 
     Examples
     --------

@@ -89,7 +89,7 @@ def measure_checkpoints(
     steps:
         Steps of the checkpoints. Default: those that `lnp.open_checkpoints` has found.
     batches:
-        A batch as for `lnp.decompose`, or several: columns are then means over them, with standard errors over them.
+        (inputs, targets), or several of them: columns are then means over the batches, with standard errors over them.
     path:
         The history's file. Beside it is a folder `<path>.parts`, with what going on needs. None keeps nothing.
     learning_rate:

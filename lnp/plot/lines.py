@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lnp.parameter_texts import parameters_of
 from lnp.plot import style
 from lnp.runs.curves import MOST_POINTS, NET_POSITION, NOISE_SCALE, POSITION, Curve
 from lnp.runs.curves import curve as curve_of
@@ -48,7 +49,9 @@ def curve(
     Parameters
     ----------
     runs:
-        One run or several.
+        One run or several: histories, files, or folders of them.
+    ax:
+        Where to draw; default: new axes.
     column:
         Its name in the history.
     label:
@@ -84,25 +87,52 @@ def curve(
     return ax
 
 
+@parameters_of(curve)
 def loss(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
-    """The loss over the steps. Options as for `curve`."""
+    """The loss over the steps.
+
+    Parameters
+    ----------
+    runs, ax, options:
+        As for `curve`.
+    """
     return curve(runs, "loss", ax, **options)
 
 
+@parameters_of(curve)
 def chi_loss(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
-    """The loss scale over the steps. Options as for `curve`."""
+    """The loss scale over the steps.
+
+    Parameters
+    ----------
+    runs, ax, options:
+        As for `curve`.
+    """
     return curve(runs, "chi_loss", ax, **options)
 
 
+@parameters_of(curve)
 def chi_net(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
-    """The network scale over the steps. Options as for `curve`."""
+    """The network scale over the steps.
+
+    Parameters
+    ----------
+    runs, ax, options:
+        As for `curve`.
+    """
     return curve(runs, "chi_net", ax, **options)
 
 
+@parameters_of(curve)
 def chi_pos(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The spectral position over the steps: of the population where it is known, and of the batch for a single run.
 
-    For a single run also its net position, where the tracker had a batch of its own. Options as for `curve`.
+    For a single run also its net position, where the tracker had a batch of its own.
+
+    Parameters
+    ----------
+    runs, ax, options:
+        As for `curve`.
     """
     named = open_runs(runs)
     alone = next(iter(named.values())) if len(named) == 1 else None
@@ -151,11 +181,16 @@ def _mark_level(ax: Axes, value: float, text: str, side: Literal["left", "right"
     ax.annotate(text, at, xycoords=place, ha=side, va="bottom", fontsize="small", color="#555")
 
 
+@parameters_of(curve)
 def noise_scale(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     """The gradient noise scale over the steps; for a single run with the size of the batch beside it.
 
     Where the population's rate is within two standard errors of zero, a triangle that points up is a lower limit.
-    Options as for `curve`.
+
+    Parameters
+    ----------
+    runs, ax, options:
+        As for `curve`.
     """
     named = open_runs(runs)
     ax = curve(named, NOISE_SCALE, ax, **options)

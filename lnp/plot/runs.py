@@ -87,7 +87,12 @@ def reach_against_size(runs: RunSources, ax: Axes | None = None, *, names: bool 
 def reach_against_compute(runs: RunSources, ax: Axes | None = None, *, names: bool = True) -> Axes:
     """Spectral reach of each run over the compute of the whole run in floating-point operations, 6 N D.
 
-    Tags as for `against_compute`, which raises the same error.
+    N is the tag `parameters`, D the last step times the tag `tokens_per_step` (tokens, or samples, in a training step).
+
+    Raises
+    ------
+    ValueError
+        If no run has the tags.
     """
     named = open_runs(runs)
     return _reach_against(named, _sizes(named, compute), COMPUTE, ax, names)

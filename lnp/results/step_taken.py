@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lnp.api import decompose
 from lnp.arguments import Batch, Forward, Loss, Model
 from lnp.contract import registry
 from lnp.contract.options import BatchStatistics, Options
+from lnp.parameter_texts import parameters_of
 from lnp.results.computations import changes
 
 
@@ -40,6 +42,7 @@ def snapshot(model: Model) -> Any:
     return _verb(model, "snapshot")(model)
 
 
+@parameters_of(decompose)
 def step_taken(
     before: Any,
     after: Model,

@@ -253,7 +253,8 @@ def bootstrap(
     Raises
     ------
     ValueError
-        As `power_law`, for runs of other sizes, and for a level outside (0, 1).
+        For fewer sizes than a fit needs or sizes that are not positive, values that do not fit them, and a level
+        outside (0, 1).
 
     References
     ----------

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lnp.parameter_texts import parameters_of
+
 Products = Callable[[np.ndarray], np.ndarray]
 """Columns (M, k) -> A times each of them."""
 
@@ -75,6 +77,7 @@ def hutch_plus_plus(operator: SymmetricOperator, products: int = 60, *, seed: in
     return _estimate(operator, products, 3, traces)
 
 
+@parameters_of(hutch_plus_plus)
 def xtrace(operator: SymmetricOperator, products: int = 60, *, seed: int = 0) -> Trace:
     r"""tr A of a symmetric operator, unbiased: each of k random vectors is the probe of the basis made of the others.
 
@@ -86,7 +89,7 @@ def xtrace(operator: SymmetricOperator, products: int = 60, *, seed: int = 0) ->
     Parameters
     ----------
     operator, seed:
-        As for `hutch_plus_plus`; the vectors are Gaussian.
+        As for `hutch_plus_plus`.
     products:
         The most products to spend, at least 4.
 

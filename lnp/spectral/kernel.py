@@ -21,10 +21,12 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
+from lnp.api import decompose
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters
 from lnp.contract.linearization import Linearization
 from lnp.contract.options import BatchStatistics, Options
 from lnp.optional import import_optional
+from lnp.parameter_texts import parameters_of
 from lnp.results.tables import Page, Shown
 from lnp.spectral import eager
 from lnp.spectral.pages import kernel_page
@@ -144,6 +146,7 @@ class Kernel(Shown):
         return self.loss_gradient.reshape(-1).astype(np.float64)  # whose squares may leave the range of float32
 
 
+@parameters_of(decompose)
 def kernel(
     model: Model,
     batch: Batch,
@@ -180,7 +183,7 @@ def kernel(
     TypeError
         If the backend has no Jacobian-vector products.
     ValueError
-        For an unknown kind, a matrix beyond `max_bytes`, and where `decompose` raises it.
+        For an unknown kind, a matrix beyond `max_bytes`, and a model, batch, loss or option that cannot be used.
 
     Examples
     --------

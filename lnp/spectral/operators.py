@@ -7,16 +7,19 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from lnp.api import decompose
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters
 from lnp.contract.linearization import Array, Linearization, Vector, accumulation_dtype
 from lnp.contract.options import BatchStatistics, Options
 from lnp.optional import import_optional
+from lnp.parameter_texts import parameters_of
 from lnp.spectral.eager import compile_products, linearize, to_numpy
 
 Operator = Literal["kernel", "jacobian"]
 OPERATORS: tuple[str, ...] = get_args(Operator)
 
 
+@parameters_of(decompose)
 def linear_operator(
     model: Model,
     batch: Batch,

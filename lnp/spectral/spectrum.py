@@ -18,11 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lnp.api import decompose
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters, Seed, Update
 from lnp.contract.linearization import Linearization, Vector, accumulation_dtype, unit
 from lnp.contract.options import BatchStatistics, Options
 from lnp.contract.registry import evaluate
 from lnp.estimators.trace import Estimator, Settings, takes_samples_apart
+from lnp.parameter_texts import parameters_of
 from lnp.results.decomposition import Decomposition, decomposed
 from lnp.results.finished import explained
 from lnp.results.preconditioner import joint_options, precondition
@@ -117,6 +119,7 @@ class Spectrum(Shown):
         return spectrum_page(self)
 
 
+@parameters_of(decompose)
 def spectrum(
     model: Model,
     batch: Batch,
@@ -153,9 +156,9 @@ def spectrum(
     seed:
         Seed of the probes, and of the trace's signs.
     model, batch, loss, forward, parameters, estimator, rtol, max_probes, loss_terms, microbatch, batch_statistics:
-        As for `lnp.decompose`; the estimator is that of tr Theta.
+        As for `lnp.decompose`.
     preconditioner:
-        The diagonal of M, as for `lnp.decompose`: the spectrum is then that of J M J^T.
+        As for `lnp.decompose`. The spectrum is then that of J M J^T.
 
     Raises
     ------
@@ -163,7 +166,7 @@ def spectrum(
         If the backend has no Jacobian-vector products, and inside a compiled function: the last, small eigenproblem is
         solved by NumPy.
     ValueError
-        For a number of steps or probes that cannot be, and where `decompose` raises it.
+        For a number of steps or probes that cannot be, and for a model, batch, loss or option that cannot be used.
 
     Examples
     --------

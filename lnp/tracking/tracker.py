@@ -122,7 +122,8 @@ class Tracker(KeptRows):
             Updates so far, an integer: 0 before the first one. A step is measured once; a smaller one than before says
             that the run went back, to a checkpoint for example.
         model, batch:
-            As for `lnp.decompose`. The batch may be left out if the tracker has one.
+            What `lnp.decompose` takes: for most models a batch is (inputs, targets). It may be left out if the tracker
+            has one.
         options:
             Options of `lnp.decompose` in the place of the tracker's, where they are known only with the batch.
         learning_rate:
