@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lnp.arguments import Batch
+from lnp.checkpoints.files import refuse_claims
 from lnp.contract.trees import map_leaves
 from lnp.optional import import_optional
 from lnp.printable import printable
@@ -57,6 +59,7 @@ class OrbaxTrees:
         found = checkpointer.metadata(at)
         found = getattr(found, "item_metadata", found)
         shapes = getattr(found, "tree", found)
+        refuse_claims(path, sum(map(_claimed, jax.tree.leaves(shapes))))
         # as NumPy's arrays: the devices of the run that wrote them may not be there
         as_numpy = self._orbax.RestoreArgs(restore_type=np.ndarray)
         tree = checkpointer.restore(at, restore_args=jax.tree.map(lambda _: as_numpy, shapes))
@@ -92,3 +95,9 @@ class OrbaxTrees:
         if self._dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(self._dtype)
         return array if self._device is None else jax.device_put(array, self._device)
+
+
+def _claimed(leaf: Any) -> int:
+    """Bytes that an array of a tree takes, by what the checkpoint says of it; 0 for what is none."""
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    return 0 if shape is None or dtype is None else math.prod(shape) * np.dtype(dtype).itemsize

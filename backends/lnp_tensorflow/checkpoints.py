@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from lnp.arguments import Batch
+from lnp.checkpoints.files import refuse_claims
 from lnp.contract.trees import map_leaves
 from lnp.printable import printable
 
@@ -56,7 +58,10 @@ class Variables:
                 f"{printable(path)} cannot be read into a module without variables. Expected a module that has them: "
                 "call it once in the function that makes it."
             )
-        names = dict.fromkeys(name.partition("/")[0] for name, _ in tf.train.list_variables(str(path)) if name != OWN)
+        saved = tf.train.load_checkpoint(str(path))
+        shapes, types = saved.get_variable_to_shape_map(), saved.get_variable_to_dtype_map()
+        refuse_claims(path, sum(math.prod(shape) * types[name].size for name, shape in shapes.items()))
+        names = dict.fromkeys(name.partition("/")[0] for name in sorted(shapes) if name != OWN)
         fitting = [name for name in ["", *names] if self._entry in (None, name) and _fits(path, name, model)]
         if len(fitting) != 1:
             raise ValueError(

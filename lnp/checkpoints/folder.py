@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from lnp.arguments import Batch, Model
+from lnp.checkpoints.files import files_of
 from lnp.contract import registry
 from lnp.printable import printable
 from lnp.tracking.failures import describe
@@ -107,6 +107,7 @@ class Checkpoints:
         """What `load` makes of a step's file."""
         path = self.files[step]
         try:
+            files_of(path)  # a pipe would never end
             return load(path)
         except ImportError:
             raise
@@ -126,7 +127,7 @@ class Checkpoints:
         OSError
             For what is no file, such as a pipe, which would never end.
         """
-        return ";".join(f"{name}:{size}:{time}" for name, size, time in _files_of(self.files[step]))
+        return ";".join(f"{name}:{size}:{time}" for name, size, time in files_of(self.files[step]))
 
     def prepare(self, batch: Batch) -> Batch:
         """A batch of NumPy arrays in the framework's own."""
@@ -275,20 +276,3 @@ def step_in(path: Path) -> int | None:
     name = path.name[: -len(path.suffix)] if path.suffix in ENDINGS else path.name
     found = re.findall(r"step[-_=]?(\d+)", name, re.IGNORECASE) or re.findall(r"\d+", name)
     return int(found[-1]) if found and len(found[-1]) < 19 else None
-
-
-def _files_of(path: Path) -> list[tuple[str, int, int]]:
-    """(Name, size, time) of each file of a checkpoint, in order."""
-    if path.is_dir():
-        found = [Path(at) / name for at, _, names in os.walk(path) for name in names]
-    else:
-        found = [path] if path.exists() else sorted(path.parent.glob(path.name + ".*"))  # TensorFlow has several
-    if not found:
-        raise FileNotFoundError(f"{printable(path)} is gone. Expected a checkpoint.")
-    listed = []
-    for file in sorted(found):
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{printable(file)} is a pipe, a socket or a device. Expected files in a checkpoint.")
-        listed.append((file.relative_to(path.parent).as_posix(), status.st_size, status.st_mtime_ns))
-    return listed

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +78,61 @@ def test_flax_modules_and_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="received no model"):
         lnp.open_checkpoints(tmp_path)
     assert jax.tree.leaves(checkpoints.prepare((X, Y)))[0].shape == (12, 4)
+
+
+class Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.mark),)
+
+
+HOSTILE = ["truncated", "shapes", "header", "pickle", "pickled array", "deep", "link", "pipe", "pipe behind a link"]
+
+
+def damaged(kind, folder, mark):
+    """Make a sound tree of arrays one that is damaged, or that wants to run code which makes the file `mark`."""
+    array, metadata = folder / "head", folder / "_METADATA"
+    chunk = next(file for file in array.iterdir() if file.name[0].isdigit())
+    if kind == "truncated":
+        chunk.write_bytes(chunk.read_bytes()[:9])
+    elif kind in ("shapes", "header"):
+        size = 5 if kind == "shapes" else 1 << 24
+        said = json.loads((array / ".zarray").read_text())
+        (array / ".zarray").write_text(json.dumps(said | {"shape": [size] * 2, "chunks": [size] * 2}))
+    elif kind in ("pickle", "pickled array"):
+        (metadata if kind == "pickle" else chunk).write_bytes(pickle.dumps(Evil(mark)))
+    elif kind == "deep":
+        metadata.write_text("[" * 100_000)
+    elif kind in ("link", "pipe"):
+        chunk.unlink()
+        chunk.symlink_to(chunk) if kind == "link" else os.mkfifo(chunk)
+    else:
+        elsewhere = folder.parent.parent / "elsewhere"
+        array.rename(elsewhere)
+        array.symlink_to(elsewhere)
+        chunk = elsewhere / chunk.name
+        chunk.unlink()
+        os.mkfifo(chunk)
+
+
+@pytest.mark.filterwarnings("ignore:lnp. the checkpoint of step .* was skipped")
+def test_a_hostile_folder_gives_named_errors_and_runs_nothing(tmp_path):
+    mark, folder = tmp_path / "ran", tmp_path / "run"
+    saving = ocp.PyTreeCheckpointer(use_ocdbt=False)
+    for step in range(len(HOSTILE) + 1):
+        saving.save(folder / f"step_{step}", drawn(0))
+    for step, kind in enumerate(HOSTILE, 1):
+        damaged(kind, folder / f"step_{step}", mark)
+    checkpoints = lnp.open_checkpoints(folder, model=lambda tree: (apply, tree))
+    measured = lnp.measure_checkpoints(checkpoints, batches=(X, Y))
+    assert list(measured.history["step"]) == [0]
+    assert list(measured.skipped) == list(range(1, len(HOSTILE) + 1))
+    for step, kind in enumerate(HOSTILE, 1):
+        assert str(folder / f"step_{step}") in measured.skipped[step] or kind == "shapes", kind
+    assert "arrays take 1.1e+15 bytes" in measured.skipped[HOSTILE.index("header") + 1]
+    assert "is a pipe" in measured.skipped[len(HOSTILE)]
+    assert not mark.exists()

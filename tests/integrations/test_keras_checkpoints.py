@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import re
 import zipfile
+from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -74,15 +79,20 @@ def test_a_keras_file_gives_its_weights_alone(tmp_path):
                 command = {"args": [["touch", str(mark)]], "name": "evil"}
                 layer = {"module": "subprocess", "class_name": "run", "config": command, "registered_name": None}
                 evil.writestr("config.json", json.dumps({**layer, "build_config": {"input_shape": [4]}}))
+    at = str(mark)
+    marking = keras.layers.Lambda(lambda x: open(at, "w").close() or x, output_shape=(4,))
+    keras.Sequential([keras.Input((4,)), marking, *model.layers]).save(tmp_path / "5.keras")
     network(units=5).save(tmp_path / "3.keras")
     (tmp_path / "4.keras").write_bytes((tmp_path / "1.keras").read_bytes()[:300])
     checkpoints = lnp.open_checkpoints(tmp_path, model=network)
-    for step in (1, 2):
+    for step in (1, 2, 5):
         assert np.asarray(checkpoints(step).get_layer("head").bias).tolist() == [5.0, 6.0]
     for step in (3, 4):
         with pytest.raises(ValueError, match=rf"{step}.keras cannot be read \(.*Expected a complete checkpoint"):
             checkpoints(step)
     assert not mark.exists()
+    keras.saving.load_model(tmp_path / "5.keras", safe_mode=False)(X)
+    assert mark.exists()  # the layer is one that would have run
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -93,3 +103,97 @@ def test_what_is_missing_is_said(tmp_path):
         lnp.open_checkpoints(tmp_path, model=network, dtype="float64")
     with pytest.raises(ValueError, match="model without weights"):
         lnp.open_checkpoints(tmp_path, model=lambda: keras.Sequential([keras.layers.Dense(2)]))(1)
+
+
+class Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.mark),)
+
+
+HOSTILE = {
+    "truncated": "",
+    "pickle": "",
+    "shapes": "",
+    "header": "arrays take 7.0e+13 bytes",
+    "external": "lies in another file",
+    "virtual": "lies in another file",
+    "external link": "is a link",
+    "soft link": "is a link",
+    "circle": "cannot be read",
+    "link": "",
+    "pipe": "is a pipe",
+}
+
+
+def damaged(kind, path, mark):
+    """Make a sound file of weights one that is damaged, or that leads elsewhere."""
+    if kind in ("truncated", "pickle"):
+        path.write_bytes(path.read_bytes()[:700] if kind == "truncated" else pickle.dumps(Evil(mark)))
+    elif kind in ("link", "pipe"):
+        path.unlink()
+        path.symlink_to(path) if kind == "link" else os.mkfifo(path)
+    else:
+        with h5py.File(path, "a") as file:
+            group = file["layers/dense/vars"] if "layers/dense" in file else file["layers/hidden/vars"]
+            if kind in ("external", "virtual", "external link", "soft link", "circle", "shapes", "header"):
+                del group["0"]
+            hostile_entry(kind, group, path.with_name("secret.h5"))
+
+
+def hostile_entry(kind, group, secret):
+    """Put something in the place of the first array of a group."""
+    if kind == "shapes":
+        group["0"] = np.ones((4, 7), np.float32)
+    elif kind == "header":
+        group.create_dataset("0", (4, 1 << 42), np.float32, chunks=(4, 1024))
+    elif kind == "external":
+        group.create_dataset("0", (4, 3), np.float32, external=[(str(secret), 0, 48)])
+    elif kind == "virtual":
+        layout = h5py.VirtualLayout((4, 3), np.float32)
+        layout[:] = h5py.VirtualSource(secret, "w", (4, 3))
+        group.create_virtual_dataset("0", layout)
+    elif kind == "external link":
+        group["0"] = h5py.ExternalLink(secret.name, "w")
+    elif kind == "soft link":
+        group["0"] = h5py.SoftLink("/layers")
+    else:
+        group["0"] = group
+
+
+@pytest.mark.parametrize("ending", [".weights.h5", ".keras"])
+def test_a_hostile_folder_gives_named_errors_and_leads_nowhere(tmp_path, ending):
+    mark, folder = tmp_path / "ran", tmp_path / "run"
+    folder.mkdir()
+    with h5py.File(folder / "secret.h5", "w") as file:
+        file["w"] = np.ones((4, 3), np.float32)
+    for step in range(len(HOSTILE) + 1):
+        path = folder / f"{step}{ending}"
+        (network().save_weights if ending == ".weights.h5" else network().save)(path)
+        if not step:
+            continue
+        kind = list(HOSTILE)[step - 1]
+        if ending == ".weights.h5" or kind in ("truncated", "pickle", "link", "pipe"):
+            damaged(kind, path, mark)
+            continue
+        with zipfile.ZipFile(path) as archive:  # what is inside is hostile
+            inside = {name: archive.read(name) for name in archive.namelist()}
+        weights = folder / "model.weights.h5"
+        weights.write_bytes(inside["model.weights.h5"])
+        damaged(kind, weights, mark)
+        inside["model.weights.h5"] = weights.read_bytes()
+        weights.unlink()
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in inside.items():
+                archive.writestr(name, content)
+    checkpoints = lnp.open_checkpoints(folder, model=network, pattern=f"[0-9]*{ending}")
+    assert checkpoints(0).built
+    for step, (kind, words) in enumerate(HOSTILE.items(), 1):
+        with pytest.raises(ValueError, match=re.escape(f"{folder / f'{step}{ending}'} ")) as told:
+            checkpoints(step)
+        assert words in str(told.value), kind
+    assert not mark.exists()
