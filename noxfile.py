@@ -82,6 +82,24 @@ def core(session: nox.Session) -> None:
     pytest(session, "numpy", *PARALLEL, "--pyargs", "lnp", "lnp_numpy", "tests/core", *suite("numpy"))
 
 
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Branches of the core that its own tests run: fails under the share that pyproject.toml has."""
+    install(session, ".[test]", "pytest-cov", "pytest-xdist")
+    tests = ("tests/core", "tests/contract/test_numpy.py", "tests/properties/test_numpy.py")
+    pytest(session, "numpy", *PARALLEL, "--cov", "--cov-config=pyproject.toml", "--pyargs", "lnp", *tests)
+
+
+@nox.session(default=False)
+def mutations(session: nox.Session) -> None:
+    """Each formula broken in turn: fails if no test notices. Hours for all; options name files, as in
+    `nox -s mutations -- lnp/estimators --every 10`.
+    """
+    # editable: coverage and doctests name files of the checkout
+    session.install("--constraint", str(ROOT / "constraints.txt"), "--editable", ".[test]", "coverage")
+    session.run("python", "tests/mutations.py", *session.posargs)
+
+
 @nox.session
 def torch(session: nox.Session) -> None:
     """PyTorch and Hugging Face models, hosts of training loops, tables and figures, and the demo on PyTorch."""

@@ -1,0 +1,391 @@
+"""Each formula broken in turn: which changes of the code does no test notice?
+
+    python tests/mutations.py lnp/estimators lnp/results --jobs 2
+
+A mutant is one module with one change: another operator, constant or comparison, a term or a root left out, a condition
+turned round. The tests are collected once and run once under coverage, so that a mutant is given to those tests only
+that run its line, the fastest first, until one of them fails. Each mutant lives in a process of its own, forked after
+collection: a function's code is replaced in memory, no file is touched. Code that runs at import (constants, defaults)
+is imported anew. Survivors are printed as they are found; those in
+tests/equivalent_mutants.txt, which change no result, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import coverage
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("tests/core", "tests/properties/test_numpy.py", "tests/contract/test_numpy.py", "lnp")
+OPTIONS = ("-c", "pyproject.toml", "--doctest-modules", "-q", "-s", "-p", "no:cacheprovider", "-m", "not thorough")
+OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+    "-c",
+    "pyproject.toml",
+    "--doctest-modules",
+    "-q",
+    "-s",
+    "-p",
+    "no:cacheprovider",
+    "-m",
+    "not thorough",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+)
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
+LONGEST = 5.0
+"""Seconds of tests that a mutant is given to, by their durations under coverage."""
+LIMIT = 90
+"""Seconds after which a mutant counts as noticed: it does not end."""
+
+OTHER_OPERATOR = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+    ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitXor: ast.BitAnd,
+}  # fmt: skip
+OTHER_COMPARISON = {
+    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.GtE), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.LtE),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
+}  # fmt: skip
+OTHER_FUNCTION = {
+    "maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max", "any": "all", "all": "any",
+    "mean": "sum", "sum": "mean", "floor": "ceil", "ceil": "floor",
+}  # fmt: skip
+LEFT_OUT = ("sqrt", "abs", "exp", "log", "square", "real", "conj", "sorted")
+"""Functions of which only the argument is kept."""
+SPLIT = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A module with one change."""
+
+    module: str
+    line: int
+    where: str
+    change: str
+    tree: ast.Module
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.where}: {self.change}" if self.where else f"{self.module}: {self.change}"
+
+
+def mutants(module: str, source: str) -> Iterator[Mutant]:
+    """All mutants of a module."""
+    tree = ast.parse(source)
+    for path, node, where in walk(tree, (), ""):
+        for changed in changes(node):
+            text = f"{ast.unparse(node)} -> {ast.unparse(changed)}"
+            yield Mutant(module, node.lineno, where, " ".join(text.split()), with_change(tree, path, changed))
+
+
+def walk(node: ast.AST, path: tuple, where: str) -> Iterator[tuple[tuple, ast.AST, str]]:
+    """All nodes with the way to them and the function that they are in; texts, annotations and errors left out."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        where = f"{where}.{node.name}".strip(".")
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "type_params"):
+            continue
+        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.JoinedStr | ast.Assert):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            step = (*path, (name, index))
+            if hasattr(child, "lineno"):
+                yield step, child, where
+            yield from walk(child, step, where)
+
+
+def with_change(tree: ast.Module, path: tuple, changed: ast.AST) -> ast.Module:
+    """A copy of the tree with another node at the end of the path."""
+    made = copy.copy(tree)
+    node = made
+    for i, (name, index) in enumerate(path):
+        last = i == len(path) - 1
+        value = getattr(node, name)
+        child = changed if last else copy.copy(value if index is None else value[index])
+        setattr(node, name, child if index is None else [*value[:index], child, *value[index + 1 :]])
+        node = child
+    return made
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What a node is broken to."""
+    made: list[ast.AST] = []
+    match node:
+        case ast.BinOp(left, op, right):
+            if type(op) in OTHER_OPERATOR and not isinstance(left, ast.Constant | ast.JoinedStr):
+                made = [ast.BinOp(left, OTHER_OPERATOR[type(op)](), right)]
+            made += [left] if isinstance(op, SPLIT) else []
+            made += [right] if isinstance(op, ast.Add) else []
+            if any(isinstance(part, ast.JoinedStr) or is_text(part) for part in (left, right)):
+                made = []
+        case ast.AugAssign(target, op, value) if type(op) in OTHER_OPERATOR:
+            made = [ast.AugAssign(target, OTHER_OPERATOR[type(op)](), value)]
+        case ast.Compare(left, [op], right):
+            made = [ast.Compare(left, [other()], right) for other in OTHER_COMPARISON[type(op)]]
+        case ast.BoolOp(op, values):
+            made = [ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), values)]
+        case ast.UnaryOp(ast.USub() | ast.Not(), operand):
+            made = [operand]
+        case ast.Constant(value):
+            made = [ast.Constant(other) for other in other_values(value)]
+        case ast.If(test, body, orelse) if isinstance(test, ast.Name | ast.Attribute | ast.Call):
+            made = [ast.If(ast.UnaryOp(ast.Not(), test), body, orelse)]
+        case ast.IfExp(test, body, orelse):
+            made = [ast.IfExp(test, orelse, body)]
+        case ast.Call(function, arguments, keywords):
+            made = list(other_calls(function, arguments, keywords))
+    return (ast.fix_missing_locations(ast.copy_location(new, node)) for new in made)
+
+
+def other_values(value: object) -> list:
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1]
+    return [value * 1.5 or 1.0] if isinstance(value, float) else []
+
+
+def other_calls(function: ast.expr, arguments: list, keywords: list) -> Iterator[ast.expr]:
+    """Another function of the same arguments, or one argument alone."""
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name in OTHER_FUNCTION:
+        other = copy.copy(function)
+        setattr(other, "attr" if isinstance(function, ast.Attribute) else "id", OTHER_FUNCTION[name])
+        if isinstance(function, ast.Attribute) or name not in ("sum", "mean"):
+            yield ast.Call(other, arguments, keywords)
+    if name in LEFT_OUT and arguments and not isinstance(arguments[0], ast.Starred | ast.GeneratorExp):
+        yield arguments[0]
+    if name == "where" and len(arguments) == 3:
+        yield ast.Call(function, [arguments[0], arguments[2], arguments[1]], keywords)
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code object and all inside of it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes(constant)
+
+
+def replace_code(mutant: Mutant) -> bool:
+    """Put a mutant's code into the functions that are there; False where the change is in code that ran at import."""
+    file = sys.modules[mutant.module].__file__
+    made = {(c.co_qualname, c.co_firstlineno): c for c in codes(compile(mutant.tree, file, "exec"))}
+    replaced = False
+    for function in gc.get_objects():
+        if isinstance(function, types.FunctionType) and function.__module__ == mutant.module:
+            new = made.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
+            if new is not None and function.__code__ != new:
+                try:
+                    function.__code__ = new
+                except ValueError:  # other free variables
+                    return False
+                replaced = True
+    return replaced
+
+
+class Imported:
+    """Finds one module as a mutant has it."""
+
+    def __init__(self, name: str, tree: ast.Module):
+        self.name, self.tree = name, tree
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        code = compile(self.tree, spec.origin, "exec")
+        spec.loader.get_code = lambda _: code
+        return spec
+
+
+class Check:
+    """Runs the mutants in the place of the tests, once those are collected."""
+
+    def __init__(self, chosen: list[Mutant], jobs: int = 1, kept: Path | None = None, one: Path | None = None):
+        self.mutants, self.jobs, self.kept, self.one = chosen, jobs, kept, one
+        self.equivalent = known_equivalents()
+        self.survivors: list[Mutant] = []
+        self.durations: dict[str, float] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        self.items = {item.nodeid: item for item in session.items}
+        if self.one is not None:
+            return True if self.notices(json.loads(self.one.read_text())) else sys.exit(99)
+        tests, durations = self.recorded()
+        running: dict[int, Mutant] = {}
+        started, done = time.monotonic(), 0
+        for mutant in self.mutants:
+            ran = tests[mutant.module].get(mutant.line) or set().union(*tests[mutant.module].values())
+            given = limited(sorted(ran, key=lambda name: durations.get(name, 0.0)), durations)
+            while len(running) >= self.jobs:
+                done += self.finished(running)
+            running[self.start(mutant, given)] = mutant
+            if done and done % 200 == 0:
+                print(f"{done} of {len(self.mutants)}, {time.monotonic() - started:.0f} s", file=sys.stderr)
+        while running:
+            self.finished(running)
+        return True
+
+    def finished(self, running: dict[int, Mutant]) -> int:
+        pid, status = os.wait()
+        mutant = running.pop(pid)
+        if status == 0 and str(mutant) not in self.equivalent:
+            self.survivors.append(mutant)
+            print(f"{mutant.line:4d}  {mutant}", flush=True)
+        return 1
+
+    def start(self, mutant: Mutant, given: list[str]) -> int:
+        """A process that ends with 0 if no test notices the mutant."""
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(LIMIT)
+            silence()
+            os._exit(1 if (self.notices(given) if replace_code(mutant) else imported_anew(mutant, given)) else 0)
+        except BaseException:  # a mutant that does not even start is noticed
+            os._exit(1)
+
+    def notices(self, given: list[str]) -> bool:
+        """Whether one of the tests fails."""
+        self.failed = False
+        for name, following in zip(given, [*given[1:], None], strict=True):
+            item, after = self.items[name], self.items.get(following)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+            if self.failed:
+                return True
+        return False
+
+    def pytest_runtest_logreport(self, report):
+        self.failed = report.failed or getattr(self, "failed", False)
+        self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
+
+    def recorded(self) -> tuple[dict[str, dict[int, set[str]]], dict[str, float]]:
+        """{module: {line: tests that run it}}, and how long each test takes; from a process of its own."""
+        folder = Path(tempfile.mkdtemp()) if self.kept is None else self.kept
+        if not (folder / "durations").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            pid = os.fork()
+            if not pid:
+                silence()
+                self.record(folder)
+                os._exit(0)
+            os.waitpid(pid, 0)
+        data = coverage.CoverageData(str(folder / "data"))
+        data.read()
+        found: dict[str, dict[int, set[str]]] = defaultdict(dict)
+        for module in {mutant.module for mutant in self.mutants}:
+            lines = data.contexts_by_lineno(sys.modules[module].__file__)
+            found[module] = {line: {name for name in names if name} for line, names in lines.items()}
+        return found, json.loads((folder / "durations").read_text())
+
+    def record(self, folder: Path) -> None:
+        """Run all tests once under coverage, each as a context."""
+        watched = coverage.Coverage(data_file=str(folder / "data"), source=[str(ROOT / "lnp")], config_file=False)
+        watched.start()
+        for item in self.items.values():
+            watched.switch_context(item.nodeid)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+        watched.stop()
+        watched.save()
+        (folder / "durations").write_text(json.dumps(self.durations))
+
+
+def silence() -> None:
+    """Nothing that this process prints is seen."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+
+
+def limited(names: list[str], durations: dict[str, float]) -> list[str]:
+    total, chosen = 0.0, []
+    for name in names:
+        total += durations.get(name, 0.0)
+        if total > LONGEST and chosen:
+            break
+        chosen.append(name)
+    return chosen
+
+
+def imported_anew(mutant: Mutant, given: list[str]) -> bool:
+    """Whether a test fails in a fresh interpreter that imports the mutant."""
+    with tempfile.TemporaryDirectory() as folder:
+        code, tests = Path(folder, "mutant.py"), Path(folder, "tests")
+        code.write_text(ast.unparse(mutant.tree), encoding="utf-8")
+        tests.write_text(json.dumps(given))
+        command = [sys.executable, __file__, "--one", mutant.module, str(code), str(tests)]
+        return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode != 0
+
+
+def known_equivalents() -> set[str]:
+    """Mutants that change no result, each on a line, with the reason behind two spaces and a #."""
+    lines = EQUIVALENT.read_text(encoding="utf-8").splitlines() if EQUIVALENT.exists() else []
+    return {line.partition("  #")[0] for line in lines}
+
+
+def run(check: Check, tests: tuple[str, ...]) -> int:
+    os.chdir(ROOT)
+    hypothesis.settings.register_profile(
+        "mutants", deadline=None, database=None, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    )
+    return pytest.main([*OPTIONS, "--hypothesis-profile=mutants", *tests], plugins=[check])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", default=["lnp/estimators", "lnp/results", "lnp/spectral", "lnp/runs"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--every", type=int, default=1, help="only each so-many-th mutant")
+    parser.add_argument("--kept", type=Path, help="folder for what coverage records, to be used again")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        module, code, tests = options.one
+        sys.meta_path.insert(0, Imported(module, ast.parse(Path(code).read_text(encoding="utf-8"))))
+        names = json.loads(Path(tests).read_text())
+        return run(Check([], one=Path(tests)), tuple(dict.fromkeys(name.partition("::")[0] for name in names)))
+    files = [f for path in options.paths for f in sorted(Path(ROOT, path).rglob("*.py") or [Path(ROOT, path)])]
+    files = files or [ROOT / path for path in options.paths]
+    found = []
+    for file in files:
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found += mutants(module, file.read_text(encoding="utf-8"))
+    check = Check(found[:: options.every], options.jobs, options.kept)
+    run(check, TESTS)
+    print(f"{len(check.mutants)} mutants, of which {len(check.survivors)} survive and are not known as equivalent")
+    return 1 if check.survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
