@@ -38,18 +38,6 @@ ROOT = Path(__file__).parents[1]
 TESTS = ("tests/core", "tests/properties/test_numpy.py", "tests/contract/test_numpy.py", "lnp")
 OPTIONS = ("-c", "pyproject.toml", "--doctest-modules", "-q", "-s", "-p", "no:cacheprovider", "-m", "not thorough")
 OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
-    "-c",
-    "pyproject.toml",
-    "--doctest-modules",
-    "-q",
-    "-s",
-    "-p",
-    "no:cacheprovider",
-    "-m",
-    "not thorough",
-    "-W",
-    "ignore::pytest.PytestAssertRewriteWarning",
-)
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 LONGEST = 5.0
 """Seconds of tests that a mutant is given to, by their durations under coverage."""
