@@ -100,6 +100,14 @@ def mutations(session: nox.Session) -> None:
     session.run("python", "tests/mutations.py", *session.posargs)
 
 
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Thousands of models, batches, losses, options, files and command lines: a right answer, or an error of lnp's."""
+    install(session, *OF_TORCH)
+    cases = os.environ.get("LNP_FUZZ", "3000")
+    session.run("pytest", "-c", "pyproject.toml", "tests/fuzzing.py", *session.posargs, env={"LNP_FUZZ": cases})
+
+
 @nox.session
 def torch(session: nox.Session) -> None:
     """PyTorch and Hugging Face models, hosts of training loops, tables and figures, and the demo on PyTorch."""

@@ -105,6 +105,17 @@ class LinearModel:
     weight: np.ndarray
     bias: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        for name, array, axes in (("weight", self.weight, 2), ("bias", self.bias, 1)):
+            if array is None and name == "bias":
+                continue
+            if not hasattr(array, "shape") or np.ndim(array) != axes or np.asarray(array).dtype.kind not in "fiub":
+                kind = f"{type(array).__name__} of shape {np.shape(array)} and dtype {np.asarray(array).dtype}"
+                raise ValueError(
+                    f"The {name} is a {kind}. Expected an array of real numbers, (inputs, outputs), or (outputs,) "
+                    "of a bias."
+                )
+
     def features(self, inputs: np.ndarray) -> np.ndarray:
         """What the weight multiplies, shape (N, D)."""
         return np.asarray(inputs)
@@ -117,10 +128,10 @@ class LinearModel:
     def linearize(self, inputs: np.ndarray) -> Local:
         """The Jacobian is features (x) identity, and is never formed."""
         features = self.features(inputs)
-        if features.ndim != 2 or features.shape[1] != self.weight.shape[0]:
+        if features.ndim != 2 or features.shape[1] != self.weight.shape[0] or features.dtype.kind not in "fiub":
             raise ValueError(
-                f"The features have shape {features.shape}, the weight {self.weight.shape}. Expected (samples, "
-                f"{self.weight.shape[0]}). Check the inputs."
+                f"The features have shape {features.shape} and dtype {features.dtype}, the weight {self.weight.shape}. "
+                f"Expected real numbers of shape (samples, {self.weight.shape[0]}). Check the inputs."
             )
 
         def apply(p: Vector) -> np.ndarray:
@@ -148,6 +159,7 @@ class RandomFeatureModel(LinearModel):
     activation: Callable[[np.ndarray], np.ndarray] = np.tanh
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.projection is None:
             raise ValueError(
                 "RandomFeatureModel received no projection. Expected an array of shape (inputs, features)."

@@ -64,6 +64,12 @@ CALLS = {  # the call, the error's type, its text
     "a learning rate in words": (
         lambda: lnp.measured_loss_change(MODEL, BATCH, learning_rate="1e-3"), TypeError, "'1e-3'. Expected the number"
     ),
+    "a number for a weight": (lambda: lnp_numpy.LinearModel(0.5), ValueError, "weight is a float .* Expected an array"),
+    "a list for a weight": (lambda: lnp_numpy.LinearModel([[0.5]]), ValueError, "weight is a list of shape .1, 1."),
+    "a weight of texts": (lambda: lnp_numpy.LinearModel(np.array([["a"]])), ValueError, "dtype <U1"),
+    "a wide bias": (lambda: lnp_numpy.LinearModel(X, X), ValueError, "bias is a ndarray .* .outputs,. of a bias"),
+    "features without a weight": (lambda: lnp_numpy.RandomFeatureModel(0.5, None, X), ValueError, "weight is a float"),
+    "inputs of texts": (lambda: lnp.decompose(MODEL, (X.astype(str), X)), ValueError, "dtype <U.*Check the inputs"),
     "a history": (lambda: lnp.reach(lnp.History()), TypeError, "a History. Expected the steps .* history.reach"),
     "no rows": (lambda: lnp.History([MODEL]), TypeError, "History received a list. Expected rows.* tracker.history"),
     "a model for a path": (lambda: lnp.Tracker(MODEL), TypeError, "type LinearModel.* order is lnp.Tracker.path, sch"),
