@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 from torch import Tensor
-
-from lnp_torch.writes import tensors
 
 
 class Beginning(Protocol):
@@ -34,10 +33,10 @@ class Constants:
             return True
         return id(tensor) in self._beginning.given and id(tensor) not in self._written
 
-    def follow(self, args: tuple, kwargs: dict, out: Any) -> bool:
-        """An operation was called: its output is one of these if all tensors that went in are. Whether they are."""
-        constant = all(tensor in self for tensor in tensors((args, kwargs)))
-        for tensor in tensors(out):
+    def follow(self, given: Iterable[Tensor], made: Iterable[Tensor]) -> bool:
+        """An operation was called: what it made is one of these if all tensors that went in are. Whether they are."""
+        constant = all(map(self.__contains__, given))
+        for tensor in made:
             if constant:
                 self._made[id(tensor)] = weakref.ref(tensor)
             elif tensor in self:  # the batch was written to it

@@ -35,7 +35,7 @@ from lnp_torch.draws import (
 from lnp_torch.model import Program, captured, replaced
 from lnp_torch.outputs import widened
 from lnp_torch.state_guard import set_generator_state
-from lnp_torch.writes import writes_unseen
+from lnp_torch.writes import tensors, writes_unseen
 
 
 class Frozen(TorchFunctionMode):
@@ -98,7 +98,7 @@ class Frozen(TorchFunctionMode):
         self._program.guard.check(func, args, kwargs)
         out = self._called(func, args, kwargs)
         if self._constants is not None:
-            self._constants.follow(args, kwargs, out)
+            self._constants.follow(tensors((args, kwargs)), tensors(out))
         return out
 
     def _called(self, func: Callable, args: tuple, kwargs: dict) -> Any:

@@ -8,7 +8,7 @@ mode sees. The measurement then starts again, with memory of its own for what is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ MAX_NORM = {F.embedding: 3, F.embedding_bag: 4}
 """{function that shrinks rows of its second argument in place: position of `max_norm`}."""
 HANDED_OUT = frozenset({Tensor.data.__get__, Tensor.numpy, Tensor.__array__})
 """Memory that can be written to unseen."""
+SEQUENCES = (tuple, list)
 RUNNING = {
     **dict.fromkeys((F.batch_norm, F.instance_norm), 1),
     **dict.fromkeys((torch.batch_norm, torch.instance_norm, torch.native_batch_norm), 3),
@@ -67,15 +68,15 @@ class Guard:
         return next((self._memory[key] for key in keys if key in self._memory), None)
 
 
-def _targets(func: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+def _targets(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors that a call writes to."""
-    if writes(func) and args:
-        yield from tensors(args[0])
+    found = tensors(args[0]) if args and writes(func) else []
     if "out" in kwargs:
-        yield from tensors(kwargs["out"])
+        found += tensors(kwargs["out"])
     position = MAX_NORM.get(func)
     if position is not None and kwargs.get("max_norm", args[position] if len(args) > position else None) is not None:
-        yield from tensors(args[1] if len(args) > 1 else kwargs["weight"])
+        found += tensors(args[1] if len(args) > 1 else kwargs["weight"])
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,16 +93,22 @@ _OPERATORS = frozenset(
 )
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dictionaries."""
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dictionaries. Runs for each operation of a pass."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
+        found.append(value)
+    elif isinstance(value, SEQUENCES):
         for item in value:
-            yield from tensors(item)
+            _collect(item, found)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors(item)
+            _collect(item, found)
 
 
 def _memory(tensor: Tensor) -> tuple[int, ...]:

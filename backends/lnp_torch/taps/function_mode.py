@@ -86,19 +86,20 @@ class Taps(TorchFunctionMode):
         if not self.watching or torch.compiler.is_compiling():  # what the user's compiler follows stays as it is
             return out
         name = getattr(func, "__name__", "") or str(func)
-        constant = self._constants.follow(args, kwargs, out)
+        given, made = tensors((args, kwargs)), tensors(out)
+        constant = self._constants.follow(given, made)
         self.sequence.follow(name, args, kwargs, out, constant)
         self.hooked |= func in HOOKS
-        used = [tensor for tensor in tensors((args, kwargs)) if self._name(tensor) is not None]
-        if not used or not _differentiable(out) or self._only_views(out):
+        used = [tensor for tensor in given if self._name(tensor) is not None]
+        if not used or not any(tensor.requires_grad for tensor in made) or self._only_views(made):
             return out
-        if constant and self._derives(func, args, out, used):
+        if constant and self._derives(func, args, made, used):
             return out
         return self._tapped(func, name, args, kwargs, out, used, constant)
 
-    def _derives(self, func: Callable, args: tuple, out: Any, used: list[Tensor]) -> bool:
+    def _derives(self, func: Callable, args: tuple, made: list[Tensor], used: list[Tensor]) -> bool:
         """Watch what is computed from parameters alone, unless copies of it, or rows, go to the samples at once."""
-        made, looked_up = list(tensors(out)), looks_up(func, args) and self._name(used[0]) in self.parameters
+        looked_up = looks_up(func, args) and self._name(used[0]) in self.parameters
         if looked_up or not all(map(_plain, made)) or any(spreads(func, args, used, tensor) for tensor in made):
             return False
         sources: dict[str, Tensor] = {}
@@ -146,7 +147,7 @@ class Taps(TorchFunctionMode):
             shared = index is not None and (index.ndim < 2 or (len(index) == 1 and not self._single))
             if index is not None and site.name in self.parameters and (constant or shared):
                 self._watch(tapped, Lookup(site.name, site.frame, index, constant and shared))
-                self._constants.follow((), {}, tapped)
+                self._constants.follow((), (tapped,))
         return tapped
 
     def _sites_of(self, uses: list[Use], used: list[Tensor], operation: str) -> list[Site]:
@@ -173,10 +174,9 @@ class Taps(TorchFunctionMode):
         base = tensor._base
         return None if base is None else self._names.get(id(base))
 
-    def _only_views(self, out: Any) -> bool:
-        """Whether an operation's output is nothing but views of parameters."""
-        outs = list(tensors(out))
-        return bool(outs) and all(self._name(tensor) is not None for tensor in outs)
+    def _only_views(self, made: list[Tensor]) -> bool:
+        """Whether what an operation has made is nothing but views of parameters."""
+        return bool(made) and all(self._name(tensor) is not None for tensor in made)
 
     def _site(self, use: Use) -> Site | None:
         """Where in the parameter the tensor lies; None if that cannot be said."""
@@ -301,7 +301,3 @@ def _plain(out: Tensor) -> bool:
     if not (out.is_floating_point() and out.layout == torch.strided):
         return False
     return not (out.is_nested or functorch.is_functorch_wrapped_tensor(out))
-
-
-def _differentiable(out: Any) -> bool:
-    return any(tensor.requires_grad for tensor in tensors(out))
