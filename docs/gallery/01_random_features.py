@@ -12,9 +12,10 @@ This study trains random-feature models of several widths on one batch, measures
 """
 
 import numpy as np
-from shared import film_strip, plt, save, schedule, shades
+from shared import plt, save, schedule, shades
 
 import lnp
+import lnp.plot
 import lnp_numpy
 
 SAMPLES, INPUTS, WIDTHS, STEPS = 400, 8, (25, 100, 400, 1600), 30_000
@@ -86,7 +87,7 @@ def main():
     axes["position"].set_ylim(1e-8, 1)
     axes["position"].legend()
     spectra = {step: lnp.spectrum(now, batch, "mse", steps=40) for step, now in descend(net, batch, rate, SHOWN)}
-    film_strip(axes["film"], spectra)
+    lnp.plot.spectrum(spectra, axes["film"]).set_title("where in the spectrum the loss falls")
     save(figure, "01_random_features")
 
 

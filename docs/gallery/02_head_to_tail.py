@@ -11,11 +11,12 @@ shown.
 
 import numpy as np
 import torch
-from shared import film_strip, plt, positive, save, schedule
+from shared import plt, positive, save, schedule
 from torch import nn
 from torch.nn import functional as F
 
 import lnp
+import lnp.plot
 from lnp.demo import data
 
 STEPS, BATCH, RATE, WIDTH, MEASURED = 3000, 128, 0.2, 128, 8192
@@ -62,14 +63,8 @@ def main():
     positive(axes["factors"], steps, positions, errors, color="k", label="$\\chi_{pos}$ of the population")
     axes["factors"].set(xlabel="step (0 at the left end)", title="the three factors")
     axes["factors"].legend(loc="lower right", bbox_to_anchor=(1, 0.2))
-    for index, (step, s) in enumerate(spectra.items()):
-        grid = s.lambda_max * np.logspace(-6, 0.3, 100)
-        share, error = s.density.per_decade(grid)
-        axes["density"].semilogx(grid, share, color=f"C{index}", label=f"step {step}")
-        axes["density"].fill_between(grid, share - error, share + error, color=f"C{index}", alpha=0.3)
-    axes["density"].set(xlabel="eigenvalue", title="all eigenvalues: share per decade")
-    axes["density"].legend()
-    film_strip(axes["film"], spectra)
+    lnp.plot.density(spectra, axes["density"]).set(ylabel="", title="all eigenvalues: share per decade")
+    lnp.plot.spectrum(spectra, axes["film"]).set_title("where in the spectrum the loss falls")
     save(figure, "02_head_to_tail")
     for step, s in spectra.items():
         p = found[step].population

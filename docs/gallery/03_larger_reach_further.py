@@ -20,6 +20,7 @@ from shared import plt, positive, save, schedule, shades
 from teacher import student
 
 import lnp
+import lnp.plot
 
 RATES = {4: 0.4, 8: 0.4, 16: 0.4, 32: 0.8, 64: 0.8, 128: 0.8, 256: 0.8}
 """The best learning rate of each width."""
@@ -61,11 +62,7 @@ def over_seeds(values):
 def fitted(axis, sizes, values, stderrs=None, *, label, color="C0", **options):
     """The points and the power law through them, drawn and said."""
     law = lnp.power_law(sizes, values, stderrs, **options)
-    if stderrs is None:
-        values, stderrs = zip(*[(r.chi_pos, r.stderr) for r in values], strict=True)
-    positive(axis, sizes, values, stderrs, ls="", color=color, label=label)
-    grid = np.geomspace(sizes[0], sizes[-1], 50)
-    axis.loglog(grid, [law.predict(size)[0] for size in grid], color=color, lw=1)
+    lnp.plot.power_law(sizes, values, stderrs, axis, label=label, color=color, **options)
     print(f"{label}: {law}; chi^2 per degree of freedom {law.chi_square_per_degree:.1f}, R^2 {law.r_squared:.2f}")
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import film_strip, plt, positive, save, shades
+from shared import plt, positive, save, shades
 from torch import nn
 from torch.nn import functional as F
 
 import lnp
+import lnp.plot
 
 RATES = {8: 0.1, 16: 0.03, 32: 0.03, 64: 0.01}
 """The best learning rate of each width."""
@@ -171,7 +172,7 @@ def main():
             found, spectra = run(corpus, network(symbols, width, frozen, seed), RATES[width], seed, frames=filmed)
             runs.append(found)
             if spectra:
-                film_strip(axes["film"], spectra, decades=7)
+                lnp.plot.spectrum(spectra, axes["film"], decades=7).set_title("where in the spectrum the loss falls")
         label = f"width {width}, all but the output layer frozen" if frozen else f"width {width}"
         loss = curves(axes, runs, size, label, color=color, ls="--" if frozen else "-")
         reach = reaches_of(runs)
@@ -193,10 +194,7 @@ def finish(figure, axes, sizes, losses, reaches):
     for label, color, found in both:
         law = lnp.power_law(sizes, found)
         print(f"reach, {label}: {law}; chi^2 per degree of freedom {law.chi_square_per_degree:.1f}")
-        positive(
-            axes["reach"], sizes, [r.chi_pos for r in found], [r.stderr for r in found], ls="", color=color, label=label
-        )
-        axes["reach"].loglog(sizes, [law.predict(size)[0] for size in sizes], color=color, lw=1)
+        lnp.plot.power_law(sizes, found, ax=axes["reach"], label=label, color=color)
     titles = {
         "loss": ("loss", "step"),
         "net": ("$\\chi_{net}$", "step"),

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lnp import plot
 from lnp.demo.run import Ladder
-from lnp.demo.summary import average_over_seeds, is_frozen, reach
+from lnp.demo.summary import is_frozen, reach
 from lnp.plot import style
-from lnp.plot.runs import draw_reach
+from lnp.plot.laws import draw_reach
 from lnp.runs.curves import POSITION, size
 
 if TYPE_CHECKING:
@@ -22,33 +22,23 @@ def draw(ladder: Ladder, path: Path) -> None:
     """Write the figure as PNG: means over seeds with their standard errors."""
     figure = style.figure(9.5, 6.6)
     axes = figure.subplots(2, 2).ravel()
-    lines = _line_styles(ladder)
-    for network, runs in ladder.items():
-        mean = average_over_seeds(runs, *PANELS)
-        for ax, column in zip(axes, PANELS, strict=False):
-            plot.curve(mean, column, ax, label=network, legend=False, **lines[network])
-    _draw_reach(axes[3], ladder, lines)
+    for ax, column in zip(axes, PANELS, strict=False):
+        plot.over_seeds(ladder, column, ax, legend=False)
+    _draw_reach(axes[3], ladder)
     axes[0].legend(title="hidden layer", frameon=False)
     for letter, ax in zip("abcd", axes, strict=True):
         ax.set_title(letter, loc="left", fontweight="bold")
     figure.savefig(path, dpi=160)
 
 
-def _line_styles(ladder: Ladder) -> dict[str, dict[str, Any]]:
-    """{network: options of its line}: darker is wider; frozen features are dashed, in another colour."""
-    free = {network: runs[0] for network, runs in ladder.items() if not is_frozen(runs)}
-    colours = dict(zip(free, style.colours(free), strict=True))
-    frozen = {"color": "tab:red", "linestyle": "--"}
-    return {network: {"color": colours[network]} if network in free else frozen for network in ladder}
-
-
-def _draw_reach(ax: Axes, ladder: Ladder, lines: dict[str, dict[str, Any]]) -> None:
+def _draw_reach(ax: Axes, ladder: Ladder) -> None:
     """Spectral reach against size, one point with its error for each network."""
     ax.set(xscale="log", yscale="log")
-    for network, runs in ladder.items():
+    lines = style.lines({network: runs[0] for network, runs in ladder.items()})
+    for (network, runs), line in zip(ladder.items(), lines, strict=True):
         found = reach(runs)
-        marker = {"fillstyle": "none"} if is_frozen(runs) else {}
-        draw_reach(ax, size(runs[0]), found, color=lines[network]["color"], capsize=3, markersize=7, **marker)
+        marker: dict[str, Any] = {"fillstyle": "none"} if is_frozen(runs) else {}
+        draw_reach(ax, size(runs[0]), found, color=line["color"], capsize=3, markersize=7, **marker)
         at = (size(runs[0]), found.chi_pos if found.resolved else found.limit)
         ax.annotate(network, at, xytext=(9, 3), textcoords="offset points", fontsize=9)
     ax.margins(x=0.3, y=0.15)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lnp.demo.run import Ladder
 from lnp.runs import curves
+from lnp.runs.seeds import mean_over_seeds
 from lnp.runs.spectral_reach import Reach, reach_of_runs
 from lnp.tracking.history import History
 
@@ -20,18 +21,6 @@ class Value:
 
     mean: float
     stderr: float
-
-
-def average_over_seeds(runs: Sequence[History], *columns: str) -> History:
-    """The mean over seeds of each column, (points,), with its standard error as that of the measurement: a history to
-    draw curves of.
-    """
-    table = {"step": runs[0]["step"]}
-    for column in columns:
-        values = np.array([curves.curve(run, column).mean for run in runs])
-        table |= {column: values.mean(axis=0), f"{column}_stderr": _stderr(values)}
-    rows = zip(*(values.tolist() for values in table.values()), strict=True)
-    return History(dict(zip(table, row, strict=True)) for row in rows)
 
 
 def last_value(runs: Sequence[History], column: str) -> Value:
@@ -66,8 +55,7 @@ def _position_falls(free: Ladder) -> str:
     """Whether learning moves into the tail: the reach is less than half of the position at the start, in every run."""
     reaches = {n: reach(runs) for n, runs in free.items()}
     falls = {
-        n: (found.chi_pos if found.resolved else found.limit)
-        / average_over_seeds(free[n], curves.POSITION)[curves.POSITION][0]
+        n: (found.chi_pos if found.resolved else found.limit) / mean_over_seeds(free[n], curves.POSITION).mean[0]
         for n, found in reaches.items()
     }
     verdict = (

@@ -48,6 +48,7 @@ def dashboard(runs: RunSources, title: str | None = None) -> Figure:
     for letter, ax in zip("abcdefghi", axes.flat, strict=True):
         if ax.axison:
             ax.set_title(letter, loc="left", fontweight="bold", fontsize="medium")
+    style.explain(figure)
     figure.suptitle(title if title is not None else next(iter(named)) if len(named) == 1 else f"{len(named)} runs")
     return figure
 

@@ -24,8 +24,8 @@ VALUES: dict[str, str] = {
     "rate_share": "share of the rate",
     "chi_net_share": r"share of $\chi_\mathrm{net}$",
 }
-MOST_LABELS = 24
-"""Rows of the heat map that have a name beside them."""
+ROW = 0.145
+"""Height in inches of a row with a name beside it; where there is less room, not all have one."""
 MOST_LETTERS = 20
 """Letters of a name."""
 
@@ -38,7 +38,7 @@ def layers(run: RunSources, value: Value = "chi_pos", ax: Axes | None = None, *,
     run:
         One run, tracked with `by_layer=`.
     value:
-        "chi_pos", "chi_net", "rate" (colours are logarithmic), "rate_share" or "chi_net_share" (of the whole, 0 to 1).
+        "chi_pos", "chi_net", "rate" (colours are logarithmic), "rate_share" or "chi_net_share" (of the whole, from 0).
     names:
         Write the layers' names beside the rows, without what they share, and long ones cut at their beginning.
 
@@ -59,7 +59,7 @@ def layers(run: RunSources, value: Value = "chi_pos", ax: Axes | None = None, *,
     share = value.endswith("_share")
     curves = [curve(history, f"{LAYER}{layer}/{value.removesuffix('_share')}") for layer in history.layers]
     steps = max((line.step for line in curves), key=len)
-    ax = style.axes(ax)
+    ax = style.axes(ax, height=max(4.0, ROW * len(curves) / 0.75))
     if not len(steps):
         ax.set_axis_off()
         ax.text(0.5, 0.5, f"no values: {VALUES[value]}", transform=ax.transAxes, ha="center", va="center")
@@ -70,10 +70,11 @@ def layers(run: RunSources, value: Value = "chi_pos", ax: Axes | None = None, *,
         table = table / np.where(total > 0, total, np.nan)
     else:
         table = style.positive(table)
-    norm = Normalize(0, 1) if share else LogNorm(*_limits(table))
+    norm = Normalize(0, _limits(table)[1]) if share else LogNorm(*_limits(table))
     mesh = ax.pcolormesh(_edges(steps), np.arange(len(table) + 1), table, norm=norm, cmap="viridis", rasterized=True)
     ax.invert_yaxis()
-    every = -(-len(table) // MOST_LABELS)
+    room = ax.get_position().height * ax.figure.get_size_inches()[1]
+    every = -(-len(table) // max(int(room / ROW), 1))
     labels = shorten(history.layers)[::every] if names else []
     ax.set_yticks((np.arange(0, len(table), every) + 0.5)[: len(labels)], labels, fontsize="small")
     style.step_axis(ax)

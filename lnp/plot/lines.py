@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from lnp.plot import style
 from lnp.runs.curves import MOST_POINTS, NET_POSITION, NOISE_SCALE, POSITION, Curve
 from lnp.runs.curves import curve as curve_of
 from lnp.runs.open_runs import Runs, RunSources, open_runs
+from lnp.runs.seeds import mean_over_seeds
 from lnp.tracking.history import History
 
 if TYPE_CHECKING:
@@ -72,19 +74,50 @@ def curve(
     ax = style.axes(ax)
     curves = {name: curve_of(run, column) for name, run in named.items()}
     logarithmic = ax.get_yscale() == "log" or any((c.mean[np.isfinite(c.mean)] > 0).any() for c in curves.values())
-    for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
-        _draw_line(ax, curves[name], logarithmic, len(named) == 1, {"label": label or name, "color": colour, **line})
+    for (name, run), own in zip(named.items(), style.lines(named), strict=True):
+        _draw_line(ax, curves[name], logarithmic, len(named) == 1, {"label": label or name, **own, **line})
         if len(named) == 1:
-            _draw_measurements(ax, run, column, curves[name], line.get("color", colour), logarithmic)
+            _draw_measurements(ax, run, column, curves[name], line.get("color", own["color"]), logarithmic)
+    _finish(ax, column, logarithmic, len(named) if legend else 0)
+    return ax
+
+
+def over_seeds(
+    runs: Mapping[str, Sequence[History]], column: str, ax: Axes | None = None, *, legend: bool = True
+) -> Axes:
+    """Means over seeds of a column over the steps, with bands of one standard error over the seeds.
+
+    Parameters
+    ----------
+    runs:
+        {name: runs that differ in their seeds alone}. Runs with the tag `frozen` are dashed.
+    column:
+        Its name in the histories.
+
+    Raises
+    ------
+    ValueError
+        For runs of one name that were measured at different steps.
+    """
+    firsts = {name: seeds[0] for name, seeds in runs.items()}
+    curves = {name: mean_over_seeds(seeds, column) for name, seeds in runs.items()}
+    ax = style.axes(ax)
+    logarithmic = any((c.mean[np.isfinite(c.mean)] > 0).any() for c in curves.values())
+    for (name, found), own in zip(curves.items(), style.lines(firsts), strict=True):
+        _draw_line(ax, found, logarithmic, True, {"label": name, **own})
+    _finish(ax, column, logarithmic, len(runs) if legend else 0)
+    return ax
+
+
+def _finish(ax: Axes, column: str, logarithmic: bool, entries: int) -> None:
+    """Scales, labels and legend of a quantity over the steps."""
     if logarithmic:
         ax.set_yscale("log")
     _make_room(ax)
     style.step_axis(ax)
     style.log_ticks(ax.yaxis)
     style.tidy(ax, STEP, LABELS.get(column, column))
-    if legend:
-        style.legend(ax, len(named))
-    return ax
+    style.legend(ax, entries)
 
 
 @parameters_of(curve)
@@ -205,15 +238,18 @@ def _draw_line(ax: Axes, averaged: Curve, logarithmic: bool, single: bool, line:
     few = {"marker": "o", "markersize": 2.2} if len(averaged.step) < 60 else {}
     visible = (style.positive if logarithmic else style.finite)(averaged.mean)
     if np.isfinite(visible).any():
-        ax.plot(averaged.step, visible, **{"linewidth": 1.8 if single else 1.4} | few | line)
+        (drawn,) = ax.plot(averaged.step, visible, **{"linewidth": 1.8 if single else 1.4} | few | line)
+        if line.get("linestyle") == "--" and line["color"] == style.FROZEN:
+            drawn.set_gid(style.FROZEN_LINE)
         _draw_band(ax, averaged, line["color"], single, logarithmic)
     if logarithmic:
-        _mark_outside(ax, averaged.step[averaged.mean <= 0], 0.02, "v", line["color"])
+        _mark_outside(ax, averaged.step[averaged.mean <= 0], 0.02, "v", line["color"], style.OUTSIDE)
     unknown = averaged.mean == np.inf
     limited = unknown & np.isfinite(averaged.low) & (averaged.low > 0)
     if limited.any():  # lower limits, as triangles that point up
-        ax.plot(averaged.step[limited], averaged.low[limited], "^", color=line["color"], alpha=0.6, markersize=4)
-    _mark_outside(ax, averaged.step[unknown & ~limited], 0.98, "^", line["color"])
+        marks = {"alpha": 0.6, "markersize": 4, "gid": style.LIMIT}
+        ax.plot(averaged.step[limited], averaged.low[limited], "^", color=line["color"], **marks)
+    _mark_outside(ax, averaged.step[unknown & ~limited], 0.98, "^", line["color"], style.ABOVE)
 
 
 def _make_room(ax: Axes) -> None:
@@ -231,7 +267,10 @@ def _draw_band(ax: Axes, averaged: Curve, colour: Colour, single: bool, logarith
         low = np.maximum(low, floor)
         high = np.where(high > floor, high, np.nan)
     shown = np.isfinite(averaged.mean) & np.isfinite(low) & np.isfinite(high)
-    ax.fill_between(averaged.step, low, high, where=shown, color=colour, alpha=0.22 if single else 0.08, linewidth=0)
+    if shown.any():
+        alpha = 0.22 if single else 0.08
+        band = ax.fill_between(averaged.step, low, high, where=shown, color=colour, alpha=alpha, linewidth=0)
+        band.set_gid(style.ERROR)
 
 
 def _draw_measurements(ax: Axes, run: History, column: str, averaged: Curve, colour: Colour, logarithmic: bool) -> None:
@@ -239,16 +278,17 @@ def _draw_measurements(ax: Axes, run: History, column: str, averaged: Curve, col
     visible = style.positive if logarithmic else style.finite
     wide = averaged.last > averaged.first
     if wide.any() and len(run) <= 10 * MOST_POINTS and column != NOISE_SCALE:
-        ax.plot(run["step"], visible(run.get(column)), ".", color=colour, alpha=0.25, markersize=3, markeredgewidth=0)
+        dots: dict[str, Any] = {"color": colour, "alpha": 0.25, "markersize": 3, "markeredgewidth": 0}
+        ax.plot(run["step"], visible(run.get(column)), ".", gid=style.SINGLES, **dots)
     if "window" in run and wide.any():
         bars = visible(averaged.mean)[wide], averaged.first[wide], averaged.last[wide]
-        ax.hlines(*bars, color=colour, linewidth=3.0, alpha=0.9)
+        ax.hlines(*bars, color=colour, linewidth=3.0, alpha=0.9).set_gid(style.WINDOW)
 
 
-def _mark_outside(ax: Axes, step: np.ndarray, height: float, marker: str, colour: Colour) -> None:
+def _mark_outside(ax: Axes, step: np.ndarray, height: float, marker: str, colour: Colour, meaning: str) -> None:
     """Marks at the axis's foot or top, for values that have no place on it."""
     if len(step):
         ax.plot(
             step, np.full(len(step), height), marker, color=colour, alpha=0.6, markersize=4, markeredgewidth=0,
-            transform=ax.get_xaxis_transform(), clip_on=False,
+            transform=ax.get_xaxis_transform(), clip_on=False, gid=meaning,
         )  # fmt: skip

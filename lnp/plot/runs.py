@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lnp.plot import style
+from lnp.plot.laws import draw_law, draw_reach
 from lnp.plot.lines import LABELS
-from lnp.runs.curves import POSITION, compute, reach, size, smooth
+from lnp.runs.curves import POSITION, Curve, compute, reach, size, smooth
 from lnp.runs.curves import curve as curve_of
 from lnp.runs.open_runs import Runs, RunSources, open_runs
+from lnp.runs.power_law import power_law
 from lnp.runs.spectral_reach import Reach
 from lnp.tracking.history import History
 
@@ -19,11 +21,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def position_against_loss(runs: RunSources, ax: Axes | None = None, *, legend: bool = True) -> Axes:
-    """Spectral position over loss, both averaged over three windows; training goes from right to left, to the dot."""
+def position_against_loss(runs: RunSources, ax: Axes | None = None, *, legend: bool = True, fit: bool = False) -> Axes:
+    """Spectral position over loss, both averaged over three windows; training goes from right to left, to the dot.
+
+    With `fit` also the power law through the windows of all runs, of which those within two standard errors of zero
+    count as upper limits (`lnp.power_law`).
+    """
     named = open_runs(runs)
     ax = style.axes(ax)
-    for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
+    for (name, run), line in zip(named.items(), style.lines(named), strict=True):
         column = POSITION if POSITION in run else "chi_pos"
         step, position = smooth(curve_of(run, column))
         loss_step, loss = smooth(curve_of(run, "loss"))
@@ -33,21 +39,26 @@ def position_against_loss(runs: RunSources, ax: Axes | None = None, *, legend: b
         shown = np.isfinite(loss) & np.isfinite(style.positive(position))
         if shown.any():
             ax.set(xscale="log", yscale="log")
-            ax.plot(loss, style.positive(position), color=colour, label=name, linewidth=1.5)
-            ax.plot(loss[shown][-1], position[shown][-1], "o", color=colour, markersize=5)
+            ax.plot(loss, style.positive(position), label=name, linewidth=1.5, **line)
+            ax.plot(loss[shown][-1], position[shown][-1], "o", color=line["color"], markersize=5, gid=style.END)
     ax.invert_xaxis()
+    if fit:
+        _draw_fit(ax, named, lambda run, step: np.interp(step, *_of(curve_of(run, "loss"))), None)
     style.log_ticks(ax.xaxis)
     style.log_ticks(ax.yaxis)
     style.tidy(ax, "loss", LABELS[POSITION])
     if legend:
-        style.legend(ax, len(named))
+        style.legend(ax, len(named) + fit)
     return ax
 
 
-def against_compute(runs: RunSources, column: str = POSITION, ax: Axes | None = None, *, legend: bool = True) -> Axes:
+def against_compute(
+    runs: RunSources, column: str = POSITION, ax: Axes | None = None, *, legend: bool = True, fit: bool = False
+) -> Axes:
     """A column, averaged over three windows, over the compute of training in floating-point operations, 6 N D.
 
-    N is the tag `parameters`, D the step times the tag `tokens_per_step` (tokens, or samples, in a training step).
+    N is the tag `parameters`, D the step times the tag `tokens_per_step` (tokens, or samples, in a training step). With
+    `fit` also a power law through the windows of all runs, as in `position_against_loss`.
 
     Raises
     ------
@@ -58,22 +69,23 @@ def against_compute(runs: RunSources, column: str = POSITION, ax: Axes | None = 
     _sizes(named, compute)
     ax = style.axes(ax)
     ax.set(xscale="log", yscale="log")
-    for (name, run), colour in zip(named.items(), style.colours(named), strict=True):
+    for (name, run), line in zip(named.items(), style.lines(named), strict=True):
         step, mean = smooth(curve_of(run, column))
         if len(step):
-            per_step = compute(run) / max(run["step"][-1], 1)
-            ax.plot(style.positive(per_step * step), style.positive(mean), color=colour, label=name, linewidth=1.5)
+            ax.plot(style.positive(_per_step(run) * step), style.positive(mean), label=name, linewidth=1.5, **line)
+    if fit:
+        _draw_fit(ax, named, lambda run, step: _per_step(run) * step, column)
     style.log_ticks(ax.yaxis)
     style.tidy(ax, COMPUTE, LABELS.get(column, column))
     if legend:
-        style.legend(ax, len(named))
+        style.legend(ax, len(named) + fit)
     return ax
 
 
-def reach_against_size(runs: RunSources, ax: Axes | None = None, *, names: bool = True) -> Axes:
+def reach_against_size(runs: RunSources, ax: Axes | None = None, *, names: bool = True, fit: bool = False) -> Axes:
     """Spectral reach of each run, with its standard error, over its number of trained parameters, the tag `parameters`.
 
-    Upper limits are triangles that point down, with an arrow.
+    Upper limits are triangles that point down, with an arrow. With `fit` also the power law through them.
 
     Raises
     ------
@@ -81,10 +93,10 @@ def reach_against_size(runs: RunSources, ax: Axes | None = None, *, names: bool 
         If no run says how many parameters it has.
     """
     named = open_runs(runs)
-    return _reach_against(named, _sizes(named, size), "trained parameters", ax, names)
+    return _reach_against(named, _sizes(named, size), "trained parameters", ax, names, fit)
 
 
-def reach_against_compute(runs: RunSources, ax: Axes | None = None, *, names: bool = True) -> Axes:
+def reach_against_compute(runs: RunSources, ax: Axes | None = None, *, names: bool = True, fit: bool = False) -> Axes:
     """Spectral reach of each run over the compute of the whole run in floating-point operations, 6 N D.
 
     N is the tag `parameters`, D the last step times the tag `tokens_per_step` (tokens, or samples, in a training step).
@@ -95,7 +107,7 @@ def reach_against_compute(runs: RunSources, ax: Axes | None = None, *, names: bo
         If no run has the tags.
     """
     named = open_runs(runs)
-    return _reach_against(named, _sizes(named, compute), COMPUTE, ax, names)
+    return _reach_against(named, _sizes(named, compute), COMPUTE, ax, names, fit)
 
 
 COMPUTE = "compute  $6ND$  (floating-point operations)"
@@ -114,33 +126,59 @@ def _sizes(named: Runs, of: Callable[[History], float]) -> list[float]:
     return sizes
 
 
-def _reach_against(named: Runs, sizes: list[float], label: str, ax: Axes | None, names: bool) -> Axes:
-    """A point with its error for each run, or its upper limit."""
+def _reach_against(named: Runs, sizes: list[float], label: str, ax: Axes | None, names: bool, fit: bool) -> Axes:
+    """A point with its error for each run, or its upper limit, and the power law through those that are not frozen."""
     ax = style.axes(ax)
     ax.set_xscale("log")
-    for (name, run), at, colour in zip(named.items(), sizes, style.colours(named), strict=True):
+    points: list[tuple[float, Reach]] = []
+    for (name, run), at, line in zip(named.items(), sizes, style.lines(named), strict=True):
         found = reach(run)
         value = found.chi_pos if found.resolved else found.limit
         if not (value > 0 and at > 0):  # the axis has no place for it
             continue
         ax.set_yscale("log")
-        draw_reach(ax, at, found, color=colour)
+        points += [] if "linestyle" in line else [(at, found)]
+        hollow: dict[str, Any] = {"markerfacecolor": "white"} if "linestyle" in line else {}
+        draw_reach(ax, at, found, color=line["color"], **hollow)
         if names:
             ax.annotate(name, (at, value), xytext=(6, 4), textcoords="offset points", fontsize="small")
+    if fit:
+        _draw_law(ax, points)
     ax.margins(x=0.15, y=0.15)
     style.log_ticks(ax.xaxis)
     style.log_ticks(ax.yaxis)
     style.tidy(ax, label, r"spectral reach  (lowest $\chi_\mathrm{pos}$)")
+    if fit:
+        ax.legend(frameon=False, fontsize="small")
     return ax
 
 
-def draw_reach(ax: Axes, at: float, found: Reach, **options: Any) -> None:
-    """A reach with its standard error on a logarithmic axis, or its upper limit as a triangle with an arrow."""
-    if found.resolved:
-        up = float(np.nan_to_num(found.stderr))
-        errors: Any = [[min(up, 0.9 * found.chi_pos)], [up]]
-        ax.errorbar(at, found.chi_pos, errors, **{"fmt": "o", "markersize": 6, "capsize": 2} | options)
-    else:
-        down = 0.35 * found.limit
-        limit = {"fmt": "v", "markersize": 6, "capsize": 2, "uplims": True}
-        ax.errorbar(at, found.limit, [[down], [0.0]], **limit | options)
+def _draw_fit(ax: Axes, named: Runs, at: Callable[[History, np.ndarray], np.ndarray], column: str | None) -> None:
+    """The power law through the windows of all runs, whose place on the axis `at(run, steps)` tells."""
+    points: list[tuple[float, Reach]] = []
+    for run in named.values():
+        found = curve_of(run, column or (POSITION if POSITION in run else "chi_pos"))
+        for x, mean, error in zip(at(run, found.step), found.mean, found.stderr, strict=True):
+            known = np.isfinite([x, mean]).all() and x > 0 and (mean > 0 or error > 0)
+            points += [(float(x), Reach(float(mean), float(error), 0.0, 1))] if known else []
+    _draw_law(ax, points)
+
+
+def _draw_law(ax: Axes, points: list[tuple[float, Reach]]) -> None:
+    """The power law through points of different sizes, where there are two or more."""
+    sizes = [size for size, _ in points]
+    if len(set(sizes)) < 2:
+        raise ValueError(f"fit=True received {len(set(sizes))} points to fit. Expected two or more that differ.")
+    with_errors = all(np.isfinite(found.stderr) and found.stderr > 0 for _, found in points)
+    values: list[Any] = [found if with_errors else found.chi_pos for _, found in points]
+    draw_law(ax, power_law(sizes, values), min(sizes), max(sizes), color="black")
+
+
+def _per_step(run: History) -> float:
+    """Floating-point operations of a training step, 6 N D / steps."""
+    return compute(run) / max(run["step"][-1], 1)
+
+
+def _of(found: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and means, to interpolate between."""
+    return found.step, found.mean

@@ -9,6 +9,7 @@ import numpy as np
 from lnp.optional import import_optional
 from lnp.runs.curves import size
 from lnp.runs.open_runs import Runs
+from lnp.tracking.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,13 +22,35 @@ BATCH = "#8a8a8a"
 """The colour of what belongs to the batch, beside the population's."""
 NET = "#c4572a"
 """The colour of the net position, beside those of first order."""
+FROZEN = "#d62728"
+"""The colour of runs with frozen features, which are dashed."""
+OWN = "lnp"
+"""Figures that lnp has made for one axes, and may write below."""
+ERROR, WINDOW, SINGLES, END = "one standard error", "window", "single measurement", "end of the run"
+LIMIT, UPPER = "lower limit", "upper limit"
+OUTSIDE, ABOVE = "at the foot: not above zero", "at the top: not resolved"
+FROZEN_LINE = "frozen features"
+MARKS: dict[str, dict[str, Any]] = {
+    WINDOW: {"linewidth": 3},
+    SINGLES: {"marker": ".", "alpha": 0.6},
+    ERROR: {"linewidth": 7, "alpha": 0.25},
+    END: {"marker": "o", "markersize": 5},
+    LIMIT: {"marker": "^", "markersize": 4},
+    UPPER: {"marker": "v", "markersize": 6},
+    OUTSIDE: {"marker": "v", "markersize": 4},
+    ABOVE: {"marker": "^", "markersize": 4},
+    FROZEN_LINE: {"color": FROZEN, "linestyle": "--", "linewidth": 1.4},
+}
+"""{what marks mean, which artists have as their group id: how they are shown beside it}."""
 
 
-def axes(ax: Axes | None = None) -> Axes:
+def axes(ax: Axes | None = None, height: float = 4.0) -> Axes:
     """The given axes, or those of a new figure."""
     if ax is not None:
         return ax
-    return figure(6.0, 4.0).subplots()
+    made = figure(6.0, height)
+    made.set_gid(OWN)
+    return made.subplots()
 
 
 def figure(width: float, height: float) -> Figure:
@@ -41,18 +64,43 @@ def tidy(ax: Axes, xlabel: str, ylabel: str) -> None:
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
+    if ax.figure.get_gid() == OWN:
+        explain(ax.figure)
+
+
+def explain(drawn: Any) -> None:
+    """A line below a figure that says what each kind of marks in it means, as many as there are."""
+    from matplotlib.lines import Line2D
+
+    found = {artist.get_gid() for artist in drawn.findobj(lambda one: one.get_gid() in MARKS)}
+    for old in list(drawn.legends):
+        old.remove()
+    plain = {"color": "#555555", "linewidth": 0}
+    shown = [(Line2D([], [], **plain | options), mark) for mark, options in MARKS.items() if mark in found]
+    if shown:
+        columns = max(int(drawn.get_figwidth() / 1.95), 1)
+        below: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": "small"}
+        drawn.legend(*zip(*shown, strict=True), ncols=columns, **below)
 
 
 def step_axis(ax: Axes) -> None:
     """Steps: linear up to 1, so that 0 has a place, and logarithmic above."""
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)
     ax.set_xlim(left=-0.15)  # room for the mark at step 0
-    from matplotlib.ticker import FixedLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
-    top = max(ax.dataLim.x1, 1.0) if np.isfinite(ax.dataLim.x1) else 1.0
+    first, last = ax.dataLim.x0, ax.dataLim.x1
+    top = max(last, 1.0) if np.isfinite(last) else 1.0
     decades = int(np.floor(np.log10(top)))
     every = 1 + decades // 6
-    ax.xaxis.set_major_locator(FixedLocator([0, *(10.0**k for k in range(0, decades + 1, every))]))
+    ticks = [0, *(10.0**k for k in range(0, decades + 1, every))]
+    if 2 < first < last:  # saved checkpoints often begin late
+        ax.set_xlim(left=first / 1.15)
+        if last < 100 * first:
+            ticks = [m * 10**k for k in range(decades + 1) for m in (1, 2, 5)]
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    if 2 < first < last < 100 * first:
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:,g}"))
     minor = [m * 10.0**k for k in range(decades + 1) for m in range(2, 10)]
     ax.xaxis.set_minor_locator(FixedLocator(minor))
 
@@ -69,6 +117,20 @@ def log_ticks(axis: Axis) -> None:
     if decades < 1.5:
         axis.set_major_locator(MaxNLocator(4) if decades < 0.7 else LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+
+
+def lines(runs: Runs) -> list[dict[str, Any]]:
+    """Colour and kind of the line for each run: runs with the tag `frozen` are dashed, in a colour of their own."""
+    free = {name: run for name, run in runs.items() if not is_frozen(run)}
+    given = dict(zip(free, colours(free), strict=True)) if free else {}
+    dashed = {"color": FROZEN, "linestyle": "--"}
+    return [{"color": given[name]} if name in free else dashed for name in runs]
+
+
+def is_frozen(run: History) -> bool:
+    """Whether the run says by its tag `frozen` that features were not trained."""
+    values = run.get("frozen")
+    return bool(len(values)) and values[-1] in (True, 1)
 
 
 def colours(runs: Runs) -> list[Any]:

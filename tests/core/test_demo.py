@@ -15,7 +15,7 @@ import lnp_numpy
 from lnp.cli import main
 from lnp.demo import Settings, data, summary
 from lnp.demo.run import network_name, train, write_csv
-from lnp.runs import curves
+from lnp.runs.seeds import mean_over_seeds
 
 
 def ladder(positions: dict[tuple[int, bool], list[float]], spread: float = 0.01, seeds: int = 3) -> dict:
@@ -78,7 +78,7 @@ def test_standard_errors_are_over_seeds():
 
 def test_curves_are_means_over_seeds_with_their_errors():
     runs = ladder({(4, False): FALLING}, spread=0.1)["4 units"]
-    line = curves.curve(summary.average_over_seeds(runs, "loss", "population/chi_pos"), "population/chi_pos")
+    line = mean_over_seeds(runs, "population/chi_pos")
     assert line.step.tolist() == list(range(10))
     assert line.mean == pytest.approx(np.array(FALLING))
     assert line.stderr == pytest.approx(0.1 * np.array(FALLING) / np.sqrt(3))

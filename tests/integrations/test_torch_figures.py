@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
+import lnp
 import lnp.plot
+import lnp_numpy
 from lnp.cli import main
 from lnp.tracking.history import History
 
@@ -203,3 +205,116 @@ def test_files_that_say_less(tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text('{"step": 0, "x": 1.0}\n')
     assert main(["plot", str(tmp_path / "other.jsonl"), "--out", str(tmp_path / "other.png")]) == 1
     assert "lnp: 'loss' is not a column of the runs" in capsys.readouterr().err
+
+
+def below(ax):
+    """What is said below a figure."""
+    return [text.get_text() for legend in ax.figure.legends for text in legend.get_texts()]
+
+
+def test_every_mark_is_explained_below_a_figure_of_its_own():
+    assert below(lnp.plot.chi_net(run())) == ["window", "single measurement", "one standard error"]
+    values = [0.1, 0.1, -0.1, 0.1]
+    ax = lnp.plot.curve(History({"step": i, "chi_pos": v} for i, v in enumerate(values)), "chi_pos")
+    assert below(ax) == ["at the foot: not above zero"]
+    given = pyplot.figure().subplots()
+    lnp.plot.chi_net(run(), given)
+    assert below(given) == []
+    lnp.plot.explain(given.figure)
+    lnp.plot.explain(given.figure)
+    assert len(below(given)) == 3
+    page = lnp.plot.dashboard({"a": run(), "b": run(1, frozen=True)})
+    assert below(page.axes[0]) == ["one standard error", "end of the run", "frozen features"]
+
+
+def test_frozen_runs_are_dashed_in_a_colour_of_their_own():
+    ax = lnp.plot.loss({"free": run(size=10), "larger": run(size=90), "frozen": run(size=20, frozen=True)})
+    free, larger, frozen = (line for line in ax.get_lines() if line.get_label() in ("free", "larger", "frozen"))
+    assert [line.get_linestyle() for line in (free, larger, frozen)] == ["-", "-", "--"]
+    assert frozen.get_color() == lnp.plot.style.FROZEN
+    alone = lnp.plot.loss({"free": run(size=10), "larger": run(size=90)}).get_lines()
+    assert [free.get_color(), larger.get_color()] == [alone[0].get_color(), alone[1].get_color()]
+
+
+def test_means_over_seeds_have_bands_of_their_errors():
+    seeds = [run(seed) for seed in range(3)]
+    ax = lnp.plot.over_seeds({"width 4": seeds, "width 8": seeds[:2]}, "population/chi_pos")
+    line = ax.get_lines()[0]
+    values = np.array([one["population/chi_pos"].reshape(-1, WIDTH).mean(axis=1) for one in seeds])
+    assert line.get_ydata() == pytest.approx(values.mean(axis=0))
+    edge = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert edge.max() == pytest.approx((values.mean(axis=0) + values.std(axis=0, ddof=1) / 3**0.5).max())
+    with pytest.raises(ValueError, match="at different steps"):
+        lnp.plot.over_seeds({"width 4": [run(), run(rows=6)]}, "loss")
+
+
+def test_power_laws_are_drawn_through_the_points():
+    ax = lnp.plot.power_law([10, 100, 1000], [0.1, 0.01, 0.001], [0.01, 0.001, 0.0001])
+    (law,) = [line for line in ax.get_lines() if line.get_linestyle() == "-."]
+    assert law.get_ydata()[[0, -1]] == pytest.approx([0.1, 0.001])
+    assert law.get_label().startswith("power law, exponent -1.0")
+    sizes = {str(n): run(size=n, tokens_per_step=1, **{"population/chi_pos": 1 / n}) for n in (10, 1000)}
+    for draw, exponent in ((lnp.plot.reach_against_size, -1), (lnp.plot.reach_against_compute, -1)):
+        (law,) = [line for line in draw(sizes, fit=True).get_lines() if line.get_linestyle() == "-."]
+        x, y = np.log(law.get_xdata()), np.log(law.get_ydata())
+        assert (y[-1] - y[0]) / (x[-1] - x[0]) == pytest.approx(exponent)
+    with pytest.raises(ValueError, match="received 1 points"):
+        lnp.plot.reach_against_size(run(), fit=True)
+
+
+def test_fits_along_runs_find_the_exponent_that_is_in_them():
+    rows = [
+        {"step": s, "loss": s**-0.5, "population/chi_pos": s**-1.5, "population/chi_pos_stderr": 1e-6 * s**-1.5}
+        | {"parameters": 10, "tokens_per_step": 2}
+        for s in range(1, 30)
+    ]
+    for draw, exponent in ((lnp.plot.position_against_loss, 3.0), (lnp.plot.against_compute, -1.5)):
+        (law,) = [line for line in draw(History(rows), fit=True).get_lines() if line.get_linestyle() == "-."]
+        x, y = np.log(law.get_xdata()), np.log(law.get_ydata())
+        assert (y[-1] - y[0]) / (x[-1] - x[0]) == pytest.approx(exponent, rel=1e-6)
+    compute = law.get_xdata()
+    assert compute[[0, -1]] == pytest.approx([6 * 10 * 2, 6 * 10 * 2 * 29])
+
+
+def spectra():
+    model = lnp_numpy.LinearModel(weight=np.zeros((2, 1)))
+    batch = (np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([[1.0], [1.0]]))
+    return model, batch
+
+
+def test_a_spectrum_shows_shares_and_the_position():
+    s = lnp.spectrum(*spectra())  # eigenvalues 4 and 1, of equal weight: shares 0.8 and 0.2
+    ax = lnp.plot.spectrum({0: s, 300: s}, decades=2, bins=8)
+    assert [text.get_text().partition(":")[0] for text in ax.texts] == ["step 0", "step 300"]
+    heights = [bar.get_height() for bar in ax.patches if hasattr(bar, "get_height")][:8]
+    assert sorted(heights)[-2:] == pytest.approx([0.2, 0.8])
+    (marker, _) = [line for line in ax.get_lines() if line.get_marker() == "^"]
+    assert marker.get_xdata()[0] == pytest.approx(s.chi_pos) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="without probes"):
+        lnp.plot.density(s)
+    ax = lnp.plot.density({0: lnp.spectrum(*spectra(), probes=2)})
+    assert ax.get_lines()[0].get_ydata().max() > 0.5
+
+
+def test_a_kernel_is_shown_around_zero():
+    model, batch = spectra()
+    ax = lnp.plot.kernel(lnp.kernel(model, batch))
+    assert np.asarray(ax.images[0].get_array()) == pytest.approx(np.diag([4.0, 1.0]))
+    assert ax.images[0].get_clim() == (-4.0, 4.0)
+    per_class = lnp.kernel(model, batch, kind="per_class")
+    assert lnp.plot.kernel(per_class, of_class=0).images[0].get_clim() == (-4.0, 4.0)
+    for wrong in ({"kernel": per_class}, {"kernel": per_class, "of_class": 1}):
+        with pytest.raises(ValueError, match="Expected of_class= from 0 to 0"):
+            lnp.plot.kernel(**wrong)
+    with pytest.raises(ValueError, match="there is one matrix"):
+        lnp.plot.kernel(lnp.kernel(model, batch), of_class=0)
+
+
+def test_fifty_layers_have_a_name_each_where_there_is_room_and_colours_that_tell_them_apart():
+    rows = [{"step": s, "loss": 1.0} | {f"layer/{i}/rate": 1.0 + i for i in range(50)} for s in range(4)]
+    ax = lnp.plot.layers(History(rows), "rate_share")
+    ax.figure.canvas.draw()
+    assert len(ax.get_yticklabels()) == 50
+    assert ax.collections[0].get_clim() == (0.0, pytest.approx(50 / 1275))
+    small = lnp.plot.layers(History(rows), "rate_share", pyplot.figure(figsize=(3, 2)).subplots())
+    assert len(small.get_yticklabels()) < 20

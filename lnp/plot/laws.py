@@ -1,0 +1,84 @@
+"""Power laws through points, with what the fit says of itself in the legend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lnp.plot import style
+from lnp.results.rounding import with_error
+from lnp.runs.power_law import PowerLaw
+from lnp.runs.power_law import power_law as fitted
+from lnp.runs.spectral_reach import Reach
+from lnp.runs.table import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def power_law(
+    sizes: Sequence[float],
+    values: Sequence[float | Reach],
+    stderrs: Sequence[float] | None = None,
+    ax: Axes | None = None,
+    *,
+    label: str | None = None,
+    color: Any = style.SINGLE,
+    offset: bool = False,
+) -> Axes:
+    """Points with their errors and the power law through them, `lnp.power_law`, with a band of one standard error.
+
+    The legend has the exponent, and chi^2 per degree of freedom: about 1 where the points lie on the law. Values that
+    are `lnp.Reach` and not resolved are upper limits, triangles with an arrow.
+
+    Parameters
+    ----------
+    sizes, values, stderrs, offset:
+        As for `lnp.power_law`, which raises the same errors.
+    label, color:
+        Of the points.
+    """
+    law = fitted(sizes, values, stderrs, offset=offset)
+    ax = style.axes(ax)
+    ax.set(xscale="log", yscale="log")
+    errors = [math.nan] * len(sizes) if stderrs is None else stderrs
+    points = [v if isinstance(v, Reach) else Reach(v, e, math.nan, 1) for v, e in zip(values, errors, strict=True)]
+    for index, (size, point) in enumerate(zip(sizes, points, strict=True)):
+        known = point.resolved or not math.isfinite(point.stderr)
+        draw_reach(ax, size, point, known, color=color, label=label if index == 0 else None)
+    draw_law(ax, law, min(sizes), max(sizes), color=color)
+    style.tidy(ax, "size", "")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def draw_law(ax: Axes, law: PowerLaw, low: float, high: float, *, color: Any) -> None:
+    """The law from one size to another with its band, and its exponent in the legend."""
+    grid = np.geomspace(low, high, 60)
+    value, error = np.transpose([law.predict(size) for size in grid])
+    told = f"power law, exponent {with_error(law.exponent, law.exponent_stderr)}"
+    if math.isfinite(law.chi_square_per_degree):
+        told += f"\n$\\chi^2$ per degree {number(law.chi_square_per_degree)}"
+    ax.plot(grid, value, color=color, linewidth=1, linestyle="-.", label=told)
+    with np.errstate(invalid="ignore"):
+        known = np.isfinite(error) & (error < 10 * value)  # further out the band would be all that is seen
+    if known.any():
+        lower = np.maximum(value - error, value / 10)
+        band = ax.fill_between(grid, lower, value + error, where=known, color=color, alpha=0.12, linewidth=0)
+        band.set_gid(style.ERROR)
+
+
+def draw_reach(ax: Axes, at: float, found: Reach, known: bool | None = None, **options: Any) -> None:
+    """A reach with its standard error on a logarithmic axis, or its upper limit as a triangle with an arrow."""
+    if found.resolved if known is None else known:
+        up = float(np.nan_to_num(found.stderr))
+        errors: Any = [[min(up, 0.9 * found.chi_pos)], [up]]
+        drawn = ax.errorbar(at, found.chi_pos, errors, **{"fmt": "o", "markersize": 6, "capsize": 2} | options)
+    else:
+        down = 0.35 * found.limit
+        limit = {"fmt": "v", "markersize": 6, "capsize": 2, "uplims": True}
+        drawn = ax.errorbar(at, found.limit, [[down], [0.0]], **limit | options)
+        drawn.lines[0].set_gid(style.UPPER)
