@@ -363,8 +363,8 @@ def main() -> int:
         sys.meta_path.insert(0, Imported(module, ast.parse(Path(code).read_text(encoding="utf-8"))))
         names = json.loads(Path(tests).read_text())
         return run(Check([], one=Path(tests)), tuple(dict.fromkeys(name.partition("::")[0] for name in names)))
-    files = [f for path in options.paths for f in sorted(Path(ROOT, path).rglob("*.py") or [Path(ROOT, path)])]
-    files = files or [ROOT / path for path in options.paths]
+    given = [ROOT / path for path in options.paths]
+    files = [file for path in given for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     found = []
     for file in files:
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

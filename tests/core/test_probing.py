@@ -1,16 +1,20 @@
 """Probing to a tolerance: error bars that hold wherever it stops, for balanced signs and for independent ones."""
 
+import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from core.dense import drawn, independent, kernel, network, offdiagonal, record
+from core.dense import balanced, drawn, independent, kernel, network, offdiagonal, record
 from core.test_trace import compiled_loop
 from lnp.contract.linearization import while_loop
 from lnp.estimators import trace
-from lnp.estimators.independent import TRUSTED
+from lnp.estimators.errors import Error
+from lnp.estimators.independent import TRUSTED, Independent
+from lnp.estimators.swapped import Swapped
 
 SEEDS = 400
 ROWS = [("layer0.weight", "layer1.weight"), ("layer1.weight",)]
@@ -205,3 +209,52 @@ def test_a_probe_varies_as_its_kernel_says():
     theta = kernel(jacobian)
     variance = 2 * sum(offdiagonal(theta[4 * n : 4 * n + 4, 4 * n : 4 * n + 4]) for n in range(160))
     assert 0.01 < variance**0.5 / np.trace(theta) < 0.03
+
+
+class TestIndependentErrors:
+    """The error of the average of probes whose values are given, by hand."""
+
+    VALUES = np.array([[[1.0, 4.0, 9.0]], [[2.0, 8.0, 3.0]], [[3.0, 3.0, 6.0]], [[2.0, 5.0, 2.0]]])
+
+    def averaged(self, rtol=0.1):
+        lin = SimpleNamespace(xp=np, signs=lambda index: index, outputs=np.zeros((3, 1)))
+        probe = SimpleNamespace(square_norms=lambda index: self.VALUES[index], groups=3, pilot=None, exact=None)
+        found = Independent(lin, probe, rtol, 64)
+        state = found.first()[0]
+        for _ in self.VALUES[1:]:
+            state = found.turn(state)
+        return found, state
+
+    def test_the_spread_of_probes_within_each_group(self):
+        found, state = self.averaged()
+        mean = self.VALUES.mean(axis=0)
+        squares = ((self.VALUES - mean) ** 2).sum(axis=0)
+        assert state[1] == pytest.approx(mean)
+        error = found.error(state)
+        assert error.variance == pytest.approx([squares.sum() / (4 * 3)])
+        by_squares = (3 + 2) * squares.sum() ** 2 / (squares**2).sum() - 2
+        by_values = 3 * (mean**2).sum() ** 2 / (mean**4).sum()
+        assert error.freedom == pytest.approx(min(by_squares, by_values))
+        assert by_values < by_squares
+
+    @pytest.mark.parametrize(("variance", "freedom", "enough"), [(0.99, 9, True), (1.01, 9, False), (0.5, 4.9, False)])
+    def test_what_is_enough(self, variance, freedom, enough):
+        found, _ = self.averaged(rtol=0.1)
+        error = Error(np.array([variance]), np.array(freedom))
+        assert bool(found.suffices(np.array([[4.0, 6.0]]), error)) is enough
+        assert bool(found.suffices(np.array([[math.nan, 6.0]]), error))
+
+
+def test_the_error_of_pairs_that_swap_by_hand():
+    """Seven samples in blocks of eight, two rounds: 16 places, so that whole blocks were used."""
+    lin = SimpleNamespace(xp=np, signs=balanced((7, 5)), outputs=np.zeros((7, 5)))
+    found = Swapped(lin, SimpleNamespace(groups=7), 0.1, 64)
+    assert (found.least, lin.signs.block) == (4, 8)
+    mean = np.array([[9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    squares, own = np.array([[2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 0.0]]), np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]])
+    error = found.error((4, mean, squares, own))
+    residual = 7 / 8 * 18 / (8 * 6)  # three pairs in each of two rounds
+    assert error.variance == pytest.approx([7 / 4 * (6 / 7) * residual])
+    assert error.freedom == pytest.approx(0.5 * 4 * (81 + 6) ** 2 / (6561 + 6))
+    partly = found.error((6, mean, squares, own))  # 24 places are whole blocks too
+    assert partly.variance == pytest.approx([7 / 6 * (6 / 7) * 7 / 8 * 18 / (8 * 9)])
