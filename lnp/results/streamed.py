@@ -37,6 +37,10 @@ LOOSEST = 0.5
 PROJECTIONS = 2**12
 """Numbers that a gradient is projected to: inner products keep their values to |u| |w| / 64."""
 NO_WEIGHT = "{} of {} batches have no terms that count and add nothing"
+SUMS = (
+    "the loss of a batch averages over nothing, as a sum does: measured is the mean of these losses over {0} batches; "
+    "of their sum the loss, chi_loss and chi_net are {0} times as large, and the rate {0}^2 times"
+)
 
 _END = object()
 
@@ -120,6 +124,8 @@ class _Total:
         left = len(parts) - len(kept)
         notes = [f"{len(kept)} batches, measured one after the other"]
         notes += [NO_WEIGHT.format(left, len(parts))] if left else []
+        if len(kept) > 1 and found.loss_terms == len(kept) < found.samples:
+            notes.append(SUMS.format(len(kept)))
         return replace(found, notes=(*found.notes, *notes))
 
 

@@ -51,6 +51,22 @@ def test_labels_that_are_ignored_count_as_they_do_in_one_mean():
         lnp.decompose(MODEL, [(X, np.full(61, -100))] * 2, batches=2)
 
 
+def test_a_loss_that_is_a_sum_is_averaged_over_batches_and_says_so():
+    def total(outputs, targets):
+        return np.sum((outputs - np.eye(3)[targets]) ** 2), 2 * (outputs - np.eye(3)[targets])
+
+    batches = pieces(X[:60], Y[:60], range(0, 61, 15))
+    found = lnp.decompose(MODEL, batches, total, batches=4, loss_terms=1, estimator="exact")
+    whole = lnp.decompose(MODEL, (X[:60], Y[:60]), total, loss_terms=1, estimator="exact")
+    assert [note for note in found.notes if "as a sum does" in note and "over 4 batches" in note]
+    assert found.rate == pytest.approx(whole.rate / 4**2)
+    for name in ("loss", "chi_loss", "chi_net"):
+        assert getattr(found, name) == pytest.approx(getattr(whole, name) / 4), name
+    assert found.chi_pos == pytest.approx(whole.chi_pos)
+    singles = pieces(X[:4], Y[:4], range(5))
+    assert not any("as a sum does" in note for note in lnp.decompose(MODEL, singles, batches=4).notes)
+
+
 def test_as_many_batches_are_drawn_as_are_asked_for():
     drawn = iter(pieces())
     found = lnp.decompose(MODEL, drawn, batches=3, estimator="exact")
