@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +251,19 @@ def test_kills_and_several_processes_lose_nothing_that_was_measured(tmp_path):
     assert list(history["step"]) == list(range(40))
     assert history["loss"] == pytest.approx((1 - np.arange(40) / 10) ** 2)
     assert history["net/rate_per_step"][1:] == pytest.approx(-np.diff(history["loss"]))
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fifty_kills_lose_nothing_but_the_measurement_in_flight(tmp_path):
+    program = Path(__file__).with_name("killed_measuring.py")
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[1])}
+    command = [sys.executable, "-W", "ignore", str(program), str(tmp_path / "run.jsonl"), "50"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["lost"] == 0
+    assert 10 < seen["interrupted"] <= 50  # in flight, and nothing of it is left
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path):
