@@ -1,4 +1,4 @@
-"""Processes that measure checkpoints and are killed at random moments; prints what was lost. Run by test_checkpoints.py.
+"""Processes that measure checkpoints are killed at random moments; prints what was lost. Run by test_checkpoints.py.
 
 As in killed.py, one process imports lnp and forks the ones that are killed. A child says through a pipe which
 checkpoint it begins; whichever it began before must have been kept.
