@@ -20,16 +20,18 @@ from lnp.runs.table import integer, net_position, number, reached
 from lnp.tracking.history import History
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 16
 """Characters of a curve."""
 COLUMNS = (
-    ("run", 0), ("step", 0), ("loss", 0), ("", 150), ("chi_loss", 100), ("chi_net", 100), ("chi_pos", 0), ("", 150),
-    ("net chi_pos", 130), ("noise scale", 150), ("reach", 80), ("measuring", 130), ("last", 80),
+    ("run", 0), ("step", 1), ("loss", 2), ("", 9), ("chi_loss", 8), ("chi_net", 6), ("chi_pos", 3), ("", 10),
+    ("net chi_pos", 7), ("noise scale", 12), ("reach", 4), ("measuring", 11), ("last", 5),
 )  # fmt: skip
-"""Headings, and from how many characters of the terminal on they are shown."""
+"""Headings, and which of them comes first where not all fit into the terminal."""
+NAME = 3
+"""The share of the terminal that names may take: one third."""
 
 
 @dataclass
@@ -48,22 +50,28 @@ class Watched:
         self._paths = list(paths)
         self._seen: dict[Path, _Seen] = {}
 
-    def table(self, width: int, now: float) -> Table:
-        """The table for a terminal of this many characters; `now` is the time, in seconds since 1970."""
+    def table(self, width: int, now: float) -> Group:
+        """The table for a terminal of this many characters, and below it what is not in it; `now` is the time, in
+        seconds since 1970.
+        """
         from rich import box
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
-        shown = [index for index, (_, least) in enumerate(COLUMNS) if width >= least]
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for index in shown:
-            table.add_column(COLUMNS[index][0], justify="left" if index == 0 else "right", no_wrap=True)
+        lines, below = [], []
         for name, seen in self._read().items():
             if seen.history is None or not len(seen.history):
-                table.add_row(name, seen.problem or "nothing yet")
-                continue
-            cells = line(name, seen.history, now)
-            table.add_row(*(cells[index] for index in shown))
-        return table
+                below.append(Text(f"{name}: {seen.problem or 'nothing yet'}".removeprefix(": "), style="dim"))
+            else:
+                lines.append(line(shortened(name, max(width // NAME, 8)), seen.history, now))
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        shown = fitting(lines, width)
+        for index in shown:
+            table.add_column(COLUMNS[index][0], justify="left" if index == 0 else "right", no_wrap=True)
+        for cells in lines:
+            table.add_row(*(Text(cells[index]) for index in shown))
+        return Group(*([table] if lines else []), *below)
 
     def _read(self) -> dict[str, _Seen]:
         """{name: what is known of the file}; a file that cannot be read says why, and the others go on."""
@@ -120,6 +128,31 @@ def line(name: str, run: History, now: float) -> list[str]:
         f"{number(float(seconds))} s",
         age(now - float(run.numbers("time")[-1])),
     ]
+
+
+def fitting(lines: list[list[str]], width: int) -> list[int]:
+    """The columns that fit into a terminal of this many characters, in their order.
+
+    >>> fitting([["a", "10", "0.5", *["x" * 30] * 10]], 20)
+    [0, 1, 2]
+    """
+    chosen, left = [], width - 1
+    for index in sorted(range(len(COLUMNS)), key=lambda index: COLUMNS[index][1]):
+        needed = max(len(text) for text in (COLUMNS[index][0], *(cells[index] for cells in lines))) + 2  # and a gap
+        if needed <= left:
+            chosen.append(index)
+            left -= needed
+    return sorted(chosen)
+
+
+def shortened(name: str, most: int) -> str:
+    """A name of at most so many characters: without its middle, since runs of a sweep begin alike.
+
+    >>> shortened("width-16", 8), shortened("sweep-of-widths-lr-3e-4", 11)
+    ('width-16', 'sweep…-3e-4')
+    """
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - half]}…{name[-half:]}"
 
 
 def sparkline(run: History, column: str) -> str:

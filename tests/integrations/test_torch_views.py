@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import lnp
 import lnp_numpy
@@ -104,20 +106,44 @@ def test_the_table_of_the_terminal(tmp_path, capsys):
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
+def screen(watched, width=80, now=0.0):
+    """What a terminal of this width shows."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(watched.table(width, now))
+    return console.file.getvalue()
+
+
 def test_files_that_grow_come_and_go(tmp_path):
     watched = Watched([tmp_path])
-    assert "holds no .jsonl file" in watched.table(80, 0.0).columns[1]._cells[0]
+    assert "holds no .jsonl file" in screen(watched, 200)
     path = tmp_path / "run.jsonl"
     path.touch()
-    assert "nothing yet" in watched.table(80, 0.0).columns[1]._cells
+    assert "run: nothing yet" in screen(watched)
     with lnp.Tracker(path, 1) as tracker:
         for step in range(2):
             model = lnp_numpy.LinearModel(weight=np.full((2, 1), 0.1 * step))
             tracker.observe(step, model, (np.eye(2), np.ones((2, 1))))
-            assert watched.table(80, 0.0).columns[1]._cells == [str(step)]
+            assert re.search(rf"run +{step} ", screen(watched))
     (tmp_path / "other.jsonl").write_text("hello\nworld\n")
-    told = watched.table(80, 0.0).columns[1]._cells
-    assert any("holds no measurements" in cell for cell in told)
-    assert "1" in told
+    told = screen(watched, 300)
+    assert "holds no measurements" in told
+    assert re.search(r"run +1 ", told)
     path.unlink()
-    assert watched.table(80, 0.0).row_count == 1
+    assert not re.search(r"run +1 ", screen(watched))
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_what_fits_is_shown_whole_and_files_that_cannot_be_read_do_not_crush_it(tmp_path, width):
+    names = ("width-16", "a-rather-long-name-of-a-run-of-some-sweep-seed-17", "[bold]")
+    for index, name in enumerate(names):
+        history(0.5**index, 10**index).to_jsonl(tmp_path / f"{name}.jsonl")
+    (tmp_path / "broken.jsonl").write_text("hello\nworld\n")
+    (tmp_path / "empty.jsonl").touch()
+    shown = screen(Watched([tmp_path]), width)
+    table = shown.splitlines()[1:6]
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in "".join(row for row in table if "a-ra" not in row)
+    assert all(re.search(r" 11 .*0\.\d{3}", row) for row in table[2:])
+    assert "[bold]" in shown
+    assert ("noise scale" in shown, "chi_pos" in table[0]) == (width > 130, width >= 40)
+    assert "empty: nothing yet" in shown
