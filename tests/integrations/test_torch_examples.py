@@ -19,6 +19,12 @@ def test_examples(example, name, length, tmp_path):
     run(example, name, tmp_path, length, falls=length > 10 or example == "lightning_callback")
 
 
+def test_the_numpy_example(tmp_path):
+    """Here, for the core's session has no Matplotlib."""
+    history = run("numpy_loop", "numpy", tmp_path, 200, layers=False)
+    assert history["chi_pos"][-1] < 0.5 * history["chi_pos"][0]
+
+
 @pytest.mark.filterwarnings("ignore")  # the Trainer's own
 def test_a_ladder_of_checkpoints(tmp_path, monkeypatch):
     runs = ladder("checkpoint_ladder", tmp_path, monkeypatch, (8, 16))
