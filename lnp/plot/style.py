@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lnp.optional import import_optional
-from lnp.runs.curves import size
+from lnp.runs.curves import is_frozen, size
 from lnp.runs.open_runs import Runs
-from lnp.tracking.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,12 +124,6 @@ def lines(runs: Runs) -> list[dict[str, Any]]:
     given = dict(zip(free, colours(free), strict=True)) if free else {}
     dashed = {"color": FROZEN, "linestyle": "--"}
     return [{"color": given[name]} if name in free else dashed for name in runs]
-
-
-def is_frozen(run: History) -> bool:
-    """Whether the run says by its tag `frozen` that features were not trained."""
-    values = run.get("frozen")
-    return bool(len(values)) and values[-1] in (True, 1)
 
 
 def colours(runs: Runs) -> list[Any]:

@@ -264,6 +264,12 @@ def summary(history: History) -> Summary:
     )
 
 
+def is_frozen(run: History) -> bool:
+    """Whether the run says by its tag `frozen` that features were not trained."""
+    values = run.get("frozen")
+    return bool(len(values)) and values[-1] in (True, 1)
+
+
 def size(history: History) -> float:
     """Trained parameters of the run, the tag `parameters`; nan if it has none."""
     values = history.get("parameters")

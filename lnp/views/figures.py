@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lnp.results.rounding import rounded
-from lnp.runs.curves import NET_POSITION, NOISE_SCALE, POSITION, Curve, curve, reach, size, smooth
+from lnp.runs.curves import NET_POSITION, NOISE_SCALE, POSITION, Curve, curve, is_frozen, reach, size, smooth
 from lnp.runs.open_runs import Runs
 from lnp.tracking.history import History
 
@@ -33,19 +33,25 @@ QUALITATIVE = (
     "#a0694b",
 )
 """Colours of which each is told from white and from black."""
+BY_SIZE = ("#3b8fd6", "#2ca36b", "#b59a1e", "#e8702a", "#d1495b")
+"""The same from the smallest run to the largest."""
 Colours = dict[str, str]
 """{run: colour}."""
 
 
 def colours(runs: Runs) -> Colours:
-    """By size, from blue for the smallest to red for the largest, where sizes differ; otherwise distinct ones."""
+    """By size, from blue for the smallest to red for the largest, where sizes differ; otherwise distinct ones. Runs
+    with frozen features, of which few parameters are trained, are grey.
+    """
     from plotly.colors import sample_colorscale
 
-    sizes = np.array([size(run) for run in runs.values()])
+    free = {name: run for name, run in runs.items() if not is_frozen(run)}
+    sizes = np.array([size(run) for run in free.values()])
+    given = {name: QUALITATIVE[index % len(QUALITATIVE)] for index, name in enumerate(free)}
     if np.isfinite(sizes).all() and len(set(sizes)) > 1:
         rank = np.searchsorted(np.unique(sizes), sizes) / (len(np.unique(sizes)) - 1)
-        return dict(zip(runs, sample_colorscale("Turbo", list(0.12 + 0.76 * rank)), strict=True))
-    return {name: QUALITATIVE[index % len(QUALITATIVE)] for index, name in enumerate(runs)}
+        given = dict(zip(free, sample_colorscale(list(BY_SIZE), list(rank)), strict=True))
+    return {name: given.get(name, GREY) for name in runs}
 
 
 def along(runs: Runs, shown: Colours, title: str, column: Callable[[History], str], dashed: str = "") -> Any:
@@ -53,7 +59,7 @@ def along(runs: Runs, shown: Colours, title: str, column: Callable[[History], st
     figure = _figure(title, "training step")
     for name, run in runs.items():
         if column(run) in run:
-            _draw(figure, name, curve(run, column(run)), shown[name])
+            _draw(figure, name, curve(run, column(run)), shown[name], dash=_dash(run))
         if dashed and dashed in run:
             _draw(figure, name, curve(run, dashed), shown[name], dash="dash")
     last = max((int(run["step"][-1]) for run in runs.values()), default=1)
@@ -75,7 +81,8 @@ def against_loss(runs: Runs, shown: Colours) -> Any:
         text = [f"step {s:,.0f}" for s in at]
         last = np.flatnonzero(np.isfinite(x) & np.isfinite(y))[-1:]
         sizes = [9 if index in last else 0 for index in range(len(x))]
-        _trace(figure, name, x, y, shown[name], text, mode="lines+markers", marker={"size": sizes})
+        line = {"dash": _dash(run)}
+        _trace(figure, name, x, y, shown[name], text, mode="lines+markers", marker={"size": sizes}, line=line)
     figure.update_xaxes(autorange="reversed")
     return figure if figure.data else None
 
@@ -109,15 +116,17 @@ def by_layer(run: History) -> Any:
     steps = [f"{step:,}" for step in run["step"].tolist()]
     hover = "%{y}<br>step %{x}<br>%{z:.1%}<extra></extra>"
     figure.add_trace(graph_objects.Heatmap(z=shares, x=steps, y=named, colorscale="Viridis", hovertemplate=hover))
-    figure.update_xaxes(type="category", nticks=8)
-    figure.update_yaxes(type="category", autorange="reversed", nticks=40, automargin=True)
-    figure.update_layout(height=max(320, 60 + 14 * len(named)))
+    bar = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 8, "tickformat": ".0%", "nticks": 4}
+    figure.update_traces(colorbar=bar)
+    figure.update_xaxes(type="category", nticks=6)
+    figure.update_yaxes(type="category", autorange="reversed", nticks=len(named), automargin=True)
+    figure.update_layout(height=max(320, 110 + 14 * len(named)), margin_t=70)
     return figure
 
 
 def all_of(runs: Runs, shown: Colours) -> list[tuple[Any, str]]:
     """[(figure, what its marks mean)] of all that the runs have something to show for."""
-    bands = "Bands: one standard error."
+    bands = "Bands: one standard error." + (" Dotted: frozen features." if any(map(is_frozen, runs.values())) else "")
     position = f"{bands} The population's position where it is known, else the batch's. Dashed: by the net rate. "
     position += "What is not above zero has no place on the axis."
     figures = [
@@ -136,6 +145,11 @@ def all_of(runs: Runs, shown: Colours) -> list[tuple[Any, str]]:
     if len(runs) == 1:
         figures.append((by_layer(next(iter(runs.values()))), "Of the speed at which the loss falls."))
     return [(figure, text) for figure, text in figures if figure is not None]
+
+
+def _dash(run: History) -> str:
+    """The kind of a run's lines."""
+    return "dot" if is_frozen(run) else "solid"
 
 
 def _position(run: History) -> str:
@@ -172,7 +186,7 @@ def _draw(figure: Any, name: str, found: Curve, colour: str, dash: str = "solid"
     with np.errstate(invalid="ignore"):  # a band that goes below zero ends where the figure does
         low = np.maximum(found.low, ROOM * np.nanmin(np.r_[y, np.inf]))
     known = np.flatnonzero(np.isfinite(found.mean) & np.isfinite(low) & np.isfinite(high))
-    for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if dash == "solid" else ():
+    for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if dash != "dash" else ():
         if len(part) > 1:
             around, edge = [*x[part], *x[part][::-1]], [*high[part], *np.minimum(low, high)[part][::-1]]
             _trace(figure, name, around, edge, colour, None, fill="toself", line={"width": 0}, opacity=0.2)

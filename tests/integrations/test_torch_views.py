@@ -64,6 +64,17 @@ def test_figures_show_what_the_histories_hold():
     assert figures.along(runs, colours, "net", lambda run: "net/rate_per_step") is None
 
 
+def test_frozen_runs_are_dotted_and_take_no_colour_of_a_size():
+    runs = {"small": history(), "large": history(0.5, 1000)}
+    frozen = lnp.History([row | {"frozen": True} for row in history(size=500).rows()])
+    colours = figures.colours(runs | {"frozen": frozen})
+    assert colours == figures.colours(runs) | {"frozen": figures.GREY}
+    dashes = {trace.meta: trace.line.dash for trace in figures.against_loss(runs | {"frozen": frozen}, colours).data}
+    assert dashes == {"small": "solid", "large": "solid", "frozen": "dot"}
+    assert "Dotted: frozen features." in page(runs | {"frozen": frozen})
+    assert "Dotted" not in page(runs)
+
+
 def test_bands_and_limits_on_a_logarithmic_axis():
     """A band that reaches below zero is cut, one with a gap is drawn in parts, and limits are triangles."""
     mean = np.array([1.0, 0.5, np.nan, 0.2, 0.1, np.inf])
