@@ -1,26 +1,24 @@
-"""Compiled once per model structure, computation and shapes; notices what defeats that."""
+"""Compiled once per model structure, computation and shapes; the code of the latest is kept."""
 
 from __future__ import annotations
 
-import functools
-import warnings
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 
+from lnp.contract import recompiled
 from lnp.contract.options import Options
 from lnp.per_sample.verdict import Verdict
 from lnp_jax.model import Arrays, Structure
+from lnp_jax.python_state import shapes_of
 from lnp_jax.record import record
 
-REPEATS = 3
-"""Compilations for the same code in new function objects after which the user is told."""
-REMEMBERED = 256
+KEPT = 16
+"""Measurements whose compiled code is kept: 5 to 20 MB each."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,13 @@ def measure(plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dic
     )
 
 
-def _counted(plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]) -> Answer:
-    _TRACED.append(plan)  # runs when it is traced, not when it is called
-    return measure(plan, arrays, batches, seed, operands)
+_COMPILED: OrderedDict[Any, Callable] = OrderedDict()
+"""{plan, and the shapes of all that is passed: a compiled function of its own, which takes its code with it}."""
 
 
-_TRACED: list[Plan] = []
-_compiled = jax.jit(_counted, static_argnums=0)
-_SEEN: OrderedDict[Any, tuple[weakref.ref, int]] = OrderedDict()
+def program(plan: Plan) -> Callable:
+    """The measurement of a plan, to be compiled."""
+    return jax.jit(partial(measure, plan))
 
 
 def check_hashable(plan: Plan) -> None:
@@ -93,32 +90,14 @@ def run(
     plan: Plan, arrays: Arrays, batches: tuple, seed: Any, operands: dict[str, Any]
 ) -> tuple[Answer, tuple[str, ...]]:
     """The answer of the compiled measurement, and notes on the compilation."""
-    _TRACED.clear()
-    answer = _compiled(plan, arrays, batches, seed, operands)
-    functions = [plan.structure.static, plan.structure.forward, plan.options.loss] if _TRACED else []
-    notes = tuple(note for function in functions for note in _noticed(function))
-    _TRACED.clear()
-    return answer, notes
-
-
-def _noticed(function: Any) -> Iterable[str]:
-    """A note if this function was compiled for again and again, each time as a new object with the same code."""
-    inner = function
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    code = getattr(inner, "__code__", None)
-    if code is None or getattr(inner, "__self__", None) is not None:
-        return
-    last, count = _SEEN.pop(code, (None, 0))
-    count += last is not None and last() is not function
-    _SEEN[code] = (weakref.ref(function), count)
-    while len(_SEEN) > REMEMBERED:
-        _SEEN.popitem(last=False)
-    if count >= REPEATS:
-        text = (
-            f"lnp compiled again because {inner.__qualname__} is a new function object, as {count} times before. "
-            "If it is made in a loop, define it once, outside, and pass the same object."
-        )
-        if count == REPEATS:
-            warnings.warn(text, stacklevel=5)
-        yield text
+    shapes = shapes_of((arrays, batches, operands))
+    compiled = _COMPILED.pop((plan, shapes), None)
+    new = compiled is None
+    if compiled is None:
+        compiled = program(plan)
+    answer = compiled(arrays, batches, seed, operands)
+    recompiled.keep_last(_COMPILED, (plan, shapes), compiled, KEPT)
+    if not new:
+        return answer, ()
+    functions = plan.structure.static, plan.structure.forward, plan.options.loss
+    return answer, recompiled.compiled(functions, (plan.computation, *functions[:2]), shapes, KEPT)

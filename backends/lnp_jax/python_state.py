@@ -47,7 +47,7 @@ def with_python_state(structure: Structure, model: Any, arrays: Arrays, batch: A
     # a new function each time: JAX would remember what it has traced for one that it knows
     trace = jax.make_jaxpr(lambda arrays, inputs: structure.call(arrays, inputs))
     program = None if traced else partial(trace, arrays, inputs)
-    return replace(structure, program=_digest((structure, _shapes((arrays, inputs))), roots, program))
+    return replace(structure, program=_digest((structure, shapes_of((arrays, inputs))), roots, program))
 
 
 def loss_state(loss: Any, structure: Structure, arrays: Arrays, batch: Any) -> str:
@@ -63,7 +63,7 @@ def loss_state(loss: Any, structure: Structure, arrays: Arrays, batch: Any) -> s
             validation.check_lengths(jax.eval_shape(flatten, outputs).shape[0], given.shape)
         return jax.make_jaxpr(restoring_state(loss))(outputs, given)
 
-    return _digest((loss, structure, _shapes((arrays, inputs, targets))), [loss], program)
+    return _digest((loss, structure, shapes_of((arrays, inputs, targets))), [loss], program)
 
 
 def _digest(key: Hashable, roots: Sequence[Any], program: Callable[[], Any] | None) -> str:
@@ -102,6 +102,7 @@ def hashable(value: Any) -> bool:
     return True
 
 
-def _shapes(tree: Any) -> tuple:
+def shapes_of(tree: Any) -> tuple:
+    """The structure of a tree, and shapes and types of its leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)

@@ -103,7 +103,7 @@ def find_verdict(structure: Structure, arrays: Arrays, batch: Any, options: Opti
         found, reason = first_that_runs(lambda: _compared(structure, arrays, inputs, how))
     if found is None:
         about = _about(structure, arrays, inputs, how)
-        bend = float(fetched(_bend(structure, how, arrays, inputs))) if about.custom_backward else 0.0
+        bend = float(fetched(jax.jit(partial(_bend, structure, how))(arrays, inputs))) if about.custom_backward else 0.0
         found = Verdict(reason, bent=bend > about.tolerance)
     if found.sure:
         _keep(_VERDICTS, key, found)
@@ -237,9 +237,9 @@ def _about(structure: Structure, arrays: Arrays, inputs: Any, how: Options) -> _
 
 def _compared(structure: Structure, arrays: Arrays, inputs: Any, how: Options) -> Verdict:
     """The verdict of comparing the batch with single samples, at the parameters as they are and at moved ones."""
-    found, differences = [], _quickly_compiled(jax.default_backend())
+    found, differences = [], _quickly_compiled(partial(_differences, structure, how))
     for at in (arrays, {**arrays, **_moved({name: arrays[name] for name in structure.trained})}):
-        apart, about = differences(structure, how, at, inputs)
+        apart, about = differences(at, inputs)
         found.append(fetched(apart).verdict(about.tolerance, dict(about.missing)))
     return found[0].joined(found[1])
 
@@ -263,19 +263,23 @@ def _differences(structure: Structure, options: Options, arrays: Arrays, inputs:
     return found, _About(net.tolerance, net.custom_backward, tuple(missing.items()))
 
 
-@cache
-def _quickly_compiled(platform: str) -> Callable:
+def _quickly_compiled(function: Callable) -> Callable:
     """The comparison, which runs twice and never again: on a CPU compiling it takes longer by far, and most of that
-    goes into making it run faster.
+    goes into making it run faster. Its code goes with what is returned.
     """
+    return jax.jit(function, compiler_options=QUICK) if _knows_quick(jax.default_backend()) else jax.jit(function)
+
+
+@cache
+def _knows_quick(platform: str) -> bool:
+    """Whether this release of JAX takes these options."""
     if platform == "cpu" and "compiler_options" in inspect.signature(jax.jit).parameters:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # a release that knows other options
             jax.jit(jnp.zeros_like, compiler_options=QUICK)(0.0)
-            return jax.jit(_differences, static_argnums=(0, 1), compiler_options=QUICK)
-    return jax.jit(_differences, static_argnums=(0, 1))
+            return True
+    return False
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _bend(structure: Structure, options: Options, arrays: Arrays, inputs: Any) -> jax.Array:
     """How far the backward pass of the whole batch is from linear, shape ()."""
     return self_check.bend_of_batch(WholeBatch(bind(structure, arrays, inputs, options)))

@@ -81,7 +81,10 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
             "output or gradient changes when the others are left out. Expected independent samples. Leave microbatch "
             "unset, or remove what couples them."
         )
-    return answer.result
+    result = answer.result
+    if answer.notes and hasattr(result, "notes"):
+        return replace(result, notes=(*result.notes, *answer.notes))
+    return result
 
 
 def linearize(model: Any, batch: Any, options: Options) -> Linearization:

@@ -12,7 +12,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from lnp.contract import recompiled
 from lnp.contract.options import Options
+from lnp.contract.recompiled import keep_last
 from lnp.contract.trees import leaves, map_leaves
 from lnp.per_sample.self_check import moved
 from lnp_tensorflow import array_namespace
@@ -26,8 +28,10 @@ ONCE = (
     "through such a call can run only once, and a measurement needs several. Expected TensorFlow's operations between "
     "parameters and outputs. Pass forward= or a loss without the call."
 )
+KEPT = 16
+"""Measurements whose traced code is kept: up to 30 MB each."""
 REMEMBERED = 64
-"""Measurements whose traced code is kept."""
+"""Of what is small."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,13 @@ class Given:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a measurement returns: the computation's result, and the checks on values."""
+    """What a measurement returns: the computation's result, the checks on values, and notes on its compilation."""
 
     result: Any
     violated: tuple
     coupled: tuple
     messages: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Place(int):
@@ -117,17 +122,20 @@ def run_traced(body: Callable, plan: Plan, given: Given, moving: bool = False) -
     turn = tf.constant(next(_TURNS), tf.int64)
     dynamic = (given.arrays, tensors, tf.cast(given.seed, tf.int64), turn, given.operands)
     traced = _TRACED.get(key)
+    notes: tuple[str, ...] = ()
     if traced is None:
         traced, lasting = _trace(body, plan, given, dynamic)
         if lasting:
-            remember(_TRACED, key, traced, plan.structure.static)
+            remember(_TRACED, key, traced, plan.structure.static, KEPT)
+            functions = plan.structure.static, plan.structure.forward, plan.options.loss
+            notes = recompiled.compiled(functions, (plan.computation, *functions[:2]), key[1:], KEPT)
     before = [(variable, variable.read_value()) for variable in traced.written]
     unchanged = undisturbed(*plan.structure.roots, plan.options.loss) if traced.calls else contextlib.nullcontext()
     others = _moved(plan.structure, given.arrays, traced.function) if moving else contextlib.nullcontext(given.arrays)
     try:
         with unchanged, others as arrays:
             packed, *made = traced.function(arrays, *dynamic[1:])
-        return _filled(traced.answer, packed.numpy().tolist(), made)
+        return replace(_filled(traced.answer, packed.numpy().tolist(), made), notes=notes)
     except tf.errors.UnknownError as error:
         raise (ValueError(ONCE) if traced.calls else error) from error
     finally:
@@ -241,12 +249,15 @@ def _described(leaf: Any) -> Any:
     return tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf
 
 
-def remember(memory: OrderedDict, key: Any, value: Any, static: Any = None) -> None:
+def remember(memory: OrderedDict, key: Any, value: Any, static: Any = None, count: int = REMEMBERED) -> None:
     """Keep the last few. What belongs to a module goes with it: variables that a graph has captured live as long as the
     graph does.
     """
-    memory[key] = value
-    while len(memory) > REMEMBERED:
-        memory.popitem(last=False)
+    keep_last(memory, key, value, count)
     if isinstance(static, weakref.ref):
         weakref.finalize(static(), memory.pop, key, None)
+
+
+def forget(key: Any) -> None:
+    """Let go of a graph that will not run again."""
+    _TRACED.pop(key, None)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from lnp.contract import validation
 from lnp.contract.options import Options
 from lnp.per_sample.verdict import BENT, Verdict, failing, found_interacting
-from lnp_tensorflow.compile_cache import Answer, Given, Plan, key_of, remember, run_traced, separately
+from lnp_tensorflow.compile_cache import Answer, Given, Plan, forget, key_of, remember, run_traced, separately
 from lnp_tensorflow.fallback import FATAL
 from lnp_tensorflow.record import record
 from lnp_tensorflow.replay import Forward, forward
@@ -101,6 +101,13 @@ class _Model:
         """What comparing the batch with single samples shows: at its parameters, and at others."""
         if self._key in _CHECKED:
             return _CHECKED[self._key]
+        try:
+            return self._found()
+        finally:
+            forget(self._key)
+
+    def _found(self) -> Checked:
+        """The same, where it is not known yet; it is remembered."""
         try:
             seen: Comparison = self._compared(moving=False)
         except FATAL:

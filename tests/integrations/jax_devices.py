@@ -96,19 +96,22 @@ def programs():
         return jnp.mean(jax.nn.logsumexp(logits, 1) - jnp.take_along_axis(logits, labels[:, None], 1)[:, 0])
 
     step = jax.jit(jax.value_and_grad(loss)).lower(parameters).compile().as_text()
-    texts, original = [], compile_cache._compiled
+    texts, original = [], compile_cache.program
 
-    def watched(*arguments):
-        compiled = original.lower(*arguments).compile()
-        texts.append(compiled.as_text())
-        return compiled(*arguments[1:])
+    def watched(plan):
+        def run(*arguments):
+            compiled = original(plan).lower(*arguments).compile()
+            texts.append(compiled.as_text())
+            return compiled(*arguments)
 
-    compile_cache._compiled = watched
+        return run
+
+    compile_cache.program = watched
     try:
         for estimator in ("per_sample", "joint"):
             lnp.decompose((with_constraints, parameters), (x, labels), estimator=estimator)
     finally:
-        compile_cache._compiled = original
+        compile_cache.program = original
     return {"step": gathered(step), "measured": [gathered(text) for text in texts], "all_samples": [
         f"[{SAMPLES},1,{WIDTH}]" in text or f"[{SAMPLES},1,{WIDTH // 2}]" in text for text in texts
     ]}  # fmt: skip

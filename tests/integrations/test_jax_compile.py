@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
+import weakref
 from functools import partial
 
 import equinox as eqx
@@ -15,6 +17,7 @@ from flax import nnx
 
 import lnp
 import lnp_jax
+from lnp.contract import recompiled
 from lnp_jax import compile_cache
 from lnp_jax.loops import ends_after_one
 
@@ -86,7 +89,7 @@ def vectorized(model, x):
 
 
 def test_a_new_lambda_at_every_step_is_noticed_and_said(monkeypatch):
-    monkeypatch.setattr(compile_cache, "REPEATS", 1)
+    monkeypatch.setattr(recompiled, "REPEATS", 1)
     measure = partial(lnp.decompose, estimator="joint", max_probes=1)
     with pytest.warns(UserWarning, match="is a new function object") as caught:
         found = [measure((lambda p, x: apply(p, x), W), (X, Y)) for _ in range(3)]
@@ -241,3 +244,28 @@ def test_what_may_run_once_is_no_loop():
     assert not ends_after_one(lambda state: (state[0] < 2) & flag, state)
     assert not ends_after_one(lambda state: (state[0] < 1) | flag, state)
     assert not ends_after_one(lambda state: (state[0] < 1) & (jnp.sum(state[1]) > 0), state)  # not looked into
+
+
+def test_compiled_code_is_kept_for_the_latest_and_many_shapes_are_said(monkeypatch):
+    monkeypatch.setattr(compile_cache, "KEPT", 2)
+    monkeypatch.setattr(recompiled, "SIZES", 3)
+    compile_cache._COMPILED.clear()
+    model = (lambda p, x: apply(p, x)), W
+    measure = lambda size: lnp.decompose(model, (X[:size], Y[:size]), estimator="joint", max_probes=1)
+    with pytest.warns(UserWarning, match=r"for 3 different shapes .* the code of the last 2") as caught:
+        found = [measure(size) for size in (2, 3, 4)]
+    assert len(caught) == 1
+    assert [any("different shapes" in note for note in d.notes) for d in found] == [False, False, True]
+    assert len(compile_cache._COMPILED) == 2
+    assert traced(lambda: measure(4)) == traced(lambda: measure(3)) == 0
+    assert traced(lambda: measure(2)) > 0
+
+
+def test_code_that_is_no_longer_kept_is_freed(monkeypatch):
+    made, program = [], compile_cache.program
+    monkeypatch.setattr(compile_cache, "KEPT", 1)
+    monkeypatch.setattr(compile_cache, "program", lambda plan: made.append(weakref.ref(p := program(plan))) or p)
+    for size in (2, 3, 4):
+        lnp.decompose((coupled, W), (X[:size], Y[:size]), estimator="joint", max_probes=1)
+    gc.collect()
+    assert [one() is None for one in made] == [True, True, False]

@@ -12,7 +12,8 @@ import pytest
 import lnp
 import lnp_jax
 from integrations.jax_reference import agrees, dense
-from lnp_jax import compile_cache, self_check
+from lnp.contract import recompiled
+from lnp_jax import self_check
 from lnp_jax.taps import rules
 
 
@@ -20,7 +21,7 @@ from lnp_jax.taps import rules
 def float64():
     with jax.enable_x64(True):
         self_check._VERDICTS.clear()
-        compile_cache._SEEN.clear()  # tests here share code on purpose
+        recompiled._FUNCTIONS.clear()  # tests here share code on purpose
         yield
 
 
@@ -341,7 +342,6 @@ WRONG = {
 def test_wrong_rules_are_noticed(name, monkeypatch):
     """Squared norms of the rows of the first weight."""
     wrong = lambda use, x, d: WRONG[name](right(use, x, d)) if x.shape[-1] == 4 else right(use, x, d)
-    self_check._quickly_compiled("cpu").clear_cache()
     monkeypatch.setattr(rules.Use, "square_norms", wrong)
     apply = lambda p, x: plain(p, x)
     d = measured(apply, made(PLAIN))
@@ -349,7 +349,6 @@ def test_wrong_rules_are_noticed(name, monkeypatch):
     assert d.population is None  # as single samples are not cheap
     self_check._VERDICTS.clear()
     assert np.isnan(inside(apply, made(PLAIN), population=False).chi_net)
-    self_check._quickly_compiled("cpu").clear_cache()
 
 
 def test_what_a_call_outside_has_found_holds_inside():

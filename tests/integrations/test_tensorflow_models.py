@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import lnp
 import lnp_tensorflow
 from contract.namespaces import tensorflow
 from integrations.tensorflow_reference import dense
+from lnp.contract import recompiled
 from lnp.contract.trees import map_leaves
 from lnp_tensorflow import compile_cache
 
@@ -383,3 +385,19 @@ def test_complex_parameters_and_outputs_are_refused():
             lnp.decompose(model, (X, Y), "mse")
     with pytest.raises(ValueError, match="returned complex"):
         lnp.decompose((lambda x: tf.cast(x @ w, tf.complex128), [w]), (X, Y), lambda f, y: tf.reduce_mean(tf.abs(f)))
+
+
+def test_graphs_of_the_latest_are_kept_and_what_makes_many_is_said(monkeypatch):
+    monkeypatch.setattr(compile_cache, "KEPT", 2)
+    monkeypatch.setattr(recompiled, "SIZES", 3)
+    compile_cache._TRACED.clear()
+    w, function = tf.constant(normal(4, 2)), lambda w, x: tf.tanh(x @ w)
+    measure = partial(lnp.decompose, estimator="joint", max_probes=1)
+    with pytest.warns(UserWarning, match=r"for 3 different shapes .* the code of the last 2"):
+        found = [measure((function, w), (tf.constant(normal(n, 4)), tf.zeros((n, 2)))) for n in (2, 3, 4)]
+    assert [any("different shapes" in note for note in d.notes) for d in found] == [False, False, True]
+    assert len(compile_cache._TRACED) == 2
+    batch = tf.constant(normal(5, 4)), tf.zeros((5, 2))
+    with pytest.warns(UserWarning, match="is a new function object"):
+        found = [measure((lambda w, x: tf.tanh(x @ w), w), batch) for _ in range(4)]
+    assert any("define it once" in note for note in found[-1].notes)
