@@ -44,14 +44,15 @@ def check_made(path: Any, schedule: Any, tags: Any, rank: Any, options: Mapping[
         check_names(tags)
 
 
-def check_call(options: Mapping[str, Any] | None, values: Mapping[str, Any] | None) -> None:
+def check_call(options: Mapping[str, Any] | None, values: Mapping[str, Any] | None, learning_rate: Any = None) -> None:
     """Raise an error for options, names of values or tags, and learning rates that a tracker does not take."""
     if options:
         check_options(options)
     if values:
         check_names(values)
         _check_no_options(values)
-        _check_learning_rate(values.get("learning_rate"))
+        learning_rate = values.get("learning_rate", learning_rate)
+    _check_learning_rate(learning_rate)
 
 
 def _check_learning_rate(rate: Any) -> None:

@@ -136,11 +136,11 @@ class Tracker(KeptRows):
         Decomposition or None
             The training batch's, or that of the tracker's own batch without one. None where nothing was measured.
         """
-        given = values if learning_rate is None else {"learning_rate": learning_rate, **values}
-        if options or given:
-            check_call(options, given)
+        if options or values or not isinstance(learning_rate, float | None):  # in most steps nothing is due
+            check_call(options, values, learning_rate)
         measured = None
         if self._selection.claim(step, model):
+            given = values if learning_rate is None else {"learning_rate": learning_rate, **values}
             measured = self._measure(step, model, batch, options, given)
         if learning_rate is not None or self._reads:
             self.count(step, learning_rate)

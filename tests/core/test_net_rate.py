@@ -268,7 +268,8 @@ def test_learning_rates_that_cannot_be_are_refused_and_others_are_left_out():
         lnp.Tracker(batch=(X, Y), learning_rate="0.1")
     with pytest.raises(ValueError, match="without batch="):
         lnp.Tracker(learning_rate=0.1)
-    assert "net/rate" not in run(lnp.Tracker(schedule=1, batch=(X, Y)), range(3), learning_rate="warm-up")[-1]
+    with pytest.raises(TypeError, match="learning_rate is 'warm-up'"):
+        run(lnp.Tracker(schedule=1, batch=(X, Y)), range(3), learning_rate="warm-up")
     assert "net/rate" not in run(lnp.Tracker(schedule=1, batch=(X, Y)), range(3), learning_rate=0.0)[-1]
     with pytest.warns(UserWarning, match="net rate in the row of step 1"):
         rows = run(lnp.Tracker(schedule=1, batch=(X, Y), learning_rate=lambda step: 1 / 0), range(2))
