@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -253,11 +254,26 @@ def test_kills_and_several_processes_lose_nothing_that_was_measured(tmp_path):
     assert history["net/rate_per_step"][1:] == pytest.approx(-np.diff(history["loss"]))
 
 
+def test_seeds_are_those_of_a_tracker_and_others_for_each_batch(monkeypatch):
+    seeds, decompose = [], lnp.api.decompose
+
+    @functools.wraps(decompose)
+    def seen(*given, seed, **options):
+        seeds.append(seed)
+        return decompose(*given, seed=seed, **options)
+
+    monkeypatch.setattr("lnp.api.decompose", seen)
+    lnp.measure_checkpoints(load, [0, 4], thirds(), seed=3)
+    assert seeds[0::3] == [3, 7]
+    assert len(set(seeds)) == 6
+
+
 @pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fifty_kills_lose_nothing_but_the_measurement_in_flight(tmp_path):
     program = Path(__file__).with_name("killed_measuring.py")
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[1])}
+    paths = os.pathsep.join([str(program.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-W", "ignore", str(program), str(tmp_path / "run.jsonl"), "50"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
