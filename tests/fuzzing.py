@@ -81,11 +81,11 @@ OPTIONS = st.dictionaries(
 def array(shape, dtype, seed=0):
     """Small numbers, in some type, of which some are extreme."""
     rng = np.random.default_rng(seed)
-    values = rng.normal(size=shape) * (1e30 if seed == 7 else 1.0)
+    values = np.array(rng.normal(size=shape) * (1e30 if seed == 7 else 1.0))
     if seed == 8 and values.size:
         values.flat[0] = math.nan
     with np.errstate(all="ignore"):
-        return np.abs(values * 3).astype(dtype) if dtype[0] in "iub" else values.astype(dtype)
+        return np.asarray(np.abs(values * 3) if dtype[0] in "iub" else values).astype(dtype)
 
 
 def measured(model, batch, loss, options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
@@ -88,9 +89,10 @@ def _is_integer(value: Any) -> bool:
 def _check_terms(terms: Any) -> None:
     """Raise an error for a number of terms that cannot be one; an array inside of a compiled function passes."""
     text = f"loss_terms is {terms!r}. Expected the number of terms that the loss averages, above 0."
-    if isinstance(terms, bool | str) or callable(terms):
+    number = isinstance(terms, int | float) and not isinstance(terms, bool)
+    if not number and not (hasattr(terms, "dtype") and getattr(terms, "shape", None) == ()):
         raise TypeError(text)
-    if isinstance(terms, int | float) and not terms > 0:
+    if number and not 0 < terms < math.inf:
         raise ValueError(text)
 
 
