@@ -26,21 +26,24 @@ def gradient_pass(
     vector:
         Whether J^T g is wanted.
     """
-    g, magnitude = unit(lin.xp, lin.loss_gradient)
+
+    def g() -> Array:  # of the size of the outputs: held as long as it is needed
+        return unit(lin.xp, lin.loss_gradient)[0]
+
     if lin.gradient_pass is None:
-        gradient = lin.vjp(g)
+        gradient, magnitude = lin.vjp(g()), unit(lin.xp, lin.loss_gradient)[1]
         found = GradientPass(lin.inner_products(gradient, gradient), vector=gradient, magnitude=magnitude)
     else:
         found = lin.gradient_pass(per_sample, products, vector)
-        found = found if found.magnitude is not None else _divided(found, magnitude)
+        found = found if found.magnitude is not None else _divided(found, unit(lin.xp, lin.loss_gradient)[1])
     if per_sample and found.sample_square_norms is None:
         assert lin.sample_square_norms is not None, "the core asks only where the samples are taken apart"
-        found = replace(found, sample_square_norms=lin.sample_square_norms(g))
+        found = replace(found, sample_square_norms=lin.sample_square_norms(g()))
     if found.vector is None and (vector or (products and found.products is None)):
-        found = replace(found, vector=lin.vjp(g))
+        found = replace(found, vector=lin.vjp(g()))
     if products and found.products is None:
         assert found.vector is not None
-        some, index = products_with(lin, g, found.vector, products)
+        some, index = products_with(lin, g(), found.vector, products)
         found = replace(found, products=some, index=index)
     return found
 

@@ -5,6 +5,7 @@ Pure, on array-API arrays, safe to trace and compile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ from lnp.contract.linearization import Array, Vector, accumulation_dtype
 
 SHARE = 0.03
 """A parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with this share of all."""
+SKETCH, PIECE, WHOLE = 2**12, 2**15, 2**13
+"""Sums that stand for an array, numbers that are added at a time, and how many are left as they are."""
+TURN = 1237
+"""Places by which the sums of each piece are turned further: no divisor of a layer's width."""
 SquareNorms = Mapping[str, Array]
 """{parameter name: array of squared norms, one for each sample}."""
 
@@ -20,6 +25,35 @@ def irregular(xp: Any, count: int, number: int, like: Array) -> Array:
     """Numbers in [-1, 1] without a pattern that a network could share; drawing random ones takes long to compile."""
     n = xp.astype(xp.arange(count, device=device_of(like)), accumulation_dtype(xp, like.dtype))
     return xp.sin(78.233 * (n + 1.0) + 12.9898 * (n - 97.0 * xp.floor(n / 97.0)) * (number + 1.0))
+
+
+def sketch_size(count: int) -> int:
+    """How many numbers stand for so many."""
+    return count if count <= WHOLE else SKETCH
+
+
+def sketched(xp: Any, array: Array, number: int) -> Array:
+    """Some thousand sums S a of the entries of an array, with irregular signs; all entries where they are few.
+
+    S is linear, and the same for all arrays of a shape and number, so that ||S a - S b|| stands for ||a - b||, up to
+    about sqrt(1/SKETCH): what was summed in two ways is compared without holding either. Shape (SKETCH,), or less.
+
+    Source: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams", doi:10.1016/S0304-3975(03)00400-6.
+    """
+    flat, count = xp.reshape(widened(xp, array), (-1,)), math.prod(array.shape)
+    if sketch_size(count) == count:
+        return flat
+    size = min(PIECE, -(-count // SKETCH) * SKETCH)
+    noise = 43758.5453 * irregular(xp, size, number, flat)  # whose later digits are as good as random
+    signs = xp.where(noise - xp.floor(noise) < 0.5, -xp.ones_like(noise), xp.ones_like(noise))
+    total = xp.zeros((SKETCH,), dtype=flat.dtype, device=device_of(flat))
+    for turn, start in enumerate(range(0, count, size)):
+        piece = flat[start : start + size]
+        if piece.shape[0] < size:
+            piece = xp.concat([piece, xp.zeros((size - piece.shape[0],), dtype=flat.dtype, device=device_of(flat))])
+        sums = xp.sum(xp.reshape(piece * signs, (-1, SKETCH)), axis=0)
+        total = total + xp.roll(sums, (turn * TURN) % SKETCH)  # no two pieces meet in the same way
+    return total
 
 
 def outputs_apart(xp: Any, alone: Array, outputs: Array) -> Array:

@@ -51,7 +51,7 @@ class Pulled:
     Attributes
     ----------
     gradient:
-        J^T v.
+        J^T v, or what `lnp.per_sample.differences.sketched` makes of it, here and in `Alone`.
     square_norms:
         {parameter name: (N,) array of ||J_nl^T v_n||^2} of the parameters whose operations all have rules.
     missing:
@@ -179,15 +179,13 @@ def compare(operations: Operations) -> tuple[Differences, Mapping[str, str]]:
     norm, whichever sample they belong to.
     """
     xp, outputs = operations.xp, operations.outputs
+    of_every = outputs_apart(xp, operations.outputs_alone(), outputs)  # before the cotangent, which is as large
     index = compared_samples(outputs.shape[0])
     some = cotangents(xp, outputs, len(index))
     v = _placed(xp, some, index, outputs)
     pulled = operations.pull(v)
     alone = operations.alone(index, some)
-    of_outputs = xp.maximum(
-        outputs_apart(xp, alone.outputs, rows_at(xp, outputs, index)),
-        outputs_apart(xp, operations.outputs_alone(), outputs),
-    )
+    of_outputs = xp.maximum(outputs_apart(xp, alone.outputs, rows_at(xp, outputs, index)), of_every)
     of_gradient = largest(xp, list(gradients_apart(xp, alone.gradient, pulled.gradient).values()))
     rules = square_norms_apart(xp, pulled.square_norms, alone.square_norms, index)
     bend, batch = _bend(operations, v, pulled.gradient), finite(xp, [outputs, *pulled.gradient.values()])
@@ -213,14 +211,16 @@ def look(xp: Any, outputs: Array, alone: Array, norms: Sequence[tuple[SquareNorm
 
 
 def moved(xp: Any, parameters: Vector) -> Vector:
-    """Other parameters: each number with an irregular one of a tenth of their size, and a tenth, added to it."""
-    found = {}
-    for number, (name, p) in enumerate(parameters.items()):
-        wide = xp.astype(p, accumulation_dtype(xp, p.dtype), copy=False)
-        size = 0.1 * xp.sqrt(xp.mean(wide * wide)) + 0.1
-        noise = xp.reshape(irregular(xp, math.prod(p.shape), number, wide), p.shape)
-        found[name] = xp.astype(wide + size * noise, p.dtype)
-    return found
+    """Other parameters, see `moved_parameter`."""
+    return {name: moved_parameter(xp, p, number) for number, (name, p) in enumerate(parameters.items())}
+
+
+def moved_parameter(xp: Any, p: Array, number: int) -> Array:
+    """A parameter with an irregular number of a tenth of its entries' size, and a tenth, added to each entry."""
+    wide = xp.astype(p, accumulation_dtype(xp, p.dtype), copy=False)
+    size = 0.1 * xp.sqrt(xp.mean(wide * wide)) + 0.1
+    noise = xp.reshape(irregular(xp, math.prod(p.shape), number, wide), p.shape)
+    return xp.astype(wide + size * noise, p.dtype)
 
 
 def cotangents(xp: Any, like: Array, count: int) -> Array:
