@@ -13,6 +13,7 @@ from lnp.contract.trees import leaves, map_leaves
 from lnp.per_sample.self_check import Alone
 from lnp_torch.draws import by_sample
 from lnp_torch.float16 import at_scale_one, scale_to_one
+from lnp_torch.met import Meet
 from lnp_torch.model import Parameters
 from lnp_torch.outputs import dot, flatten, split, widened
 from lnp_torch.replay import Passes, copied
@@ -183,9 +184,11 @@ def gradients(parts: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Te
 
 
 def gradient_square_norms(
-    parts: list[torch.Tensor], parameters: Parameters, v: torch.Tensor
+    parts: list[torch.Tensor], parameters: Parameters, v: torch.Tensor, also: Meet | None = None
 ) -> dict[str, torch.Tensor]:
-    """{name: ||J_l^T v||^2, shape ()} by one backward pass, which frees the graph: one gradient in memory at a time."""
+    """{name: ||J_l^T v||^2, shape ()} by one backward pass, which frees the graph: one gradient in memory at a time,
+    which is handed to `also`.
+    """
     found = {name: torch.zeros((), device=v.device) for name in parameters}
     scale = scale_to_one([v], [*parts, *parameters.values()])
     cotangents = split(v if scale is None else widened(v) * scale, parts)
@@ -196,6 +199,8 @@ def gradient_square_norms(
         assert gradient is not None, "the hook runs after it was accumulated"
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         found[name] = dot(gradient, gradient) if scale is None else dot(gradient, gradient) / scale**2
+        if also is not None:
+            also(name, gradient if scale is None else widened(gradient) / scale)
 
     hooks = [p.register_post_accumulate_grad_hook(partial(meet, name)) for name, p in parameters.items()]
     try:

@@ -18,11 +18,12 @@ from torch import nn
 from lnp.contract.linearization import Linearization, Vector, unit
 from lnp_torch.collectives import with_others
 from lnp_torch.meeting import Gone, Meeting, ended
+from lnp_torch.met import met_one_by_one
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import dot, widened
 from lnp_torch.refusals import TOGETHER, is_tensor_parallel, process_group_of_shards, refusal
 from lnp_torch.rounds import Broken, Failed, Rounds, is_sharded
-from lnp_torch.sharded import Gathering, met_one_by_one, set_active
+from lnp_torch.sharded import Gathering, set_active
 
 TIMEOUT = 60.0
 """Seconds without a sign of life after which a process is taken to be gone."""
@@ -174,7 +175,8 @@ class ShardedProcesses(Processes):
             totals[index[name]] = totals.get(index[name], 0.0) + self._rounds.added_up(index[name], gradient)
 
         g, _ = unit(lin.xp, lin.loss_gradient)
-        met_one_by_one(self.gathering, lambda: lin.vjp(share * g), meet)
+        with met_one_by_one(self.gathering.parameters, meet):
+            lin.vjp(share * g)
         self._rounds.finish()
         squares: dict[str, Any] = {}
         for name in self.gathering.parameters:

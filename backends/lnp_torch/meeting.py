@@ -127,7 +127,11 @@ class Meeting:
                 if other not in found and self._has(self._key(point, other)):
                     found[other] = self._get(self._key(point, other))[1]
                 elif other not in found and other != self.rank:
-                    self._look(other, gone)
+                    try:
+                        self._look(other, gone)
+                    except FailedElsewhere:
+                        if not self._has(self._key(point, other)):  # else it came this far before it failed
+                            raise
             if len(found) < self.size:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST)

@@ -11,26 +11,24 @@ from typing import Any
 import torch
 from array_api_compat import torch as xp
 
-from lnp.contract.linearization import GradientPass, Linearization, Subset, Vector, coupling_tolerance, unit
+from lnp.contract.linearization import GradientPass, Linearization, Subset, Vector, unit
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp.estimators.signs import Signs
-from lnp.per_sample.self_check import first_that_runs
 from lnp_torch import fallback, forward_mode
 from lnp_torch.averages import Averages
 from lnp_torch.float16 import at_scale_one
 from lnp_torch.in_pieces import first_in_pieces, lengths_of
-from lnp_torch.linear_backward import Joint, custom_backward, refuse_bent
 from lnp_torch.look import Look
 from lnp_torch.loss_gradient import LossAt, loss_at
 from lnp_torch.model import Program
 from lnp_torch.outputs import Outputs, dot, flatten, widened
 from lnp_torch.own_loss import shown_mean, split_batch
-from lnp_torch.plans import Plan, key_of
+from lnp_torch.plans import Plan
 from lnp_torch.replay import Passes, first_pass, without_graph
-from lnp_torch.self_check import FATAL, plan_for
 from lnp_torch.signs import signs_of
-from lnp_torch.state_guard import undisturbed
+from lnp_torch.state_guard import RandomState, undisturbed
+from lnp_torch.taken_apart import compared_elsewhere, plan_and_look, tolerance_of
 from lnp_torch.taps.backward_pass import Samples, Tapped, in_groups
 from lnp_torch.taps.function_mode import Taps
 from lnp_torch.taps.reader import Reading
@@ -142,7 +140,15 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
     # what was made in inference mode can take no part in a derivative
     targets = map_leaves(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, targets)
     whole = options.microbatch is None
+    begun, away = RandomState([prepared.device]), None
     loss, outputs, passes, taps, differing = first_loss(prepared, inputs, targets, options)
+    if taps is not None and not reason:
+        unknown = compared_elsewhere(passes, outputs.parts, taps, options)
+        if unknown is not None:  # the comparison has a graph of its own: this one is made again after it
+            del loss, outputs, passes, taps
+            away = unknown()
+            begun.restore()
+            loss, outputs, passes, taps, differing = first_loss(prepared, inputs, targets, options)
     parts = outputs.parts
     flat = flatten([part.detach() for part in parts])
     if whole:
@@ -154,7 +160,7 @@ def record(prepared: Program, batch: Any, options: Options, reason: str = "") ->
         pull_groups = fallback.looped(passes, size)
         samples = in_groups(passes, size, flat)
         gradients = partial(fallback.total, pull_groups)
-    plan, look, notes = plan_and_look(samples, gradients, parts, loss.gradient, options, passes.hooked, reason)
+    plan, look, notes = plan_and_look(samples, gradients, parts, loss.gradient, options, (reason, away))
     if targets is None and plan is not None and options.population is not False:
         tolerance = tolerance_of(prepared, parts)
         loss = replace(loss, separable=shown_mean(passes, loss.gradient, loss.terms, tolerance, options.seed))
@@ -226,58 +232,6 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
     )
 
 
-def plan_and_look(
-    samples: Samples,
-    gradients: Callable[[torch.Tensor], Vector],
-    parts: list[torch.Tensor],
-    g: torch.Tensor,
-    options: Options,
-    hooked: bool,
-    reason: str = "",
-) -> tuple[Plan | None, Look | None, tuple[str, ...]]:
-    """How the samples are taken apart and looked at, and notes; None, None and the reason where they are not.
-
-    Raises
-    ------
-    ValueError
-        For a backward pass that is not linear, and for micro-batches of samples that interact.
-    """
-    passes = samples.passes
-    tolerance = tolerance_of(passes.program, parts)
-    written = hooked or custom_backward(parts)
-    if options.split and not reason:
-        reason = _why_joint(passes)
-        first, failed = (None, reason) if reason else first_that_runs([lambda: next(iter(samples.visit()))], FATAL)
-        reason = reason or failed
-        if first is not None:
-            written = written or first.taps.hooked or custom_backward(first.parts)
-            key = key_of(passes, samples.outputs, (first.parts, first.taps), (options.forward, options.microbatch))
-            plan = plan_for(samples, key, options.microbatch, tolerance, written)
-            reason = plan.verdict.reason
-            if not reason:
-                return plan, Look(samples, plan, key, g, tolerance), plan.verdict.notes
-    if options.microbatch is not None:
-        raise ValueError(
-            f"microbatch={options.microbatch} was asked for, but {reason}. Expected independent samples. Leave "
-            "microbatch unset, or remove what couples them."
-        )
-    if written:
-        refuse_bent(Joint(samples.outputs, gradients), g, tolerance)
-    return None, None, (reason,) if reason else ()
-
-
-def _why_joint(passes: Passes) -> str:
-    """Why samples are not taken apart, as far as it is known before they are compared; or ""."""
-    if not passes.divisible:
-        return f"no input runs over the {passes.samples} samples along its first axis: they are not taken apart"
-    if not passes.explained:
-        return (
-            "the network draws random numbers, or writes to parameters, in a way that cannot be repeated: they are "
-            "not taken apart"
-        )
-    return ""
-
-
 def jvp(passes: Passes, u: Vector) -> torch.Tensor:
     """J u, (N, K)."""
     parameters = passes.program.parameters
@@ -309,11 +263,3 @@ def _frozen_notes(passes: Passes) -> tuple[str, ...]:
     }
     found = [note for kind, note in notes.items() if kind in dict(passes.record)]
     return (*found, *([WRITES.format(", ".join(passes.program.written))] if passes.program.written else []))
-
-
-def tolerance_of(prepared: Program, parts: list[torch.Tensor]) -> float:
-    """How far two ways to compute the same thing may differ: by the narrowest dtype in use."""
-    device = prepared.device.type
-    autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
-    dtypes = [p.dtype for p in prepared.parameters.values()] + [part.dtype for part in parts] + autocast
-    return coupling_tolerance(xp, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))

@@ -19,14 +19,18 @@ from lnp.per_sample.self_check import Alone, Differences, Pulled
 from lnp.per_sample.verdict import BENT, Verdict
 from lnp_torch import fallback
 from lnp_torch.fallback import Way
+from lnp_torch.met import Meet, met_one_by_one
 from lnp_torch.outputs import flatten, widened
 from lnp_torch.plans import Key, Plan
 from lnp_torch.replay import Passes
+from lnp_torch.sharded import active
 from lnp_torch.taps.backward_pass import Samples, in_groups
 from lnp_torch.taps.reader import LAYOUTS, Layouts, Reading
 
 FATAL = (torch.OutOfMemoryError,)
 """What is not the network's answer to a part of its batch."""
+FEW = 2
+"""Samples that are also run at a time, where parameters need that."""
 UNCLEAR, NARROW = 0.3, 20.0
 """Relative difference up to which rounding may be all there is, as a number, and in tolerances of narrow types."""
 ROUNDED = 3.0
@@ -59,24 +63,64 @@ class Operations:
         self.outputs, self.custom_backward = self.samples.outputs, self.before.custom_backward
         self._cotangent: torch.Tensor | None = None
         self._compared: tuple[Sequence[int], Alone] | None = None
+        self._numbers = {name: number for number, name in enumerate(self.samples.passes.program.parameters)}
 
     def pull(self, v: torch.Tensor) -> Pulled:
         """One backward pass of the batch."""
         self._cotangent = v if self._cotangent is None else self._cotangent
-        found = self.samples.tapped(v, self.before.reading(), list(self.samples.passes.program.parameters))
+        parameters, (gradient, meet) = self.samples.passes.program.parameters, self._sketches()
+        names = () if self.pairs else list(parameters)
+        found = self.samples.tapped(v, self.before.reading(), names, meet=None if self.pairs else meet)
         missing = {name: self.before.general.get(name) or why for name, why in found.missing.items()}
-        gradient = found.gradient
         if self.pairs:
             index = v.abs().amax(dim=1).nonzero()[:, 0]
-            gradient = fallback.total(fallback.looped(self.samples.passes.some(index), 2), v[index])
+            with met_one_by_one(parameters, meet):
+                fallback.total(fallback.looped(self.samples.passes.some(index), 2), v[index])
         return Pulled(gradient, found.square_norms, missing)
 
     def alone(self, index: Sequence[int], v: torch.Tensor) -> Alone:
-        """Some samples, one by one."""
+        """Some samples, one by one: one gradient of one sample is in memory at a time."""
         some = self.samples.passes.some(torch.as_tensor(list(index), device=v.device))
-        found = fallback.alone(self.way.pull(some), v)
+        parameters, (gradient, meet) = some.program.parameters, self._sketches()
+        outputs, norms = [], []
+        for row in range(len(v)):
+            parts = some.part(parameters, slice(row, row + 1)).parts
+            outputs.append(flatten([part.detach() for part in parts]))
+            norms.append(fallback.gradient_square_norms(parts, parameters, v[row : row + 1], meet))
+        found = Alone(
+            torch.cat(outputs), gradient, {name: torch.stack([n[name] for n in norms]) for name in parameters}
+        )
         self._compared = index, found
         return found
+
+    def in_its_way(self, names: Iterable[str], tolerance: float) -> str:
+        """Why samples cannot be run in the way that is tried, for these parameters' squared norms; "" if they can."""
+        assert self._compared is not None, "the comparison has run them"
+        assert self._cotangent is not None, "the comparison has pulled it back"
+        (index, alone), every = self._compared, self._cotangent
+        rows = torch.as_tensor(list(index)[:FEW], device=every.device)
+        some = self.samples.passes.some(rows).restricted(names)
+        found, reason = self_check.first_that_runs(
+            [lambda: fallback.alone(self.way.pull(some), every[rows], with_sum=False)], FATAL
+        )
+        if found is None:
+            return reason
+        looped = {name: norms[:FEW] for name, norms in alone.square_norms.items()}
+        apart = differences.square_norms_apart(xp, found.square_norms, looped, None)
+        return "" if all(float(value) <= 2 * tolerance for value in apart.values()) else "samples at a time differ"
+
+    def _sketches(self) -> tuple[dict[str, torch.Tensor], Meet]:
+        """{parameter: the sketch of its gradient}, zero so far, and what adds a gradient to it."""
+        parameters = self.samples.passes.program.parameters
+        found = {
+            name: widened(torch.zeros(differences.sketch_size(p.numel()), dtype=p.dtype, device=p.device))
+            for name, p in parameters.items()
+        }
+
+        def meet(name: str, gradient: torch.Tensor) -> None:
+            found[name] = found[name] + differences.sketched(xp, gradient.detach(), self._numbers[name])
+
+        return found, meet
 
     def outputs_alone(self) -> torch.Tensor:
         """(N, K) outputs of all samples, each run by itself."""
@@ -108,8 +152,11 @@ def unclear_up_to(tolerance: float) -> float:
     return max(UNCLEAR, NARROW * tolerance)
 
 
-def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: float, custom_backward: bool) -> Plan:
-    """How the samples are taken apart: what is remembered, or found out now.
+def plan_for(
+    samples: Samples, key: Key, microbatch: int | None, tolerance: float, custom_backward: bool,
+    away: Plan | None = None,
+) -> Plan:  # fmt: skip
+    """How the samples are taken apart: what is remembered, or found out now; `away` at other parameters, if before.
 
     Raises
     ------
@@ -118,7 +165,8 @@ def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: floa
     """
     plan = key.recall()
     if plan is None:
-        plan = _plan_by_comparison(samples, Plan(custom_backward=custom_backward), microbatch, tolerance)
+        away = away or plan_elsewhere(samples, Plan(custom_backward=custom_backward), microbatch, tolerance)
+        plan = _plan_here(samples, away, microbatch, tolerance)
         if plan.verdict.sure:
             key.remember(plan)
     if plan.verdict.bent:
@@ -126,17 +174,22 @@ def plan_for(samples: Samples, key: Key, microbatch: int | None, tolerance: floa
     return plan
 
 
-def _plan_by_comparison(samples: Samples, before: Plan, microbatch: int | None, tolerance: float) -> Plan:
-    """The plan by comparing samples at other parameters, and at these."""
-    # micro-batches of one sample cannot differ from single samples: pairs can
-    pairs, count = microbatch == 1, samples.passes.samples
+def plan_elsewhere(samples: Samples, before: Plan, microbatch: int | None, tolerance: float) -> Plan:
+    """The plan by comparing samples at other parameters: of these samples the passes are used, and no graph."""
+    count = samples.passes.samples
     sizes = [self_check.BESIDE, count] if count > self_check.BESIDE else [count]
     away, reason = self_check.first_that_runs(
         [partial(_plan_at_moved_parameters, samples, before, microbatch, size, tolerance) for size in sizes], FATAL
     )
-    if away is None or away.verdict.bent or away.verdict.reason:
-        return away or replace(before, verdict=Verdict(reason=reason))
-    here = _plan_at_parameters(samples, away, tolerance, pairs)
+    return away or replace(before, verdict=Verdict(reason=reason))
+
+
+def _plan_here(samples: Samples, away: Plan, microbatch: int | None, tolerance: float) -> Plan:
+    """The plan by comparing samples at these parameters, too."""
+    if away.verdict.bent or away.verdict.reason:
+        return away
+    # micro-batches of one sample cannot differ from single samples: pairs can
+    here = _plan_at_parameters(samples, away, tolerance, pairs=microbatch == 1)
     return replace(here, verdict=here.verdict.joined(away.verdict))
 
 
@@ -203,12 +256,17 @@ def _plan_by_one_way(samples: Samples, before: Plan, way: Way, tolerance: float,
     verdict = differences.verdict(tolerance, missing)
     worst = max(differences.outputs, differences.gradient, *(0.5 * value for value in differences.rules.values()), 0.0)
     plan = replace(before, way=way, verdict=verdict)
-    newly = {name: why for name, why in verdict.general if name not in before.general}
-    if verdict.reason or not newly or before.layouts:
+    if verdict.reason:
         return plan, worst
-    layouts = operations.layouts(newly, tolerance)
-    general = tuple((name, why) for name, why in verdict.general if name not in layouts)
-    return replace(plan, layouts=layouts, verdict=replace(verdict, general=general)), worst
+    newly = {name: why for name, why in verdict.general if name not in before.general}
+    if newly and not before.layouts:
+        layouts = operations.layouts(newly, tolerance)
+        general = tuple((name, why) for name, why in verdict.general if name not in layouts)
+        plan = replace(plan, layouts=layouts, verdict=replace(verdict, general=general))
+    by_itself = [name for name, _ in plan.verdict.general]
+    if way is fallback.VECTORIZED and by_itself:
+        plan = replace(plan, verdict=replace(plan.verdict, reason=operations.in_its_way(by_itself, tolerance)))
+    return plan, worst
 
 
 def _as_numbers(differences: Differences) -> Differences:
@@ -230,8 +288,11 @@ def _at_moved_parameters(samples: Samples, microbatch: int | None, size: int) ->
     if passes.samples > size:
         index = torch.linspace(0, passes.samples - 1, size, device=samples.outputs.device).round().long()
         passes = passes.some(index)
-    moved = self_check.moved(xp, {name: p.detach() for name, p in passes.program.parameters.items()})
-    parameters = {name: p.requires_grad_() for name, p in moved.items()}
+    parameters, gathering = {}, active()
+    for number, (name, p) in enumerate(passes.program.parameters.items()):
+        change = partial(self_check.moved_parameter, xp, number=number)
+        moved = change(p.detach()) if gathering is None else gathering.changed(p, change)
+        parameters[name] = moved.requires_grad_()
     return run_anew(replace(passes, program=replace(passes.program, parameters=parameters)), microbatch)
 
 

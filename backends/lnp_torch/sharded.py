@@ -8,7 +8,6 @@ training does, so that each process keeps its shard.
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -37,11 +36,14 @@ class Leaf:
         Of the parameter among those of the model.
     tensor:
         Without memory where it is not resident.
+    change:
+        What its values are made by from those of the parameter, or None.
     """
 
     index: int
     tensor: torch.Tensor
     resident: bool = False
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def size(self) -> int:
@@ -79,6 +81,15 @@ class Gathering(TorchDispatchMode):
         if self.as_it_is or not is_sharded(p):
             return p
         return self._without_memory(self._places[id(p)], p.shape, self._dtypes.get(id(p)) or p.dtype, p.device)
+
+    def changed(self, tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What stands for a parameter, with other values: they are made of its own each time that it is gathered."""
+        leaf = self._leaves.get(_key(tensor))
+        if leaf is None:
+            return change(tensor.detach())
+        made = self._without_memory(leaf.index, tensor.shape, tensor.dtype, tensor.device)
+        self._leaves[_key(made)].change = change
+        return made
 
     def as_float64(self, tensor: torch.Tensor) -> torch.Tensor:
         """What stands for a parameter, in float64."""
@@ -130,6 +141,7 @@ class Gathering(TorchDispatchMode):
 
     def _fill(self, leaf: Leaf) -> None:
         whole = self._rounds.gathered(leaf.index)
+        whole = whole if leaf.change is None else leaf.change(whole.to(leaf.tensor.dtype))
         leaf.tensor.untyped_storage().resize_(leaf.size)
         leaf.tensor.data.copy_(whole)  # by .data, which leaves the version alone that graphs have noted
         leaf.resident = True
@@ -177,18 +189,3 @@ def active() -> Gathering | None:
 def set_active(gathering: Gathering | None) -> None:
     """Say which one is on in this thread."""
     _ACTIVE.gathering = gathering
-
-
-def met_one_by_one(gathering: Gathering, pull: Callable[[], Any], meet: Callable[[str, torch.Tensor], None]) -> None:
-    """Run a backward pass that hands each parameter's gradient to `meet` as it comes, and keeps none."""
-
-    def met(name: str, gradient: torch.Tensor) -> torch.Tensor:
-        meet(name, gradient)
-        return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
-
-    hooks = [p.register_hook(functools.partial(met, name)) for name, p in gathering.parameters.items()]
-    try:
-        pull()
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -25,9 +25,10 @@ from lnp_torch.model import Program
 from lnp_torch.on_a_copy import on_a_copy
 from lnp_torch.outputs import dot, flatten, widened
 from lnp_torch.own_loss import split_batch
-from lnp_torch.record import first_loss, graph_gradients, tolerance_of
+from lnp_torch.record import first_loss, graph_gradients
 from lnp_torch.refusals import SPLIT
 from lnp_torch.rounds import is_sharded
+from lnp_torch.taken_apart import tolerance_of
 
 
 def check_against_model(

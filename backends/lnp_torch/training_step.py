@@ -27,11 +27,12 @@ from lnp_torch.model import program
 from lnp_torch.model_parts import HOSTS, unwrapped
 from lnp_torch.outputs import Outputs, flatten
 from lnp_torch.own_loss import shown_mean
-from lnp_torch.record import Operators, graph_gradients, linearization, plan_and_look, tolerance_of
+from lnp_torch.record import Operators, graph_gradients, linearization
 from lnp_torch.refusals import refuse_compiled, refuse_graph, refuse_hooks
 from lnp_torch.signs import signs_of
 from lnp_torch.state_guard import finished, no_gradients, undisturbed
 from lnp_torch.step_loss import StepCriterion, loss_gradient, step_outputs, step_sample_terms, step_told
+from lnp_torch.taken_apart import plan_and_look, tolerance_of
 from lnp_torch.taps.backward_pass import Samples, Tapped
 from lnp_torch.taps.reader import Reading
 from lnp_torch.watched_pass import WatchedPass, call_with
@@ -211,7 +212,7 @@ class SharedStep(contextlib.AbstractContextManager):
         samples = Samples(passes, lambda: one, flat, apart=False)
         gradients = graph_gradients(parts, self._own)
         with no_gradients(dict(self._module.named_parameters())):
-            plan, look, why = plan_and_look(samples, gradients, parts, g, options, hooked=False)
+            plan, look, why = plan_and_look(samples, gradients, parts, g, options)
         terms, notes = self._terms(loss, outputs, criterion, options)
         _, others = reached([edge(loss)], {edge(leaf) for leaf in outputs.leaves})
         differs = "" if criterion is None or others else criterion.difference(loss.detach() / scale)

@@ -10,6 +10,7 @@ import torch
 from lnp_torch import fallback
 from lnp_torch.fallback import dense
 from lnp_torch.float16 import scale_to_one
+from lnp_torch.met import Meet, met_one_by_one
 from lnp_torch.outputs import flatten, split, widened
 from lnp_torch.plans import Plan
 from lnp_torch.replay import Passes
@@ -76,15 +77,22 @@ class Samples:
         return replace(found, square_norms={name: every[name] for name in self.passes.program.parameters})
 
     def tapped(
-        self, v: torch.Tensor, reading: Reading, names: Collection[str] = (), watch: Watcher | None = None
+        self,
+        v: torch.Tensor,
+        reading: Reading,
+        names: Collection[str] = (),
+        watch: Watcher | None = None,
+        meet: Meet | None = None,
     ) -> Pullback:
-        """What the taps yield, and J^T v of the parameters of these names."""
+        """What the taps yield, and J^T v of the parameters of these names; with `meet` that is handed the gradients,
+        one by one, and none is kept.
+        """
         found: list[Pullback] = []
         total: dict[str, torch.Tensor] = {}
         for part in self.visit():
             if watch is not None and self.apart:
                 watch(part.rows, flatten([p.detach() for p in part.parts]))
-            pull = _pulled(part, v[part.rows], reading, names)
+            pull = _pulled(part, v[part.rows], reading, names, meet)
             if part.rows == slice(0, len(v)):
                 return pull
             total = {name: total[name] + g for name, g in pull.gradient.items()} if total else pull.gradient
@@ -94,7 +102,7 @@ class Samples:
         return Pullback({name: torch.cat([pull.square_norms[name] for pull in found]) for name in read}, missing, total)
 
 
-def _pulled(part: Tapped, v: torch.Tensor, reading: Reading, names: Collection[str]) -> Pullback:
+def _pulled(part: Tapped, v: torch.Tensor, reading: Reading, names: Collection[str], meet: Meet | None) -> Pullback:
     """What one backward pass yields of the samples of one forward pass."""
     parameters = part.taps.parameters
     scale = scale_to_one([v], [*part.parts, *parameters.values()])
@@ -105,6 +113,10 @@ def _pulled(part: Tapped, v: torch.Tensor, reading: Reading, names: Collection[s
         zeros = {name: torch.zeros_like(parameters[name]) for name in names}
         none = dict.fromkeys(parameters, nothing.sum())
         return Pullback(dict.fromkeys(parameters, nothing), {}, zeros, none)
+    if meet is not None:
+        meeting = met_one_by_one({name: parameters[name] for name in names}, meet, scale)
+        found, _ = part.taps.pull([p for p, _ in used], [w for _, w in used], reading, names, meeting)
+        return found if scale is None else found.divided(scale)
     found, grads = part.taps.pull([p for p, _ in used], [w for _, w in used], reading, names)
     gradient = dict(zip(names, dense(grads, [parameters[name] for name in names]), strict=True))
     pulled = replace(found, gradient=gradient)

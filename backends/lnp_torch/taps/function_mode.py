@@ -201,11 +201,17 @@ class Taps(TorchFunctionMode):
         return max(ends, default=0) - (self._began or 0) if self._began is not None else 0
 
     def pull(
-        self, outputs: list[Tensor], cotangents: list[Tensor], reading: Reading, names: Collection[str]
+        self,
+        outputs: list[Tensor],
+        cotangents: list[Tensor],
+        reading: Reading,
+        names: Collection[str],
+        meeting: contextlib.AbstractContextManager | None = None,
     ) -> tuple[Pullback, tuple[Tensor | None, ...]]:
         """What the taps yield, and J^T v of the parameters of these names, by one backward pass.
 
-        Without names, the gradient of one parameter is in memory at a time.
+        Without names, the gradient of one parameter is in memory at a time; what comes of them with `meeting`, which is
+        around the pass, is not to be used.
         """
         # a parameter whose gradient is met on its way has to be asked for
         leaves = list(self.parameters if reading.gradient_norms else names)
@@ -217,9 +223,10 @@ class Taps(TorchFunctionMode):
                 with _dropped(inputs):
                     torch.autograd.backward(outputs, cotangents, retain_graph=True, inputs=[*inputs, *anchor])
             elif inputs or anchor:
-                grads = torch.autograd.grad(
-                    outputs, [*inputs, *anchor], cotangents, retain_graph=True, allow_unused=True
-                )
+                with meeting or contextlib.nullcontext():
+                    grads = torch.autograd.grad(
+                        outputs, [*inputs, *anchor], cotangents, retain_graph=True, allow_unused=True
+                    )
         found = dict(zip(leaves, grads, strict=False))
         return pulled(outputs[0].device), tuple(found[name] for name in names)
 

@@ -134,6 +134,7 @@ class Reader:
     ) -> None:
         self._sites, self._lookups, self._samples = sites, lookups, samples
         self._layouts, self._index, general = reading.layouts, reading.index, {*reading.general, *unrecognised}
+        self._of_all = reading.index is not None and 2 * len(reading.index) >= samples
         self._kept: dict[str, list[tuple[Frame, Factors]]] = {}
         self._parts: dict[str, list[tuple[Frame, Factors]]] = {}
         self.gradient_norms: dict[str, Tensor] = {}
@@ -177,8 +178,7 @@ class Reader:
             factors = Factors(site.use.kind, _comparable(site.use.kind, site.use.factors(d, layout)))
         except Unread:
             self._skip.add(site.name)
-            self._leave(site.name, "the samples are not along the first axis")
-            return
+            return self._leave(site.name, "the samples are not along the first axis")
         factors = factors.transposed() if site.flipped else factors
         if site.name in self._derived or site.name in self._sources:
             self._parts.setdefault(site.name, []).append((site.frame, factors))
@@ -211,9 +211,7 @@ class Reader:
         self._found[name] = self._found[name] + value if name in self._found else value
 
     def meet(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
-        """Called with the gradient of a parameter, which comes right after the last of its uses: neither the gradient
-        nor what was kept of the uses has to stay.
-        """
+        """Called with a parameter's gradient, right after the last of its uses: neither has to stay."""
         with torch.no_grad(), without_autocast(gradient.device.type):
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
             self.gradient_norms[name] = dot(gradient, gradient)
@@ -221,18 +219,18 @@ class Reader:
                 self._met[name] = gradient
             for frame, factors in self._kept.pop(name, ()):
                 product = _inner_products(frame, factors, parameter, gradient)
-                self.products = product if self.products is None else self.products + product
+                self._add_product(product[self._index] if self._of_all else product)
 
     def _of_some(self, site: Site, factors: Factors, index: Tensor) -> tuple[str, Frame, Factors]:
-        """(parameter, frame, factors) of some of the samples."""
-        some = tuple(f[index] if isinstance(f, Tensor) else f for f in factors.arrays)
+        """(parameter, frame, factors) of some of the samples; of all where a copy of most of them would take more."""
+        some = tuple(f[index] if isinstance(f, Tensor) and not self._of_all else f for f in factors.arrays)
         if site.name in self._tables:
             lookup = self._lookups[site.name]
             return lookup.name, lookup.frame, lookup.of(some[0])
         return site.name, site.frame, Factors(factors.kind, some)
 
     def _is_summed(self, name: str) -> bool:
-        """Whether something was computed from a parameter, or from rows of it, before it met the samples."""
+        """Whether something was computed from a parameter or its rows, before it met the samples."""
         return name in self._sources or any(self._lookups[own].name == name for own in self._tables & {*self._sources})
 
     def _sum(self) -> None:
@@ -270,8 +268,10 @@ class Reader:
             of = self._lookups[name].name if name in self._tables else name
             met = self._met.get(of)
             if met is not None:
-                product = uses.inner_products(xp, self._of_source(name, gradient), met)
-                self.products = product if self.products is None else self.products + product
+                self._add_product(uses.inner_products(xp, self._of_source(name, gradient), met))
+
+    def _add_product(self, product: Tensor) -> None:
+        self.products = product if self.products is None else self.products + product
 
     def result(self) -> dict[str, Tensor]:
         """{name: (N,)}. A use that no cotangent reached has contributed nothing."""
