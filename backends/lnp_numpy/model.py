@@ -106,9 +106,8 @@ class LinearModel:
     bias: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name, array, axes in (("weight", self.weight, 2), ("bias", self.bias, 1)):
-            if array is None and name == "bias":
-                continue
+        given: list[tuple[str, Any, int]] = [("weight", self.weight, 2)]
+        for name, array, axes in given + ([] if self.bias is None else [("bias", self.bias, 1)]):
             if not hasattr(array, "shape") or np.ndim(array) != axes or np.asarray(array).dtype.kind not in "fiub":
                 kind = f"{type(array).__name__} of shape {np.shape(array)} and dtype {np.asarray(array).dtype}"
                 raise ValueError(
