@@ -176,9 +176,8 @@ def _line(points: _Points, offset: float) -> tuple[np.ndarray, np.ndarray]:
     kept = ~points.limit
     above = points.value[kept] - offset
     weight = points.weight[kept] * (above / points.value[kept] if points.known else 1.0)
-    rows = weight[:, None] * np.stack([np.ones_like(above), np.log(points.size[kept])], axis=1)
-    covariance = np.linalg.inv(rows.T @ rows)
-    return covariance @ rows.T @ (weight * np.log(above)), covariance
+    fitted, covariance = np.polyfit(np.log(points.size[kept]), np.log(above), 1, w=weight, cov="unscaled")
+    return fitted[::-1], covariance[::-1, ::-1]  # of which the slope is the first
 
 
 def _bent(points: _Points, start: np.ndarray, offset: bool) -> tuple[np.ndarray, np.ndarray]:
