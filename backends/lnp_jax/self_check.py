@@ -267,17 +267,20 @@ def _quickly_compiled(function: Callable) -> Callable:
     """The comparison, which runs twice and never again: on a CPU compiling it takes longer by far, and most of that
     goes into making it run faster. Its code goes with what is returned.
     """
-    return jax.jit(function, compiler_options=QUICK) if _knows_quick(jax.default_backend()) else jax.jit(function)
+    known = _known_of_quick(jax.default_backend())
+    return jax.jit(function, compiler_options=known) if known else jax.jit(function)
 
 
 @cache
-def _knows_quick(platform: str) -> bool:
-    """Whether this release of JAX takes these options."""
+def _known_of_quick(platform: str) -> dict[str, Any]:
+    """Which of these options this release of JAX takes."""
+    known: dict[str, Any] = {}
     if platform == "cpu" and "compiler_options" in inspect.signature(jax.jit).parameters:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # a release that knows other options
-            jax.jit(jnp.zeros_like, compiler_options=QUICK)(0.0)
-            return True
-    return False
+        for name, value in QUICK.items():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                jax.jit(jnp.zeros_like, compiler_options={name: value})(0.0)
+                known[name] = value
+    return known
 
 
 def _bend(structure: Structure, options: Options, arrays: Arrays, inputs: Any) -> jax.Array:
