@@ -154,6 +154,10 @@ def test_alignment():
         lnp.alignment(a, psd(3, 0))
     with pytest.raises(ValueError, match="Expected square matrices"):
         lnp.alignment(a, np.ones(3))
+    with pytest.raises(ValueError, match="Expected square matrices"):
+        lnp.alignment(np.ones((2, 2, 3)), np.ones((2, 2, 3)))
+    with pytest.raises(ValueError, match="Expected one number of rows"):
+        lnp.alignment(np.ones((2, 2, 2)), np.ones((2, 3, 3)))
 
 
 def test_target_alignment():
@@ -198,6 +202,7 @@ def test_kernel_velocity():
     assert v.distance == pytest.approx(np.linalg.norm(b - a) / np.linalg.norm(a), rel=1e-12)
     assert v.rotation == pytest.approx(1 - lnp.alignment(a, b), rel=1e-12)
     assert (v.speed, v.rotation_speed) == (v.distance / 4, v.rotation / 4)
+    assert lnp.kernel_velocity(a, b).interval == 1
     assert lnp.kernel_velocity(a, a).rotation == pytest.approx(0, abs=1e-12)
     many = lnp.kernel_velocity(np.stack([a, b]), np.stack([b, a]))
     assert many.distance == pytest.approx([v.distance, np.linalg.norm(b - a) / np.linalg.norm(b)])

@@ -237,6 +237,7 @@ def test_probes_that_end_early_are_filled_up():
     d = lnp.spectrum(model, batch, steps=SIZE, probes=5).density
     assert d.nodes.shape == d.weights.shape
     assert d.weights.sum(axis=1) == pytest.approx(np.ones(5))
+    assert d.number_above(d.nodes.max())[0] > 0  # at or above
     assert d.number_above(0.25)[0] == pytest.approx(np.sum(d.weights[d.nodes > 0.25]) * SIZE / 5)
     counts = SIZE * np.sum(d.weights * (d.nodes > 0.75), axis=1)
     assert d.number_above(0.75)[1] == pytest.approx(counts.std(ddof=1) / 5**0.5, rel=1e-10)
@@ -317,3 +318,10 @@ def test_float32_keeps_single_precision():
     )
     assert narrow.nodes == pytest.approx(wide.nodes, rel=1e-4)  # rounding of 6 steps, twice the products
     assert narrow.weights == pytest.approx(wide.weights, abs=1e-5)
+
+
+@pytest.mark.parametrize("entries", [([1.0, np.nan], [0.5, 0.0]), ([1.0, 1.0], [np.nan, 0.0])])
+def test_one_entry_that_is_not_finite_makes_the_quadrature_nan(entries):
+    found = quadrature(*entries, 2)
+    assert np.isnan([found.nodes, found.weights]).all()
+    assert found.nodes.shape == (2,)
