@@ -3,9 +3,9 @@
     trainer = Trainer(callbacks=[LNPCallback("run.jsonl")])
 
 Measured are the parameters before an update, on the batch that it trains on: with accumulated gradients on the first of
-its batches. The loss is what the module's own `training_step` makes of it, run once more on a copy of the module, in
-the precision plugin's context. Nothing is subclassed, and gradient clipping, accumulation, strategies and resuming stay
-as they are.
+its batches, or on all of them. The loss is what the module's own `training_step` makes of it, run once more on a copy
+of the module, in the precision plugin's context. Nothing is subclassed, and gradient clipping, accumulation, strategies
+and resuming stay as they are.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
 
+from lnp.results.streamed import Alike
 from lnp.tracking.tracker import Tracker
 from lnp.typed_options import TrackerOptions
 from lnp_torch.group import needs_all, process_number
 from lnp_torch.host_steps import HostStep, check_same
+from lnp_torch.replay import copied
 
 
 def _library() -> Any:
@@ -48,6 +50,10 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         Of `lnp.Tracker`; or a Tracker in the place of the path. With `loss=` or `forward=` the module is called with
         the inputs of a batch (inputs, targets) in the place of its `training_step`, as `lnp.decompose` calls it. A
         module that optimizes by hand (several optimizers) needs one of them, or `prepare=`.
+    accumulated:
+        With `accumulate_grad_batches`: measure all batches whose gradients an update adds up, as the mean of their
+        losses that the trainer minimises, in the place of the first one. They are kept until the last one comes, before
+        which the measurement is made. In one process.
     prepare:
         (module, batch) -> (model, batch) as `lnp.decompose` takes them, for modules that hold the model or batches of
         another form: `prepare=lambda module, batch: (module.net, (batch["image"], batch["label"]))`.
@@ -68,6 +74,7 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         schedule: Any = None,
         *,
         prepare: Prepare | None = None,
+        accumulated: bool = False,
         **options: Unpack[TrackerOptions],
     ) -> None:
         if isinstance(path, Tracker) and (schedule is not None or options):
@@ -77,7 +84,8 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
             )
         options.setdefault("rank", _rank)
         self.tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **options)
-        self._prepare = prepare
+        self._prepare, self._accumulated = prepare, accumulated
+        self._update: _Update | None = None
         self._refused = self._together = False
         self._reached: int | None = None
         self._measured: tuple[int, float] | None = None
@@ -89,46 +97,63 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Say now if the module cannot be measured; where failures raise, in all processes."""
-        self._refused, self._reached = False, None
+        self._refused, self._reached, self._update = False, None, None
         if trainer.is_global_zero or self.tracker.on_error == "raise":
             by_hand = self._follows and not pl_module.automatic_optimization
             self._refused = not self.tracker.check(pl_module, BY_HAND if by_hand else None) and by_hand
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Measure if this update is due; the later batches of an accumulated update are none."""
+        """Measure if this update is due, at its first batch; all batches of an accumulated one at its last."""
         step, self._measured = trainer.global_step, None
+        self._begin_update(trainer, pl_module, step)
+        if self._update is not None and self._update.takes(trainer, batch, batch_idx):
+            with self.tracker.attempt(step):
+                self._measure(trainer, pl_module, self._update.batches, self._update.index, step)
+            if self._measured is None:
+                self._update = None
+
+    def _begin_update(self, trainer: Any, pl_module: Any, step: int) -> None:
+        """See whether an update begins, and is to be measured."""
         since, self._reached = self._reached, step
         if since is None:  # the strategy has wrapped and sharded the module by now
             self._together = self.tracker.option("group") is not None or needs_all(pl_module)
         if not (trainer.is_global_zero or self._together) or self._refused or step == since:
             return
+        self._update = None
         # several optimizers advance the step by more than one: what is due in between is measured here
         passed = range(step if since is None or since > step else since + 1, step)
         if self.tracker.due(step) or any(self.tracker.due(one) for one in passed):
-            with self.tracker.attempt(step):
-                self._measure(trainer, pl_module, batch, batch_idx, step)
+            self._update = _Update(trainer.accumulate_grad_batches if self._accumulated else 1)
         self.tracker.count(step, trainer.optimizers[0] if len(trainer.optimizers) == 1 else None)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See whether what was measured is the loss of the training step."""
-        measured, self._measured = self._measured, None
+        measured, self._measured, update = self._measured, None, self._update
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if measured is not None and isinstance(loss, torch.Tensor):
+        if update is None or not isinstance(loss, torch.Tensor):
+            return
+        update.trained += float(loss) * trainer.accumulate_grad_batches / update.size  # by which it was divided
+        if measured is not None:
+            self._update = None
             with self.tracker.attempt(None, f"assurance that row {measured[0]} is of what the module minimises"):
-                check_same(loss * trainer.accumulate_grad_batches, measured[1], ADVICE)  # by which it was divided
+                check_same(update.trained, measured[1], ADVICE)
 
     @property
     def _follows(self) -> bool:
         """Whether the module's own training step is what is measured."""
         return self._prepare is None and self.tracker.option("loss") is None and self.tracker.option("forward") is None
 
-    def _measure(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, step: int) -> None:
-        model, prepared, options = pl_module, batch, {}
+    def _measure(self, trainer: Any, pl_module: Any, batches: list[Any], batch_idx: int, step: int) -> None:
+        model, every, options = pl_module, batches, dict[str, Any]()
         if self._prepare is not None:
-            model, prepared = self._prepare(pl_module, batch)
+            pairs = [self._prepare(pl_module, batch) for batch in batches]
+            model, every = pairs[0][0], [batch for _, batch in pairs]
         elif self._follows:
             options["forward"] = HostStep(_TrainingStep(_Quiet(trainer), batch_idx), id(trainer))
-            prepared = {"batch": batch}
+            every = [{"batch": batch} for batch in batches]
+        prepared: Any = every[0]
+        if self._update is not None and self._update.size > 1:
+            prepared, options["batches"] = Alike(every, self._update.size), len(every)
         self.tracker.tags.setdefault("parameters", trained(pl_module))
         with trainer.precision_plugin.train_step_context():
             measured = self.tracker.measure(step, model, prepared, options=options)
@@ -151,6 +176,37 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         """The tracker's."""
         with self.tracker.attempt(None, "the tracker's state in this checkpoint"):
             self.tracker.load_state_dict(state_dict)
+
+
+@dataclass
+class _Update:
+    """An update that is measured, and the batches that it has seen so far.
+
+    Attributes
+    ----------
+    size:
+        The number that the trainer divides each batch's loss by; 1 where the first batch alone is measured.
+    index:
+        Of the first batch.
+    trained:
+        The loss of the batches that have been trained on.
+    """
+
+    size: int
+    batches: list[Any] = field(default_factory=list)
+    index: int = 0
+    trained: float = 0.0
+    complete: bool = False
+
+    def takes(self, trainer: Any, batch: Any, index: int) -> bool:
+        """Whether this batch, which is kept, is the last one of the update."""
+        if self.complete:
+            return False
+        last = trainer.is_last_batch or index + 1 >= trainer.num_training_batches
+        self.complete = self.size == 1 or last or (index + 1) % self.size == 0
+        self.index = index if not self.batches else self.index
+        self.batches.append(batch if self.size == 1 else copied(batch))  # the training step may write to it
+        return self.complete
 
 
 def _rank() -> int:

@@ -45,6 +45,18 @@ SUMS = (
 _END = object()
 
 
+class Alike(list):
+    """Batches of which each counts as much as the others, whatever they hold: L = sum_b L_b / `of`.
+
+    So hosts accumulate that divide each batch's own mean by the number of batches. At the end of a data set that may be
+    more than there are.
+    """
+
+    def __init__(self, batches: Iterable[Batch], of: int) -> None:
+        super().__init__(batches)
+        self.of = of
+
+
 def decompose_stream(
     model: Model, batches: Iterable[Batch], count: float, computation: DecomposePart, options: Options
 ) -> Decomposition:
@@ -61,7 +73,7 @@ def decompose_stream(
     known = _expected(batches, count)
     rtol = computation.rtol if known is None else min(computation.rtol * math.sqrt(known), LOOSEST)
     one = replace(computation, rtol=max(rtol, computation.rtol))
-    total, parts = _Total(), []
+    total, parts = _Total(batches.of if isinstance(batches, Alike) else None), []
     with bar("measuring batches", known) as advance:
         for place, batch in enumerate(_taken(model, batches, count)):
             seeded = replace(options, seed=seed_of_part(int(options.seed), place))
@@ -71,9 +83,12 @@ def decompose_stream(
 
 
 class _Total:
-    """The weighted sum of the gradients of batches, in units of the first one's magnitude."""
+    """The weighted sum of the gradients of batches, in units of the first one's magnitude; of batches that count alike
+    where it is given of how many.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, alike: int | None) -> None:
+        self._alike = alike
         self._sum: dict[str, np.ndarray] = {}
         self._unit = 0.0
         self._weights: list[float] = []
@@ -82,7 +97,7 @@ class _Total:
 
     def add(self, found: LossGradient) -> LossGradient:
         """Add a batch's gradient; the batch without it."""
-        weight = float(found.weight)
+        weight = float(found.weight) if self._alike is None else 1.0
         factor = weight * float(found.magnitude) if weight else 0.0
         self._unit = self._unit or factor or 1.0
         relative = factor / self._unit
@@ -107,7 +122,7 @@ class _Total:
                 f"None of {len(parts)} batches has terms that count, such as labels that are not ignored. Expected "
                 "batches whose loss is a number. Pass others, or check their labels."
             )
-        whole = math.fsum(self._weights)
+        whole = self._alike or math.fsum(self._weights)
         scale = self._unit / whole
         sums, everything = [self._projected[place] for place in kept], sum(self._projected)
         products = [
