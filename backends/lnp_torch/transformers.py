@@ -21,6 +21,7 @@ import torch
 from lnp.losses import kinds
 from lnp.tracking.tracker import Tracker
 from lnp.typed_options import TrackerOptions
+from lnp_torch.group import needs_all
 from lnp_torch.host_steps import HostStep, check_same
 from lnp_torch.update_batches import HandedOut
 
@@ -64,7 +65,8 @@ def attach(
     first of its batches, as a mean over that batch's own labels, unless `accumulated` is true; with
     `group=lnp_torch.Group()` on the batches of all processes, as the mean of their means. The loss is the one that the
     trainer minimises. What fails on the way is told once, and training goes on (`on_error` of the tracker). A trainer
-    that shards parameters (FSDP, ZeRO-3), of which the tracker warns here, is left as it is.
+    that shards parameters by FSDP in version 2 is measured by all of its processes; one that does so in another way
+    (FSDP in version 1, ZeRO-3), of which the tracker warns here, is left as it is.
 
     Parameters
     ----------
@@ -164,7 +166,8 @@ class _Watched:
         self._check(model)
         step, measured = self.trainer.state.global_step, None
         items = more.get("num_items_in_batch", rest[0] if rest else None)
-        takes_part = self.trainer.is_world_process_zero() or self.tracker.option("group") is not None
+        together = self.tracker.option("group") is not None or needs_all(model)
+        takes_part = self.trainer.is_world_process_zero() or together
         if takes_part and self.tracker.due(step):
             with self.tracker.attempt(step):
                 measured = self._measure(step, model, inputs, items)
@@ -228,16 +231,16 @@ ADVICE = "Pass loss=, a function (outputs, labels) -> scalar, to say what the tr
 def _refusal(trainer: Any) -> str | None:
     """Why the trainer's model cannot be measured, as far as the trainer says so itself."""
     sharded = None
-    if trainer.is_fsdp_enabled:
-        sharded = "FSDP"
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        sharded = "FSDP in version 1"
     elif trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == ZERO_3:
         sharded = "DeepSpeed's ZeRO-3"
     if sharded is None:
         return None
     return (
         f"This trainer shards the parameters over its processes ({sharded}), and a measurement needs them whole. "
-        "Expected whole parameters in each process. Train with data parallelism or ZeRO up to stage 2, or measure a "
-        "checkpoint with lnp.decompose in a process of its own."
+        "Expected whole parameters in each process, or FSDP in version 2. Set fsdp_version: 2 in fsdp_config, train "
+        "with data parallelism or ZeRO up to stage 2, or measure a checkpoint with lnp.decompose in its own process."
     )
 
 

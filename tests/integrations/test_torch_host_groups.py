@@ -59,10 +59,13 @@ def first_rate(order):
     return lnp.decompose(model, (x[order[:16]], y[order[:16]]), estimator="exact").rate
 
 
-@pytest.mark.parametrize("host", ["accelerate", "lightning", "transformers"])
+HOSTS = ("accelerate", "lightning", "transformers")
+
+
+@pytest.mark.parametrize("host", [*HOSTS, *(f"{host}, FSDP2" for host in HOSTS)])
 def test_hosts_measure_the_batch_of_all_processes(ranks, host):
     order = torch.arange(32)
-    if host != "accelerate":  # their samplers shuffle, with the seed 0
+    if not host.startswith("accelerate"):  # their samplers shuffle, with the seed 0
         order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     first, second = (cases[host] for cases in ranks)
     assert [row["samples"] for row in first["rows"]] == [16] * STEPS

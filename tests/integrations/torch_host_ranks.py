@@ -6,11 +6,13 @@ FOLDER/RANK.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
@@ -19,7 +21,9 @@ import accelerate
 import lightning.pytorch as pl
 import torch
 import transformers
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,8 +46,35 @@ def samples() -> TensorDataset:
     return TensorDataset(x, torch.randint(3, (32,), generator=generator))
 
 
-def by_accelerate(tracker: lnp.Tracker | None) -> list[torch.Tensor]:
+@contextlib.contextmanager
+def sharding(accelerator: accelerate.Accelerator) -> Iterator[None]:
+    """Has Accelerate shard parameters (FSDP in version 2), which it does on accelerators alone, on a processor."""
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1, cpu_ram_efficient_loading=False
+    )
+    states = (accelerate.state.PartialState._shared_state, accelerator.state._shared_state)
+    before = [dict(state) for state in states]
+    for state in states:
+        state |= {"distributed_type": accelerate.DistributedType.FSDP, "fsdp_plugin": plugin}
+    try:
+        yield
+    finally:
+        for state, known in zip(states, before, strict=True):
+            state.clear()
+            state |= known
+
+
+def values(parameters: Iterable) -> list[torch.Tensor]:
+    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for p in parameters]
+
+
+def by_accelerate(tracker: lnp.Tracker | None, shard: bool = False) -> list[torch.Tensor]:
     accelerator = accelerate.Accelerator(cpu=True)
+    with sharding(accelerator) if shard else contextlib.nullcontext():
+        return accelerated(accelerator, tracker)
+
+
+def accelerated(accelerator: accelerate.Accelerator, tracker: lnp.Tracker | None) -> list[torch.Tensor]:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(samples(), batch_size=8))
@@ -53,7 +84,7 @@ def by_accelerate(tracker: lnp.Tracker | None) -> list[torch.Tensor]:
         optimizer.zero_grad()
         accelerator.backward(F.cross_entropy(model(x), y))
         optimizer.step()
-    return [p.detach().clone() for p in accelerator.unwrap_model(model).parameters()]
+    return values(accelerator.unwrap_model(model).parameters())
 
 
 class Module(pl.LightningModule):
@@ -68,15 +99,23 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def by_lightning(folder: Path, callbacks: list) -> list[torch.Tensor]:
-    module = Module()
+class Sharded(Module):
+    def configure_model(self) -> None:
+        for layer in (self.network[0], self.network[2], self.network):
+            if not isinstance(layer, FSDPModule):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def by_lightning(folder: Path, callbacks: list, shard: bool = False) -> list[torch.Tensor]:
+    module = Sharded() if shard else Module()
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if shard else "ddp"
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=callbacks,
+        max_epochs=1, accelerator="cpu", devices=2, strategy=strategy, logger=False, callbacks=callbacks,
         enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
         default_root_dir=str(folder), use_distributed_sampler=True,
     )  # fmt: skip
     trainer.fit(module, DataLoader(samples(), batch_size=8))
-    return [p.detach().clone() for p in module.parameters()]
+    return values(module.parameters())
 
 
 class Classifier(nn.Module):
@@ -89,7 +128,9 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(outputs, labels), "logits": outputs}
 
 
-def by_transformers(folder: Path, options: dict | None) -> tuple[list[torch.Tensor], lnp.Tracker | None]:
+def by_transformers(
+    folder: Path, options: dict | None, shard: bool = False
+) -> tuple[list[torch.Tensor], lnp.Tracker | None]:
     model = Classifier()
     data = [{"x": x, "labels": y} for x, y in samples()]
     arguments = transformers.TrainingArguments(
@@ -97,9 +138,11 @@ def by_transformers(folder: Path, options: dict | None) -> tuple[list[torch.Tens
         save_strategy="no", disable_tqdm=True, logging_strategy="no", learning_rate=0.1, optim="sgd", seed=0,
     )  # fmt: skip
     trainer = transformers.Trainer(model, arguments, train_dataset=data)
-    tracker = None if options is None else attach(trainer, schedule=1, **options)
-    trainer.train()
-    return [p.detach().clone() for p in model.parameters()], tracker
+    with sharding(trainer.accelerator) if shard else contextlib.nullcontext():
+        trainer.is_fsdp_enabled = shard
+        tracker = None if options is None else attach(trainer, schedule=1, **options)
+        trainer.train()
+        return values(model.parameters()), tracker
 
 
 def rows(tracker: lnp.Tracker) -> list[dict]:
@@ -121,6 +164,15 @@ def main(folder: Path) -> None:
         watched, hugging = by_transformers(folder, together)
         plain, _ = by_transformers(folder, None)
         found["transformers"] = {"rows": rows(hugging), "equal": all(map(torch.equal, watched, plain))}
+        alone = {"estimator": "exact"}  # whose processes all have to measure
+        tracker = lnp.Tracker(schedule=1, **alone)
+        ends = [by_accelerate(one, shard=True) for one in (tracker, None)]
+        found["accelerate, FSDP2"] = {"rows": rows(tracker), "equal": all(map(torch.equal, *ends))}
+        callback = LNPCallback(schedule=1, **alone)
+        ends = [by_lightning(folder, callbacks, shard=True) for callbacks in ([callback], [])]
+        found["lightning, FSDP2"] = {"rows": rows(callback.tracker), "equal": all(map(torch.equal, *ends))}
+        (watched, hugging), (plain, _) = (by_transformers(folder, way, shard=True) for way in (alone, None))
+        found["transformers, FSDP2"] = {"rows": rows(hugging), "equal": all(map(torch.equal, watched, plain))}
         told = [text for w in caught if (text := str(w.message)).startswith("lnp")]
     found["told"] = told
     (folder / f"{RANK}.json").write_text(json.dumps(found))
