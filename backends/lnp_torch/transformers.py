@@ -228,10 +228,14 @@ class _Watched:
 ADVICE = "Pass loss=, a function (outputs, labels) -> scalar, to say what the trainer's training_step makes of a batch."
 
 
+def _fsdp_version(trainer: Any) -> int:
+    return getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "fsdp_version", 1)
+
+
 def _refusal(trainer: Any) -> str | None:
     """Why the trainer's model cannot be measured, as far as the trainer says so itself."""
     sharded = None
-    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+    if trainer.is_fsdp_enabled and _fsdp_version(trainer) != 2:
         sharded = "FSDP in version 1"
     elif trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == ZERO_3:
         sharded = "DeepSpeed's ZeRO-3"

@@ -208,8 +208,8 @@ def test_a_trainer_that_minimises_something_else_is_told_of(tmp_path, told):
 @pytest.fixture
 def compared(monkeypatch):
     """How often samples were compared with the batch in full."""
-    found, compare = [], self_check._plan_by_comparison
-    monkeypatch.setattr(self_check, "_plan_by_comparison", lambda *args: found.append(1) or compare(*args))
+    found, compare = [], self_check._plan_here
+    monkeypatch.setattr(self_check, "_plan_here", lambda *args: found.append(1) or compare(*args))
     return found
 
 
