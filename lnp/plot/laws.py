@@ -36,10 +36,21 @@ def power_law(
 
     Parameters
     ----------
-    sizes, values, stderrs, offset:
-        As for `lnp.power_law`, which raises the same errors.
+    sizes:
+        Parameters, or compute (6 N D); positive.
+    values, stderrs:
+        Positive numbers with their standard errors, or `lnp.Reach` objects, which have their own.
     label, color:
         Of the points.
+    offset:
+        Whether the law has a constant that no size gets below. Needs SciPy, as do limits.
+
+    Raises
+    ------
+    ValueError
+        For fewer sizes than the law needs, lists of different lengths, and values that have no logarithm.
+    ImportError
+        If SciPy is needed and not installed.
     """
     law = fitted(sizes, values, stderrs, offset=offset)
     ax = style.axes(ax)
