@@ -75,8 +75,8 @@ def test_samples_are_compared_once(monkeypatch):
     """What was found out is remembered as long as the model lives, not as long as a measurement."""
     from lnp_torch import self_check
 
-    made, plan = [], self_check._plan_by_comparison
-    monkeypatch.setattr(self_check, "_plan_by_comparison", lambda *args: made.append(1) or plan(*args))
+    made, plan = [], self_check._plan_here
+    monkeypatch.setattr(self_check, "_plan_here", lambda *args: made.append(1) or plan(*args))
     model = keras.Sequential([keras.Input((3, 4)), layers.GRU(5), layers.Dense(3)])
     x = np.random.default_rng(2).standard_normal((N, 3, 4)).astype("float32")
     for seed in range(3):
