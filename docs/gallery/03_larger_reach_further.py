@@ -62,7 +62,7 @@ def over_seeds(values):
 def fitted(axis, sizes, values, stderrs=None, *, label, color="C0", **options):
     """The points and the power law through them, drawn and said."""
     law = lnp.power_law(sizes, values, stderrs, **options)
-    lnp.plot.power_law(sizes, values, stderrs, axis, label=label, color=color, **options)
+    lnp.plot.power_law(sizes, values, stderrs, axis, label=label, color=color, legend=False, **options)
     print(f"{label}: {law}; chi^2 per degree of freedom {law.chi_square_per_degree:.1f}, R^2 {law.r_squared:.2f}")
 
 

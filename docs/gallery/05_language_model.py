@@ -194,7 +194,7 @@ def finish(figure, axes, sizes, losses, reaches):
     for label, color, found in both:
         law = lnp.power_law(sizes, found)
         print(f"reach, {label}: {law}; chi^2 per degree of freedom {law.chi_square_per_degree:.1f}")
-        lnp.plot.power_law(sizes, found, ax=axes["reach"], label=label, color=color)
+        lnp.plot.power_law(sizes, found, ax=axes["reach"], label=label, color=color, legend=False)
     titles = {
         "loss": ("loss", "step"),
         "net": ("$\\chi_{net}$", "step"),

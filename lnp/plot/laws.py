@@ -28,6 +28,7 @@ def power_law(
     label: str | None = None,
     color: Any = style.SINGLE,
     offset: bool = False,
+    legend: bool = True,
 ) -> Axes:
     """Points with their errors and the power law through them, `lnp.power_law`, with a band of one standard error.
 
@@ -44,6 +45,8 @@ def power_law(
         Of the points.
     offset:
         Whether the law has a constant that no size gets below. Needs SciPy, as do limits.
+    legend:
+        Draw a legend, with the law's exponent.
 
     Raises
     ------
@@ -60,20 +63,21 @@ def power_law(
     for index, (size, point) in enumerate(zip(sizes, points, strict=True)):
         known = point.resolved or not math.isfinite(point.stderr)
         draw_reach(ax, size, point, known, color=color, label=label if index == 0 else None)
-    draw_law(ax, law, min(sizes), max(sizes), color=color)
+    draw_law(ax, law, min(sizes), max(sizes), color=color, told=legend)
     style.tidy(ax, "size", "")
-    ax.legend(frameon=False, fontsize="small")
+    if legend:
+        ax.legend(frameon=False, fontsize="small")
     return ax
 
 
-def draw_law(ax: Axes, law: PowerLaw, low: float, high: float, *, color: Any) -> None:
-    """The law from one size to another with its band, and its exponent in the legend."""
+def draw_law(ax: Axes, law: PowerLaw, low: float, high: float, *, color: Any, told: bool = True) -> None:
+    """The law from one size to another with its band; where it is told, its exponent is in the legend."""
     grid = np.geomspace(low, high, 60)
     value, error = np.transpose([law.predict(size) for size in grid])
-    told = f"power law, exponent {with_error(law.exponent, law.exponent_stderr)}"
+    words = f"power law, exponent {with_error(law.exponent, law.exponent_stderr)}"
     if math.isfinite(law.chi_square_per_degree):
-        told += f"\n$\\chi^2$ per degree {number(law.chi_square_per_degree)}"
-    ax.plot(grid, value, color=color, linewidth=1, linestyle="-.", label=told)
+        words += f"\n$\\chi^2$ per degree {number(law.chi_square_per_degree)}"
+    ax.plot(grid, value, color=color, linewidth=1, linestyle="-.", label=words if told else None)
     with np.errstate(invalid="ignore"):
         known = np.isfinite(error) & (error < 10 * value)  # further out the band would be all that is seen
     if known.any():
