@@ -2,6 +2,8 @@
 
 A ladder trains a small language model in three sizes on the source text of Python's standard library, byte by byte.
 Checkpoints stay behind. They are measured on text that no model has seen, and laid beside what a tracker saw.
+
+pip install '.[plot]'
 """
 
 import sysconfig
