@@ -15,9 +15,7 @@ import lnp
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
-def run(
-    example: str, name: str, folder: Path, length: int, falls: bool = True, layers: bool = True
-) -> lnp.History:
+def run(example: str, name: str, folder: Path, length: int, falls: bool = True, layers: bool = True) -> lnp.History:
     """The history of the example's run; its figure is there too."""
     command = [sys.executable, "-P", str(EXAMPLES / f"{example}.py"), str(folder), str(length)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "Agg"})
