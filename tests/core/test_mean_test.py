@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lnp.losses.mean_test import Leaf, found_mean
+from lnp.losses.mean_test import Leaf, found_mean, is_mean, tells
 
 N, K = 10, 4
 OUTPUTS = [Leaf((N, K), "float64", measured=True)]
@@ -82,3 +82,18 @@ def test_stand_ins_are_of_the_batchs_dtypes():
     assert seen[0][:2] == (["float32", "int32"], ["int8", "bool"])
     assert seen[0][2] < K
     assert seen[0][3] == 6
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_difference_is_relative_to_the_gradient(scale):
+    whole = scale * np.array([[1.0, -2.0], [3.0, 1.0], [0.5, 1.0]])
+    assert is_mean(np, whole, 4 / 3 * whole * (1 + 5e-4), 4)
+    assert not is_mean(np, whole, 4 / 3 * whole * (1 + 2e-3), 4)
+    assert not is_mean(np, whole, whole, 4)
+
+
+def test_which_gradients_tell_something():
+    assert tells(np, np.array([1.0, -1.0]))
+    assert not tells(np, np.zeros(2))
+    assert not tells(np, np.array([np.inf, 1.0]))
+    assert not tells(np, np.array([np.nan, 1.0]))

@@ -198,3 +198,14 @@ def test_bad_limits(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"A power law with an offset or limits needs .*lnp\[spectrum\]"):
         lnp.power_law([1, 2, 3], [3, 2, 1], offset=True)
+
+
+def test_the_error_of_a_prediction_by_hand():
+    covariance = np.diag([0.01, 0.04, 0.09])
+    law = lnp.PowerLaw(-1.0, 6.0, 0.2, 0.6, covariance, 1.0, 2, offset=0.5, offset_stderr=0.3)
+    value, error = law.predict(3.0)
+    assert value == pytest.approx(2.5)
+    assert error**2 == pytest.approx(0.01 * 2**2 + 0.04 * (2 * np.log(3)) ** 2 + 0.09)
+    straight = lnp.PowerLaw(-1.0, 6.0, 0.2, 0.6, covariance[:2, :2], 1.0, 2)
+    assert straight.predict(3.0) == pytest.approx((2.0, np.sqrt(0.04 + 0.04 * (2 * np.log(3)) ** 2)))
+    assert (straight.offset, straight.offset_stderr) == (0, 0)
