@@ -81,6 +81,7 @@ class Meeting:
             except BaseException as error:
                 self.tell(error)
                 raise
+            self._leave()
         finally:
             stop.set()
             beating.join()
@@ -117,6 +118,13 @@ class Meeting:
             raise
         _CALLS[self._name] = self._call + 1
         self._forget(self._call - 1)  # all others have read it, for they have begun this one
+
+    def _leave(self) -> None:
+        """The first process, which may hold the store and end its program now, stays until the others have read all."""
+        with contextlib.suppress(RuntimeError):  # there is a result
+            self._set("left", ("value", None))
+            if dist.get_rank() == 0:
+                self._collect("left", GONE)
 
     def _collect(self, point: str, gone: str) -> list[Any]:
         found: dict[int, Any] = {}
@@ -183,7 +191,7 @@ class Meeting:
                 self._store.delete_key(self._key(point, self.rank, call))
 
 
-_POINTS = ("begin", "alive", "measured", "compared", "parts")
+_POINTS = ("begin", "alive", "measured", "compared", "parts", "left")
 """Of a measurement; an error stays, for those that come late."""
 
 

@@ -60,7 +60,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("more"), "other_shardings", "ways_of_their_own")
+    return run(tmp_path_factory.mktemp("more"), "other_shardings", "ways_of_their_own", "last_line")
 
 
 def whole(model, batch, loss=None, **options):
@@ -82,6 +82,12 @@ def test_every_process_gets_the_result_of_the_whole_batch(ranks, case):
         same(found[0], whole(torch_groups.network(dtype), torch_groups.numbers(dtype)), rel)
         assert found[0]["samples"] == SAMPLES
         assert not found[0]["notes"]
+
+
+def test_a_program_may_end_with_a_measurement(more):
+    expected = whole(torch_groups.network(), torch_groups.numbers())
+    for cases in more:
+        same(cases["last_line"], expected, 1e-12)
 
 
 def test_two_processes_of_four(ranks):

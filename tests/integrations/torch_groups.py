@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import lnp
 import lnp_torch
 from lnp_torch.group import ShardedProcesses
+from lnp_torch.meeting import Meeting
 
 SIZE, SAMPLES, LIMIT = 4, 24, 2.0
 EXACT = {"estimator": "exact", "by_layer": True}
@@ -268,10 +269,16 @@ def killed(rank: int) -> dict:
     return {"told": told(lambda: lnp.decompose(model, batch, loss, group=group))}
 
 
-CASES = {
-    case.__name__: case
-    for case in (data_parallel, fully_sharded, other_shardings, ways_of_their_own, undisturbed, failing, killed)
-}
+def last_line(rank: int) -> dict:
+    """The program ends with a measurement, while others have not yet read what the first process's store holds."""
+    if rank:
+        collect = Meeting._collect
+        Meeting._collect = lambda *args: (time.sleep(0.2), collect(*args))[1]  # type: ignore[method-assign]
+    return values(lnp.decompose(copied(), own(numbers(), rank), **EXACT))
+
+
+ALL = (data_parallel, fully_sharded, other_shardings, ways_of_their_own, undisturbed, failing, killed, last_line)
+CASES = {case.__name__: case for case in ALL}
 
 
 def main(rank: int, folder: Path, port: str, cases: list[str]) -> None:
