@@ -29,6 +29,7 @@ def source_text(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     found = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
     rows = found[: len(found) // LENGTH * LENGTH].reshape(-1, LENGTH).astype(np.int64)
     held_out = rows[::50][:HELD_OUT]
+    folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "held_out.npy", held_out)
     return np.delete(rows, np.s_[::50], axis=0), held_out
 
