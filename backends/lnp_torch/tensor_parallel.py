@@ -51,9 +51,7 @@ def check_against_model(
     every = processes.exchange("compared", found)
     for name, parts in zip(("outputs", "gradient"), zip(*every, strict=True), strict=True):
         apart, size = (sum(one[place] for one in parts) ** 0.5 for place in (0, 1))
-        if (
-            math.isfinite(size) and not apart <= tolerance * size
-        ):  # what has diverged has no numbers in one process, too
+        if math.isfinite(size) and not apart <= tolerance * size:  # a model that has diverged has no numbers anyway
             share = apart / size if size else float("inf")
             raise ValueError(SPLIT.format(f"its {name} differ from its own by {share:.1e} of their size"))
 
