@@ -86,7 +86,7 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
         self.tracker = path if isinstance(path, Tracker) else Tracker(path, schedule, **options)
         self._prepare, self._accumulated = prepare, accumulated
         self._update: _Update | None = None
-        self._refused = self._together = False
+        self._refused = self._together = self._uncounted = False
         self._reached: int | None = None
         self._measured: tuple[int, float] | None = None
 
@@ -97,7 +97,8 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Say now if the module cannot be measured; where failures raise, in all processes."""
-        self._refused, self._reached, self._update = False, None, None
+        self._refused = self._uncounted = False
+        self._reached = self._update = None
         if trainer.is_global_zero or self.tracker.on_error == "raise":
             by_hand = self._follows and not pl_module.automatic_optimization
             self._refused = not self.tracker.check(pl_module, BY_HAND if by_hand else None) and by_hand
@@ -111,6 +112,9 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
                 self._measure(trainer, pl_module, self._update.batches, self._update.index, step)
             if self._measured is None:
                 self._update = None
+        if self._uncounted and (self._update is None or self._update.complete):  # a measurement sees updates before it
+            self._uncounted = False
+            self.tracker.count(step, trainer.optimizers[0] if len(trainer.optimizers) == 1 else None)
 
     def _begin_update(self, trainer: Any, pl_module: Any, step: int) -> None:
         """See whether an update begins, and is to be measured."""
@@ -119,12 +123,11 @@ class LNPCallback(_library().Callback):  # type: ignore[misc]
             self._together = self.tracker.option("group") is not None or needs_all(pl_module)
         if not (trainer.is_global_zero or self._together) or self._refused or step == since:
             return
-        self._update = None
+        self._update, self._uncounted = None, True
         # several optimizers advance the step by more than one: what is due in between is measured here
         passed = range(step if since is None or since > step else since + 1, step)
         if self.tracker.due(step) or any(self.tracker.due(one) for one in passed):
             self._update = _Update(trainer.accumulate_grad_batches if self._accumulated else 1)
-        self.tracker.count(step, trainer.optimizers[0] if len(trainer.optimizers) == 1 else None)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See whether what was measured is the loss of the training step."""
