@@ -125,6 +125,15 @@ def whole_of_torch(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def processes(session: nox.Session) -> None:
+    """Models that PyTorch's processes share: sharded, split, in hosts; ones that fail, are killed or do not come."""
+    install(session, *OF_TORCH)
+    session.env["OMP_NUM_THREADS"] = "1"
+    tests = [f"tests/integrations/test_torch_{name}.py" for name in ("groups", "host_groups", "distributed")]
+    pytest(session, "torch", "-m", "", *tests)
+
+
+@nox.session(default=False)
 def gpu(session: nox.Session) -> None:
     """PyTorch on a GPU: the conformance kit, the properties, and what only a GPU can get wrong."""
     install(session, *OF_TORCH)
