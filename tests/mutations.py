@@ -72,6 +72,7 @@ class Mutant:
     where: str
     change: str
     tree: ast.Module
+    at_import: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.where}: {self.change}" if self.where else f"{self.module}: {self.change}"
@@ -80,14 +81,16 @@ class Mutant:
 def mutants(module: str, source: str) -> Iterator[Mutant]:
     """All mutants of a module."""
     tree = ast.parse(source)
-    for path, node, where in walk(tree, (), ""):
+    for path, node, where, at_import in walk(tree, (), ""):
         for changed in changes(node):
-            text = f"{ast.unparse(node)} -> {ast.unparse(changed)}"
-            yield Mutant(module, node.lineno, where, " ".join(text.split()), with_change(tree, path, changed))
+            text = " ".join(f"{ast.unparse(node)} -> {ast.unparse(changed)}".split())
+            yield Mutant(module, node.lineno, where, text, with_change(tree, path, changed), at_import)
 
 
-def walk(node: ast.AST, path: tuple, where: str) -> Iterator[tuple[tuple, ast.AST, str]]:
-    """All nodes with the way to them and the function that they are in; texts, annotations and errors left out."""
+def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iterator[tuple[tuple, ast.AST, str, bool]]:
+    """All nodes with the way to them, the function that they are in, and whether they run at import, as constants and
+    defaults do; texts, annotations and errors left out.
+    """
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         where = f"{where}.{node.name}".strip(".")
     for name, value in ast.iter_fields(node):
@@ -99,9 +102,10 @@ def walk(node: ast.AST, path: tuple, where: str) -> Iterator[tuple[tuple, ast.AS
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 continue
             step = (*path, (name, index))
+            now = at_import and not (name == "body" and isinstance(node, ast.FunctionDef | ast.Lambda))
             if hasattr(child, "lineno"):
-                yield step, child, where
-            yield from walk(child, step, where)
+                yield step, child, where, now
+            yield from walk(child, step, where, now)
 
 
 def with_change(tree: ast.Module, path: tuple, changed: ast.AST) -> ast.Module:
@@ -182,7 +186,12 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def replace_code(mutant: Mutant) -> bool:
-    """Put a mutant's code into the functions that are there; False where the change is in code that ran at import."""
+    """Put a mutant's code into the functions that are there; False where the change is in code that ran at import.
+
+    That is not told by the code itself: a function that has run differs from the same one compiled anew.
+    """
+    if mutant.at_import:
+        return False
     file = sys.modules[mutant.module].__file__
     made = {(c.co_qualname, c.co_firstlineno): c for c in codes(compile(mutant.tree, file, "exec"))}
     replaced = False
