@@ -174,8 +174,9 @@ def mean_of_pairs(table: np.ndarray) -> tuple[float, float]:
     mean = float(off.sum() / (count * (count - 1)))
     if count < 3:
         return mean, float("nan")
-    left_out = (off.sum() - 2 * off.sum(axis=1)) / ((count - 1) * (count - 2))
-    return mean, float(np.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum()))
+    # the mean without a row is what all rows have in common, less this
+    less = 2 * off.sum(axis=1) / ((count - 1) * (count - 2))
+    return mean, float(np.sqrt((count - 1) * np.var(less)))
 
 
 def _gram(gradients: list[LossGradient]) -> GradientGram:

@@ -10,6 +10,7 @@ import pytest
 
 import lnp
 import lnp_numpy
+from lnp.batches import gram
 from lnp.batches.cutting import part, samples_of
 
 RNG = np.random.default_rng(0)
@@ -39,6 +40,8 @@ class TestNestedBatches:
         batch = RNG.normal(size=(20, 3)), RNG.normal(size=(20, 2))
         assert lnp.decompose_nested(MODEL, batch).batch_sizes == (8, 16, 20)
         assert lnp.decompose_nested(MODEL, BATCH).batch_sizes == (6,)
+        assert lnp.decompose_nested(MODEL, BATCH, batch_sizes=[1]).decompositions == (lnp.decompose(MODEL, some([0])),)
+        assert lnp.decompose_nested(MODEL, tuple(array[:16] for array in batch)).batch_sizes == (8, 16)
 
     @pytest.mark.parametrize("size", [1, 2, 4, 5])
     def test_the_floor_is_the_mean_over_all_parts_of_that_size(self, size):
@@ -63,7 +66,7 @@ class TestNestedBatches:
         assert nested.population is None
         assert np.isnan(nested.expected_chi_pos(4))
 
-    @pytest.mark.parametrize("sizes", [(), (0, 2), (4, 7), (-1,), (2.5,), 4])
+    @pytest.mark.parametrize("sizes", [(), (0, 2), (4, 7), (2, 4, 7), (-1,), (2.5,), 4])
     def test_sizes_that_the_batch_does_not_have(self, sizes):
         with pytest.raises(ValueError, match=r"for a batch of 6 samples\. Expected a list of integers from 1 to 6"):
             lnp.decompose_nested(MODEL, BATCH, batch_sizes=sizes)
@@ -100,12 +103,22 @@ class TestCutting:
         batch = {"tokens": self.x, "labels": self.y}
         assert samples_of(batch) == 4
         assert part(batch, slice(0, 1), 4)["labels"].tolist() == [0]
+        assert samples_of(batch | {"scale": np.ones((1, 2))}) == 4
+        assert samples_of({"tokens": self.x}) == 4
+
+    @pytest.mark.parametrize("shapes", [[(4, 4)], [(1, 1), (1, 3)], [(2, 3), (2, 4, 2)]])
+    def test_lengths_that_can_be_read_in_one_way_alone(self, shapes):
+        """A kernel's rows are the only array, and a single sample cannot be cut along another axis."""
+        arrays = [np.arange(np.prod(shape)).reshape(shape) for shape in shapes]
+        cut = part((arrays, np.zeros(shapes[0][0])), slice(0, 1), shapes[0][0])[0]
+        assert [array.tolist() for array in cut] == [array[:1].tolist() for array in arrays]
 
     @pytest.mark.parametrize(
         ("inputs", "words"),
         [
             ((x, np.zeros((3, 2))), r"arrays of shapes \[\(4, 2\), \(3, 2\)\]"),  # such as the edges of a graph
             ((x, np.zeros((4, 4))), r"arrays of shapes \[\(4, 2\), \(4, 4\)\]"),  # such as an attention mask
+            ((x, np.zeros((4, 4, 2))), r"arrays of shapes \[\(4, 2\), \(4, 4, 2\)\]"),
             (np.zeros((3, 4)), r"arrays of shapes \[\(3, 4\)\]"),  # the sample axis is not the first one
             (SimpleNamespace(x=x), "hold no arrays"),
             ((x, SimpleNamespace(edges=3)), "holds a SimpleNamespace, which has no slices"),
@@ -115,6 +128,10 @@ class TestCutting:
     def test_a_batch_that_cannot_be_cut_is_refused(self, inputs, words):
         with pytest.raises(ValueError, match=words):
             part((inputs, self.y), slice(0, 2), 4)
+
+    def test_a_mask_between_two_samples_is_refused(self):
+        with pytest.raises(ValueError, match="each runs over the samples along its first axis alone"):
+            part(([self.x[:2], np.zeros((2, 2))], self.y[:2]), slice(0, 1), 2)
 
     @pytest.mark.parametrize("targets", [None, 3.0, (np.zeros(4), np.zeros(3))])
     def test_targets_that_do_not_tell_the_samples(self, targets):
@@ -161,10 +178,31 @@ class TestGradientGram:
         assert np.mean(found) == pytest.approx(np.sum(gradients().mean(axis=0) ** 2), rel=1e-12)
         assert np.isnan(lnp.gradient_gram(MODEL, [BATCH]).population_rate)
 
+    def test_the_error_is_that_of_batches_left_out(self):
+        """SE^2 = (m - 1)/m sum_b (mean over pairs without b - their mean)^2."""
+        batches = [some([a]) for a in range(5)]
+        found = lnp.gradient_gram(MODEL, batches)
+        without = [lnp.gradient_gram(MODEL, batches[:a] + batches[a + 1 :]).population_rate for a in range(5)]
+        assert found.population_rate_stderr == pytest.approx((4 * np.var(without)) ** 0.5, rel=1e-12)
+        assert np.isnan(lnp.gradient_gram(MODEL, batches[:2]).population_rate_stderr)
+
+    def test_one_group_is_the_batch(self):
+        assert lnp.gradient_gram(MODEL, BATCH, groups=1).rates == pytest.approx([lnp.decompose(MODEL, BATCH).rate])
+
+    @pytest.mark.parametrize("microbatch", [None, 2])
+    def test_nothing_but_the_gradient_is_asked_for(self, monkeypatch, microbatch):
+        asked, evaluate = [], gram.evaluate_gradient
+        monkeypatch.setattr(gram, "evaluate_gradient", lambda *given: asked.append(given[-1]) or evaluate(*given))
+        lnp.gradient_gram(MODEL, [BATCH], microbatch=microbatch)
+        assert [(options.split, options.population) for options in asked] == [(microbatch is not None, False)]
+
     def test_it_is_shown_as_text_and_as_html(self):
         notes = ("a < b",)
+        assert "of which" not in str(lnp.GradientGram(np.eye(12), np.ones(12)))
         gram = lnp.GradientGram(np.diag([4.0] * 13) + 1e-9, np.full(13, 0.25), notes)
         lines = str(gram).splitlines()
+        assert [line.split()[0] for line in lines[1:13]] == [str(index) for index in range(12)]
+        assert not lines[13]
         assert lines[0].split() == ["batch", "loss", "rate", *map(str, range(12))]
         assert lines[2].split() == ["1", "0.25", "4", "0.00", "1.00", *["0.00"] * 10]
         assert "13 batches in all, of which 12 are shown" in lines
