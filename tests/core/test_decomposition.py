@@ -31,6 +31,7 @@ def test_against_the_dense_kernel():
     assert d.chi_loss == pytest.approx(6 * g @ g, rel=1e-13)
     assert d.chi_net == pytest.approx(np.trace(theta) / 6, rel=1e-13)
     assert d.chi_pos == pytest.approx(g @ theta @ g / (g @ g * np.trace(theta)), rel=1e-13)
+    assert d.preference == pytest.approx(g @ theta @ g / (g @ g) / np.mean(np.linalg.eigvalsh(theta)), rel=1e-12)
     for layer, part in d.layers.items():
         own = kernel(JACOBIAN, [f"{layer}.weight"])
         assert part.rate == pytest.approx(g @ own @ g, rel=1e-13)
@@ -52,6 +53,8 @@ def test_what_is_asked_of_the_backward_pass_can_be_told_beforehand(population, e
     decompose(lin, **settings)
     assert wishes == [asked(lin, **settings)]
     assert wishes[0]["per_sample"] == (population or (population is None and cheap)) * (estimator != "joint")
+    assert wishes[0]["products"] == (len(GRADIENT) if wishes[0]["per_sample"] else 0)
+    assert wishes[0]["vector"] is False
 
 
 def test_layers_of_an_estimate_add_up():

@@ -50,6 +50,8 @@ def test_resolve_errors(loss, outputs, targets, error, words):
         ((4, 5, 3), (4, 5), True, True, 2),
         ((4, 3), (4, 3), False, True, 1),
         ((4, 5, 3), (4, 5, 3), False, False, 2),
+        ((4, 3, 5), (4, 3, 5), False, True, 1),
+        ((4, 3), (4,), True, True, 1),
     ],
 )
 def test_class_axis(outputs, targets, integer, second, axis):
