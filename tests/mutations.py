@@ -41,6 +41,8 @@ OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 LONGEST = 5.0
 """Seconds of tests that a mutant is given to, by their durations under coverage."""
+LONGEST_SHOWN = 100
+"""Characters of an expression that is shown for a constant in it."""
 LIMIT = 90
 """Seconds after which a mutant counts as noticed: it does not end."""
 
@@ -83,8 +85,29 @@ def mutants(module: str, source: str) -> Iterator[Mutant]:
     tree = ast.parse(source)
     for path, node, where, at_import in walk(tree, (), ""):
         for changed in changes(node):
-            text = " ".join(f"{ast.unparse(node)} -> {ast.unparse(changed)}".split())
-            yield Mutant(module, node.lineno, where, text, with_change(tree, path, changed), at_import)
+            made = with_change(tree, path, changed)
+            shown = where_shown(tree, path) if isinstance(node, ast.Constant) else path
+            text = " -> ".join(" ".join(ast.unparse(at(root, shown)).split()) for root in (tree, made))
+            yield Mutant(module, node.lineno, where, text, made, at_import)
+
+
+def where_shown(tree: ast.Module, path: tuple) -> tuple:
+    """The way to the expression that a constant is part of, which says more than the constant does."""
+    for end in range(len(path) - 1, 0, -1):
+        around = at(tree, path[:end])
+        if isinstance(around, ast.BinOp | ast.Call | ast.Compare | ast.IfExp | ast.Subscript):
+            return path[:end] if len(ast.unparse(around)) <= LONGEST_SHOWN else path
+        if not isinstance(around, ast.expr | ast.keyword | ast.slice):
+            break
+    return path
+
+
+def at(node: ast.AST, path: tuple) -> ast.AST:
+    """The node at the end of the path."""
+    for name, index in path:
+        value = getattr(node, name)
+        node = value if index is None else value[index]
+    return node
 
 
 def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iterator[tuple[tuple, ast.AST, str, bool]]:
@@ -98,6 +121,8 @@ def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iter
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.JoinedStr | ast.Assert):
+                continue
+            if isinstance(child, ast.keyword) and child.arg == "strict":  # of zip, which guards as assert does
                 continue
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 continue
