@@ -281,7 +281,7 @@ def _prepared(
 ) -> Prepared:  # fmt: skip
     """The loss with its own number of terms, whatever the user says about that."""
     outputs, targets = arrays
-    shape = given.outputs if given.single and given.outputs is not None else ()
+    shape = given.outputs or ()
     meant = resolve(loss, shape, given.targets if given.single else None, given.integer)
     if isinstance(meant, str) and not given.single:
         resolve(None, (), None, False)  # a named loss needs single arrays just as much

@@ -21,8 +21,8 @@ def left_in(samples: int) -> tuple[list[int], ...]:
     """Samples on which a loss is called by itself, to see whether it is a mean: drawn at random, so that no pairs stay
     together by their places; two, whose averages differ much from the batch's, and two thirds.
 
-    >>> [len(some) for some in left_in(9)], [len(some) for some in left_in(2)]
-    ([2, 6], [1, 1])
+    >>> [[len(some) for some in left_in(samples)] for samples in (9, 4, 2)]
+    [[2, 6], [2, 2], [1, 1]]
     """
     order = random.Random(0).sample(range(samples), samples)
     return tuple(sorted(order[:size]) for size in (max(1, min(2, samples // 2)), max(1, 2 * samples // 3)))
@@ -143,7 +143,7 @@ def _target(leaf: Leaf, classes: int, draw: int) -> np.ndarray:
     generator = np.random.default_rng((2, draw))
     kind = np.dtype(leaf.dtype).kind
     if kind in "iu":
-        return generator.integers(0, max(classes, 1), _few(leaf)).astype(leaf.dtype)
+        return generator.integers(0, classes, _few(leaf)).astype(leaf.dtype)
     made = generator.uniform(0.1, 0.9, _few(leaf))
     return made > 0.5 if kind == "b" else made.astype(leaf.dtype)
 

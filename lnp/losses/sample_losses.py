@@ -35,7 +35,7 @@ def sample_losses_of(lin: Linearization) -> SampleLosses | None:
     shares = even
     if lin.sample_terms is not None:
         weights = xp.astype(lin.sample_terms, alone.dtype)
-        shares = ratio(xp, weights, xp.sum(weights) + xp.zeros_like(weights))
+        shares = ratio(xp, weights, xp.sum(weights))
     # a sample whose labels are all ignored has the loss 0/0, and no share
     parts = xp.where(shares == 0, xp.zeros_like(alone), shares * alone)
     mean, total = _adds_up(lin, parts), _adds_up(lin, alone)

@@ -8,7 +8,7 @@ import pytest
 import lnp
 import lnp_numpy
 from lnp.losses import doubts, kinds
-from lnp.losses.evidence import IN_WORDS, LossInputs, evidence
+from lnp.losses.evidence import IN_WORDS, LossInputs, described, evidence
 
 RNG = np.random.default_rng(0)
 N, CLASSES = 24, 4
@@ -163,6 +163,25 @@ def test_rows_of_outputs_and_labels_belong_together(shape, axis):
     assert (rows[:some] == kept[:some, None]).all()
     assert rows.shape[1] == shape[axis]
     assert rows.size <= max(2**14, 2 * shape[axis])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "axis"),
+    [((4, 3, 5), (4, 5), 1), ((4, 5, 3), (4, 5), -1), ((4, 5, 5), (4, 5), -1), ((4, 3), (4,), -1), ((4,), (4,), -1)],
+)
+def test_the_axis_of_classes_is_the_one_that_labels_leave_out(outputs, targets, axis):
+    arrays = np.zeros(outputs), np.zeros(targets, int)
+    given = described(of_logits, "", None, arrays, True, True)[1]
+    assert given.axis == axis
+    assert given.labels is (len(outputs) > 1)
+    assert not LossInputs(*arrays, integer=False, axis=axis).labels
+    assert not LossInputs(arrays[0], arrays[0], integer=True, axis=axis).labels
+
+
+def test_samples_that_have_one_output_and_one_target():
+    found = [LossInputs(np.zeros((n, 1)), np.zeros(n), False).one_each for n in (2, 3)]
+    assert found == [False, True]
+    assert not LossInputs(np.zeros((3, 2)), np.zeros(3), False).one_each
 
 
 def test_names():

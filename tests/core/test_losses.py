@@ -221,6 +221,8 @@ class TestPrepare:
         assert "assumed" in labels.notes[0]
         assert labels.name.endswith("some_loss")
         assert prepared(some_loss, np.zeros((2, 3)), np.zeros((2, 3))).sample_terms is None
+        classes = prepared(some_loss, np.zeros((2, 2)), LABELS)  # integers of the outputs' shape, which are no labels
+        assert (classes.terms, classes.sample_terms) == (4, None)
         several = prepared(some_loss, (np.zeros((2, 3)), np.zeros(2)), LABELS)
         assert (several.terms, several.sample_terms, several.inputs) == (2, None, None)
 

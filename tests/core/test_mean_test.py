@@ -66,6 +66,14 @@ def test_targets_that_do_not_run_over_the_samples():
     loss = lambda f, y: ((f - y.sum()) ** 2).mean()
     assert not found_mean(np, numeric(loss), OUTPUTS, [Leaf((3,), "float64")])
     assert found_mean(np, numeric(loss), OUTPUTS, [Leaf((), "float64")])
+    first = lambda f, y: ((f - y) ** 2).mean()
+    assert found_mean(np, numeric(first), OUTPUTS, FLOATS * 2)
+    assert not found_mean(np, numeric(first), OUTPUTS, [*FLOATS, Leaf((3 * N,), "float64")])
+
+
+def test_more_outputs_than_samples():
+    mean = numeric(lambda f, y: ((f - y) ** 2).mean())
+    assert found_mean(np, mean, [Leaf((3, 9), "float64", measured=True)], [Leaf((3, 9), "float64")])
 
 
 def test_stand_ins_are_of_the_batchs_dtypes():
@@ -84,12 +92,36 @@ def test_stand_ins_are_of_the_batchs_dtypes():
     assert seen[0][3] == 6
 
 
+def test_stand_ins_are_such_as_losses_take():
+    """Outputs once as probabilities are and once of either sign; labels of the fewest classes, numbers between 0 and 1,
+    and truth values, which go with nothing else.
+    """
+    seen = []
+
+    def gradient(outputs, targets):
+        seen.append((outputs[0], targets))
+        return outputs[0].reshape(len(outputs[0]), -1)
+
+    shape = (N, 5, 3)
+    leaves = [Leaf(shape, "float64", measured=True), Leaf((N, 4), "float64", measured=True)]
+    found_mean(np, gradient, leaves, [Leaf(shape, dtype) for dtype in ("int64", "float64", "bool")])
+    (within, given), (either, _) = (one for one in seen if len(one[0]) == 6)
+    labels, numbers, truths = given
+    assert (within > 0).all() & (within < 1).all()
+    assert either.min() < -1 < 1 < either.max()
+    assert set(np.unique(labels)) == {0, 1, 2}
+    assert (numbers > 0).all() & (numbers < 1).all() & (numbers != within).all()
+    assert (truths.dtype.name, len(np.unique(truths))) == ("bool", 2)
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_the_difference_is_relative_to_the_gradient(scale):
     whole = scale * np.array([[1.0, -2.0], [3.0, 1.0], [0.5, 1.0]])
     assert is_mean(np, whole, 4 / 3 * whole * (1 + 5e-4), 4)
     assert not is_mean(np, whole, 4 / 3 * whole * (1 + 2e-3), 4)
     assert not is_mean(np, whole, whole, 4)
+    assert is_mean(np, 0 * whole, 0 * whole, 4)
+    assert not is_mean(np, whole, whole, 3)  # all samples, of which the loss is its own
 
 
 def test_which_gradients_tell_something():

@@ -12,6 +12,7 @@ import pytest
 
 import lnp
 import lnp_numpy
+from core.dense import network, record
 from lnp.losses.sample_losses import sample_losses_of
 from lnp.runs.curves import curve
 from lnp.runs.table import compare
@@ -119,12 +120,28 @@ def variance(outputs, targets):
     return np.var(outputs), 2 * (outputs - outputs.mean()) / outputs.size
 
 
+@pytest.mark.parametrize(
+    ("losses", "loss", "parts"),
+    [
+        ([0.0, 0.0], 0.0, [0.0, 0.0]),
+        ([-1.0, -3.0], -2.0, [-0.5, -1.5]),
+        ([1.0, 3.0], 2.0 * (1 + 7e-4), [0.5, 1.5]),
+        ([1.0, 3.0], 2.0 * (1 + 2e-3), [math.nan, math.nan]),
+        ([1e-6, 3e-6], 1e-6, [math.nan, math.nan]),
+    ],
+)
+def test_parts_add_up_to_a_loss_relative_to_their_size(losses, loss, parts):
+    jacobian, gradient = network(samples=2)
+    lin = record(jacobian, gradient, loss=np.asarray(loss), sample_losses=lambda: np.array(losses))
+    assert sample_losses_of(lin).parts == pytest.approx(parts, nan_ok=True)
+
+
 def test_a_sum_over_samples_has_parts_and_another_loss_has_none():
-    record = lnp.load("numpy").linearize(model(0.1), (X, Y), lnp.Options(loss=squared_sum))
-    assert sample_losses_of(record).parts == pytest.approx([0.9**2, 2.8**2])
-    assert sample_losses_of(record).shares == pytest.approx([0.5, 0.5])
-    record = lnp.load("numpy").linearize(model(0.1), (X, Y), lnp.Options(loss=variance))
-    assert np.isnan(sample_losses_of(record).parts).all()
+    lin = lnp.load("numpy").linearize(model(0.1), (X, Y), lnp.Options(loss=squared_sum))
+    assert sample_losses_of(lin).parts == pytest.approx([0.9**2, 2.8**2])
+    assert sample_losses_of(lin).shares == pytest.approx([0.5, 0.5])
+    lin = lnp.load("numpy").linearize(model(0.1), (X, Y), lnp.Options(loss=variance))
+    assert np.isnan(sample_losses_of(lin).parts).all()
     row = run(lnp.Tracker(schedule=1, batch=(X, Y), learning_rate=1.0, loss=variance), range(2))[-1]
     assert row["net/loss_fall"] == pytest.approx(-(0.05**2))  # outputs 0.1 and 0.2, about 0.15
     assert math.isnan(row["net/rate_stderr"])
