@@ -17,12 +17,13 @@ from torch import nn
 
 from lnp.contract.linearization import Linearization, Vector, unit
 from lnp_torch.collectives import with_others
+from lnp_torch.dtensors import is_sharded
 from lnp_torch.meeting import Gone, Meeting, ended
 from lnp_torch.met import met_one_by_one
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import dot, widened
 from lnp_torch.refusals import TOGETHER, is_tensor_parallel, process_group_of_shards, refusal
-from lnp_torch.rounds import Broken, Failed, Rounds, is_sharded
+from lnp_torch.rounds import Broken, Failed, Rounds
 from lnp_torch.sharded import Gathering, set_active
 
 TIMEOUT = 60.0

@@ -15,12 +15,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from lnp.contract.trees import map_leaves
 from lnp.contract.validation import select
 from lnp_torch.clones import cast
+from lnp_torch.dtensors import is_sharded
 from lnp_torch.leaf_names import named
 from lnp_torch.model_parts import unwrapped
 from lnp_torch.outputs import continuous, like, real
 from lnp_torch.refusals import is_tensor_parallel, refuse, refuse_transforms, with_whole_weights
 from lnp_torch.replica import Replica
-from lnp_torch.rounds import is_sharded
 from lnp_torch.sharded import active
 from lnp_torch.writes import Guard
 

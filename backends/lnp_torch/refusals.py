@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lnp.contract.trees import leaves
-from lnp_torch.rounds import is_sharded
+from lnp_torch.dtensors import is_sharded
 
 SHARDED = (
     "The model's parameters are sharded over processes ({}), and lnp measures whole ones: nothing has been touched. "

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lnp_torch.collectives import with_others
+from lnp_torch.dtensors import is_sharded, own_part, whole
 from lnp_torch.meeting import Gone, ended
 
 DONE, FAILED = -1, -2
@@ -110,8 +111,9 @@ class Rounds:
         mine = None
         with torch.no_grad(), self._connected():
             for index in sorted({one for one in codes if 0 <= one < len(self._tensors)}):
-                whole = self._tensors[index].detach().full_tensor()
-                mine = whole if index == code else mine
+                one = self._tensors[index]
+                full = whole(one, self._wait) if is_sharded(one) else one.detach()
+                mine = full if index == code else mine
         return codes, mine
 
     @contextlib.contextmanager
@@ -136,19 +138,8 @@ class Rounds:
     def _summed(self, index: int, gradient: torch.Tensor | None) -> torch.Tensor:
         """A gradient added up over processes, of which this one keeps its shard."""
         like = self._tensors[index]
-        whole = torch.zeros(like.shape, dtype=torch.float32, device=self._device) if gradient is None else gradient
-        whole = whole.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+        total = torch.zeros(like.shape, dtype=torch.float32, device=self._device) if gradient is None else gradient
+        total = total.to(torch.float64 if like.dtype == torch.float64 else torch.float32, copy=True).contiguous()
         with torch.no_grad(), self._connected():
-            if not is_sharded(like):
-                self._wait(dist.all_reduce(whole := whole.clone(), group=self._group, async_op=True))
-                return whole
-            from torch.distributed.tensor import DTensor, Partial
-
-            mesh = like.device_mesh
-            added = DTensor.from_local(whole.contiguous(), mesh, [Partial()] * mesh.ndim, run_check=False)
-            return added.redistribute(mesh, like.placements).to_local()
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether it is spread over the processes of a mesh."""
-    return hasattr(tensor, "device_mesh")
+            self._wait(dist.all_reduce(total, group=self._group, async_op=True))
+        return own_part(total, like).clone() if is_sharded(like) else total

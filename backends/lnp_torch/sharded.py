@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lnp_torch.dtensors import is_sharded
 from lnp_torch.refusals import parameter_groups
-from lnp_torch.rounds import Rounds, is_sharded
+from lnp_torch.rounds import Rounds
 from lnp_torch.writes import tensors
 
 ALIASES = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})

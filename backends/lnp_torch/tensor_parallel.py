@@ -20,6 +20,7 @@ from lnp.contract.linearization import Linearization, unit
 from lnp.contract.options import Options
 from lnp.contract.trees import map_leaves
 from lnp_torch.collectives import with_others
+from lnp_torch.dtensors import is_sharded
 from lnp_torch.group import ShardedProcesses
 from lnp_torch.model import Program
 from lnp_torch.on_a_copy import on_a_copy
@@ -27,7 +28,6 @@ from lnp_torch.outputs import dot, flatten, widened
 from lnp_torch.own_loss import split_batch
 from lnp_torch.record import first_loss, graph_gradients
 from lnp_torch.refusals import SPLIT
-from lnp_torch.rounds import is_sharded
 from lnp_torch.taken_apart import tolerance_of
 
 

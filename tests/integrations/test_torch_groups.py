@@ -1,7 +1,6 @@
 """Four processes that measure a batch together get what one process gets of all of it, and none waits for ever.
 
-Those of sharded models are `thorough` (`nox -s processes`): they take two minutes, and on a loaded machine about one
-run in ten ends with a process whose heap is damaged, by what is not known (docs/distributed.md).
+Those of sharded models are `thorough` (`nox -s processes`): they take two minutes.
 """
 
 from __future__ import annotations
