@@ -75,6 +75,13 @@ SUSPICIOUS = {
     "sigmoid, own loss": (SIGMOID, BINARY, of_binary_logits, doubts.TWICE_BINARY),
     "sigmoid, own loss, flat": (SIGMOID, BINARY[:, 0], of_binary_logits, doubts.TWICE_BINARY),
     "one-hot, inferred": (LOGITS, ONE_HOT, None, doubts.ONE_HOT),
+    "one-hot along the last axis, inferred": (np.stack([LOGITS] * 2), np.stack([ONE_HOT] * 2), None, doubts.ONE_HOT),
+    "one-hot along the second axis, inferred": (
+        np.stack([LOGITS, LOGITS], axis=2),
+        np.stack([ONE_HOT, ONE_HOT[::-1]], axis=2),
+        None,
+        doubts.ONE_HOT,
+    ),
     "indices as floats": (ONE, LABELS[:, None] * 1.0, None, doubts.WHOLE_NUMBERS),
     "no soft labels": (
         LOGITS,
@@ -85,6 +92,7 @@ SUSPICIOUS = {
     "labels -1 and 1": (ONE, 2 * BINARY - 1, "binary_cross_entropy", doubts.NO_BINARY_LABELS),
     "one column": (ONE[:6], np.zeros(6, int), None, doubts.ONE_COLUMN),
     "one label": (LOGITS, np.full(N, 2), None, doubts.CONSTANT),
+    "eight samples of one label": (LOGITS[:8], np.full(8, 2), None, doubts.CONSTANT),
     "one number": (ONE, np.full((N, 1), 1.5), None, doubts.CONSTANT),
     "broadcast": (ONE, RNG.normal(0, 1, N), broadcast, doubts.PAIRS),
     "broadcast labels": (ONE, LABELS, broadcast, doubts.PAIRS),
@@ -115,9 +123,10 @@ RIGHT = {
     "regression": (ONE, RNG.normal(0, 1, (N, 1)), None),
     "regression to probabilities": (LOGITS, PROBABILITIES, None),
     "counts, regression named": (ONE, LABELS[:, None] * 1.0, "mse"),
+    "one number, regression named": (ONE, np.full((N, 1), 1.5), "mse"),
+    "seven samples of one label": (LOGITS[:7], np.full(7, 2), None),
     "residuals": (ONE, np.zeros((N, 1)), None),
     "ones of a discriminator": (ONE, np.ones((N, 1)), "binary_cross_entropy"),
-    "four samples of one label": (LOGITS[:4], np.full(4, 2), None),
     "flat targets, aligned": (ONE, RNG.normal(0, 1, N), aligned),
     "flat labels, aligned": (ONE, LABELS, aligned),
     "tokens": (np.stack([LOGITS, LOGITS]), np.stack([LABELS, LABELS]), None),
@@ -151,6 +160,78 @@ def test_losses_of_probabilities(takes, outputs, expected):
     assert doubts.doubts(evidence(np, given, outputs)) == expected
 
 
+SUM = doubts.SUM
+SIXTEEN = np.linspace(0, 0.5, 16).reshape(8, 2)
+EDGES = [
+    # (what is looked for, its arrays, what is found): on either side of each bound, and rows of which one is wrong
+    ("probabilities", [[[-SUM, 1 + SUM]]], ""),
+    ("probabilities", [[[0.5, 0.5], [-0.006, 0.9]]], doubts.NO_PROBABILITIES),
+    ("probabilities", [[[0.5, 0.5], [0.1, 1.006]]], doubts.NO_PROBABILITIES),
+    ("log_probabilities", [np.log([[0.5, 0.492], [0.5, 0.508]])], ""),
+    ("log_probabilities", [np.log([[0.5, 0.5], [0.5, 0.488]])], doubts.NO_LOGARITHMS),
+    ("log_probabilities", [np.log([[0.5, 0.5], [0.5, 0.512]])], doubts.NO_LOGARITHMS),
+    ("cross_entropy", [[[0.5, 0.5 + SUM / 2], [0, 1]]], doubts.TWICE),
+    ("cross_entropy", [[[0.5, 0.5], [0.5, 0.506]]], ""),
+    ("cross_entropy", [[[0.5, 0.5], [0.5, 0.494]]], ""),
+    ("cross_entropy", [[[0.5, 0.5], [1.001, -0.001]]], ""),
+    ("cross_entropy", [[[1.0], [1.0]]], ""),
+    ("binary_cross_entropy", [-SIXTEEN, [[0.0, 1.0]]], ""),
+    ("binary_cross_entropy", [-SIXTEEN, [[0.0, 1.5]]], doubts.NO_BINARY_LABELS),
+    ("binary_cross_entropy", [-SIXTEEN, [[-0.1, 1.0]]], doubts.NO_BINARY_LABELS),
+    ("binary_cross_entropy", [SIXTEEN], doubts.TWICE_BINARY),
+    ("binary_cross_entropy", [2 * SIXTEEN], doubts.TWICE_BINARY),
+    ("binary_cross_entropy", [2.1 * SIXTEEN], ""),
+    ("binary_cross_entropy", [0.9 * SIXTEEN], ""),
+    ("binary_cross_entropy", [SIXTEEN - 0.01], ""),
+    ("binary_cross_entropy", [SIXTEEN[:, 1:]], ""),
+    ("class_probabilities", [[[0.5, 0.492], [0.5, 0.508], [0, 0], [1, 0]]], ""),
+    ("class_probabilities", [[[0.5, 0.5], [0.5, 0.488]]], doubts.NO_SOFT_LABELS),
+    ("class_probabilities", [[[0.5, 0.5], [0.5, 0.512]]], doubts.NO_SOFT_LABELS),
+    ("class_probabilities", [[[0.5, 0.5], [1.5, -0.5]]], doubts.NO_SOFT_LABELS),
+    ("one_hot", [[[1, 0, 0], [0, 1, 0]]], doubts.ONE_HOT),
+    ("one_hot", [[[1, 1], [1, 1]], [[1, 0], [0, 1]]], doubts.ONE_HOT),
+    ("one_hot", [[[1, 0]]], ""),
+    ("one_hot", [[[1, 0], [0.5, 0.5]]], ""),
+    ("one_hot", [[[1, 0], [1, 1]]], ""),
+    ("whole_numbers", [[[0], [1], [2], [0], [1], [2]]], doubts.WHOLE_NUMBERS),
+    ("whole_numbers", [[[999], [1], [2], [0], [1], [2], [1], [2]]], doubts.WHOLE_NUMBERS),
+    ("whole_numbers", [[[1000], [1], [2], [0], [1], [2], [1], [2]]], ""),
+    ("whole_numbers", [[[-1], [1], [2], [-1], [1], [2]]], ""),
+    ("whole_numbers", [[[0], [1], [2.5], [0], [1], [2.5]]], ""),
+    ("whole_numbers", [[[0], [1], [0], [0], [1], [1]]], ""),
+    ("whole_numbers", [[[0], [1], [2], [0], [1]]], ""),
+    ("constant", [True, [0, 0]], doubts.CONSTANT),
+    ("constant", [False, [0, 0]], ""),
+    ("constant", [True, [-100, -100]], ""),
+    ("constant", [True, [[0, 1], [0, 1]]], doubts.CONSTANT),
+    ("constant", [True, [[0, 0], [0, 0]]], ""),
+]
+
+
+LABELLED = np.array([0, 1, CLASSES, -100, 2, 0, 3])
+PICKED = np.arange(CLASSES) == LABELLED[:, None]
+COUNTED = PICKED.any(axis=1, keepdims=True)
+ROWS = PROBABILITIES[: len(LABELLED)]
+TAKEN_TWICE = COUNTED * (softmax(ROWS) - PICKED)
+F = np.arange(6.0)[:, None]
+EDGES += [
+    ("gradient", [ROWS, TAKEN_TWICE, LABELLED], doubts.TWICE),
+    ("gradient", [ROWS[:5], TAKEN_TWICE[:5], LABELLED], doubts.TWICE),
+    ("gradient", [ROWS, softmax(ROWS) - np.eye(CLASSES)[0], np.zeros(9)], doubts.TWICE),
+    ("gradient", [ROWS[3:4], TAKEN_TWICE[3:4], LABELLED[3:4]], ""),
+    ("gradient", [ROWS, 1.01 * TAKEN_TWICE + 0.01, LABELLED], ""),
+    ("pairs", [F, F - 2, [1, 2, 3, 2], 2], doubts.PAIRS),
+    ("pairs", [F, F - 1.5, np.full(6, 1.5), 1.5], ""),
+    ("pairs", [F, F - F[::-1], F[::-1, 0], 2.5], ""),
+]
+
+
+@pytest.mark.parametrize("case", range(len(EDGES)), ids=[name for name, *_ in EDGES])
+def test_bounds(case):
+    name, arrays, expected = EDGES[case]
+    assert doubts.doubts({name: tuple(map(np.asarray, arrays))}) == ((expected,) if expected else ())
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 7), (40, 6), (2, 4, 3, 3), (9, 2, 200), (50, 70_000)])
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_rows_of_outputs_and_labels_belong_together(shape, axis):
@@ -166,6 +247,25 @@ def test_rows_of_outputs_and_labels_belong_together(shape, axis):
 
 
 @pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((20, 6), -1, range(20)),
+        ((70, 6), 1, range(0, 64, 2)),
+        ((8, 64, 5), -1, [64 * n + s for n in range(0, 8, 2) for s in range(0, 64, 8)]),
+        ((8, 5, 64), 1, [64 * n + s for n in range(0, 8, 2) for s in range(0, 64, 8)]),
+        ((2, 3, 5), 2, range(6)),
+        ((3, 9000), 1, range(2)),
+    ],
+)
+def test_rows_are_evenly_spaced(shape, axis, expected):
+    labels = np.arange(np.prod(shape) // shape[axis]).reshape(np.delete(shape, axis))
+    outputs = np.broadcast_to(np.expand_dims(labels, axis), shape).astype(float)
+    rows, gradient, kept = evidence(np, LossInputs(outputs, labels, True, axis=axis), outputs)["gradient"]
+    assert rows[:, 0].tolist() == gradient[:, 0].tolist() == list(expected)
+    assert kept[: len(rows)].tolist() == list(expected)
+
+
+@pytest.mark.parametrize(
     ("outputs", "targets", "axis"),
     [((4, 3, 5), (4, 5), 1), ((4, 5, 3), (4, 5), -1), ((4, 5, 5), (4, 5), -1), ((4, 3), (4,), -1), ((4,), (4,), -1)],
 )
@@ -176,6 +276,22 @@ def test_the_axis_of_classes_is_the_one_that_labels_leave_out(outputs, targets, 
     assert given.labels is (len(outputs) > 1)
     assert not LossInputs(*arrays, integer=False, axis=axis).labels
     assert not LossInputs(arrays[0], arrays[0], integer=True, axis=axis).labels
+
+
+def test_what_is_not_looked_at():
+    named = LossInputs(LOGITS, ONE_HOT, False, "mse")
+    assert evidence(np, named, LOGITS) == {}
+    assert evidence(np, None, LOGITS) == {}
+    assert evidence(np, LossInputs(LOGITS[:, 0], LABELS, True, axis=0), LOGITS[:, 0]) == {}
+    of_others = LossInputs(LOGITS, ONE_HOT, False)  # a loss of several outputs has a gradient of another size
+    assert evidence(np, of_others, np.zeros((N, CLASSES + 1))) == {}
+    assert set(evidence(np, of_others, LOGITS)) == {"gradient"}
+
+
+def test_rows_of_binary_labels_run_along_the_last_axis():
+    outputs = RNG.normal(size=(3, 5, 2))
+    given = LossInputs(outputs, outputs > 0, True, "binary_cross_entropy")
+    assert [rows.shape[-1] for rows in evidence(np, given, outputs)["binary_cross_entropy"]] == [2, 2]
 
 
 def test_samples_that_have_one_output_and_one_target():
