@@ -27,7 +27,7 @@ def precondition(lin: Linearization, diagonal: Vector) -> Linearization:
 
     Where an entry is negative, the core's numbers are nan. Pure, safe to trace and compile.
     """
-    jvp, loss_along = lin.jvp, lin.loss_along
+    jvp = lin.jvp
     root = {name: lin.xp.sqrt(entries) for name, entries in diagonal.items()}
 
     def scale(u: Vector) -> Vector:
@@ -37,13 +37,12 @@ def precondition(lin: Linearization, diagonal: Vector) -> Linearization:
         lin,
         vjp=lambda v: scale(lin.vjp(v)),
         jvp=None if jvp is None else lambda u: jvp(scale(u)),
-        loss_along=None if loss_along is None else lambda u, step: loss_along(scale(u), step),
+        loss_along=None,
         gradient_pass=None,
         coupled=None,
         sample_square_norms=None,
         group_square_norms=None,
         subset=None,
-        groups=1,
         notes=(*lin.notes, "preconditioned: the kernel is J M J^T"),
     )
 

@@ -12,9 +12,10 @@ import lnp
 import lnp_numpy
 from core.dense import network, record
 from lnp.contract.linearization import GradientPass
+from lnp.contract.options import Options
 from lnp.contract.vectors import update_by_name
 from lnp.results.decomposition import decompose
-from lnp.results.preconditioner import precondition
+from lnp.results.preconditioner import joint_options, precondition
 
 JACOBIAN, GRADIENT = network()
 GENERATOR = np.random.default_rng(1)
@@ -43,6 +44,11 @@ def test_norms_of_the_gradient_are_not_taken_from_the_record():
     )
     known = decompose(precondition(record(JACOBIAN, GRADIENT), DIAGONAL), estimator="exact")
     assert decompose(precondition(lin, DIAGONAL), estimator="exact").rate == known.rate
+
+
+def test_a_backend_need_not_take_samples_apart():
+    asked = joint_options(Options())
+    assert (asked.split, asked.population) == (False, False)
 
 
 def test_the_probes_have_the_trace_as_their_mean():
