@@ -76,10 +76,12 @@ def test_as_many_batches_are_drawn_as_are_asked_for():
 
 
 def test_errors_are_those_of_batches_that_are_left_out():
-    batches = pieces(ends=range(0, 61, 4))
-    found = lnp.decompose(MODEL, batches, batches=math.inf, estimator="exact").population
+    sizes = np.linspace(1, 10, 60)[:, None]  # so that batches have gradients of other magnitudes
+    model, y = lnp_numpy.LinearModel(weight=np.zeros((5, 2))), sizes * (1 + RNG.normal(size=(60, 2)))
+    batches = pieces(1 + X[:60], y, range(0, 61, 4))
+    found = lnp.decompose(model, batches, batches=math.inf, estimator="exact").population
     rest = [batches[:place] + batches[place + 1 :] for place in range(len(batches))]
-    without = [lnp.decompose(MODEL, some, batches=math.inf, estimator="exact").population for some in rest]
+    without = [lnp.decompose(model, some, batches=math.inf, estimator="exact").population for some in rest]
     for name in ("rate", "chi_pos"):
         values = np.array([getattr(one, name) for one in without])
         expected = np.sqrt((len(values) - 1) * np.var(values))
@@ -106,11 +108,22 @@ def test_errors_of_population_values_hold():
 
 @pytest.mark.parametrize(("given", "asked"), [(16, 0.04), (10_000, 0.5), (math.inf, 0.01)])
 def test_each_batch_is_as_precise_as_all_of_them_need(given, asked, monkeypatch):
-    """r sqrt(B), up to a half; r itself where it is not known how many there will be."""
+    """r sqrt(B), up to a half; r itself where it is not known how many there will be; B at most as a list has."""
     seen, evaluate = [], streamed.evaluate_gradient
     monkeypatch.setattr(streamed, "evaluate_gradient", lambda one, *rest: seen.append(one.rtol) or evaluate(one, *rest))
     lnp.decompose(MODEL, (batch for batch in pieces()), batches=given, rtol=0.01)
     assert seen == pytest.approx([asked] * 15)
+    seen.clear()
+    lnp.decompose(MODEL, pieces(), batches=given, rtol=0.01)
+    assert seen == pytest.approx([0.01 * math.sqrt(15)] * 15)
+
+
+def test_batches_that_count_alike():
+    """L = sum_b L_b / `of`, whatever the batches hold and however many there are."""
+    batches = pieces()[:3]
+    found = lnp.decompose(MODEL, streamed.Alike(batches, 4), batches=3, estimator="exact")
+    assert found.loss == pytest.approx(sum(lnp.decompose(MODEL, batch).loss for batch in batches) / 4, rel=1e-12)
+    assert found.rate == pytest.approx(lnp.gradient_gram(MODEL, batches).matrix.sum() / 4**2, rel=1e-12)
 
 
 def test_sample_losses_of_all():
