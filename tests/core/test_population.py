@@ -81,6 +81,13 @@ def test_the_noise_scale_has_the_interval_of_the_share_that_is_no_noise():
     assert np.isfinite(high)
 
 
+def test_gradients_that_have_nothing_in_common():
+    """Orthogonal ones: the rate is zero, and the noise scale is above all numbers."""
+    p = of_gradients(np.eye(3))
+    assert (p.rate, p.chi_pos, p.noise_scale, p.noise_scale_high) == (0, 0, np.inf, np.inf)
+    assert p.gradient_noise == pytest.approx(1, rel=1e-12)
+
+
 def drawn_batch(rng, samples, noise_scale, parameters=12):
     """Gradients of single samples, whose mean has length 1 and whose covariance the trace `noise_scale`."""
     own = rng.normal(size=(samples, parameters)) * (noise_scale / parameters) ** 0.5

@@ -13,7 +13,7 @@ from lnp.contract.trees import map_leaves
 from lnp.results.computations import changes, measured_change, predicted_change
 from lnp.results.cross_response import cross_response_of, finished
 from lnp.results.decomposition import decomposed
-from lnp.results.finished import explained
+from lnp.results.finished import ABOVE_ONE, explained
 
 JACOBIAN, GRADIENT = network(samples=6)
 DRAWN = np.random.default_rng(0)
@@ -46,6 +46,39 @@ def test_the_loss_gradient_may_have_any_size(scale):
     for name in ("rate", "rate_stderr", "gradient_noise"):
         assert getattr(d.population, name) / scale / scale == pytest.approx(getattr(right.population, name), rel=1e-3)
     assert d.notes == ()
+
+
+BOUNDS = [
+    ({}, ""),
+    ({"magnitude": 1e154, "rate": 1.0, "chi_loss": 1e2}, "leave the range of numbers"),
+    ({"magnitude": 1e154, "rate": 1e2, "chi_loss": 1.0}, "leave the range of numbers"),
+    ({"chi_pos": 1 + ABOVE_ONE}, ""),
+    ({"chi_pos": 1 + 1.1 * ABOVE_ONE}, "chi_pos is above 1"),
+    ({"chi_pos": 1.2, "chi_pos_stderr": 0.3}, ""),
+    ({"chi_pos": 1.2, "chi_pos_stderr": np.nan}, "chi_pos is above 1"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BOUNDS)))
+def test_notes_at_their_bounds(case):
+    changes, words = BOUNDS[case]
+    d = _floats(decomposed(record(JACOBIAN, GRADIENT, separable=True), estimator="exact")[0])
+    notes = explained(replace(d, **changes)).notes
+    assert [words in note for note in notes] == [True] * bool(words)
+
+
+def test_the_least_trace_that_has_its_digits():
+    d = _floats(decomposed(record(JACOBIAN, GRADIENT), estimator="exact", by_layer=True)[0])
+    name, smallest = min(d.layers.items(), key=lambda item: item[1].chi_net)
+    for scale, of, said in ((6.1, d, "chi_net, chi_net of"), (6.1, smallest, f"float32: chi_net of {name} and")):
+        assert said in explained(replace(d, least=scale * of.chi_net)).notes[0]
+    assert explained(replace(d, least=5.9 * smallest.chi_net)).notes == ()
+
+
+@pytest.mark.parametrize(("way", "used"), [(0, "joint"), (1, "exact")])
+def test_the_estimator_that_was_used_is_named(way, used):
+    d = _floats(decomposed(record(JACOBIAN, GRADIENT), estimator="joint")[0])
+    assert explained(replace(d, way=way)).estimator == used
 
 
 def test_samples_of_very_different_sizes():

@@ -64,7 +64,7 @@ def test_multiplication_is_that_of_a_field(bits):
         assert len(np.unique(product(np, np.full_like(x, a), x, bits))) == 1 << bits
 
 
-@pytest.mark.parametrize(("samples", "outputs"), [(16, 10), (32, 3), (64, 16), (8, 8)])
+@pytest.mark.parametrize(("samples", "outputs"), [(4, 2), (16, 10), (32, 3), (64, 16), (8, 8)])
 def test_whole_blocks_cancel(samples, outputs):
     """sum_n v_nk v_nl = 0 for k != l, also over probes that follow each other."""
     signs = balanced((samples, outputs))
