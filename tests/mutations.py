@@ -86,7 +86,8 @@ def mutants(module: str, source: str) -> Iterator[Mutant]:
     for path, node, where, at_import in walk(tree, (), ""):
         for changed in changes(node):
             made = with_change(tree, path, changed)
-            shown = where_shown(tree, path) if isinstance(node, ast.Constant) else path
+            number = isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
+            shown = where_shown(tree, path) if number else path
             text = " -> ".join(" ".join(ast.unparse(at(root, shown)).split()) for root in (tree, made))
             yield Mutant(module, node.lineno, where, text, made, at_import)
 
