@@ -161,6 +161,16 @@ def test_parts_of_the_spectrum():
     assert f"<code>trace</code></td><td style='text-align:right'>{s.trace:.4g}</td>" in s._repr_html_()
 
 
+def test_the_largest_node_of_the_measure_and_of_the_density():
+    """A gradient along the smallest eigenvalue sees no other; random starts see all."""
+    model = lnp_numpy.OperatorModel(np.zeros((2, 1)), np.diag([3.0, 1.0]))
+    batch = (None, np.array([[0.0], [1.0]]))
+    assert lnp.spectrum(model, batch).lambda_max == pytest.approx(1)
+    s = lnp.spectrum(model, batch, probes=1)
+    assert s.lambda_max == pytest.approx(9)
+    assert (s.weight_above(s.eigenvalues[0]), s.share_above(s.eigenvalues[0])) == pytest.approx((1, 1))
+
+
 @pytest.mark.parametrize("steps", [2, 4, SIZE])
 def test_the_basis_stays_orthogonal(steps):
     """T from many steps has no eigenvalue twice, which Lanczos without reorthogonalisation has."""
