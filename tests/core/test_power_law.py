@@ -1,6 +1,8 @@
 """Power laws over sizes, from data whose answer is known."""
 
 import importlib.util
+import itertools
+import math
 import sys
 
 import numpy as np
@@ -99,10 +101,20 @@ def test_bootstrap():
     means, errors = [np.mean(r) for r in runs], [np.std(r, ddof=1) / 8**0.5 for r in runs]
     assert (high - low) / 2 == pytest.approx(lnp.power_law(SIZES, means, errors).exponent_stderr, rel=0.4)
     assert bootstrap(SIZES, runs, draws=300) == (low, high)
-    with pytest.raises(ValueError, match="level is 68"):
-        bootstrap(SIZES, runs, level=68)
+    for level in (68, 1.5, 1.0, 0.0):
+        with pytest.raises(ValueError, match=f"level is {level}"):
+            bootstrap(SIZES, runs, level=level)
     with pytest.raises(ValueError, match="runs for each size"):
         bootstrap([1.0], runs)
+
+
+def test_a_level_is_the_share_of_refits_inside():
+    """Of two sizes, one of which is known, the exponent is that of the other's mean, which takes few values."""
+    ends = [bootstrap([1.0, 10.0], [[1.0], [0.1, 0.2, 0.3]], draws=200, level=level) for level in (0.5, 0.9)]
+    drawn = [np.mean(some) for some in itertools.product([0.1, 0.2, 0.3], repeat=3)]
+    for level, (low, high) in zip((0.5, 0.9), ends, strict=True):
+        expected = np.log10(np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2]))
+        assert (low, high) == pytest.approx(tuple(expected), abs=0.01)
 
 
 scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="SciPy is not installed.")
@@ -116,6 +128,11 @@ def test_what_says_how_good_a_fit_is():
     assert law.r_squared == pytest.approx(1 - np.var(left) / np.var(np.log(values)), rel=1e-9)
     assert law.chi_square_per_degree == pytest.approx(np.sum((left / 0.05) ** 2) / 5, rel=1e-9)
     assert np.isnan(lnp.power_law([1, 10], [1, 1], [0.1, 0.1]).r_squared)
+    relative = np.geomspace(0.02, 0.2, 7)  # a straight line's own, where points weigh by their errors
+    fit = np.polyval(np.polyfit(np.log(SIZES), np.log(values), 1, w=1 / relative), np.log(SIZES))
+    mean = np.average(np.log(values), weights=relative**-2)
+    left, all_ = (np.sum(((np.log(values) - of) / relative) ** 2) for of in (fit, mean))
+    assert lnp.power_law(SIZES, values, relative * values).r_squared == pytest.approx(1 - left / all_, rel=1e-9)
     assert np.isnan(lnp.power_law([1, 10], [1, 0.1], [0.1, 0.1]).chi_square_per_degree)
 
 
@@ -126,6 +143,11 @@ def test_reaches_are_taken_as_they_are():
     assert (law.exponent, law.exponent_stderr) == (plain.exponent, plain.exponent_stderr)
     unknown = lnp.power_law(SIZES, [lnp.Reach(v, np.nan, 10.0, 5) for v in values])
     assert np.isnan(unknown.chi_square)
+    exact = lnp.power_law(SIZES, [lnp.Reach(v, 0.0, 10.0, 5) for v in values])
+    assert exact.exponent == pytest.approx(-0.4)
+    assert np.isnan(exact.chi_square)
+    with pytest.raises(ValueError, match="not positive and finite"):  # errors of some alone are not left out in silence
+        lnp.power_law(SIZES, [lnp.Reach(v, 0.1 * v if v < 0.3 else np.nan, 10.0, 5) for v in values])
 
 
 @scipy
@@ -186,6 +208,25 @@ def test_limits_far_above_the_law_say_nothing():
     assert law.degrees == 5
     below = lnp.power_law([*SIZES, 1e6], [*values, 1e-3], [*(0.1 * values), 5e-4], limits=[False] * 7 + [True])
     assert below.exponent < -0.405
+
+
+@scipy
+def test_a_fit_with_limits_is_the_most_likely_one():
+    """Of normal errors of log values, and the probability of each limit: by another search."""
+    from scipy.optimize import minimize
+
+    values = np.array([0.1, 0.03, 0.012, 0.004, 0.003, 0.002, 0.0021])
+    errors, limit = 0.1 * values + 5e-4, np.arange(7) > 3
+
+    def unlikely(solution):
+        law = np.exp(solution[0] + solution[1] * np.log(SIZES))
+        off = (np.log(values / law) * values / errors)[~limit]
+        z = ((values - law) / errors - 2)[limit]
+        return np.sum(off**2) / 2 - sum(math.log(math.erfc(-one / 2**0.5) / 2) for one in z)
+
+    found = minimize(unlikely, [1.0, -0.6], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12}).x
+    law = lnp.power_law(SIZES, values, errors, limits=limit)
+    assert (np.log(law.prefactor), law.exponent) == pytest.approx(tuple(found), rel=1e-5)
 
 
 def test_bad_limits(monkeypatch):

@@ -58,12 +58,34 @@ def test_errors_are_raised_where_neighbours_scatter_more():
     assert lnp.reach([1, 2], [1.0, 3.0], window=2).stderr == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("size", "around"), [(3, 6), (4, 6), (8, 8)])
+@pytest.mark.parametrize("count", [60, 12])
+def test_the_error_comes_from_the_neighbours_around_the_window(size, around, count):
+    """From second differences of the window and as many again to each side, or of 15 in all."""
+    y = np.random.default_rng(0).normal(size=count)
+    found = lnp.reach(range(1, count + 1), y, window="last", size=size)
+    second = np.diff(y[max(0, count - size - around) :], 2)
+    assert found.stderr == pytest.approx((np.mean(second**2) / 6 / size) ** 0.5, rel=1e-12)
+    assert found.chi_pos == pytest.approx(np.mean(y[-size:]), rel=1e-12)
+
+
+def test_windows_of_one_measurement_choose_nothing():
+    """The lowest stands alone in its group, so that no half of it is left: the two others decide."""
+    found = lnp.reach(range(5), [1.0, 1.2, -9.0, 0.5, 0.7], [0.1] * 5, window=1, groups=[0, 0, 1, 2, 2])
+    assert found.chi_pos == pytest.approx(0.6)
+
+
 def test_below_two_errors_it_is_a_limit():
     for value, text, limit in ((0.3, "0.30 ± 0.10", np.nan), (0.19, "below 0.39", 0.39), (-0.5, "below 0.2", 0.2)):
         found = lnp.Reach(value, 0.1, 10.0, 5)
         assert (str(found), found.resolved) == (text, np.isnan(limit))
         assert found.limit == pytest.approx(limit, nan_ok=True)
     assert str(lnp.Reach(0.5, np.nan, 1.0, 1)) == "0.5"
+
+
+def test_a_reach_of_two_errors_is_a_value():
+    assert lnp.Reach(0.2, 0.1, 1.0, 5).resolved
+    assert not lnp.Reach(0.19, 0.1, 1.0, 5).resolved
 
 
 def test_missing_positions():
