@@ -63,7 +63,7 @@ class Density:
 
         A step is no smooth function: the number is good to the distance of the nodes around the value.
         """
-        value, error = self.mean(lambda nodes: (nodes >= eigenvalue) * 1.0)
+        value, error = self.mean(lambda nodes: nodes >= eigenvalue)
         return self.dimension * value, self.dimension * error
 
     def per_decade(self, eigenvalues: np.ndarray, width: float = 0.2) -> tuple[np.ndarray, np.ndarray]:

@@ -137,7 +137,7 @@ class Kernel(Shown):
 
     def _flat_gradient(self) -> np.ndarray:
         """g in the order of the kernel's rows, shape (N K,); an error for kernels that are not of all outputs."""
-        if self.matrix.shape[-1] != self.loss_gradient.size or self.matrix.ndim != 2:
+        if self.matrix.shape != (self.loss_gradient.size,) * 2:
             raise ValueError(
                 f"The kernel is {self.kind}, {self.matrix.shape}, while the loss gradient has "
                 f"{self.loss_gradient.size} entries. Expected the kernel of all outputs for rate, position and modes. "

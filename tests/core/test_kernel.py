@@ -10,6 +10,7 @@ import lnp_numpy
 from lnp.contract import registry
 from lnp.contract.options import Options
 from lnp.spectral import eager
+from lnp.spectral import kernel as module
 from lnp.spectral.kernel import with_progress
 from lnp.spectral.similarity import effective_rank, entropy, participation_ratio
 
@@ -45,6 +46,15 @@ def test_rows_of_each_kind(block, monkeypatch):
         assert k.asymmetry < 1e-14
         assert k.loss_gradient == pytest.approx(G.reshape(SAMPLES, OUTPUTS))
         assert np.array_equal(k.matrix, np.swapaxes(k.matrix, -1, -2))
+
+
+def test_blocks_are_as_large_as_their_bytes(monkeypatch):
+    seen, plain = [], eager.kernel_rows
+    monkeypatch.setattr(module, "BLOCK_BYTES", 4 * 8 * THETA.shape[0])
+    monkeypatch.setattr(eager, "kernel_rows", lambda lin, most: seen.append(most) or plain(lin, most))
+    monkeypatch.setattr(module, "with_progress", lambda items, total, progress: seen.append(total) or items)
+    assert lnp.kernel(MODEL, BATCH).matrix == pytest.approx(THETA, rel=1e-12)
+    assert seen == [4, 4]  # rows of a block, and blocks of 15 rows
 
 
 def test_rate_position_and_modes():
@@ -94,16 +104,19 @@ def test_zero_gradient_and_zero_kernel():
     assert np.all(np.isnan(k.contributions))
 
 
-def test_asymmetry_is_reported():
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_asymmetry_is_reported(scale):
     lin = eager.linearize(MODEL, BATCH, Options())
-    skew = type(lin)(**{**vars(lin), "jvp": lambda u: lin.jvp(u) * (1 + 0.5 * np.arange(SAMPLES))[:, None]})
+    skew = type(lin)(**{**vars(lin), "jvp": lambda u: lin.jvp(u) * scale * (1 + 0.5 * np.arange(SAMPLES))[:, None]})
     wrong = np.concatenate([rows for _, rows in eager.kernel_rows(skew, 7)]).reshape(THETA.shape)
-    backend = type("B", (), {"linearize": staticmethod(lambda *_: skew)})
+    asked = []
+    backend = type("B", (), {"linearize": staticmethod(lambda *given: asked.append(given[-1]) or skew)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "find", lambda model: backend)
         k = lnp.kernel(MODEL, BATCH)
+    assert [(options.split, options.population) for options in asked] == [(False, False)]  # which nothing needs
     assert k.asymmetry == pytest.approx(np.abs(wrong - wrong.T).max() / np.abs(wrong).max(), rel=1e-12)
-    assert k.matrix == pytest.approx((wrong + wrong.T) / 2)
+    assert k.matrix == pytest.approx((wrong + wrong.T) / 2, rel=1e-12)
 
 
 def test_bad_options():
@@ -148,6 +161,8 @@ def test_alignment():
     centred = [h @ m @ h for m in (a, b)]
     expected = np.sum(centred[0] * centred[1]) / np.linalg.norm(centred[0]) / np.linalg.norm(centred[1])
     assert lnp.alignment(a, b, centered=True) == pytest.approx(expected, rel=1e-12)
+    many = lnp.alignment(np.stack([a, a, b]), np.stack([b, b, a]), centered=True)
+    assert many == pytest.approx([expected] * 3, rel=1e-12)
     both = lnp.alignment(np.stack([a, b]), np.stack([b, b]))
     assert both == pytest.approx([lnp.alignment(a, b), 1])
     with pytest.raises(ValueError, match="one number of rows"):
