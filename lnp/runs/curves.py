@@ -238,7 +238,7 @@ def stall_step(history: History, column: str) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         moving = ~(np.abs(np.log(np.maximum(value, 0) / value[-1])) <= np.log(STALLED))
     start = int(np.flatnonzero(moving)[-1]) + 1 if moving.any() else 0
-    return float(step[start]) if step[-1] >= STALLED_SPAN * step[start] and len(step) - start > 1 else float("nan")
+    return float(step[start]) if step[-1] >= STALLED_SPAN * step[start] and len(step) > 1 else float("nan")
 
 
 def summary(history: History) -> Summary:

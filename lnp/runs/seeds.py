@@ -17,8 +17,8 @@ def mean_over_seeds(runs: Sequence[History], column: str) -> Curve:
     --------
     >>> runs = [History([{"step": 0, "loss": value}]) for value in (1.0, 3.0)]
     >>> found = mean_over_seeds(runs, "loss")
-    >>> found.mean.tolist(), found.stderr.tolist()
-    ([2.0], [1.0])
+    >>> found.mean.tolist(), found.stderr.tolist(), found.low.tolist(), found.high.tolist()
+    ([2.0], [1.0], [1.0], [3.0])
 
     Raises
     ------

@@ -12,7 +12,7 @@ import pytest
 
 import lnp
 from lnp.cli import main
-from lnp.runs.curves import MOST_POINTS, compute, curve, reach, stall_step, summary
+from lnp.runs.curves import MOST_POINTS, compute, curve, is_frozen, reach, stall_step, summary
 from lnp.runs.open_runs import open_runs
 from lnp.runs.table import compare, number, to_text, with_error
 from lnp.tracking.history import History
@@ -38,6 +38,8 @@ def test_windows_are_averaged_with_the_error_of_their_mean():
     assert line.mean.tolist() == [1.0, 6.0, 20.0]
     assert line.stderr == pytest.approx([0.5, np.std([2, 6, 10], ddof=1) / math.sqrt(3), 0.5])
     assert (line.first.tolist(), line.last.tolist()) == ([0, 1, 4], [0, 3, 4])
+    assert (line.low.tolist(), line.high.tolist()) == ((line.mean - line.stderr).tolist(), [1.5, line.high[1], 20.5])
+    assert line.high[1] == line.mean[1] + line.stderr[1]
 
 
 def test_rows_without_the_value_are_left_out():
@@ -67,6 +69,7 @@ def test_the_noise_scale_is_a_ratio_of_means():
     share = 2.1 / whole[:2].sum()
     error = np.std((rate - share * whole)[:2], ddof=1) / math.sqrt(2) / whole[:2].mean()
     assert (line.low[0], line.high[0]) == pytest.approx((1 / (share + error) - 1, 1 / (share - error) - 1))
+    assert line.stderr[0] == pytest.approx((line.high[0] - line.low[0]) / 2)
     share = -0.3 / whole[2:].sum()
     error = np.std((rate - share * whole)[2:], ddof=1) / math.sqrt(2) / whole[2:].mean()
     assert line.low[1] == pytest.approx(1 / (2 * error) - 1)
@@ -131,8 +134,18 @@ def test_a_factor_stalls_where_it_stops_changing():
     # within 25% of the end from step 10 on; averaged over three points, one step later
     assert stall_step(history("chi_loss", settled), "chi_loss") in (9, 10, 11)
     assert stall_step(history("chi_loss", np.ones(40)), "chi_loss") == 1
+    late = np.where(np.arange(40) < 30, np.exp(-np.arange(40) / 20.0), np.exp(-1.5))
+    assert math.isnan(stall_step(history("chi_loss", late), "chi_loss"))  # seen for less than half as long again
+    assert math.isnan(stall_step(history("chi_loss", [1.0]), "chi_loss"))
     assert math.isnan(stall_step(history("chi_loss", -np.ones(9)), "chi_loss"))
     assert math.isnan(stall_step(history("loss", np.ones(9)), "chi_loss"))
+
+
+def test_a_run_says_by_its_tag_that_it_is_frozen():
+    assert is_frozen(history("loss", [1.0], frozen=True))
+    assert not is_frozen(history("loss", [1.0], frozen=False))
+    assert not is_frozen(history("loss", [1.0]))
+    assert is_frozen(History([{"step": 0, "frozen": 0}, {"step": 1, "frozen": 1}]))
 
 
 def test_summary():

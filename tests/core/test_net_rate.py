@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lnp.runs.curves import curve
 from lnp.runs.table import compare
 from lnp.schedule import log_windows
 from lnp.tracking.learning_rate import LearningRates, Mark
-from lnp.tracking.net_rate import NOISE, NOT_AGAIN, TOO_FAST, Ends, compared, fall, position
+from lnp.tracking.net_rate import NOISE, NOT_AGAIN, TOO_FAST, Ends, compared, end_of, fall, position
 
 X, Y = np.array([[1.0], [2.0]]), np.array([[1.0], [3.0]])
 NET = ("net/steps", "net/loss_fall", "net/learning_rate_sum", "net/rate", "net/chi_pos")
@@ -99,6 +100,38 @@ def test_the_error_of_a_position_is_that_of_the_fall_and_of_both_traces():
     found, stderr = position(2.0, 0.3, ends(scales=4.0, relative=0.1), ends(scales=16.0, relative=0.2))
     assert (found, stderr) == pytest.approx((0.25, math.hypot(0.3 / 8, 0.25 * math.hypot(0.1, 0.2) / 2)))
     assert all(map(math.isnan, position(2.0, 0.3, ends(scales=0.0), ends())))
+
+
+@pytest.mark.parametrize("stderr", [0.0, 0.5])
+@pytest.mark.parametrize("rate_stderr", [0.0, 0.2])
+def test_bounds_of_what_a_rate_leads_to_expect(stderr, rate_stderr):
+    """Ten times below the lower first-order rate, or three times above the higher one, by two errors of both."""
+    low, high = (replace(ends(rate=rate), rate_stderr=rate_stderr) for rate in (20.0, 30.0))
+    fast = 90 + 2 * math.hypot(stderr, 3 * rate_stderr)
+    slow = 20 - 2 * math.hypot(rate_stderr, 10 * stderr)
+    for pair in ((low, high), (high, low)):
+        assert compared(1.001 * fast, stderr, *pair) == TOO_FAST
+        assert compared(0.999 * fast, stderr, *pair) == ""
+        assert compared((slow - 0.01) / 10, stderr, *pair) == NOISE
+        assert compared((slow + 0.01) / 10, stderr, *pair) == ""
+
+
+def test_an_end_has_what_its_decomposition_says():
+    d = lnp.decompose(model(0.1), (X, Y), sample_losses=True)
+    d = replace(d, chi_net=4.0, chi_net_stderr=0.5, chi_loss=3.0)
+    end = end_of(Mark(0, 0, 0.0), d)
+    assert (end.scales, end.relative, end.rate, end.rate_stderr) == (12.0, 0.125, d.rate, 0.0)
+    assert sum(end.parts) == pytest.approx(d.loss)
+    unknown = d.sample_losses._replace(parts=np.array([1.0, math.nan]))
+    assert end_of(Mark(0, 0, 0.0), replace(d, sample_losses=unknown)).parts is None
+    assert end_of(Mark(0, 0, 0.0), replace(d, chi_net_stderr=math.nan)).relative == 0
+
+
+def test_a_learning_rate_that_is_known_is_not_read():
+    rates = LearningRates(0.1)
+    rates.add(0, "no number")
+    assert rates.reason == ""
+    assert rates.sum_since(rates.mark(0), 3) == pytest.approx(0.3)
 
 
 def test_parts_of_a_loss_add_up_to_it():
