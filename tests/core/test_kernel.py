@@ -9,7 +9,7 @@ import lnp
 import lnp_numpy
 from lnp.contract import registry
 from lnp.contract.options import Options
-from lnp.spectral import eager
+from lnp.spectral import eager, pages
 from lnp.spectral import kernel as module
 from lnp.spectral.kernel import with_progress
 from lnp.spectral.similarity import effective_rank, entropy, participation_ratio
@@ -55,6 +55,22 @@ def test_blocks_are_as_large_as_their_bytes(monkeypatch):
     monkeypatch.setattr(module, "with_progress", lambda items, total, progress: seen.append(total) or items)
     assert lnp.kernel(MODEL, BATCH).matrix == pytest.approx(THETA, rel=1e-12)
     assert seen == [4, 4]  # rows of a block, and blocks of 15 rows
+
+
+@pytest.mark.parametrize("block", [4, 15, 64])
+def test_each_row_costs_one_product(block):
+    lin, asked = eager.linearize(MODEL, BATCH, Options()), []
+    counted = type(lin)(**{**vars(lin), "jvp": lambda u: asked.append(1) or lin.jvp(u)})
+    rows = np.concatenate([rows for _, rows in eager.kernel_rows(counted, block)])
+    assert rows.reshape(THETA.shape) == pytest.approx(THETA, rel=1e-12)
+    assert len(asked) == len(THETA)
+
+
+@pytest.mark.parametrize(("most", "shown"), [(15, True), (14, False)])
+def test_modes_are_printed_of_small_kernels(most, shown, monkeypatch):
+    monkeypatch.setattr(pages, "PRINTED_ROWS", most)
+    k = lnp.kernel(MODEL, BATCH)
+    assert (f"{k.eigenvalues[1]:.4g}" in str(k)) is shown
 
 
 def test_rate_position_and_modes():
@@ -104,7 +120,7 @@ def test_zero_gradient_and_zero_kernel():
     assert np.all(np.isnan(k.contributions))
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, -1.0])
 def test_asymmetry_is_reported(scale):
     lin = eager.linearize(MODEL, BATCH, Options())
     skew = type(lin)(**{**vars(lin), "jvp": lambda u: lin.jvp(u) * scale * (1 + 0.5 * np.arange(SAMPLES))[:, None]})

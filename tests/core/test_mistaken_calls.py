@@ -7,6 +7,7 @@ import pytest
 
 import lnp
 import lnp_numpy
+from lnp.contract.foreign import why_foreign
 
 X, Y = np.random.default_rng(0).standard_normal((6, 4)), np.array([0, 1, 1, 0, 1, 0])
 MODEL, ONE = lnp_numpy.LinearModel(weight=np.full((4, 2), 0.1)), lnp_numpy.LinearModel(weight=np.full((4, 1), 0.1))
@@ -63,6 +64,7 @@ CALLS = {  # the call, the error's type, its text
     "integers and one output": (
         lambda: lnp.decompose(ONE, BATCH), ValueError, "have 1 classes.*one output for each class.*'binary_cross"
     ),
+    "a pair of no framework": (lambda: lnp.decompose((apply, X), BATCH), TypeError, "no backend accepts. Expected a torch.nn"),
     "texts": (lambda: lnp.decompose(MODEL, (X, list("abcdef"))), TypeError, "targets are a list of 6 texts.* Convert"),
     "a learning rate in words": (
         lambda: lnp.measured_loss_change(MODEL, BATCH, learning_rate="1e-3"), TypeError, "'1e-3'. Expected the number"
@@ -112,6 +114,12 @@ def test_call(case):
     call, error, text = CALLS[case]
     with pytest.raises(error, match=f"(?s){text}"):
         call()
+
+
+def test_arrays_are_not_foreign_wherever_they_are():
+    error = TypeError("from the model")
+    assert why_foreign((([[X]], [Y]), [[1.0]], (X, Y, None)), None, error) is None
+    assert "inputs are a list of 3 numbers" in why_foreign((([1, 2, 3], Y, None),), None, error)
 
 
 def test_what_numpy_makes_of_integers_is_taken():

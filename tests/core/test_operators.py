@@ -9,7 +9,7 @@ from scipy.sparse.linalg import eigsh, svds
 
 import lnp
 import lnp_numpy
-from lnp.spectral import deflation
+from lnp.spectral import deflation, operators
 from lnp.spectral.eager import to_numpy
 
 X = np.random.default_rng(0).normal(size=(5, 4))
@@ -36,6 +36,15 @@ def test_some_parameters():
     j = lnp.linear_operator(MODEL, BATCH, which="jacobian", parameters="bias")
     assert j @ np.eye(3) == pytest.approx(JACOBIAN[:, 12:])
     assert j.T @ np.eye(15) == pytest.approx(JACOBIAN[:, 12:].T)
+
+
+@pytest.mark.parametrize("which", ["kernel", "jacobian"])
+def test_samples_are_not_taken_apart_which_nothing_needs(which, monkeypatch):
+    asked = []
+    plain = operators.linearize
+    monkeypatch.setattr(operators, "linearize", lambda *given: asked.append(given[-1]) or plain(*given))
+    lnp.linear_operator(MODEL, BATCH, which=which)
+    assert [(options.split, options.population) for options in asked] == [(False, False)]
 
 
 def test_errors(monkeypatch):
