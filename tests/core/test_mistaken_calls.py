@@ -64,7 +64,7 @@ CALLS = {  # the call, the error's type, its text
     "integers and one output": (
         lambda: lnp.decompose(ONE, BATCH), ValueError, "have 1 classes.*one output for each class.*'binary_cross"
     ),
-    "a pair of no framework": (lambda: lnp.decompose((apply, X), BATCH), TypeError, "no backend accepts. Expected a torch.nn"),
+    "a pair of no framework": (lambda: lnp.decompose((apply, X), BATCH), TypeError, "accepts. Expected a torch.nn.Mod"),
     "texts": (lambda: lnp.decompose(MODEL, (X, list("abcdef"))), TypeError, "targets are a list of 6 texts.* Convert"),
     "a learning rate in words": (
         lambda: lnp.measured_loss_change(MODEL, BATCH, learning_rate="1e-3"), TypeError, "'1e-3'. Expected the number"

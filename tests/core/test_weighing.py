@@ -111,6 +111,18 @@ def test_no_trial_where_it_saves_nothing(changes):
     assert found.samples is not None
 
 
+def test_no_pilot_where_it_saves_nothing():
+    """Samples drawn at random that cost as much as the whole batch."""
+    jacobian, gradient = network(64, 10, (30,))
+    rows = [tuple(jacobian)]
+    lin = record(jacobian, gradient, subset=lambda size: pytest.fail("drawn"), subset_pays=False)
+    assert trace.estimate(lin, rows, "per_sample", 0.05, 64).trace[0] > 0
+    seen = []
+    lin = record(jacobian, gradient, subset=lambda size: seen.append(size) or drawn(jacobian)(size))
+    trace.estimate(lin, rows, "per_sample", 0.05, 64)
+    assert seen == [16]
+
+
 def test_coverage_after_a_trial():
     """Within 1, 2, 3 standard errors about as often as Student's t with 7 degrees of freedom says."""
     jacobian, gradient = network(32, 20, (800,))
