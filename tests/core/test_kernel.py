@@ -1,6 +1,7 @@
 """Dense kernels, their modes and what they are compared by, against NumPy on explicit Jacobians."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,13 +49,15 @@ def test_rows_of_each_kind(block, monkeypatch):
         assert np.array_equal(k.matrix, np.swapaxes(k.matrix, -1, -2))
 
 
-def test_blocks_are_as_large_as_their_bytes(monkeypatch):
+@pytest.mark.parametrize(("size", "expected"), [(4 * 8 * 15, [4, 4]), (1, [1, 15])])
+def test_blocks_are_as_large_as_their_bytes(size, expected, monkeypatch):
+    """Rows of a block, one at least, and how many blocks the 15 rows make."""
     seen, plain = [], eager.kernel_rows
-    monkeypatch.setattr(module, "BLOCK_BYTES", 4 * 8 * THETA.shape[0])
+    monkeypatch.setattr(module, "BLOCK_BYTES", size)
     monkeypatch.setattr(eager, "kernel_rows", lambda lin, most: seen.append(most) or plain(lin, most))
     monkeypatch.setattr(module, "with_progress", lambda items, total, progress: seen.append(total) or items)
     assert lnp.kernel(MODEL, BATCH).matrix == pytest.approx(THETA, rel=1e-12)
-    assert seen == [4, 4]  # rows of a block, and blocks of 15 rows
+    assert seen == expected
 
 
 @pytest.mark.parametrize("block", [4, 15, 64])
@@ -158,6 +161,15 @@ def test_progress_is_quiet_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     assert list(with_progress([1, 2], 2, None)) == list(with_progress([1, 2], 2, False)) == [1, 2]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("asked", "terminal", "bar"), [
+    (None, True, True), (None, False, False), (True, False, True), (False, True, False),
+])  # fmt: skip
+def test_progress_where_it_is_asked_for_or_seen(asked, terminal, bar, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=lambda items, **options: ["a bar", *items]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert list(with_progress([1, 2], 2, asked)) == (["a bar", 1, 2] if bar else [1, 2])
 
 
 def test_progress_without_tqdm(monkeypatch):

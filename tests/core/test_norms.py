@@ -108,6 +108,27 @@ def test_convolution(name, budget, advantage, monkeypatch):
     np.testing.assert_allclose(norms.convolution_gradients(np, x, d, window), gradients, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("channels", "outputs", "gram"), [(30, 30, True), (30, 29, False)])
+def test_the_form_that_multiplies_less_is_taken(channels, outputs, gram, monkeypatch):
+    """Of single points under the kernel at five of nine places: 9^2 C + 5^2 O products and 5^2 sums, which take as long
+    as 20 products each, by 1.2; or 5 C O.
+    """
+    asked, plain = [], norms._chunked
+
+    def chunked(xp, form, arrays, size, limit):
+        asked.append((size, limit))
+        return plain(xp, form, arrays, size, limit)
+
+    monkeypatch.setattr(norms, "_chunked", chunked)
+    monkeypatch.setattr(norms, "LEAST_PATCHES", 1)
+    x, d = normal(3, channels, 9), normal(3, outputs, 5, seed=1)
+    found = norms.convolution(np, x, d, Window((1,), (2,), (1,)), budget=1000, patches=10**6)
+    np.testing.assert_allclose(found, square(np.einsum("nos,ncs->noc", d, x[:, :, ::2])), rtol=1e-12)
+    assert gram == (1.2 * (81 * channels + 25 * outputs + 20 * 25) <= 5 * channels * outputs)
+    # numbers in memory for each sample, and at a time: products of places; or patches, no more than what is given
+    assert asked == [(2 * 81 + 25, 1000) if gram else (5 * channels, (x.size + d.size) // 4)]
+
+
 def test_float32_for_narrower_types():
     left, right = (np.full((1, 1, 1), 300, np.float16) for _ in range(2))
     assert norms.outer(np, left, right)[0] == 300.0**4
