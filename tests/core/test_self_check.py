@@ -11,7 +11,7 @@ import pytest
 from lnp.contract.linearization import unit
 from lnp.per_sample import differences, self_check
 from lnp.per_sample.self_check import Alone, Differences, Pulled
-from lnp.per_sample.verdict import Verdict
+from lnp.per_sample.verdict import NAMED, Verdict
 
 SAMPLES, OUTPUTS = 12, 3
 GENERATOR = np.random.default_rng(0)
@@ -172,6 +172,8 @@ def test_moved_parameters_are_other_ones_without_a_pattern():
     assert moved["gate"] != 0
     assert len(np.unique(moved["weight"])) == 12
     assert not np.allclose(moved["weight"], moved["other"])
+    away = np.abs(moved["weight"] - 1)  # by a tenth of their size and a tenth, at most
+    assert 0.05 < away.mean() < away.max() < 0.2 + 1e-6
 
 
 def test_verdicts_of_two_sets_of_parameters_are_joined():
@@ -197,6 +199,7 @@ def test_whatever_a_network_raises_is_a_reason():
         found, reason = self_check.first_that_runs([fails(error)], ())
         assert found is None
         assert type(error).__name__ in reason
+        assert str(error).partition("\n")[0] in reason
         assert "more" not in reason
     for fatal in (MemoryError, Own):
         with pytest.raises(fatal):
@@ -209,6 +212,49 @@ def test_sums_of_gradients_are_compared_by_the_size_of_what_they_add():
     batch = {"gate": np.asarray([1e-9]), "weight": np.zeros(3)}
     assert differences.sums_apart(np, {"gate": np.asarray([0.0])}, batch, norms) < 1e-8
     assert differences.sums_apart(np, {"gate": np.asarray([0.4])}, batch, norms) == pytest.approx(0.1, rel=0.1)
+
+
+def test_differences_by_hand():
+    one, other = ({"w": np.array(w), "v": np.array(v)} for w, v in (([3.0, 5.0], [1e-3]), ([3.0, 4.0], [0.0])))
+    found = differences.gradients_apart(np, one, other)
+    assert found == pytest.approx({"w": 1 / (5 + 0.03 * 5), "v": 1e-3 / (0.03 * 5)}, rel=1e-12)
+    norms = {"gate": np.full(4, 1.0), "weight": np.full(4, 9.0)}  # sqrt(N sum) is 4 and 12
+    alone, batch = ({"gate": np.array([0.0, a]), "weight": np.zeros(3)} for a in (0.4, 0.1))
+    expected = 0.3 / (4 + 0.03 * np.hypot(4, 12))
+    assert differences.sums_apart(np, alone, batch, norms) == pytest.approx(expected, rel=1e-12)
+    assert differences.finite(np, [np.array([3.0, -1.0])]) == 0
+    assert np.isnan(differences.finite(np, [np.array([3.0]), np.array([np.nan, 1.0])]))
+
+
+@pytest.mark.parametrize("less", [0.75, 1.25])
+def test_differences_of_square_norms_by_hand(less):
+    """Where one is less than the other or more, and what arrives at samples whose cotangent is zero."""
+    alone = {"w": np.array([2.0, 4.0]), "v": np.array([1.0, 1.0])}
+    in_batch = {"w": np.array([2.0 * less, 4.0]), "v": np.array([1.0, 1.0])}
+    found = differences.square_norms_apart(np, in_batch, alone, None)
+    assert found == pytest.approx({"w": 0.5 / (2 + 0.03**2 * 3), "v": 0.0}, rel=1e-12)
+    in_batch = {"w": np.array([4.0, 0.1, 2.0 * less]), "v": np.array([1.0, 0.7, 1.0])}
+    found = differences.square_norms_apart(np, in_batch, alone, [2, 0])
+    assert found == pytest.approx({"w": 0.5 / (2 + 0.03**2 * 3), "v": 0.7 / 5}, rel=1e-12)
+    tiny = {"w": np.array([1e-36], np.float32)}
+    info = np.finfo(np.float32)
+    found = differences.square_norms_apart(np, {"w": 0 * tiny["w"]}, tiny, None)["w"]
+    assert found == pytest.approx(1e-36 / (info.smallest_normal / info.eps**2), rel=1e-5)
+
+
+def test_a_rule_may_differ_by_twice_the_tolerance():
+    of = lambda **rules: Differences(0.0, 0.0, rules, 0.0, 0.0)
+    found = of(a=1.9e-3, b=2.1e-3).verdict(1e-3, {"c": "no rule"})
+    assert found.general == (("c", "no rule"), ("b", "its rules differ from single samples"))
+    assert not of(a=1.9e-3).exceed(np, 1e-3)
+    assert of(a=2.1e-3).exceed(np, 1e-3)
+
+
+def test_the_first_few_parameters_are_named():
+    several = [(f"p{i}", "no rule") for i in range(NAMED + 1)]
+    (few,), (more,) = (Verdict(general=tuple(several[:count])).notes for count in (NAMED, NAMED + 1))
+    assert few.endswith(f"p{NAMED - 1} (no rule)")
+    assert more == f"{few} and 1 more"
 
 
 def test_inside_compiled_code_differences_are_a_flag():

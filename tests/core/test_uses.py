@@ -87,5 +87,6 @@ def test_what_can_be_read():
     assert readable(["a", "b"], ["outer", "convolution"], apart)
     assert not readable(["a", "b"], ["outer", "outer"], overlapping)
     assert not readable(["a", "a"], ["outer", "dense"], apart)
+    assert not readable(["b", "a", "a"], ["outer", "outer", "dense"], apart)
     assert not addable(["dense", "rows"])
     assert by_frame("aba") == {"a": [0, 2], "b": [1]}
