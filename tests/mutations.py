@@ -76,8 +76,12 @@ class Mutant:
     tree: ast.Module
     at_import: bool = False
 
+    @property
+    def place(self) -> str:
+        return f"{self.module}.{self.where}" if self.where else self.module
+
     def __str__(self) -> str:
-        return f"{self.module}.{self.where}: {self.change}" if self.where else f"{self.module}: {self.change}"
+        return f"{self.place}: {self.change}"
 
 
 def mutants(module: str, source: str) -> Iterator[Mutant]:
@@ -287,7 +291,7 @@ class Check:
     def finished(self, running: dict[int, Mutant]) -> int:
         pid, status = os.wait()
         mutant = running.pop(pid)
-        if status == 0 and str(mutant) not in self.equivalent:
+        if status == 0 and not {str(mutant), f"{mutant.place}: *"} & self.equivalent:
             self.survivors.append(mutant)
             print(f"{mutant.line:4d}  {mutant}", flush=True)
         return 1
@@ -378,7 +382,9 @@ def imported_anew(mutant: Mutant, given: list[str]) -> bool:
 
 
 def known_equivalents() -> set[str]:
-    """Mutants that change no result, each on a line, with the reason behind two spaces and a #."""
+    """Mutants that change no result, each on a line, with the reason behind two spaces and a #; a * for all of a
+    function.
+    """
     lines = EQUIVALENT.read_text(encoding="utf-8").splitlines() if EQUIVALENT.exists() else []
     return {line.partition("  #")[0] for line in lines}
 

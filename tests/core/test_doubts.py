@@ -182,7 +182,7 @@ EDGES = [
     ("binary_cross_entropy", [2 * SIXTEEN], doubts.TWICE_BINARY),
     ("binary_cross_entropy", [2.1 * SIXTEEN], ""),
     ("binary_cross_entropy", [0.9 * SIXTEEN], ""),
-    ("binary_cross_entropy", [SIXTEEN - 0.01], ""),
+    ("binary_cross_entropy", [1.1 * SIXTEEN - 0.01], ""),
     ("binary_cross_entropy", [SIXTEEN[:, 1:]], ""),
     ("class_probabilities", [[[0.5, 0.492], [0.5, 0.508], [0, 0], [1, 0]]], ""),
     ("class_probabilities", [[[0.5, 0.5], [0.5, 0.488]]], doubts.NO_SOFT_LABELS),

@@ -306,7 +306,9 @@ def test_outputs_tell_whether_statistics_may_be_held_fixed(xp):
     original = xp.asarray(F)
     largest = float(np.abs(F).max())
     assert bool(differences.frozen_agrees(xp, xp.asarray(F + 0.9e-6 * largest), original, TOLERANCE))
-    assert not bool(differences.frozen_agrees(xp, xp.asarray(F + 1.1e-6 * largest), original, TOLERANCE))
+    for side in (-1, 1):
+        apart = xp.asarray(F + side * 1.1e-6 * largest)
+        assert not bool(differences.frozen_agrees(xp, apart, original, TOLERANCE))
     assert not bool(differences.frozen_agrees(xp, xp.asarray(F[:, :2]), original, TOLERANCE))  # another shape
     assert not bool(differences.frozen_agrees(xp, xp.asarray(F * np.nan), original, TOLERANCE))
 
@@ -330,5 +332,9 @@ def test_a_sketch_stands_for_the_size_of_an_array(kind):
     parts = differences.sketched(np, a, 3) + 2 * differences.sketched(np, b, 3)
     assert parts.shape == (differences.SKETCH,)
     assert parts == pytest.approx(differences.sketched(np, a + 2 * b, 3))
+    for place in (0, 1, a.size // 2, a.size - 1):  # each entry counts once
+        one = np.zeros(a.size)
+        one[place] = 2.0
+        assert np.sum(differences.sketched(np, one, 0) ** 2) == 4
     small = a[:4, :5]
     assert np.array_equal(differences.sketched(np, small, 0), small.reshape(-1))
