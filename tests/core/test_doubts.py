@@ -216,6 +216,9 @@ TAKEN_TWICE = COUNTED * (softmax(ROWS) - PICKED)
 F = np.arange(6.0)[:, None]
 EDGES += [
     ("gradient", [ROWS, TAKEN_TWICE, LABELLED], doubts.TWICE),
+    ("gradient", [ROWS, 1e-4 * TAKEN_TWICE, LABELLED], doubts.TWICE),
+    ("gradient", [ROWS[:1], TAKEN_TWICE[:1], LABELLED[:1]], doubts.TWICE),
+    ("gradient", [np.eye(3), np.zeros((3, 3)), np.arange(3)], ""),
     ("gradient", [ROWS[:5], TAKEN_TWICE[:5], LABELLED], doubts.TWICE),
     ("gradient", [ROWS, softmax(ROWS) - np.eye(CLASSES)[0], np.zeros(9)], doubts.TWICE),
     ("gradient", [ROWS[3:4], TAKEN_TWICE[3:4], LABELLED[3:4]], ""),

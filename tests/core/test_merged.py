@@ -291,3 +291,22 @@ def test_a_loss_gradient_of_zero():
 def test_one_weight_for_each_part():
     with pytest.raises(ValueError, match="Received 0 parts and 1 weights"):
         merged([], [1.0], {})
+    with pytest.raises(ValueError, match="Received 0 parts and 0 weights"):
+        merged([], [], {})
+    with pytest.raises(ValueError, match="Received 1 parts and 2 weights"):
+        merged([part(of_parts()[0]).decomposition], [0.5, 0.5], {})
+
+
+def test_terms_are_whole_where_they_can_be():
+    made = [part(lin).decomposition for lin in of_parts()]
+    assert isinstance(merged(made, WEIGHTS, dict.fromkeys(JACOBIAN, 1.0), True).loss_terms, int)
+    made[0] = dataclasses.replace(made[0], loss_terms=5.5)
+    assert merged(made, WEIGHTS, dict.fromkeys(JACOBIAN, 1.0), True).loss_terms == sum(TERMS) + 0.5
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_digits_that_one_part_has_lost_are_noted(place):
+    made = [part(lin).decomposition for lin in of_parts()]
+    assert merged(made, WEIGHTS, dict.fromkeys(JACOBIAN, 1.0), True).notes == ()
+    made[place] = dataclasses.replace(made[place], least=1e9)
+    assert "lost digits" in merged(made, WEIGHTS, dict.fromkeys(JACOBIAN, 1.0), True).notes[0]

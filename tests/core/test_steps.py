@@ -26,6 +26,14 @@ def test_predicted_and_measured():
     assert step.measured == pytest.approx(loss(AFTER) - loss(BEFORE), rel=1e-12)
 
 
+def test_samples_are_not_taken_apart_which_no_step_needs(monkeypatch):
+    backend, asked = lnp.load("numpy"), []
+    plain = backend.evaluate
+    monkeypatch.setattr(backend, "evaluate", lambda *given, **more: asked.append(given[3]) or plain(*given, **more))
+    lnp.step_taken(BEFORE, AFTER, BATCH)
+    assert [(options.split, options.population) for options in asked] == [(False, False)]
+
+
 def test_the_row_of_a_step_is_written_after_it(tmp_path):
     path = tmp_path / "run.jsonl"
     tracker = lnp.Tracker(path, schedule=2)

@@ -6,6 +6,7 @@ import array_api_strict
 import numpy as np
 import pytest
 
+from lnp.per_sample.norms import Window
 from lnp.per_sample.uses import Factors, addable, by_frame, gradients, inner_products, readable, square_norms
 
 N, ROWS, COLUMNS = 4, 5, 3
@@ -43,6 +44,7 @@ USES = {
     "outer": [outer(1)],
     "outer at places": [outer(6)],
     "outer twice": [outer(2), outer(3)],
+    "outer three times": [outer(1), outer(2), outer(1)],
     "rows": [rows(4)],
     "rows twice": [rows(1), rows(2)],
     "tied": [rows(4), outer(2), rows(1), outer(1)],
@@ -73,7 +75,17 @@ def test_dense_uses_of_one_parameter_in_two_shapes():
 def test_a_transposed_weight_has_the_same_norm():
     use = outer(3)
     assert square_norms(np, [use.transposed()]) == pytest.approx(square_norms(np, [use]), rel=1e-13)
-    assert rows(2).transposed().kind == "rows"
+    whole, turned = gradients(np, use, (ROWS, COLUMNS)), gradients(np, use.transposed(), (COLUMNS, ROWS))
+    assert turned == pytest.approx(whole.swapaxes(1, 2), rel=1e-13)
+    looked_up = rows(2)
+    assert looked_up.transposed() is looked_up
+
+
+def test_gradients_of_a_convolution_that_sees_the_parameter_in_another_shape():
+    x, d, window = DRAW.normal(size=(N, 2, 6)), DRAW.normal(size=(N, 3, 4)), Window((3,), (1,), (1,))
+    found = gradients(np, Factors("convolution", (x, d, window)), (3, 6))
+    expected = np.stack([np.einsum("nos,ncs->noc", d, x[:, :, o : o + 4]) for o in range(3)], axis=-1)
+    assert found == pytest.approx(expected.reshape(N, 3, 6), rel=1e-12)
 
 
 def test_a_backends_own_convolution_is_taken():
@@ -89,4 +101,6 @@ def test_what_can_be_read():
     assert not readable(["a", "a"], ["outer", "dense"], apart)
     assert not readable(["b", "a", "a"], ["outer", "outer", "dense"], apart)
     assert not addable(["dense", "rows"])
+    assert addable(["outer", "outer"])
+    assert addable(["rows", "rows"])
     assert by_frame("aba") == {"a": [0, 2], "b": [1]}
