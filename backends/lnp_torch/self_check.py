@@ -197,15 +197,15 @@ def _plan_at_moved_parameters(
     samples: Samples, before: Plan, microbatch: int | None, size: int, tolerance: float
 ) -> Plan:
     """The plan at other parameters, by some of the samples."""
-    return _plan_at_parameters(
-        _at_moved_parameters(samples, microbatch, size), before, tolerance, pairs=microbatch == 1
-    )
+    there = _at_moved_parameters(samples, microbatch, size)
+    return _plan_at_parameters(there, before, tolerance, pairs=microbatch == 1, chosen=False)
 
 
-def _plan_at_parameters(samples: Samples, before: Plan, tolerance: float, pairs: bool) -> Plan:
+def _plan_at_parameters(samples: Samples, before: Plan, tolerance: float, pairs: bool, chosen: bool = True) -> Plan:
     """The plan at these parameters: by samples that are vectorized or, where that fails or differs, run in a loop.
 
-    A difference that may be rounding is looked at again in float64.
+    A difference that may be rounding is looked at again in float64: any that keeps samples together at parameters that
+    nobody has chosen, where a network may take rounding as far as its outputs are large.
     """
     found, unclear = before, False
     for way in (fallback.VECTORIZED, fallback.LOOPED):
@@ -215,7 +215,10 @@ def _plan_at_parameters(samples: Samples, before: Plan, tolerance: float, pairs:
         unclear |= tolerance < worst <= unclear_up_to(tolerance)
         if not found.verdict.reason:
             break
-    if not (unclear and (found.verdict.reason or len(found.general) > len(before.general))):
+    apart = not found.verdict.reason
+    if apart and not (unclear and len(found.general) > len(before.general)):
+        return found
+    if not apart and chosen and not unclear:
         return found
     return _plan_in_float64(samples, before, found, tolerance, pairs)
 

@@ -139,6 +139,15 @@ def test_signs_of_one_length_would_miss_swapped_biases():
     assert set(np.sign(v).ravel()) == {-1.0, 1.0}
 
 
+def test_sums_over_positions_differ_between_samples():
+    """Signs add up to small integers over few positions, and so to the same ones in samples that were mixed up."""
+    v = self_check.cotangents(np, np.zeros((16, 8 * 3)), 8).reshape(8, 8, 3)
+    sums = np.stack([v.sum(1), v[:, :2].sum(1), v[:, 2:].sum(1)]).reshape(3, -1)
+    assert (sums != 0).mean() > 0.9  # of signs, 0.3
+    assert min(len(set(row)) for row in sums) > 0.7 * sums.shape[1]  # 4 to 10 of 24
+    assert (v == v.astype(np.float16)).all()
+
+
 def test_what_is_not_finite_everywhere_shows_nothing(monkeypatch):
     monkeypatch.setattr(f"{__name__}.F", F * np.nan)
     found = verdict(Network())
@@ -172,8 +181,10 @@ def test_moved_parameters_are_other_ones_without_a_pattern():
     assert moved["gate"] != 0
     assert len(np.unique(moved["weight"])) == 12
     assert not np.allclose(moved["weight"], moved["other"])
-    away = np.abs(moved["weight"] - 1)  # by a tenth of their size and a tenth, at most
-    assert 0.05 < away.mean() < away.max() < 0.2 + 1e-6
+    for size in (1, 10):  # by a tenth of their size and a tenth, at most
+        away = np.abs(self_check.moved(np, {"weight": np.full((3, 4), -float(size))})["weight"] + size)
+        most = 0.1 * size + 0.1
+        assert 0.7 * most < away.max() <= most
 
 
 def test_verdicts_of_two_sets_of_parameters_are_joined():
@@ -240,6 +251,17 @@ def test_differences_of_square_norms_by_hand(less):
     info = np.finfo(np.float32)
     found = differences.square_norms_apart(np, {"w": 0 * tiny["w"]}, tiny, None)["w"]
     assert found == pytest.approx(1e-36 / (info.smallest_normal / info.eps**2), rel=1e-5)
+
+
+def test_which_samples_are_compared():
+    """Half of a batch at most, from its first sample to its last."""
+    assert [self_check.compared_samples(n, 4) for n in (1, 2, 3, 4, 5)] == [[0], [0], [0], [0, 3], [0, 4]]
+    assert self_check.compared_samples(100, 4) == [0, 33, 66, 99]
+
+
+def test_the_larger_difference_is_told():
+    for outputs, gradient in ((0.5, 0.01), (0.01, 0.5)):
+        assert "changes by 0.5 (relative)" in Differences(outputs, gradient, {}, 0.0, 0.0).verdict(1e-3, {}).reason
 
 
 def test_a_rule_may_differ_by_twice_the_tolerance():

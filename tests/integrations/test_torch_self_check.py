@@ -377,6 +377,45 @@ def test_rounding_in_a_network_that_does_not_run_in_float64(share):
         assert (lnp.decompose(model, batch).estimator == "joint") == bool(share)
 
 
+class Loud(nn.Module):
+    """What is left of two sums of the same numbers in different orders, times what a parameter of zero leaves alone."""
+
+    def __init__(self, share=0.0):
+        super().__init__()
+        self.inner, self.gate, self.share = nn.Linear(300, 8, bias=False), nn.Parameter(torch.zeros(())), share
+
+    def forward(self, x):
+        f = self.inner(x)
+        rounding = f - F.linear(x.flip(1), self.inner.weight.flip(1))
+        if f.sum().item() > 1e9:  # see above
+            raise OverflowError
+        loud = (540 * self.gate.detach()).exp()
+        return f + rounding * loud + self.share * (loud - 1) * f.mean(0)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_rounding_at_parameters_that_nobody_chose_is_no_interaction(share):
+    """It is larger than what is left of the outputs there; float64 tells what samples that meet only there are."""
+    x, y = torch.randn(40, 300), torch.randn(40, 8)
+    model, there = Loud(share), Loud()
+    there.load_state_dict(core.moved(look.xp, dict(model.state_dict())))
+    with torch.no_grad():
+        alone = torch.cat([there(row[None]) for row in x])
+        assert (there(x) - alone).abs().max() / alone.abs().max() > 0.3
+    assert (lnp.decompose(model, (x, y)).estimator == "joint") == bool(share)
+
+
+def test_sequences_before_samples_are_not_mistaken_for_samples_by_chance():
+    """Signs alone add up to small integers over few positions: those of others' positions may be the same."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        norm = nn.LayerNorm(8).double()
+        head = nn.Linear(8, 3, dtype=F64)
+        model = Runs(lambda m, x: m.head(m.norm(x.movedim(1, 0))).movedim(0, 1).flatten(1), norm=norm, head=head)
+        x, y = torch.randn(4, 8, 8, dtype=F64), torch.randn(4, 24, dtype=F64)
+        assert not together(measured(model, x, y))
+
+
 class StochasticDepth(nn.Module):
     """Residual blocks that are left out of single samples, beside a parameter of the general way."""
 
