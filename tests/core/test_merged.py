@@ -172,6 +172,17 @@ def test_errors_are_those_of_parts_left_out():
     assert whole.noise_scale_low > 0
 
 
+def test_few_parts_are_not_left_out():
+    """Below twelve the parts' own errors are averaged, as where nothing is known of their products."""
+    records, weights = of_parts()[::3], (0.4, 0.6)
+    parts = [part(lin).decomposition for lin in records]
+    squares = dict.fromkeys(JACOBIAN, 1.0)
+    plain, known = (merged(parts, weights, squares, True, part_products=p) for p in (None, [(1.0, 1.0)] * 2))
+    assert values(known.population) == values(plain.population)
+    errors = [finished(one).population.rate_stderr for one in parts]
+    assert plain.population.rate_stderr == pytest.approx(np.hypot(0.4 * errors[0], 0.6 * errors[1]), rel=1e-12)
+
+
 @pytest.mark.parametrize("products", [True, False])
 def test_errors_go_with_the_loss(products):
     """Of 3 L the rate and its error are 9 times as large, and the position and its error are the same."""
