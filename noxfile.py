@@ -1,4 +1,4 @@
-"""The checks of lnp: one session each, all of them by default. `nox -s torch -- -k resnet` passes options on to pytest.
+"""The checks of lnp: one session each, most of them by default. `nox -s torch -- -k resnet` passes options on to pytest.
 
 Every session but `lint` and `types` installs the distribution as users get it, not the checkout: what is tested is what
 the wheel contains. A session installs the framework that it is for; its absence is an error there, never a skip.
@@ -115,6 +115,7 @@ def torch(session: nox.Session) -> None:
     whole_of_torch(session)
     if not session.posargs:
         show(session)
+        keras_on(session, "torch")
 
 
 def whole_of_torch(session: nox.Session) -> None:
@@ -152,23 +153,32 @@ def jax(session: nox.Session) -> None:
     session.env["XLA_FLAGS"] = ""
     pytest(session, "jax", *PARALLEL, AS_USERS_COMPILE)
     if not session.posargs:
-        show(session)
+        keras_on(session, "jax")
 
 
 @nox.session
 def tensorflow(session: nox.Session) -> None:
-    """TensorFlow's modules and functions."""
+    """TensorFlow's modules and functions; then the same numbers from all frameworks in one process."""
     install(session, ".[demo,test]", TENSORFLOW, "pytest-xdist")
     refuse(session, "torch", "jax")
     compile_fast(session)
     pytest(session, "tensorflow", *PARALLEL, "--pyargs", "lnp_tensorflow", *suite("tensorflow"))
+    if not session.posargs:
+        keras_on(session, "tensorflow")
+        same_numbers(session)
 
 
-@nox.session
+@nox.session(default=False)
 @nox.parametrize("framework", ["tensorflow", "jax", "torch"])
 def keras(session: nox.Session, framework: str) -> None:
-    """Keras models on each framework that can train them."""
-    install(session, ".[keras,demo,test]", TENSORFLOW if framework == "tensorflow" else framework, "pytest-xdist")
+    """Keras models on each framework that can train them, which that framework's session does as well."""
+    install(session, ".[demo,test]", TENSORFLOW if framework == "tensorflow" else framework, "pytest-xdist")
+    keras_on(session, framework)
+
+
+def keras_on(session: nox.Session, framework: str) -> None:
+    """All tests of Keras, where one framework is installed: an environment of its own would take a minute to make."""
+    session.install("--no-compile", ".[keras]")
     refuse(session, *{"tensorflow", "jax", "torch"} - {framework})
     compile_fast(session, *([OLD_EMITTERS] if framework == "jax" else []))
     session.env["KERAS_BACKEND"] = framework
@@ -179,11 +189,9 @@ def keras(session: nox.Session, framework: str) -> None:
     pytest(session, "keras", *PARALLEL, "--pyargs", "lnp_keras", *tests)
 
 
-@nox.session
-def parity(session: nox.Session) -> None:
-    """The same numbers from all frameworks in one process."""
-    install(session, ".[torch,jax,keras,test]", TENSORFLOW, "pytest-xdist")
-    compile_fast(session)
+def same_numbers(session: nox.Session) -> None:
+    """From all frameworks in one process, where TensorFlow is installed."""
+    session.install("--no-compile", "--constraint", str(ROOT / "constraints.txt"), ".[torch,jax,keras]")
     session.env["KERAS_BACKEND"] = "tensorflow"
     pytest(session, None, *PARALLEL, "tests/properties/test_parity.py", "tests/properties/test_parity_layers.py")
 
@@ -212,7 +220,9 @@ def wheel(session: nox.Session) -> None:
     session.run_install("pip", "uninstall", "--yes", "lnp", silent=True)
     install(session, f"{built}[test]")
     session.chdir(unpacked)
-    pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/contract/test_numpy.py", "tests/packaging")
+    # what reads the files of the checkout is the same in every session
+    packaging = [f"tests/packaging/test_{name}.py" for name in ("import", "readme", "typed")]
+    pytest(session, "numpy", "--pyargs", "lnp", "lnp_numpy", "tests/contract/test_numpy.py", *packaging)
 
 
 @nox.session(default=False)
