@@ -1,4 +1,4 @@
-"""The checks of lnp: one session each, most of them by default. `nox -s torch -- -k resnet` passes options on to pytest.
+"""The checks of lnp: one session each, most of them by default. `nox -s torch -- -k resnet` passes options on.
 
 Every session but `lint` and `types` installs the distribution as users get it, not the checkout: what is tested is what
 the wheel contains. A session installs the framework that it is for; its absence is an error there, never a skip.
