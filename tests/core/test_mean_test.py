@@ -112,6 +112,9 @@ def test_stand_ins_are_such_as_losses_take():
     assert set(np.unique(labels)) == {0, 1, 2}
     assert (numbers > 0).all() & (numbers < 1).all() & (numbers != within).all()
     assert (truths.dtype.name, len(np.unique(truths))) == ("bool", 2)
+    seen.clear()
+    found_mean(np, gradient, [Leaf((N,), "float64", measured=True)], [Leaf((N, 20), "int64")])
+    assert not seen[0][1][0].any()  # outputs without an axis have one class
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
