@@ -244,12 +244,11 @@ def _compared(structure: Structure, arrays: Arrays, inputs: Any, how: Options) -
     return found[0].joined(found[1])
 
 
-@jax.jit
 def _moved(parameters: Vector) -> Vector:
     """Other parameters, by a program of its own: where devices share the work, XLA computes in several places what a
     program makes of them, and rounds it there in different ways.
     """
-    return self_check.moved(jnp, parameters)
+    return _quickly_compiled(partial(self_check.moved, jnp))(parameters)
 
 
 def _differences(structure: Structure, options: Options, arrays: Arrays, inputs: Any) -> tuple[Differences, _About]:
@@ -264,7 +263,7 @@ def _differences(structure: Structure, options: Options, arrays: Arrays, inputs:
 
 
 def _quickly_compiled(function: Callable) -> Callable:
-    """The comparison, which runs twice and never again: on a CPU compiling it takes longer by far, and most of that
+    """What a comparison runs once or twice and never again: on a CPU compiling it takes longer by far, and most of that
     goes into making it run faster. Its code goes with what is returned.
     """
     known = _known_of_quick(jax.default_backend())
