@@ -91,6 +91,8 @@ def test_labels_out_of_range(labels, wrong):
     assert bool(flag) is wrong
     assert "[0, 3)" in message
     assert "Check the labels" in message
+    assert "Check the labels" in kinds.labels_out_of_range(np, np.array(labels), 2)[1]
+    assert "one output for each class" in kinds.labels_out_of_range(np, np.array(labels), 1)[1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from core.dense import network, record
 from lnp.contract.trees import map_leaves
 from lnp.estimators.population import Samples
 from lnp.estimators.signs import seed_of_part
+from lnp.losses.doubts import CONSTANT
 from lnp.losses.sample_losses import SampleLosses
 from lnp.results.decomposition import Total
 from lnp.results.finished import explained, finished
@@ -306,6 +307,26 @@ def test_one_weight_for_each_part():
         merged([], [], {})
     with pytest.raises(ValueError, match="Received 1 parts and 2 weights"):
         merged([part(of_parts()[0]).decomposition], [0.5, 0.5], {})
+
+
+@pytest.mark.parametrize(("constant", "said"), [([True] * 4, True), ([True, True, False, True], False)])
+def test_one_target_is_noted_where_all_parts_have_it(constant, said):
+    made = [
+        dataclasses.replace(part(lin).decomposition, evidence={"constant": (np.asarray(same), np.array([1.0, 1.0]))})
+        for lin, same in zip(of_parts(), constant, strict=True)
+    ]
+    assert (CONSTANT in merged(made, WEIGHTS, dict.fromkeys(JACOBIAN, 1.0), True).notes) is said
+
+
+def test_shares_of_samples_add_up_to_one_whatever_the_weights():
+    made = []
+    for lin in of_parts():
+        d = part(lin).decomposition
+        of_samples = SampleLosses(np.ones(d.samples), np.full(d.samples, 1 / d.samples))
+        made.append(dataclasses.replace(d, sample_losses=of_samples))
+    found = merged(made, [3 * a for a in WEIGHTS], dict.fromkeys(JACOBIAN, 1.0), True).sample_losses
+    assert found.shares == pytest.approx(np.repeat(np.divide(WEIGHTS, SIZES), SIZES))
+    assert found.parts == pytest.approx(np.repeat(np.multiply(3, WEIGHTS), SIZES))
 
 
 def test_terms_are_whole_where_they_can_be():

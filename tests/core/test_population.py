@@ -10,6 +10,7 @@ import lnp
 import lnp_numpy
 from core.dense import drawn, independent, kernel, network, record
 from lnp.contract.linearization import GradientPass
+from lnp.estimators.population import why_none
 from lnp.results.decomposition import decompose
 
 SAMPLES, OUTPUTS = 5, 3
@@ -275,6 +276,14 @@ def test_a_cheaper_way_to_inner_products_is_taken():
     for name in VALUES:
         expected = getattr(measured().population, f"{name}_stderr")
         assert getattr(found.population, f"{name}_stderr") == pytest.approx(expected, rel=1e-12)
+
+
+def test_inner_products_need_a_way():
+    """Without Jacobian-vector products, a backward pass that tells them, of samples that are drawn."""
+    lin = record(*of_samples(range(SAMPLES)), separable=True, jvp=None)
+    for changes in ({"gradient_pass": lambda *_: pytest.fail("asked")}, {"subset": drawn(JACOBIAN)}):
+        assert why_none(replace(lin, **changes), True, True) == "the backend has no Jacobian-vector products"
+    assert why_none(replace(lin, gradient_pass=lambda *_: None, subset=drawn(JACOBIAN)), True, True) == ""
 
 
 def test_the_probing_adds_to_the_error():
