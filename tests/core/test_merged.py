@@ -182,6 +182,8 @@ def test_few_parts_are_not_left_out():
     assert values(known.population) == values(plain.population)
     errors = [finished(one).population.rate_stderr for one in parts]
     assert plain.population.rate_stderr == pytest.approx(np.hypot(0.4 * errors[0], 0.6 * errors[1]), rel=1e-12)
+    single = [part(lin).decomposition for lin in of_parts()]  # of which one has a single sample, which tells no error
+    assert np.isnan(merged(single, WEIGHTS, squares, True).population.rate_stderr)
 
 
 @pytest.mark.parametrize("products", [True, False])
