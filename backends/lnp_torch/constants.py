@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 class Beginning(Protocol):
-    """What a pass begins with."""
+    """What a pass begins with, and whether it is being made: copies of buffers are no operations of the network."""
 
     given: set[int]
+    rewinding: bool
 
 
 class Constants:
@@ -26,6 +27,11 @@ class Constants:
 
     def __init__(self, beginning: Beginning) -> None:
         self._beginning, self._made, self._written = beginning, dict[int, weakref.ref](), set[int]()
+
+    @property
+    def begun(self) -> bool:
+        """Whether operations are those of the pass."""
+        return not self._beginning.rewinding
 
     def __contains__(self, tensor: Tensor) -> bool:
         made = self._made.get(id(tensor))

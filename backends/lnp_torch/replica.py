@@ -62,6 +62,8 @@ class Replica:
         Copies of tensors that are no parameters.
     given:
         Ids of the tensors that a pass begins with, its inputs excepted.
+    rewinding:
+        Whether a pass is being made ready.
 
     Raises
     ------
@@ -79,6 +81,7 @@ class Replica:
         self._empties: list[Any] = []
         self._restored: list[Any] = []
         self._standing, self.clones, self.given = frozenset(standing), Clones(written), set[int]()
+        self.rewinding = False
         self.roots = tuple(self.of(root) for root in roots)
         self._held += [(PARTS[dict], made, PARTS[dict].take(made)) for made in self._globals.values()]
         self._changing = [held for held in self._held if held[0].refers and any(map(self._changes, held[2]))]
@@ -88,6 +91,13 @@ class Replica:
 
     def rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
         """Let everything hold what it held when the copy was made, with {id of a parameter: what stands for it}."""
+        self.rewinding = True
+        try:
+            self._rewind(standing)
+        finally:
+            self.rewinding = False
+
+    def _rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
         self.restore()
         for made in self._empties:
             made.clear()

@@ -377,6 +377,35 @@ def test_rounding_in_a_network_that_does_not_run_in_float64(share):
         assert (lnp.decompose(model, batch).estimator == "joint") == bool(share)
 
 
+class Buffered(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.inner, self.norm = linear(), norm
+        self.register_buffer("order", torch.arange(4)[None])
+
+    def forward(self, x):
+        return self.norm(self.inner(x)).gather(1, self.order.expand(len(x), 4))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm1d(4, dtype=F64), nn.BatchNorm1d(4, dtype=F64).eval()])
+def test_samples_are_compared_at_the_first_measurement_alone(norm, way, monkeypatch):
+    """Buffers are copied before the first pass of each measurement, which is no operation of the network."""
+    calls, model, compare = [], Buffered(norm), core.compare
+    monkeypatch.setattr(core, "compare", lambda operations: (calls.append(1), compare(operations))[1])
+    counts = []
+    for _ in range(3):
+        x, y = drawn(), drawn()
+        if way == "decompose":
+            lnp.decompose(model, (x, y))
+        else:
+            with lnp_torch.shared(model) as step:
+                loss = F.mse_loss(model(x), y)
+            step.backward(loss, y, nn.MSELoss())
+        counts.append(len(calls))
+    assert 2 <= counts[0] == counts[-1]
+
+
 class Loud(nn.Module):
     """What is left of two sums of the same numbers in different orders, times what a parameter of zero leaves alone."""
 

@@ -68,7 +68,7 @@ class Taps(TorchFunctionMode):
         self._tables: dict[str, Tensor] = {}  # what was looked up for all samples at once
         self._lookups: dict[str, Lookup] = {}
         self.derived: dict[str, Derived] = {}
-        self.begin_with(beginning or SimpleNamespace(given=set(map(id, parameters.values()))))
+        self.begin_with(beginning or SimpleNamespace(given=set(map(id, parameters.values())), rewinding=False))
         self._copies: list[Tensor] = []
         self._began: int | None = None
         self.sequence, self.products, self.hooked = Sequence(), 0, False
@@ -83,7 +83,9 @@ class Taps(TorchFunctionMode):
         if func is own_memory and self._name(args[0]) is not None:  # stands for the parameter in this pass
             self._names[id(out)], self._copies = self._names[id(args[0])], [*self._copies, out]
             return out
-        if not self.watching or torch.compiler.is_compiling():  # what the user's compiler follows stays as it is
+        if not self.watching or not self._constants.begun:
+            return out
+        if torch.compiler.is_compiling():  # what the user's compiler follows stays as it is
             return out
         name = getattr(func, "__name__", "") or str(func)
         given, made = tensors((args, kwargs)), tensors(out)
