@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Beginning(Protocol):
-    """What a pass begins with, and whether it is being made: copies of buffers are no operations of the network."""
+    """What a pass begins with, and whether it has begun."""
 
     given: set[int]
-    rewinding: bool
+    begun: bool
 
 
 class Constants:
@@ -31,7 +31,7 @@ class Constants:
     @property
     def begun(self) -> bool:
         """Whether operations are those of the pass."""
-        return not self._beginning.rewinding
+        return self._beginning.begun
 
     def __contains__(self, tensor: Tensor) -> bool:
         made = self._made.get(id(tensor))

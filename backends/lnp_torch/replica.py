@@ -25,18 +25,9 @@ from torch import nn
 
 from lnp.state.places import ATTRIBUTES, LARGEST, PARTS, STATES, Part, empty_like, global_names, is_user_module, places
 from lnp.state.preserve import PLAIN, SavedState
+from lnp_torch import model_parts
 from lnp_torch.clones import Clones
-from lnp_torch.model_parts import (
-    GENERATOR,
-    HOSTS,
-    SCRIPTED,
-    copied_iterator,
-    may_differ,
-    own_class,
-    part_of_a_model,
-    unwrapped,
-    without_sharding,
-)
+from lnp_torch.model_parts import GENERATOR, HOSTS, SCRIPTED, may_differ, own_class, unwrapped
 from lnp_torch.sharded import active
 
 FIXED = (type, types.ModuleType, torch.dtype, torch.device, torch.Size, enum.Enum)
@@ -62,8 +53,8 @@ class Replica:
         Copies of tensors that are no parameters.
     given:
         Ids of the tensors that a pass begins with, its inputs excepted.
-    rewinding:
-        Whether a pass is being made ready.
+    begun:
+        Whether a pass has begun; while it is being made ready, copies of buffers are no operations of the network.
 
     Raises
     ------
@@ -80,8 +71,8 @@ class Replica:
         self._iterators: dict[int, Any] = {}
         self._empties: list[Any] = []
         self._restored: list[Any] = []
-        self._standing, self.clones, self.given = frozenset(standing), Clones(written), set[int]()
-        self.rewinding = False
+        self._standing, self.clones = frozenset(standing), Clones(written)
+        self.given, self.begun = set[int](), True
         self.roots = tuple(self.of(root) for root in roots)
         self._held += [(PARTS[dict], made, PARTS[dict].take(made)) for made in self._globals.values()]
         self._changing = [held for held in self._held if held[0].refers and any(map(self._changes, held[2]))]
@@ -91,13 +82,7 @@ class Replica:
 
     def rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
         """Let everything hold what it held when the copy was made, with {id of a parameter: what stands for it}."""
-        self.rewinding = True
-        try:
-            self._rewind(standing)
-        finally:
-            self.rewinding = False
-
-    def _rewind(self, standing: Mapping[int, torch.Tensor]) -> None:
+        self.begun = False
         self.restore()
         for made in self._empties:
             made.clear()
@@ -111,6 +96,7 @@ class Replica:
             wanted = [now.get(id(value), value) for value in content]
             if not part.same(part.take(made), wanted):
                 part.put(made, wanted)
+        self.begun = True
 
     def restore(self) -> None:
         """Put back what cannot be copied: what classes hold, and the globals that their methods name."""
@@ -145,7 +131,7 @@ class Replica:
         return self._keep(x, x)  # what stands for it is known at each pass
 
     def _iterator(self, x: Any) -> Any:
-        made = self._keep(x, copied_iterator(x))
+        made = self._keep(x, model_parts.copied_iterator(x))
         self._iterators[id(made)] = made
         return made
 
@@ -199,7 +185,7 @@ class Replica:
             return made
         self.clones.buffers.update(id(buffer) for buffer in x._buffers.values())
         gathering = active()
-        for hooks, kept in without_sharding(x) if gathering is not None and not gathering.as_it_is else ():
+        for hooks, kept in model_parts.without_sharding(x) if gathering is not None and not gathering.as_it_is else ():
             self._keep(hooks, type(hooks)((key, self.of(hook)) for key, hook in kept.items()))
         made = self._object(x)
         made.__class__ = own_class(type(x))
@@ -327,4 +313,4 @@ def _maker(kind: type) -> Callable[[Replica, Any], Any] | None:
     make = next((make for base, make in MAKERS.items() if issubclass(kind, base)), None)
     if make is None and hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
         return Replica._iterator
-    return make or (Replica._object if part_of_a_model(kind) else None)
+    return make or (Replica._object if model_parts.part_of_a_model(kind) else None)

@@ -50,7 +50,7 @@ class WatchedPass(contextlib.AbstractContextManager):
     def __init__(self, module: nn.Module, parameters: Parameters, selected: Any) -> None:
         self._module, self._selected = module, selected
         self._device = next(iter(parameters.values())).device
-        own = SimpleNamespace(given=set(map(id, [*module.parameters(), *module.buffers()])), rewinding=False)
+        own = SimpleNamespace(given=set(map(id, [*module.parameters(), *module.buffers()])), begun=True)
         self.taps, self.draws = Taps(parameters, own), Watched(self._device, module.parameters())
         self.taps.watching = False
         self.averages = Averages()

@@ -68,7 +68,7 @@ class Taps(TorchFunctionMode):
         self._tables: dict[str, Tensor] = {}  # what was looked up for all samples at once
         self._lookups: dict[str, Lookup] = {}
         self.derived: dict[str, Derived] = {}
-        self.begin_with(beginning or SimpleNamespace(given=set(map(id, parameters.values())), rewinding=False))
+        self.begin_with(beginning or SimpleNamespace(given=set(map(id, parameters.values())), begun=True))
         self._copies: list[Tensor] = []
         self._began: int | None = None
         self.sequence, self.products, self.hooked = Sequence(), 0, False
