@@ -131,12 +131,14 @@ def _reach_against(named: Runs, sizes: list[float], label: str, ax: Axes | None,
     ax = style.axes(ax)
     ax.set_xscale("log")
     points: list[tuple[float, Reach]] = []
+    places = set[float]()
     for (name, run), at, line in zip(named.items(), sizes, style.lines(named), strict=True):
         found = reach(run)
         value = found.chi_pos if found.resolved else found.limit
         if not (value > 0 and at > 0):  # the axis has no place for it
             continue
         ax.set_yscale("log")
+        places.add(at)
         points += [] if "linestyle" in line else [(at, found)]
         hollow: dict[str, Any] = {"markerfacecolor": "white"} if "linestyle" in line else {}
         draw_reach(ax, at, found, color=line["color"], **hollow)
@@ -145,6 +147,9 @@ def _reach_against(named: Runs, sizes: list[float], label: str, ax: Axes | None,
     if fit:
         _draw_law(ax, points)
     ax.margins(x=0.15, y=0.15)
+    if len(places) == 1:  # margins of one place are none, of which matplotlib 3.11 warns
+        ax.set_autoscalex_on(False)
+        ax.set_xlim(min(places) / 2, 2 * min(places))
     style.log_ticks(ax.xaxis)
     style.log_ticks(ax.yaxis)
     style.tidy(ax, label, r"spectral reach  (lowest $\chi_\mathrm{pos}$)")
