@@ -120,13 +120,12 @@ def test_the_form_that_multiplies_less_is_taken(channels, outputs, gram, monkeyp
         return plain(xp, form, arrays, size, limit)
 
     monkeypatch.setattr(norms, "_chunked", chunked)
-    monkeypatch.setattr(norms, "LEAST_PATCHES", 1)
     x, d = normal(3, channels, 9), normal(3, outputs, 5, seed=1)
     found = norms.convolution(np, x, d, Window((1,), (2,), (1,)), budget=1000, patches=10**6)
     np.testing.assert_allclose(found, square(np.einsum("nos,ncs->noc", d, x[:, :, ::2])), rtol=1e-12)
     assert gram == (1.2 * (81 * channels + 25 * outputs + 20 * 25) <= 5 * channels * outputs)
-    # numbers in memory for each sample, and at a time: products of places; or patches, no more than what is given
-    assert asked == [(2 * 81 + 25, 1000) if gram else (5 * channels, (x.size + d.size) // 4)]
+    # numbers in memory for each sample, and at a time: products of places; or patches
+    assert asked == [(2 * 81 + 25, 1000) if gram else (5 * channels, 10**6)]
 
 
 def test_float32_for_narrower_types():
