@@ -227,10 +227,12 @@ def cotangents(xp: Any, like: Array, count: int) -> Array:
     """(C, K) numbers of irregular signs and sizes, in eighths from 1 to 2, times lengths of samples from 0.5 on.
 
     Of signs alone, sums over few positions are small integers, which agree by chance for samples that were mixed up.
-    Eighths are exact in every floating-point format.
+    Eighths are exact in every floating-point format. Sizes come from integers: a compiler that makes them in two places
+    would round a sine in two ways.
     """
     noise = irregular(xp, count * like.shape[1], 0, like)
-    sizes = xp.floor(8 + 8 * xp.abs(noise)) / 8
+    place = xp.arange(count * like.shape[1], device=device_of(like)) % 101
+    sizes = (8 + xp.astype(place * (7 * place + 13) % 101 % 8, noise.dtype)) / 8
     signed = xp.reshape(xp.where(noise < 0, -sizes, sizes), (count, -1))
     lengths = xp.asarray([[0.5 + n / 8] for n in range(count)], dtype=signed.dtype, device=device_of(like))
     return xp.astype(signed * lengths, like.dtype)
