@@ -178,7 +178,7 @@ def keras(session: nox.Session, framework: str) -> None:
 
 def keras_on(session: nox.Session, framework: str) -> None:
     """All tests of Keras, where one framework is installed: an environment of its own would take a minute to make."""
-    session.install("--no-compile", ".[keras]")
+    session.install("--no-compile", "--constraint", str(ROOT / "constraints.txt"), ".[keras]")
     refuse(session, *{"tensorflow", "jax", "torch"} - {framework})
     compile_fast(session, *([OLD_EMITTERS] if framework == "jax" else []))
     session.env["KERAS_BACKEND"] = framework
@@ -191,7 +191,8 @@ def keras_on(session: nox.Session, framework: str) -> None:
 
 def same_numbers(session: nox.Session) -> None:
     """From all frameworks in one process, where TensorFlow is installed."""
-    session.install("--no-compile", "--constraint", str(ROOT / "constraints.txt"), ".[torch,jax,keras]")
+    # with TensorFlow once more, whose own bounds are kept then
+    session.install("--no-compile", "--constraint", str(ROOT / "constraints.txt"), ".[torch,jax,keras]", TENSORFLOW)
     session.env["KERAS_BACKEND"] = "tensorflow"
     pytest(session, None, *PARALLEL, "tests/properties/test_parity.py", "tests/properties/test_parity_layers.py")
 
