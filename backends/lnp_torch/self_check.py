@@ -215,12 +215,9 @@ def _plan_at_parameters(samples: Samples, before: Plan, tolerance: float, pairs:
         unclear |= tolerance < worst <= unclear_up_to(tolerance)
         if not found.verdict.reason:
             break
-    apart = not found.verdict.reason
-    if apart and not (unclear and len(found.general) > len(before.general)):
-        return found
-    if not apart and chosen and not unclear:
-        return found
-    return _plan_in_float64(samples, before, found, tolerance, pairs)
+    together, more = bool(found.verdict.reason), len(found.general) > len(before.general)
+    again = unclear or not chosen if together else unclear and more
+    return _plan_in_float64(samples, before, found, tolerance, pairs) if again else found
 
 
 def _plan_in_float64(samples: Samples, before: Plan, found: Plan, tolerance: float, pairs: bool) -> Plan:
