@@ -19,7 +19,7 @@ from lnp.contract.validation import unpack
 from lnp.contract.vectors import update_by_name
 from lnp_tensorflow.compile_cache import Answer, Given, Plan, remember
 from lnp_tensorflow.losses import in_order
-from lnp_tensorflow.measurement import CONVERTED, run, run_inside
+from lnp_tensorflow.measurement import CONVERTED, needs_xla, run, run_inside
 from lnp_tensorflow.model import Arrays, Snapshot, Structure, accepts, is_module, plain_state, separate
 from lnp_tensorflow.record import record
 from lnp_tensorflow.replay import forward
@@ -105,15 +105,22 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
 
 
 def _traced(plan: Plan, given: Given) -> Answer:
-    """The answer; a network with Python control flow over tensors is converted by AutoGraph."""
+    """The answer; a network with Python control flow over tensors is converted by AutoGraph, and one that fails without
+    the parts that it has compiled by XLA keeps them: not every operation has a gradient elsewhere.
+    """
     converted = replace(plan, structure=replace(plan.structure, autograph=True))
     if plan.structure in CONVERTED:
         return run(converted, given)
     try:
         return run(plan, given)
     except tf.errors.OperatorNotAllowedInGraphError:
-        remember(CONVERTED, plan.structure, None)
-        return run(converted, given)
+        pass
+    except tf.errors.OpError as error:
+        if not needs_xla(error, plan, given, unpack(given.pairs[0])[0]):
+            raise
+    answer = run(converted, given)
+    remember(CONVERTED, plan.structure, None)
+    return answer
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from lnp.per_sample.verdict import BENT, Verdict, failing, found_interacting
 from lnp_tensorflow.compile_cache import Answer, Given, Plan, forget, key_of, remember, run_traced, separately
 from lnp_tensorflow.fallback import FATAL
 from lnp_tensorflow.record import record
-from lnp_tensorflow.replay import Forward, forward
+from lnp_tensorflow.replay import Forward, compiled_inside, forward
 from lnp_tensorflow.self_check import Checked, Comparison, compared
 
 CONVERTED: OrderedDict[Any, None] = OrderedDict()
@@ -64,7 +64,8 @@ def run(plan: Plan, given: Given) -> Answer:
     try:
         answer = run_traced(measure, apart, given)
     except (InParts, tf.errors.OpError) as error:
-        if plan.options.microbatch is not None or isinstance(error, FATAL):
+        inputs = validation.unpack(given.pairs[0])[0]
+        if plan.options.microbatch is not None or isinstance(error, FATAL) or needs_xla(error, plan, given, inputs):
             raise
         return _jointly(plan, failing(error.args[0] if isinstance(error, InParts) else error), given)
     for model, interacting in zip(models, answer.coupled, strict=True):
@@ -78,6 +79,13 @@ def run(plan: Plan, given: Given) -> Answer:
 def _jointly(plan: Plan, reason: str, given: Given) -> Answer:
     """The answer with no samples taken apart. Where it is the batch itself that fails, its error is raised again."""
     return run_traced(measure, plan.jointly(reason), given)
+
+
+def needs_xla(error: Exception, plan: Plan, given: Given, inputs: Any) -> bool:
+    """Whether an error may come of an operation that the model has compiled by XLA, and that was traced without."""
+    if plan.structure.autograph or not isinstance(error, tf.errors.InvalidArgumentError | tf.errors.UnimplementedError):
+        return False
+    return compiled_inside(plan.structure, given.tree, given.arrays, inputs)
 
 
 def run_inside(plan: Plan, given: Given) -> Any:
@@ -113,6 +121,8 @@ class _Model:
         except FATAL:
             raise
         except tf.errors.OpError as error:  # from single samples, or from the batch, which will be run again
+            if needs_xla(error, self._plan, self._given, self._given.pairs):
+                raise
             return Checked(Verdict(failing(error), sure=False))
         found, verdict = Checked(seen.verdict(), seen.expanded), seen.verdict()
         if verdict.sure and not verdict.reason and not verdict.bent:

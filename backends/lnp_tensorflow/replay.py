@@ -125,6 +125,13 @@ def inlined(on: bool) -> Iterator[None]:
             tf.config.run_functions_eagerly(before)
 
 
+def compiled_inside(structure: Structure, tree: Any, arrays: Arrays, inputs: Any) -> bool:
+    """Whether the model calls functions that it has compiled by XLA, which `inlined` takes for plain ones."""
+    with undisturbed(*structure.roots):
+        operations = traced(structure, tree, arrays, inputs).graph.get_operations()
+    return any(op.node_def.attr["_XlaMustCompile"].b for op in operations)
+
+
 def in_xla() -> bool:
     """Whether what is traced will be compiled by XLA."""
     return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())

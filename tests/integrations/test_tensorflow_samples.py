@@ -14,7 +14,17 @@ import lnp
 import lnp_tensorflow
 from contract.namespaces import tensorflow
 from integrations.tensorflow_reference import dense
-from integrations.test_tensorflow_models import MODELS, NARROW, TOLERANCE, WIDE, Wrapped, agrees, normal, squared
+from integrations.test_tensorflow_models import (
+    MODELS,
+    NARROW,
+    TOLERANCE,
+    WIDE,
+    Wrapped,
+    agrees,
+    flat,
+    normal,
+    squared,
+)
 from lnp.per_sample import norms
 from lnp.results.decomposition import decompose
 from lnp_tensorflow import backend, compile_cache
@@ -303,3 +313,30 @@ def test_subset_is_drawn_at_random():
         assert np.allclose(found.products, products[index], rtol=1e-10)
         drawn.append(index.tolist())
     assert drawn[0] != drawn[1]
+
+
+@tf.function(jit_compile=True)
+def grouped(x, w):
+    """A convolution whose gradient some processors have from XLA alone."""
+    return tf.nn.conv2d(x, w, 1, "VALID")
+
+
+@tf.function(jit_compile=True)
+def swapped(x, w):
+    """One whose channels come first, which no processor runs without XLA."""
+    return tf.nn.conv2d(tf.transpose(x, (0, 3, 1, 2)), w, 1, "VALID", "NCHW")
+
+
+@pytest.mark.parametrize("product", [grouped, swapped])
+@pytest.mark.parametrize("estimator", ["exact", "joint"])
+def test_what_the_model_compiles_by_xla_stays_compiled_where_it_runs_nowhere_else(product, estimator):
+    w = normal(2, 2, 2 if product is grouped else 4, 4).astype("float32")
+    model, x = Wrapped(lambda p, x: flat(product(x, p["w"])), {"w": w}), tf.constant(normal(5, 3, 3, 4), tf.float32)
+    y = target(model(x))
+    expected = dense(lambda: model(x), model.trainable_variables, squared(y), y.shape.num_elements())
+    for _ in range(2):
+        d = lnp.decompose(model, (x, y), loss="mse", estimator=estimator)
+        assert d.rate == pytest.approx(expected["rate"], rel=1e-5)
+        assert not any("not taken apart" in note for note in d.notes), d.notes
+    if estimator == "exact":
+        agrees(d, expected, "float32")
