@@ -285,7 +285,8 @@ def install(session: nox.Session, *requirements: str) -> None:
     """Install under the constraints, and keep the current folder off the path: it must not stand in for the package."""
     if "LNP_ONE_ENVIRONMENT" in os.environ:  # all of them together take 13 GB of the disk
         discard_others(session)
-    # of a framework's modules few are imported, and those are compiled then
+    # of a framework's modules few are imported, and those are compiled then: once, whatever the user's own setting is
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""
     session.install("--no-compile", "--constraint", str(ROOT / "constraints.txt"), *requirements)
     session.env["PYTHONSAFEPATH"] = "1"
     check = "import lnp, sysconfig; assert lnp.__file__.startswith(sysconfig.get_path('purelib')), lnp.__file__"
