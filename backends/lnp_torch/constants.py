@@ -39,6 +39,10 @@ class Constants:
             return True
         return id(tensor) in self._beginning.given and id(tensor) not in self._written
 
+    def made_here(self, tensor: Tensor) -> bool:
+        """Whether it is one that the pass has made, not one that it begins with."""
+        return tensor in self and id(tensor) not in self._beginning.given
+
     def follow(self, given: Iterable[Tensor], made: Iterable[Tensor]) -> bool:
         """An operation was called: what it made is one of these if all tensors that went in are. Whether they are."""
         constant = all(map(self.__contains__, given))

@@ -146,6 +146,12 @@ def lengths_of(tree: Any) -> set[int]:
     return {leaf.size(0) for leaf in leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.ndim}
 
 
+def length_of(tree: Any) -> int | None:
+    """That one length, or None: the samples' number, if they come first."""
+    lengths = lengths_of(tree)
+    return lengths.pop() if len(lengths) == 1 else None
+
+
 def _without_graph(passes: Passes, rows: slice) -> Outputs:
     """The outputs of some samples."""
     some = passes.some(rows)

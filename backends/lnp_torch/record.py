@@ -18,7 +18,7 @@ from lnp.estimators.signs import Signs
 from lnp_torch import fallback, forward_mode
 from lnp_torch.averages import Averages
 from lnp_torch.float16 import at_scale_one
-from lnp_torch.in_pieces import first_in_pieces, lengths_of
+from lnp_torch.in_pieces import first_in_pieces, length_of
 from lnp_torch.look import Look
 from lnp_torch.loss_gradient import LossAt, loss_at
 from lnp_torch.model import Program
@@ -186,7 +186,7 @@ def first_loss(
             return *pieces, None, ()
     watching: Callable = nullcontext
     if size is None and options.split:
-        watching = partial(Taps, prepared.parameters, single=lengths_of(inputs) == {1})
+        watching = partial(Taps, prepared.parameters, samples=length_of(inputs))
     averages = Averages() if targets is None else None
     with averages or nullcontext():
         keep_graph = size is None or targets is None

@@ -11,6 +11,7 @@ from torch import nn
 
 from lnp_torch.averages import Averages
 from lnp_torch.draws import Watched
+from lnp_torch.in_pieces import length_of
 from lnp_torch.model import Parameters, Program, program
 from lnp_torch.outputs import Outputs
 from lnp_torch.replay import Passes, copied
@@ -76,7 +77,7 @@ class WatchedPass(contextlib.AbstractContextManager):
 
     def _called(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the forward pass: keep what it begins with."""
-        self.calls, self.taps.watching = self.calls + 1, True
+        self.calls, self.taps.watching, self.taps.samples = self.calls + 1, True, length_of((args, kwargs))
         self._before = RandomState([self._device])
         device = self._device.type
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -137,6 +137,28 @@ def test_products_with_the_batch_s_gradient(name):
     torch.testing.assert_close(products, torch.stack(expected), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["a first state", "as many samples as rows"])
+def test_rows_made_for_the_samples_are_their_own(name, monkeypatch):
+    """No gradients of single samples are in memory, as many as the weight has entries each."""
+
+    def refused(*args):
+        raise AssertionError("the weight was taken for what is computed from parameters alone")
+
+    monkeypatch.setattr(derived, "totals", refused)
+    record = assert_single_samples(*network(name))
+    assert not [note for note in record.notes if NOTE in note], record.notes
+
+
+def test_rows_that_are_as_many_as_the_samples_by_chance():
+    """A table of positions, made in the pass, which all samples share."""
+    model = Runs(
+        lambda m, x: (x + torch.linspace(0, 1, 20, dtype=x.dtype).view(5, 4).sin() @ m.w).tanh(), w=drawn(4, 4)
+    )
+    for samples in (4, 5, 6):
+        record = assert_single_samples(model, torch.randn(samples, 5, 4))
+        assert any(NOTE in note for note in record.notes) == (samples == 5), record.notes
+
+
 def test_few_samples_at_a_time(monkeypatch):
     monkeypatch.setattr(derived, "BUDGET", 1)
     assert_single_samples(*network("and the weight"))

@@ -127,7 +127,7 @@ def tapped_groups(passes: Passes, size: int) -> Iterator[Tapped]:
     """Micro-batches after their forward pass, one in memory at a time."""
     for start in range(0, passes.samples, size):
         rows = slice(start, min(start + size, passes.samples))
-        with Taps(passes.program.parameters, passes.program.replica, single=rows.stop - start == 1) as taps:
+        with Taps(passes.program.parameters, passes.program.replica, rows.stop - start) as taps:
             parts = passes.part(passes.program.parameters, rows).parts
         yield Tapped(rows, parts, taps)
 

@@ -34,8 +34,8 @@ class Taps(TorchFunctionMode):
 
     Parameters
     ----------
-    single:
-        Whether the pass is over one sample: then rows of one are the sample's own, not what all samples share.
+    samples:
+        As the attribute.
 
     Attributes
     ----------
@@ -53,13 +53,14 @@ class Taps(TorchFunctionMode):
         Of the operations: their names and settings, and the shapes at the sites.
     hooked:
         Whether hooks were put on activations: they run in the backward pass.
+    samples:
+        How many there seem to be, if that is known before the pass: rows as many as they are, are the samples' own.
     """
 
-    def __init__(self, parameters: Parameters, beginning: Beginning | None = None, single: bool = False) -> None:
+    def __init__(self, parameters: Parameters, beginning: Beginning | None = None, samples: int | None = None) -> None:
         super().__init__()
-        self._single = single
         self.parameters = parameters
-        self.watching = True
+        self.watching, self.samples = True, samples
         self._names = {id(p): name for name, p in parameters.items()}
         self._sites: list[list[Site]] = []
         self._reader: Reader | None = None
@@ -95,9 +96,14 @@ class Taps(TorchFunctionMode):
         used = [tensor for tensor in given if self._name(tensor) is not None]
         if not used or not any(tensor.requires_grad for tensor in made) or self._only_views(made):
             return out
-        if constant and self._derives(func, args, made, used):
+        if constant and not self._begins_rows(func, args, given) and self._derives(func, args, made, used):
             return out
         return self._tapped(func, name, args, kwargs, out, used, constant)
+
+    def _begins_rows(self, func: Callable, args: tuple, given: list[Tensor]) -> bool:
+        """Whether a parameter meets a row of constants for each sample, such as a recurrent layer's first state."""
+        made = [t for t in given if t.ndim > 1 and self._name(t) is None and self._constants.made_here(t)]
+        return any(tensor.shape[0] == self.samples for tensor in made) and bool(recognised(func, args, {}))
 
     def _derives(self, func: Callable, args: tuple, made: list[Tensor], used: list[Tensor]) -> bool:
         """Watch what is computed from parameters alone, unless copies of it, or rows, go to the samples at once."""
@@ -146,7 +152,7 @@ class Taps(TorchFunctionMode):
             self._began = tapped.grad_fn._sequence_nr()
         for site in sites:
             index = site.use.index
-            shared = index is not None and (index.ndim < 2 or (len(index) == 1 and not self._single))
+            shared = index is not None and (index.ndim < 2 or (len(index) == 1 and self.samples != 1))
             if index is not None and site.name in self.parameters and (constant or shared):
                 self._watch(tapped, Lookup(site.name, site.frame, index, constant and shared))
                 self._constants.follow((), (tapped,))
