@@ -35,7 +35,7 @@ from lnp_torch.draws import (
 from lnp_torch.model import Program, captured, replaced
 from lnp_torch.outputs import widened
 from lnp_torch.state_guard import set_generator_state
-from lnp_torch.writes import tensors, writes_unseen
+from lnp_torch.writes import DESCRIBES, tensors, writes_unseen
 
 
 class Frozen(TorchFunctionMode):
@@ -92,6 +92,8 @@ class Frozen(TorchFunctionMode):
         kwargs = kwargs or {}
         if captured(args, kwargs):
             args, kwargs = replaced(args, kwargs)
+        if func in DESCRIBES:
+            return func(*args, **kwargs)
         self.hooked |= func in HOOKS
         if writes_unseen(func, args, kwargs):
             self._program.replica.clones.touched = True

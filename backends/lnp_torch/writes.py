@@ -20,6 +20,11 @@ MAX_NORM = {F.embedding: 3, F.embedding_bag: 4}
 """{function that shrinks rows of its second argument in place: position of `max_norm`}."""
 HANDED_OUT = frozenset({Tensor.data.__get__, Tensor.numpy, Tensor.__array__})
 """Memory that can be written to unseen."""
+DESCRIBES = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "is_sparse", "is_quantized")
+)
+"""What only tells of a tensor: two thirds of all calls in a Keras layer, which modes hand on at once."""
 SEQUENCES = (tuple, list)
 RUNNING = {
     **dict.fromkeys((F.batch_norm, F.instance_norm), 1),

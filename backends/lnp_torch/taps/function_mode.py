@@ -26,7 +26,7 @@ from lnp_torch.taps.derived import Derived, Frame, Lookup
 from lnp_torch.taps.reader import Pullback, Reader, Reading, Site
 from lnp_torch.taps.rules import Use, looks_up, recognised, spreads, unspread
 from lnp_torch.taps.sequence import Sequence
-from lnp_torch.writes import tensors
+from lnp_torch.writes import DESCRIBES, tensors
 
 
 class Taps(TorchFunctionMode):
@@ -81,6 +81,8 @@ class Taps(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func in DESCRIBES:
+            return out
         if func is own_memory and self._name(args[0]) is not None:  # stands for the parameter in this pass
             self._names[id(out)], self._copies = self._names[id(args[0])], [*self._copies, out]
             return out
