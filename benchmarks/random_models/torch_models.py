@@ -74,31 +74,31 @@ VERSIONS = versions()
 
 
 def drawn(seed: int, only: str) -> Iterator[tuple[str, Callable[[], tuple[str, str]]]]:
-    """(name, its comparison) without end, sources in turn."""
+    """(name, its comparison), sources in turn until all are exhausted."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.backends.cudnn.allow_tf32 = False  # three digits are too few to compare
     rng = random.Random(seed)
     sources = {"transformers": hugging_face, "torchvision": vision, "timm": timm}
     chosen = [source(rng) for name, source in sources.items() if only in name and name in VERSIONS]
-    while True:
-        for source in chosen:
-            name, build = next(source)
-            yield name, partial(compared, build, rng.randrange(2**31))
+    while chosen:
+        for source in list(chosen):
+            name, build = next(source, ("", None))
+            if build is None:
+                chosen.remove(source)
+            else:
+                yield name, partial(compared, build, rng.randrange(2**31))
 
 
 def hugging_face(rng: random.Random) -> Iterator[tuple[str, Callable]]:
     """Architectures with random small settings and random weights."""
     from transformers.models.auto import modeling_auto
 
-    seen = set()
-    while True:
-        task = rng.choice(list(TASKS))
-        kind, name = rng.choice(sorted(getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items()))
+    left = {task: sorted(getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items()) for task in TASKS}
+    while any(left.values()):  # none comes twice
+        task = rng.choice([task for task, models in left.items() if models])
+        kind, name = left[task].pop(rng.randrange(len(left[task])))
         name = name if isinstance(name, str) else name[0]
-        if name in seen:  # those that can be built would come again and again
-            continue
-        seen.add(name)
         training = rng.random() < 0.5
         yield (
             f"{name}, {'training' if training else 'eval'}",
@@ -173,7 +173,6 @@ def vision(rng: random.Random) -> Iterator[tuple[str, Callable]]:
                 (torch.randn(SAMPLES, 3, s, s), torch.arange(SAMPLES) % CLASSES),
             ),
         )
-    yield from iter(lambda: ("none", not_built), None)
 
 
 def timm(rng: random.Random) -> Iterator[tuple[str, Callable]]:
@@ -184,7 +183,6 @@ def timm(rng: random.Random) -> Iterator[tuple[str, Callable]]:
     for name in rng.sample(names, len(names)):
         training = rng.random() < 0.5
         yield f"timm {name}, {'training' if training else 'eval'}", lambda n=name, t=training: timm_model(n, t)
-    yield from iter(lambda: ("none", not_built), None)
 
 
 def timm_model(name: str, training: bool) -> tuple[nn.Module, Any]:
@@ -198,11 +196,6 @@ def timm_model(name: str, training: bool) -> tuple[nn.Module, Any]:
     size = model.default_cfg["input_size"][-1] if model.default_cfg.get("fixed_input_size") else 64
     x = torch.randn(SAMPLES, model.default_cfg["input_size"][0], size, size)
     return without_dropout(model).train(training), (x, torch.arange(SAMPLES) % CLASSES)
-
-
-def not_built() -> Any:
-    """For a source that is used up."""
-    raise NotBuilt("no more")
 
 
 def limited(make: Callable[[], nn.Module], most: int = MOST_PARAMETERS) -> nn.Module:
@@ -245,6 +238,19 @@ def compared(build: Callable, seed: int) -> tuple[str, str]:
         raise NotBuilt(str(error)) from error
     if rate == 0:
         raise NotBuilt("nothing is learnt")
+    found, said = held_against(model, batch, rate)
+    if found != "wrong" or "was changed" in said:
+        return found, said
+    model, batch = (
+        model.double(),
+        in_float64(batch),
+    )  # plain PyTorch's own batch may differ from its samples by rounding
+    found, after = held_against(model, batch, plain_step(model, batch))
+    return found, f"in float64 ({said[:120]} in float32); {after}" if found != "wrong" else said
+
+
+def held_against(model: nn.Module, batch: Any, rate: float) -> tuple[str, str]:
+    """Measure a model and compare, with its rate and its single samples."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         d = lnp.decompose(model, batch, max_probes=2)
@@ -259,11 +265,15 @@ def compared(build: Callable, seed: int) -> tuple[str, str]:
             return "wrong", f"{name} was changed"
     pairs = {"rate": ([measured.rate], [rate])}
     if record["norms"]:
-        try:
-            pairs |= norms_alone(model, batch, record)
-        except RuntimeError as error:  # caches parts of its graph, for example
-            raise NotBuilt(f"single samples do not run in the plain framework: {error}") from error
+        pairs |= norms_alone(model, batch, record)
     return verdict(pairs, d.notes)
+
+
+def in_float64(batch: Any) -> Any:
+    """The batch with its floating-point arrays in float64."""
+    arrays = batch.values() if isinstance(batch, dict) else batch
+    wide = [array.double() if array.is_floating_point() else array for array in arrays]
+    return dict(zip(batch, wide, strict=True)) if isinstance(batch, dict) else tuple(wide)
 
 
 def moved(batch: Any) -> Any:
@@ -301,19 +311,24 @@ def norms_alone(model: nn.Module, batch: Any, record: dict[str, Any]) -> dict[st
         return {}
     found: dict[str, list] = {name: [] for name in record["norms"]}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for n in range(SAMPLES):
-        if isinstance(batch, dict):
-            returned = model(**{name: value[n : n + 1] for name, value in batch.items()})
-        else:
-            returned = model(batch[0][n : n + 1])
-        flat = flattened(returned, record["v"].shape[1])
-        names = [name for name in found if name in parameters]
-        grads = torch.autograd.grad(
-            (flat * record["v"][n]).sum(), [parameters[name] for name in names], allow_unused=True
-        )
+    names = [name for name in found if name in parameters]
+    cotangents = torch.as_tensor(record["v"], device=DEVICE)
+    for n, v in enumerate(cotangents):
+        try:
+            flat = alone(model, batch, n, len(v))
+            grads = torch.autograd.grad(flat, [parameters[name] for name in names], v[None], allow_unused=True)
+        except RuntimeError as error:  # caches parts of its graph, for example
+            raise NotBuilt(f"single samples do not run in the plain framework: {error}") from error
         for name, grad in zip(names, grads, strict=True):
             found[name].append(0.0 if grad is None else float(grad.double().square().sum()))
     return {name: (record["norms"][name].tolist(), values) for name, values in found.items() if values}
+
+
+def alone(model: nn.Module, batch: Any, n: int, count: int) -> torch.Tensor:
+    """(1, K) outputs of one sample, run by itself."""
+    if isinstance(batch, dict):
+        return flattened(model(**{name: value[n : n + 1] for name, value in batch.items()}), count)
+    return flattened(model(batch[0][n : n + 1]), count)
 
 
 def flattened(returned: Any, count: int) -> torch.Tensor:
@@ -324,5 +339,7 @@ def flattened(returned: Any, count: int) -> torch.Tensor:
     for size in range(1, len(arrays) + 1):
         for some in itertools.combinations(arrays, size):
             if sum(a.numel() for a in some) == count:
-                return torch.cat([a.reshape(1, -1).float() for a in some], dim=1)
+                return torch.cat(
+                    [a.reshape(1, -1).to(torch.promote_types(a.dtype, torch.float32)) for a in some], dim=1
+                )
     raise NotBuilt("outputs that depend on the batch")
