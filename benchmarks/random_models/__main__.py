@@ -13,8 +13,8 @@ cotangent, are held against lnp's. A model is
     crashed   something else is raised
     wrong     they do not agree, and no note says why
 
-What a family cannot build from its drawn settings is drawn anew and not counted. Where PyTorch's numbers do not agree in
-float32, float64 decides: its own batch may differ from its samples by rounding. The table goes to
+What a family cannot build from its drawn settings is drawn anew and not counted. Where PyTorch's numbers do not agree
+in float32, float64 decides: its own batch may differ from its samples by rounding. The table goes to
 `results/random_models_<family>_<seed>.md`.
 """
 
