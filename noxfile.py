@@ -152,8 +152,8 @@ def jax(session: nox.Session) -> None:
     pytest(session, "jax", *PARALLEL, "--pyargs", "lnp_jax", *tests)
     session.env["XLA_FLAGS"] = ""
     pytest(session, "jax", *PARALLEL, AS_USERS_COMPILE)
-    if not session.posargs:
-        keras_on(session, "jax")
+    if not session.posargs:  # the rest, minutes of compiling what the other sessions test as well, is `nox -s keras`
+        keras_on(session, "jax", "contract/test_keras.py", "test_keras_fit.py", "test_keras_undisturbed.py")
 
 
 @nox.session
@@ -171,13 +171,15 @@ def tensorflow(session: nox.Session) -> None:
 @nox.session(default=False)
 @nox.parametrize("framework", ["tensorflow", "jax", "torch"])
 def keras(session: nox.Session, framework: str) -> None:
-    """Keras models on each framework that can train them, which that framework's session does as well."""
+    """Keras models on each framework that can train them; that framework's session has these tests too, JAX's some."""
     install(session, ".[demo,test]", TENSORFLOW if framework == "tensorflow" else framework, "pytest-xdist")
     keras_on(session, framework)
 
 
-def keras_on(session: nox.Session, framework: str) -> None:
-    """All tests of Keras, where one framework is installed: an environment of its own would take a minute to make."""
+def keras_on(session: nox.Session, framework: str, *only: str) -> None:
+    """The tests of Keras, all or some, where one framework is installed: an environment of its own would take a minute
+    to make.
+    """
     session.install("--no-compile", "--constraint", str(ROOT / "constraints.txt"), ".[keras]")
     refuse(session, *{"tensorflow", "jax", "torch"} - {framework})
     compile_fast(session, *([OLD_EMITTERS] if framework == "jax" else []))
@@ -186,6 +188,7 @@ def keras_on(session: nox.Session, framework: str) -> None:
     # PyTorch's session has the properties; the others' have them without Keras
     properties = () if framework == "torch" else ("properties/test_keras.py",)
     tests = [path for path in suite("keras") if not path.endswith((*again, *properties))]
+    tests = [path for path in tests if not only or path.endswith(only)]
     pytest(session, "keras", *PARALLEL, "--pyargs", "lnp_keras", *tests)
 
 
