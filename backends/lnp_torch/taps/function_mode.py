@@ -54,7 +54,7 @@ class Taps(TorchFunctionMode):
     hooked:
         Whether hooks were put on activations: they run in the backward pass.
     samples:
-        How many there seem to be, if that is known before the pass: rows as many as they are, are the samples' own.
+        How many there seem to be, if that is known before the pass: as many rows are taken for the samples' own.
     """
 
     def __init__(self, parameters: Parameters, beginning: Beginning | None = None, samples: int | None = None) -> None:
@@ -81,14 +81,12 @@ class Taps(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func in DESCRIBES:
-            return out
         if func is own_memory and self._name(args[0]) is not None:  # stands for the parameter in this pass
             self._names[id(out)], self._copies = self._names[id(args[0])], [*self._copies, out]
             return out
         if not self.watching or not self._constants.begun:
             return out
-        if torch.compiler.is_compiling():  # what the user's compiler follows stays as it is
+        if torch.compiler.is_compiling() or func in DESCRIBES:  # what the user's compiler follows stays as it is
             return out
         name = getattr(func, "__name__", "") or str(func)
         given, made = tensors((args, kwargs)), tensors(out)
