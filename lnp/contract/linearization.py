@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import array_api_compat
+
 Array = Any
 """An array of the backend's framework; the core uses it through the array API alone."""
 
@@ -194,6 +196,15 @@ class Linearization:
 def accumulation_dtype(xp: Any, dtype: Any) -> Any:
     """Where sums are taken: float64 for float64, float32 for everything narrower."""
     return xp.float64 if dtype == xp.float64 else xp.float32
+
+
+def device_of(array: Array) -> Any:
+    """The device on which to make what an array meets; None where its framework has none, or needs not be told.
+
+    JAX moves what is made without a device to where it is used. Its tracers have none, and write a message of where
+    they come from before they say so, in a time that grows with all that was traced.
+    """
+    return None if array_api_compat.is_jax_array(array) else getattr(array, "device", None)
 
 
 def square_norm(xp: Any, array: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from lnp.contract.linearization import Array
+from lnp.contract.linearization import Array, device_of
 from lnp.estimators import errors
 from lnp.estimators.errors import Error
 from lnp.estimators.independent import TRUSTED, Independent, State
@@ -85,7 +85,7 @@ class Swapped(Independent):
     def _swaps(self, difference: Array, partner: Array) -> tuple[Array, Array]:
         """(R, M) squares of d_n + d_n', and of d_n, of differences d (R, M); samples without a partner add nothing."""
         xp = self.lin.xp
-        own_place = xp.astype(xp.arange(partner.shape[0], device=getattr(difference, "device", None)), partner.dtype)
+        own_place = xp.astype(xp.arange(partner.shape[0], device=device_of(difference)), partner.dtype)
         paired = xp.astype(partner != own_place, difference.dtype)
         both = (difference + xp.take(difference, partner, axis=1)) * paired
         return both * both, difference * difference * paired

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from lnp.contract.linearization import Array, Linearization, accumulation_dtype
+from lnp.contract.linearization import Array, Linearization, accumulation_dtype, device_of
 from lnp.estimators.errors import LARGE
 from lnp.estimators.probe import Count, Exact, Pilot, Probe, ProbeAverage, pilot_size
 from lnp.estimators.probing import probe_to_tolerance
@@ -162,7 +162,7 @@ def grouped_probe(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe
     bounds = [(samples * g // groups, samples * (g + 1) // groups) for g in range(groups)]
 
     def square_norms(v: Array) -> Array:
-        index = xp.arange(samples, device=_device(v))[:, None]
+        index = xp.arange(samples, device=device_of(v))[:, None]
         parts = [xp.where((index >= start) & (index < stop), v, xp.zeros_like(v)) for start, stop in bounds]
         return xp.concat([_joint_square_norms(lin, rows, part) for part in parts], axis=1)
 
@@ -192,7 +192,7 @@ def exact_probes(lin: Linearization, probe: Probe) -> Exact:
     count = outputs if probe.groups == samples else samples * outputs
 
     def unit(index: int | Array) -> Array:
-        one = xp.astype(xp.arange(count, device=_device(lin.outputs)) == index, lin.outputs.dtype)
+        one = xp.astype(xp.arange(count, device=device_of(lin.outputs)) == index, lin.outputs.dtype)
         return xp.broadcast_to(xp.reshape(one, (-1, outputs)), (samples, outputs))
 
     def body(state: tuple) -> tuple:
@@ -201,7 +201,7 @@ def exact_probes(lin: Linearization, probe: Probe) -> Exact:
 
     def square_norms() -> Array:
         dtype = accumulation_dtype(xp, lin.outputs.dtype)
-        zero = xp.zeros((probe.rows, probe.groups), dtype=dtype, device=_device(lin.outputs))
+        zero = xp.zeros((probe.rows, probe.groups), dtype=dtype, device=device_of(lin.outputs))
         return lin.while_loop(lambda state: state[0] < count, body, (0, zero))[1]
 
     return Exact(count, square_norms)
@@ -218,7 +218,3 @@ def _by_row(lin: Linearization, rows: Rows, square_norms: Mapping[str, Array]) -
     sums = [sum((square_norms[name] for name in row[1:]), start=square_norms[row[0]]) for row in rows]
     dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)  # parameters may be wider than the outputs
     return lin.xp.astype(lin.xp.stack([lin.xp.reshape(total, (-1,)) for total in sums]), dtype, copy=False)
-
-
-def _device(array: Array) -> Any:
-    return getattr(array, "device", None)

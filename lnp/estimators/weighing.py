@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lnp.contract.linearization import Array, Linearization
+from lnp.contract.linearization import Array, Linearization, device_of
 from lnp.estimators.independent import TRUSTED
 from lnp.estimators.probe import Count, Probe, compute_if
 from lnp.estimators.probing import probe_to_tolerance
@@ -152,4 +152,4 @@ def _joint_if_cheaper(
 
 def _array(lin: Linearization, count: Count) -> Array:
     """A count as an array of shape ()."""
-    return lin.xp.asarray(count, dtype=lin.xp.int32, device=getattr(lin.outputs, "device", None))
+    return lin.xp.asarray(count, dtype=lin.xp.int32, device=device_of(lin.outputs))

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lnp.contract.linearization import device_of
+
 TRIED = 6
 """Samples on which a loss is tried."""
 
@@ -115,7 +117,7 @@ def _agrees(xp: Any, gradient: LossGradient, drawn: tuple[list[np.ndarray], list
         return None
     for some in left_in(whole.shape[0]):
         rows = [[array[some] if array.ndim else array for array in arrays] for arrays in drawn]
-        in_batch = xp.take(whole, xp.asarray(some, dtype=xp.int32, device=getattr(whole, "device", None)), axis=0)
+        in_batch = xp.take(whole, xp.asarray(some, dtype=xp.int32, device=device_of(whole)), axis=0)
         if not is_mean(xp, in_batch, gradient(*rows), whole.shape[0]):
             return False
     return True

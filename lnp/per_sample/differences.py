@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lnp.contract.linearization import Array, Vector, accumulation_dtype
+from lnp.contract.linearization import Array, Vector, accumulation_dtype, device_of
 
 SHARE = 0.03
 """A parameter whose gradient is rounding noise beside the others' (a key's bias) is compared with this share of all."""
@@ -166,8 +166,3 @@ def exact_square(xp: Any, value: Array) -> Array:
     """At least the smallest square whose digits are there: a sample that a loss has done with has gradients near 0."""
     info = xp.finfo(value.dtype)
     return xp.maximum(value, xp.full_like(value, float(info.smallest_normal) / float(info.eps) ** 2))
-
-
-def device_of(array: Array) -> Any:
-    """The device of an array, None where its framework has none."""
-    return getattr(array, "device", None)

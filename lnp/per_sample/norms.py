@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lnp.contract.linearization import Array, accumulation_dtype
+from lnp.contract.linearization import Array, accumulation_dtype, device_of
 
 BUDGET = 2**22
 """Numbers that are in memory at a time, beside what is given."""
@@ -233,7 +233,7 @@ def _take(xp: Any, left: Array, index: Array) -> Array:
 def _chunked(xp: Any, function: Callable[..., Array], arrays: tuple[Array, ...], size: int, budget: int) -> Array:
     """function(*arrays), on as many samples at a time as the budget holds at `size` numbers each."""
     samples = arrays[0].shape[0]
-    if getattr(getattr(arrays[0], "device", None), "type", "cpu") != "cpu":
+    if getattr(device_of(arrays[0]), "type", "cpu") != "cpu":
         budget = max(budget, ON_A_DEVICE)
     chunk = max(1, budget // max(size, 1))
     if chunk >= samples:

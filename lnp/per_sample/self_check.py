@@ -20,10 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lnp.contract.linearization import Array, Vector, accumulation_dtype, unit
+from lnp.contract.linearization import Array, Vector, accumulation_dtype, device_of, unit
 from lnp.per_sample.differences import (
     SquareNorms,
-    device_of,
     finite,
     gradients_apart,
     irregular,

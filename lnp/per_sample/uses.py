@@ -17,9 +17,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lnp.contract.linearization import Array
+from lnp.contract.linearization import Array, device_of
 from lnp.per_sample import norms
-from lnp.per_sample.differences import device_of
 
 Kind = Literal["outer", "rows", "dense", "convolution"]
 

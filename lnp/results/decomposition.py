@@ -23,6 +23,7 @@ from lnp.contract.linearization import (
     GradientPass,
     Linearization,
     accumulation_dtype,
+    device_of,
     ratio,
     square_norm,
     unit,
@@ -305,5 +306,5 @@ def _like(lin: Linearization, value: Any) -> Array:
     """A number or an integer array as an array in the accumulation dtype, on the outputs' device."""
     dtype = accumulation_dtype(lin.xp, lin.outputs.dtype)
     if isinstance(value, int | float):
-        return lin.xp.asarray(value, dtype=dtype, device=getattr(lin.outputs, "device", None))
+        return lin.xp.asarray(value, dtype=dtype, device=device_of(lin.outputs))
     return lin.xp.astype(value, dtype)

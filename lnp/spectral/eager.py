@@ -10,7 +10,7 @@ import numpy as np
 
 from lnp.arguments import Batch, Model
 from lnp.contract import registry
-from lnp.contract.linearization import Array, Linearization
+from lnp.contract.linearization import Array, Linearization, device_of
 from lnp.contract.options import Options
 
 
@@ -65,7 +65,7 @@ def kernel_rows(lin: Linearization, block: int) -> Iterator[tuple[int, np.ndarra
     xp, jvp = lin.xp, lin.jvp
     samples, outputs = lin.outputs.shape
     size = samples * outputs
-    device = getattr(lin.outputs, "device", None)
+    device = device_of(lin.outputs)
     index = xp.reshape(xp.arange(size, device=device), (samples, outputs))
     within = xp.reshape(xp.arange(block, device=device), (block, 1, 1))
     empty = xp.zeros((block, samples, outputs), dtype=lin.outputs.dtype, device=device)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lnp.contract.linearization import Array, Linearization, Namespace, accumulation_dtype
+from lnp.contract.linearization import Array, Linearization, Namespace, accumulation_dtype, device_of
 
 PASSES = 2
 """Orthogonalisations of each new direction."""
@@ -60,7 +60,7 @@ def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
     xp, jvp = lin.xp, lin.jvp
     shape = lin.outputs.shape
     wide = accumulation_dtype(xp, lin.outputs.dtype)
-    rows = xp.arange(steps, device=getattr(lin.outputs, "device", None))
+    rows = xp.arange(steps, device=device_of(lin.outputs))
     tolerance = BREAKDOWN * float(xp.finfo(lin.outputs.dtype).eps)
 
     def theta(q: Array) -> Array:
@@ -87,7 +87,7 @@ def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
     first = xp.astype(xp.reshape(start, (-1, 1)), wide, copy=False)
     norm = xp.sqrt(xp.sum(first * first))
     q = _unit(xp, first, norm)
-    basis = xp.zeros((steps, q.shape[0]), dtype=wide, device=getattr(lin.outputs, "device", None))
+    basis = xp.zeros((steps, q.shape[0]), dtype=wide, device=device_of(lin.outputs))
     entries = basis[:, 0]
     # rows[0] == 0 is a True of the framework: compiled loops keep the types of their state
     state = (0, rows[0] == 0, q, basis, entries, entries, xp.zeros_like(norm))

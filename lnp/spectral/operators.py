@@ -9,7 +9,7 @@ import numpy as np
 
 from lnp.api import decompose
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters
-from lnp.contract.linearization import Array, Linearization, Vector, accumulation_dtype
+from lnp.contract.linearization import Array, Linearization, Vector, accumulation_dtype, device_of
 from lnp.contract.options import BatchStatistics, Options
 from lnp.optional import import_optional
 from lnp.parameter_texts import parameters_of
@@ -95,7 +95,7 @@ def _cotangent(lin: Linearization, v: np.ndarray) -> Array:
 def _like(lin: Linearization, values: np.ndarray, array: Array) -> Array:
     """The values as an array of the framework, of the dtype and on the device of another one."""
     # a copy: the array is the framework's own, and may be kept
-    return lin.xp.asarray(np.array(values), dtype=array.dtype, device=getattr(array, "device", None))
+    return lin.xp.asarray(np.array(values), dtype=array.dtype, device=device_of(array))
 
 
 class _ParameterSpace:

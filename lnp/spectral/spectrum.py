@@ -20,7 +20,7 @@ import numpy as np
 
 from lnp.api import decompose
 from lnp.arguments import Batch, Forward, Loss, Model, Parameters, Seed, Update
-from lnp.contract.linearization import Linearization, Vector, accumulation_dtype, unit
+from lnp.contract.linearization import Linearization, Vector, accumulation_dtype, device_of, unit
 from lnp.contract.options import BatchStatistics, Options
 from lnp.contract.registry import evaluate
 from lnp.estimators.trace import Estimator, Settings, takes_samples_apart
@@ -250,7 +250,7 @@ def _probe_tridiagonals(lin: Linearization, steps: int, probes: int) -> tuple[Tr
     if probes == 0:
         return ()
     xp = lin.xp
-    device = getattr(lin.outputs, "device", None)
+    device = device_of(lin.outputs)
     index = xp.arange(probes, device=device)[:, None]
 
     def body(state: tuple) -> tuple:

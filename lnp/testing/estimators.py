@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lnp.contract.linearization import device_of
 from lnp.estimators import trace
 from lnp.estimators.weighing import expected_probes
 from lnp.testing import scenarios
@@ -136,7 +137,7 @@ ESTIMATOR_CHECKS = (
 
 
 def _enumerated(kit: Kit, lin: Any, probe: trace.Probe, v: np.ndarray) -> np.ndarray:
-    array = lin.xp.asarray(v, dtype=lin.outputs.dtype, device=getattr(lin.outputs, "device", None))
+    array = lin.xp.asarray(v, dtype=lin.outputs.dtype, device=device_of(lin.outputs))
     return np.asarray(kit.to_numpy(probe.square_norms(array)), dtype="float64")
 
 

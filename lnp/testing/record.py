@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lnp.contract.gradient_pass import gradient_pass
-from lnp.contract.linearization import Linearization
+from lnp.contract.linearization import Linearization, device_of
 from lnp.losses.sample_losses import sample_losses_of
 from lnp.testing import scenarios
 from lnp.testing.kit import Case, Kit
@@ -206,7 +206,7 @@ def _cotangent(shape: tuple[int, int]) -> np.ndarray:
 
 
 def _array(lin: Linearization, array: np.ndarray) -> Any:
-    return lin.xp.asarray(array, dtype=lin.outputs.dtype, device=getattr(lin.outputs, "device", None))
+    return lin.xp.asarray(array, dtype=lin.outputs.dtype, device=device_of(lin.outputs))
 
 
 def _total(kit: Kit, lin: Linearization, v: np.ndarray) -> float:

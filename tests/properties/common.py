@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import lnp
+from lnp.contract.linearization import device_of
 from lnp.testing import Loss, Scenario, Truth
 
 FACTORS = ("chi_loss", "chi_net", "chi_pos")
@@ -190,7 +191,7 @@ def position_is_that_of_the_dense_kernel(kit, scenario):
     tolerance, truth, lin = TOLERANCE[dtype], Truth(scenario), kit.record(scenario)
     d = measure(kit, scenario)
     units = np.eye(truth.outputs.size).reshape(-1, *truth.shape)
-    device = getattr(lin.outputs, "device", None)
+    device = device_of(lin.outputs)
     pulled = [lin.vjp(lin.xp.asarray(unit, dtype=lin.outputs.dtype, device=device)) for unit in units]
     kernel = np.array([[sum(map(float, lin.inner_products(a, b).values())) for b in pulled] for a in pulled])
     np.testing.assert_allclose(kernel, truth.kernel(), rtol=0, atol=tolerance * np.abs(truth.kernel()).max())
