@@ -92,7 +92,10 @@ def accepts(model: Any) -> bool:
         return True
     if not (isinstance(model, tuple) and len(model) == 2 and callable(model[0])):
         return False
-    leaves = jax.tree.leaves(model[1])
+    try:
+        leaves = jax.tree.leaves(model[1])
+    except (TypeError, ValueError):  # keys that JAX cannot sort, which other frameworks take
+        return False
     if any(isinstance(leaf, jax.Array) for leaf in leaves):
         return True
     return any(map(_is_array, leaves)) and all(_is_array(leaf) or type(leaf) in PYTHON for leaf in leaves)
