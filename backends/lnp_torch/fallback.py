@@ -15,7 +15,7 @@ from lnp_torch.draws import by_sample
 from lnp_torch.float16 import at_scale_one, scale_to_one
 from lnp_torch.met import Meet
 from lnp_torch.model import Parameters
-from lnp_torch.outputs import dot, flatten, split, widened
+from lnp_torch.outputs import flatten, split, square_norm, widened
 from lnp_torch.replay import Passes, copied
 from lnp_torch.state_guard import same_randomness
 
@@ -198,7 +198,7 @@ def gradient_square_norms(
         gradient, p.grad = p.grad, None
         assert gradient is not None, "the hook runs after it was accumulated"
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
-        found[name] = dot(gradient, gradient) if scale is None else dot(gradient, gradient) / scale**2
+        found[name] = square_norm(gradient) if scale is None else square_norm(gradient) / scale**2
         if also is not None:
             also(name, gradient if scale is None else widened(gradient) / scale)
 

@@ -21,7 +21,7 @@ from lnp_torch.dtensors import is_sharded
 from lnp_torch.meeting import Gone, Meeting, ended
 from lnp_torch.met import met_one_by_one
 from lnp_torch.model_parts import unwrapped
-from lnp_torch.outputs import dot, widened
+from lnp_torch.outputs import square_norm, widened
 from lnp_torch.refusals import TOGETHER, is_tensor_parallel, process_group_of_shards, refusal
 from lnp_torch.rounds import Broken, Failed, Rounds
 from lnp_torch.sharded import Gathering, set_active
@@ -183,7 +183,7 @@ class ShardedProcesses(Processes):
         for name in self.gathering.parameters:
             place = index[name]
             total = torch.as_tensor(totals.get(place, 0.0) + self._rounds.others.get(place, 0.0))
-            squares[name] = dot(total, total) / _copies(self._tensors[place], self.size)
+            squares[name] = square_norm(total) / _copies(self._tensors[place], self.size)
             if self.shares_a_part:
                 self.summed_gradient[name] = total
         return squares, None

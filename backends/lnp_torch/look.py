@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -29,6 +29,9 @@ from lnp_torch.taps.reader import Reading
 
 SAMPLES = np.random.default_rng(0)
 """Draws the samples that are looked at, others at each measurement; the user's random states are not touched."""
+
+TWICE, AGAIN = 2.0, 0.125
+"""Up to how many times what was rounding differences are taken for it, and the share of measurements that ask anew."""
 
 
 class CannotRun(RuntimeError):
@@ -175,16 +178,22 @@ class Look:
             return NOT_FINITE
         if any(value > unclear_up_to(self._tolerance) for value in values):
             return found_interacting()
-        unclear = [d for d, value in zip(self._differences, values, strict=True) if value > self._tolerance]
-        if not unclear:
+        largest = max(values, default=0.0)
+        # a whole batch in float64 costs more than the measurement: not each time for rounding as large as before
+        known = largest <= TWICE * self._plan.rounded and SAMPLES.random() >= AGAIN
+        if largest <= self._tolerance or known:
             return ""
+        unclear = [d for d, value in zip(self._differences, values, strict=True) if value > self._tolerance]
         try:
             wide = in_float64(self._samples)
             rounded = all(float(d.again(wide)) <= coupling_tolerance(xp, torch.float64) for d in unclear)
         except Exception:  # a network that is bound to its dtype, or too large
             bound = ROUNDED * rounding(self._samples)
-            rounded = all(value <= bound for value in values if value > self._tolerance)
-        return "" if rounded else found_interacting()
+            rounded = largest <= bound
+        if not rounded:
+            return found_interacting()
+        self._key.remember(replace(self._plan, rounded=max(largest, self._plan.rounded)))
+        return ""
 
 
 class _Running:

@@ -133,6 +133,14 @@ ON_A_DEVICE = 2**25
 """The same on a GPU, which would wait for the launches of small pieces."""
 
 
+def square_norm(a: torch.Tensor) -> torch.Tensor:
+    """||a||^2 in float32 or better."""
+    if a.device.type == "cpu":  # whose norms add up one number after another
+        return dot(a, a)
+    # reads narrow numbers as they are, and writes none
+    return torch.linalg.vector_norm(a, dtype=wide([a])).square()
+
+
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """<a, b> in float32 or better, without a product of the vectors' size."""
     chunk = CHUNK if a.device.type == "cpu" else ON_A_DEVICE

@@ -36,12 +36,15 @@ class Plan:
         How single samples are run.
     custom_backward:
         Whether the network has a backward pass that somebody wrote by hand.
+    rounded:
+        The largest relative difference between a sample alone and in its batch that was rounding, as float64 showed.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
     layouts: Layouts = field(default_factory=dict)
     way: Way = fallback.VECTORIZED
     custom_backward: bool = False
+    rounded: float = 0.0
 
     @property
     def general(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ from lnp_torch.in_pieces import first_in_pieces, length_of
 from lnp_torch.look import Look
 from lnp_torch.loss_gradient import LossAt, loss_at
 from lnp_torch.model import Program
-from lnp_torch.outputs import Outputs, dot, flatten, widened
+from lnp_torch.outputs import Outputs, dot, flatten, square_norm, widened
 from lnp_torch.own_loss import shown_mean, split_batch
 from lnp_torch.plans import Plan
 from lnp_torch.replay import Passes, first_pass, without_graph
@@ -78,7 +78,7 @@ class Operators:
         g, magnitude = unit(xp, self.loss_gradient)
         if not (per_sample or whole):
             u = self.gradients(g)
-            return GradientPass({name: dot(part, part) for name, part in u.items()}, vector=u, magnitude=magnitude)
+            return GradientPass({name: square_norm(part) for name, part in u.items()}, vector=u, magnitude=magnitude)
         index, norms = None, None
         if per_sample and self.plan is not None and self.look is not None:
             # the taps have the factors of all parameters at hand, if none takes the general way
@@ -91,7 +91,7 @@ class Operators:
         else:
             reading = Reading(frozenset(every), gradient_norms=True)
             found = self.samples.tapped(g, reading, every if vector else ())
-        of_gradient = found.gradient_norms or {name: dot(part, part) for name, part in found.gradient.items()}
+        of_gradient = found.gradient_norms or {name: square_norm(part) for name, part in found.gradient.items()}
         if found.missing:  # the products lack what these parameters add
             found, index = replace(found, products=None), None
         return GradientPass(of_gradient, norms, found.products, index, found.gradient or None, magnitude)
@@ -214,7 +214,7 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
         loss_terms=loss.terms,
         vjp=operators.gradients,
         gradient_pass=operators.gradient_pass if taps is not None or options.microbatch is not None else None,
-        inner_products=lambda u, w: {name: dot(u[name], w[name]) for name in passes.program.parameters},
+        inner_products=inner_products,
         signs=operators.signs,
         jvp=lambda u: jvp(passes, u),
         sample_square_norms=operators.sample_square_norms if apart else None,
@@ -230,6 +230,13 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
         notes=(*_frozen_notes(passes), *loss.notes),
         **loss.told,
     )
+
+
+def inner_products(u: Vector, w: Vector) -> Vector:
+    """{parameter: <u, w>}."""
+    if u is w:
+        return {name: square_norm(part) for name, part in u.items()}
+    return {name: dot(u[name], w[name]) for name in u}
 
 
 def jvp(passes: Passes, u: Vector) -> torch.Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,15 @@ def undisturbed(devices: Iterable[torch.device]) -> Iterator[None]:
     thread measures at a time.
     """
     with _ONE:
-        randomness, transforms = RandomState(devices), _Transforms()
+        randomness, transforms, cached = RandomState(devices), _Transforms(), torch.is_autocast_cache_enabled()
         try:
+            # what is cast would stay in memory until the user's block ends, and the second pass of a measurement, which
+            # finds its parameters cast, would have other operations than the first
+            torch.set_autocast_cache_enabled(False)
             with torch.inference_mode(False), torch.enable_grad(), as_written():
                 yield
         finally:
+            finished(partial(torch.set_autocast_cache_enabled, cached))
             finished(transforms.restore)
             finished(randomness.restore)
 

@@ -369,6 +369,28 @@ def test_rounding_is_no_interaction(apart):
         assert lnp.decompose(coupled, (x, y)).estimator == "joint"
 
 
+def test_rounding_is_looked_at_in_float64_now_and_then(monkeypatch):
+    """Not at each measurement, which would cost more than the measurement; samples that meet later are found."""
+    calls, wide = [], look.in_float64
+    monkeypatch.setattr(look, "in_float64", lambda samples: (calls.append(1), wide(samples))[1])
+    monkeypatch.setattr(look, "SAMPLES", np.random.default_rng(0))
+    model, batch = Cancels(apart=6e-6), (torch.randn(40, 300), torch.randn(40, 8))
+    for _ in range(40):
+        assert lnp.decompose(model, batch).estimator != "joint"
+    assert 1 < len(calls) < 15
+    model.share = 0.003  # less than the rounding: seen when float64 is asked
+    found = [lnp.decompose(model, batch).estimator == "joint" for _ in range(60)]
+    assert found[-1]
+
+
+def test_samples_that_meet_by_more_than_the_rounding_are_found_at_once():
+    model, batch = Cancels(apart=4e-5), (torch.randn(40, 300), torch.randn(40, 8))
+    for _ in range(3):
+        assert lnp.decompose(model, batch).estimator != "joint"
+    model.share = 0.05
+    assert lnp.decompose(model, batch).estimator == "joint"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.1])
 def test_rounding_in_a_network_that_does_not_run_in_float64(share):
     run = lambda m, x: m.inner(x) * torch.ones(8, 8).mm(torch.ones_like(x[:1, :8]).expand(8, 8)).mean() / 8
@@ -402,6 +424,19 @@ def test_samples_are_compared_at_the_first_measurement_alone(norm, way, monkeypa
             with lnp_torch.shared(model) as step:
                 loss = F.mse_loss(model(x), y)
             step.backward(loss, y, nn.MSELoss())
+        counts.append(len(calls))
+    assert 2 <= counts[0] == counts[-1]
+
+
+def test_under_autocast_they_are_compared_at_the_first_measurement_alone(monkeypatch):
+    """Whose cache would make the second pass of a measurement another sequence of operations than the first."""
+    calls, compare = [], core.compare
+    monkeypatch.setattr(core, "compare", lambda operations: (calls.append(1), compare(operations))[1])
+    model, counts = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), []
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            lnp.decompose(model, (torch.randn(12, 6), torch.randn(12, 4)))
+            assert torch.is_autocast_cache_enabled()
         counts.append(len(calls))
     assert 2 <= counts[0] == counts[-1]
 

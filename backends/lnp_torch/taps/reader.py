@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lnp.per_sample import uses
 from lnp.per_sample.uses import Factors, Kind
-from lnp_torch.outputs import dot, widened
+from lnp_torch.outputs import square_norm, widened
 from lnp_torch.taps.derived import Derived, Frame, Lookup, disjoint, square_norms, totals
 from lnp_torch.taps.layout import Layout, Unread
 from lnp_torch.taps.rules import Use
@@ -214,7 +214,7 @@ class Reader:
         """Called with a parameter's gradient, right after the last of its uses: neither has to stay."""
         with torch.no_grad(), without_autocast(gradient.device.type):
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            self.gradient_norms[name] = dot(gradient, gradient)
+            self.gradient_norms[name] = square_norm(gradient)
             if self._index is not None and self._is_summed(name):
                 self._met[name] = gradient
             for frame, factors in self._kept.pop(name, ()):
