@@ -114,7 +114,7 @@ def abs(x: tf.Tensor) -> tf.Tensor:
 
 def max(x: tf.Tensor) -> tf.Tensor:
     """Of all elements; nan if one of them is, which XLA would leave out."""
-    return tf.where(tf.reduce_any(tf.math.is_nan(x)), full_like(x[(0,) * len(x.shape)], float("nan")), tf.reduce_max(x))
+    return tf.where(tf.reduce_any(tf.math.is_nan(x)), tf.constant(float("nan"), x.dtype), tf.reduce_max(x))
 
 
 def maximum(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
