@@ -30,8 +30,10 @@ OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """Compiles small programs in half of the time."""
 AS_USERS_COMPILE = "tests/integrations/test_jax_undisturbed.py"
 """Compares compiled steps bit by bit, which the ways of compiling that are only fast may round differently."""
-OF_EVERY_FRAMEWORK = ("samples", "spectrum", "examples", "same_function", "steps", "self_check", "hosts", "changing")
-"""Tests of Keras that run on TensorFlow and PyTorch, and are left out on JAX, where they take minutes to compile."""
+WHERE_COMPILED = ("contract/test_keras", "keras_fit", "keras_undisturbed")
+"""Tests of Keras that the sessions of JAX and TensorFlow have, where all of them take ten minutes to compile: PyTorch's
+has all, and so has `nox -s keras`.
+"""
 FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras")
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
 
@@ -152,8 +154,8 @@ def jax(session: nox.Session) -> None:
     pytest(session, "jax", *PARALLEL, "--pyargs", "lnp_jax", *tests)
     session.env["XLA_FLAGS"] = ""
     pytest(session, "jax", *PARALLEL, AS_USERS_COMPILE)
-    if not session.posargs:  # the rest, minutes of compiling what the other sessions test as well, is `nox -s keras`
-        keras_on(session, "jax", "contract/test_keras.py", "test_keras_fit.py", "test_keras_undisturbed.py")
+    if not session.posargs:
+        keras_on(session, "jax", WHERE_COMPILED)
 
 
 @nox.session
@@ -164,7 +166,7 @@ def tensorflow(session: nox.Session) -> None:
     compile_fast(session)
     pytest(session, "tensorflow", *PARALLEL, "--pyargs", "lnp_tensorflow", *suite("tensorflow"))
     if not session.posargs:
-        keras_on(session, "tensorflow")
+        keras_on(session, "tensorflow", (*WHERE_COMPILED, "keras_hosts", "keras_replicas"))
         same_numbers(session)
 
 
@@ -176,7 +178,7 @@ def keras(session: nox.Session, framework: str) -> None:
     keras_on(session, framework)
 
 
-def keras_on(session: nox.Session, framework: str, *only: str) -> None:
+def keras_on(session: nox.Session, framework: str, only: tuple[str, ...] = ("",)) -> None:
     """The tests of Keras, all or some, where one framework is installed: an environment of its own would take a minute
     to make.
     """
@@ -184,11 +186,10 @@ def keras_on(session: nox.Session, framework: str, *only: str) -> None:
     refuse(session, *{"tensorflow", "jax", "torch"} - {framework})
     compile_fast(session, *([OLD_EMITTERS] if framework == "jax" else []))
     session.env["KERAS_BACKEND"] = framework
-    again = tuple(f"test_keras_{name}.py" for name in OF_EVERY_FRAMEWORK) if framework == "jax" else ()
     # PyTorch's session has the properties; the others' have them without Keras
     properties = () if framework == "torch" else ("properties/test_keras.py",)
-    tests = [path for path in suite("keras") if not path.endswith((*again, *properties))]
-    tests = [path for path in tests if not only or path.endswith(only)]
+    tests = [path for path in suite("keras") if not path.endswith(properties)]
+    tests = [path for path in tests if any(part in path for part in only)]
     pytest(session, "keras", *PARALLEL, "--pyargs", "lnp_keras", *tests)
 
 
