@@ -294,12 +294,13 @@ class Step:
     def record(self, trained: GradientPass | None = None) -> Linearization:
         """For the core; with what the step's own backward pass has yielded.
 
-        With other terms the step's gradient is not J^T g, and another pass would pull into the user's `.grad`.
+        With other terms the step's gradient is not J^T g. Another pass would pull into the user's `.grad`, and so
+        would one that meets gradients for their squared norms.
         """
         taps = next(iter(self.operators.samples.visit())).taps
         yielded = None if trained is None or self.others else lambda *wish: trained
         made = replace(linearization(self.operators, self.loss, taps), loss_along=None, gradient_pass=yielded)
-        return replace(made, notes=(*made.notes, *self.notes))
+        return replace(made, square_norms=None, notes=(*made.notes, *self.notes))
 
     def jointly(self, reason: str) -> Step:
         """The same with samples that are not taken apart."""

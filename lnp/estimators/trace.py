@@ -209,6 +209,8 @@ def exact_probes(lin: Linearization, probe: Probe) -> Exact:
 
 def _joint_square_norms(lin: Linearization, rows: Rows, v: Array) -> Array:
     """||J_r^T v||^2 for each row of parameters, (R, 1)."""
+    if lin.square_norms is not None:
+        return _by_row(lin, rows, lin.square_norms(v))
     pulled = lin.vjp(v)
     return _by_row(lin, rows, lin.inner_products(pulled, pulled))
 
