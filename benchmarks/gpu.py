@@ -74,13 +74,13 @@ def whole_model(model: nn.Module, batch: Any, device: str) -> Cases:
     seeds = itertools.count()
 
     def step() -> None:
-        model.zero_grad()
         with torch.autocast(device, torch.bfloat16):
             if isinstance(batch, dict):
                 loss = model(**batch).loss
             else:
                 loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
         loss.backward()
+        model.zero_grad()  # not before: a step's memory has its gradients
 
     def measure(**options: Any) -> lnp.Decomposition:
         with torch.autocast(device, torch.bfloat16):

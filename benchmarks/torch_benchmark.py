@@ -103,18 +103,18 @@ def cases_of(name: str, model: nn.Module, batch: Batch) -> dict[str, Callable[[]
     x, y = batch
 
     def step() -> None:
-        model.zero_grad()
         loss_of(model(x), y).backward()
+        model.zero_grad()  # not before: a step's memory has its gradients
 
     watched = lnp_torch.shared(model)
 
     seeds = itertools.count()  # what 1% asks for depends on the signs: each round draws its own
 
     def shared(**options: Any) -> None:
-        model.zero_grad()
         with watched:
             loss = loss_of(model(x), y)
         watched.backward(loss, y, "cross_entropy", seed=next(seeds), **options)
+        model.zero_grad()
 
     cases = {
         "step": step,
