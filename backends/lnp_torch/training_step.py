@@ -294,8 +294,7 @@ class Step:
     def record(self, trained: GradientPass | None = None) -> Linearization:
         """For the core; with what the step's own backward pass has yielded.
 
-        With other terms the step's gradient is not J^T g. Another pass would pull into the user's `.grad`, and so
-        would one that meets gradients for their squared norms.
+        With other terms the step's gradient is not J^T g. Meeting gradients would pull into the user's `.grad`.
         """
         taps = next(iter(self.operators.samples.visit())).taps
         yielded = None if trained is None or self.others else lambda *wish: trained

@@ -12,6 +12,7 @@ from flax import linen, nnx
 
 import lnp
 from integrations.jax_reference import TOLERANCE, agrees, cast, cross_entropy, dense
+from lnp_jax import model as jax_model
 from lnp_jax import self_check
 
 
@@ -304,3 +305,8 @@ def test_a_linen_module_beside_its_variables_is_refused():
     x = jnp.ones((3, 4))
     with pytest.raises(ValueError, match=r"Linen module Dense .* pass \(module.apply, variables\)"):
         lnp.decompose((module, module.init(jax.random.key(0), x)), (x, jnp.zeros(3, int)))
+
+
+def test_a_tree_that_jax_cannot_sort_is_another_framework_s():
+    """Keys that do not compare: nothing is raised where the other framework takes them."""
+    assert not jax_model.accepts((lambda p, x: x, {1: np.ones(2), "1": np.ones(2)}))
