@@ -98,7 +98,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
 
 
 OPERATORS = (
-    *("vjp", "jvp", "square_norms", "sample_square_norms", "group_square_norms", "subset", "loss_along"),
+    *("vjp", "jvp", "sample_square_norms", "group_square_norms", "subset", "loss_along"),
     *("gradient_pass", "coupled", "sample_losses"),
 )
 """What runs the model's code again."""

@@ -97,9 +97,9 @@ class Operators:
         return GradientPass(of_gradient, norms, found.products, index, found.gradient or None, magnitude)
 
     def square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{name: ||J_l^T v||^2}, one parameter's gradient at a time."""
+        """{name: (1,) array of ||J_l^T v||^2}, one parameter's gradient at a time."""
         reading = Reading(frozenset(self.passes.program.parameters), gradient_norms=True)
-        return self.samples.tapped(v, reading).gradient_norms
+        return {name: norm.reshape(1) for name, norm in self.samples.tapped(v, reading).gradient_norms.items()}
 
     def sample_square_norms(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """{name: (N,) array of ||J_nl^T v_n||^2}."""
@@ -220,7 +220,7 @@ def linearization(operators: Operators, loss: LossAt, taps: Taps | None) -> Line
         vjp=operators.gradients,
         gradient_pass=operators.gradient_pass if taps is not None or options.microbatch is not None else None,
         inner_products=inner_products,
-        square_norms=operators.square_norms if taps is not None else None,
+        group_square_norms=operators.square_norms if taps is not None else None,
         signs=operators.signs,
         jvp=lambda u: jvp(passes, u),
         sample_square_norms=operators.sample_square_norms if apart else None,

@@ -299,7 +299,7 @@ class Step:
         taps = next(iter(self.operators.samples.visit())).taps
         yielded = None if trained is None or self.others else lambda *wish: trained
         made = replace(linearization(self.operators, self.loss, taps), loss_along=None, gradient_pass=yielded)
-        return replace(made, square_norms=None, notes=(*made.notes, *self.notes))
+        return replace(made, group_square_norms=None, notes=(*made.notes, *self.notes))
 
     def jointly(self, reason: str) -> Step:
         """The same with samples that are not taken apart."""

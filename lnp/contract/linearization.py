@@ -132,11 +132,9 @@ class Linearization:
         pass that ran since the record was made, a sample's outputs or its gradient were not those that it has in the
         batch. The core asks after its last pass, and its numbers are nan where they do. None where samples are not
         taken apart, and where the backend cannot look.
-    square_norms:
-        v -> {parameter name: ||J_l^T v||^2}, each of shape (), without J^T v in memory; or None.
     group_square_norms:
         v -> {parameter name: (G,) array of ||J_gl^T v_g||^2} for the G groups of samples that the batch was split into
-        (micro-batches), or None.
+        (micro-batches), or None. With one group, a whole batch: without J^T v in memory.
     groups:
         G.
     loss_along:
@@ -177,7 +175,6 @@ class Linearization:
     subset_pays: bool = True
     sample_cost: float = MAPPED_COST
     coupled: Callable[[], Array] | None = None
-    square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     group_square_norms: Callable[[Array], Mapping[str, Array]] | None = None
     groups: int = 1
     loss_along: Callable[[Vector, Any], Array] | None = None

@@ -155,7 +155,7 @@ def grouped_probe(lin: Linearization, rows: Rows, groups: int = GROUPS) -> Probe
     """
     xp = lin.xp
     group_square_norms = lin.group_square_norms
-    if group_square_norms is not None:
+    if group_square_norms is not None and lin.groups > 1:
         return Probe(lambda v: _by_row(lin, rows, group_square_norms(v)), lin.groups, len(rows))
     samples = lin.outputs.shape[0]
     groups = min(groups, samples)
@@ -209,8 +209,8 @@ def exact_probes(lin: Linearization, probe: Probe) -> Exact:
 
 def _joint_square_norms(lin: Linearization, rows: Rows, v: Array) -> Array:
     """||J_r^T v||^2 for each row of parameters, (R, 1)."""
-    if lin.square_norms is not None:
-        return _by_row(lin, rows, lin.square_norms(v))
+    if lin.group_square_norms is not None and lin.groups == 1:
+        return _by_row(lin, rows, lin.group_square_norms(v))
     pulled = lin.vjp(v)
     return _by_row(lin, rows, lin.inner_products(pulled, pulled))
 

@@ -69,7 +69,7 @@ def choose(lin: Linearization, estimator: str, rtol: float, max_probes: int) -> 
             return Choice("per_sample", weighed=True)
         if samples * outputs <= EXACT_ROWS:
             return Choice("exact")
-        return Choice("joint" if lin.group_square_norms is None else "grouped")
+        return Choice("joint" if lin.groups == 1 else "grouped")
     if estimator == "per_sample" and not independent:
         note = "the joint estimator replaces the per-sample one, which needs samples that do not interact"
         return Choice("joint", (note,))

@@ -41,7 +41,6 @@ def precondition(lin: Linearization, diagonal: Vector) -> Linearization:
         gradient_pass=None,
         coupled=None,
         sample_square_norms=None,
-        square_norms=None,
         group_square_norms=None,
         subset=None,
         notes=(*lin.notes, "preconditioned: the kernel is J M J^T"),

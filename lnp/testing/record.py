@@ -55,9 +55,9 @@ def vjp_is_the_jacobian(kit: Kit) -> None:
             case.equal(f"kernel of {name}", rows, kernel)
             products = [_value(kit, lin.inner_products(a, along)[name]) for a in pulled]
             case.equal(f"J J^T v of {name}", products, kernel @ v.reshape(-1))
-        if lin.square_norms is not None:
-            for name, norm in lin.square_norms(_array(lin, v)).items():
-                case.equal(f"square_norms of {name}", norm, v.reshape(-1) @ truth.kernel([name]) @ v.reshape(-1))
+        if lin.group_square_norms is not None and lin.groups == 1:
+            for name, norm in lin.group_square_norms(_array(lin, v)).items():
+                case.equal(f"square norm of {name}", norm, [v.reshape(-1) @ truth.kernel([name]) @ v.reshape(-1)])
 
 
 def jvp_is_the_jacobian(kit: Kit) -> None:
