@@ -323,6 +323,24 @@ def test_a_batch_is_pulled_back_at_the_length_of_its_loss_gradient():
     assert self_check.bend_of_batch(network, 1e6 * np.ones_like(F)) > 0.1
 
 
+@pytest.mark.parametrize(("magnitude", "power"), [(1e-300, -30), (1e-3, -10), (1.0, 0), (3e3, 11), (1e60, 100)])
+def test_a_loss_gradient_is_made_longer_within_the_range_of_float32(magnitude, power):
+    pulled = []
+    pull = lambda v: pulled.append(np.abs(v).max()) or {"a": v}
+    self_check.bend_of_loss(np, pull, np.ones((2, 3)), np.asarray(magnitude))
+    assert set(pulled) == {1.0, self_check.SMALLER, 2.0**power}
+
+
+@pytest.mark.parametrize(("samples", "longer"), [(2, 4.0), (12, 4.0), (64, 8.0), (512, 16.0)])
+def test_signs_are_made_longer_as_the_batch_is_larger_than_what_is_compared(monkeypatch, samples, longer):
+    """2 sqrt(N / compared), rounded up to a power of two."""
+    monkeypatch.setattr(f"{__name__}.F", np.ones((samples, OUTPUTS)))
+    monkeypatch.setattr(f"{__name__}.JACOBIAN", {"weight": np.ones((samples, OUTPUTS, 2))})
+    network = Network()
+    self_check.bend_of_batch(network)
+    assert {np.abs(v).max() for v in network.pulled} == {1.0, self_check.SMALLER, longer}
+
+
 @pytest.mark.parametrize("xp", [np, array_api_strict])
 def test_outputs_tell_whether_statistics_may_be_held_fixed(xp):
     original = xp.asarray(F)
@@ -360,3 +378,11 @@ def test_a_sketch_stands_for_the_size_of_an_array(kind):
         assert np.sum(differences.sketched(np, one, 0) ** 2) == 4
     small = a[:4, :5]
     assert np.array_equal(differences.sketched(np, small, 0), small.reshape(-1))
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_pieces_of_an_array_do_not_cancel_in_a_sketch(turns):
+    """All have the same signs: turned further, equal ones with opposite signs add up to something all the same."""
+    piece, none = np.random.default_rng(0).standard_normal(differences.PIECE), np.zeros(differences.PIECE)
+    a = np.concatenate([piece, *[none] * (turns - 1), -piece])
+    assert np.sum(differences.sketched(np, a, 0) ** 2) == pytest.approx(np.sum(a**2), rel=0.1)
