@@ -60,8 +60,12 @@ def looped(passes: Passes, size: int = 1) -> Pull:
 
 def looped_outputs(passes: Passes) -> torch.Tensor:
     """(N, K) outputs of all samples, each by a forward pass of its own. Gradients stay on: a network may need them."""
-    every = [passes.part(passes.program.parameters, part).parts for part in _slices(passes, 1)]
-    return torch.cat([flatten([part.detach() for part in parts]) for parts in every])
+    every = []
+    for part in _slices(passes, 1):
+        parts = passes.part(passes.program.parameters, part).parts
+        every.append(flatten([part.detach() for part in parts]))
+        del parts  # and the graph, before the next one is made
+    return torch.cat(every)
 
 
 def _slices(passes: Passes, size: int) -> list[slice]:

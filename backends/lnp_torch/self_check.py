@@ -20,11 +20,12 @@ from lnp.per_sample.verdict import BENT, Verdict
 from lnp_torch import fallback
 from lnp_torch.fallback import Way
 from lnp_torch.met import Meet, met_one_by_one
+from lnp_torch.other_parameters import moved_parameter, rounded_parameter
 from lnp_torch.outputs import flatten, widened
 from lnp_torch.plans import Key, Plan
 from lnp_torch.replay import Passes
 from lnp_torch.sharded import active
-from lnp_torch.taps.backward_pass import Samples, in_groups
+from lnp_torch.taps.backward_pass import Samples, Tapped, in_groups
 from lnp_torch.taps.reader import LAYOUTS, Layouts, Reading
 
 FATAL = (torch.OutOfMemoryError,)
@@ -224,6 +225,7 @@ def _plan_in_float64(samples: Samples, before: Plan, found: Plan, tolerance: flo
     """The plan in float64, or up to the network's rounding where it does not run in that; what was found if samples
     interact there too.
     """
+    samples.let_go()  # two graphs at a time take three times the memory of this one
     try:
         wide = in_float64(samples)
         plan, _ = _plan_by_one_way(wide, before, found.way, coupling_tolerance(xp, torch.float64), pairs)
@@ -239,8 +241,7 @@ def rounding(samples: Samples) -> float:
     """
     passes, moved = samples.passes, {}
     for number, (name, p) in enumerate(passes.program.parameters.items()):
-        last = torch.finfo(p.dtype).eps * differences.irregular(xp, p.numel(), number, p).reshape(p.shape)
-        moved[name] = (widened(p.detach()) * (1 + last)).to(p.dtype).requires_grad_()
+        moved[name] = rounded_parameter(number, p.detach()).requires_grad_()
     return float(
         differences.outputs_apart(xp, flatten([part.detach() for part in passes.whole(moved).parts]), samples.outputs)
     )
@@ -290,7 +291,7 @@ def _at_moved_parameters(samples: Samples, microbatch: int | None, size: int) ->
         passes = passes.some(index)
     parameters, gathering = {}, active()
     for number, (name, p) in enumerate(passes.program.parameters.items()):
-        change = partial(self_check.moved_parameter, xp, number=number)
+        change = partial(moved_parameter, number)
         moved = change(p.detach()) if gathering is None else gathering.changed(p, change)
         parameters[name] = moved.requires_grad_()
     return run_anew(replace(passes, program=replace(passes.program, parameters=parameters)), microbatch)
@@ -303,10 +304,14 @@ def in_float64(samples: Samples) -> Samples:
 
 def run_anew(passes: Passes, microbatch: int | None) -> Samples:
     """Samples with a forward pass of their own, kept where it is one."""
-    groups = in_groups(passes, microbatch or passes.samples, torch.empty(0))
-    visited: Iterable = groups.visit() if microbatch else list(groups.visit())
-    if isinstance(visited, list):
-        kept = visited
-        groups = replace(groups, visit=lambda: kept)
-    outputs = torch.cat([flatten([part.detach() for part in group.parts]) for group in groups.visit()])
-    return replace(groups, outputs=outputs)
+    groups, kept = in_groups(passes, microbatch or passes.samples, torch.empty(0)), list[Tapped]()
+
+    def visit() -> Iterable[Tapped]:
+        if microbatch:
+            return groups.visit()
+        if not kept:
+            kept.extend(groups.visit())
+        return kept
+
+    outputs = torch.cat([flatten([part.detach() for part in group.parts]) for group in visit()])
+    return replace(groups, visit=visit, outputs=outputs, let_go=kept.clear)

@@ -21,9 +21,12 @@ SquareNorms = Mapping[str, Array]
 """{parameter name: array of squared norms, one for each sample}."""
 
 
-def irregular(xp: Any, count: int, number: int, like: Array) -> Array:
-    """Numbers in [-1, 1] without a pattern that a network could share; drawing random ones takes long to compile."""
-    n = xp.astype(xp.arange(count, device=device_of(like)), accumulation_dtype(xp, like.dtype))
+def irregular(xp: Any, count: int, number: int, like: Array, start: int = 0) -> Array:
+    """Numbers in [-1, 1] without a pattern that a network could share; drawing random ones takes long to compile.
+
+    Of a long sequence those from `start` on.
+    """
+    n = xp.astype(start + xp.arange(count, device=device_of(like)), accumulation_dtype(xp, like.dtype))
     return xp.sin(78.233 * (n + 1.0) + 12.9898 * (n - 97.0 * xp.floor(n / 97.0)) * (number + 1.0))
 
 

@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lnp.contract.linearization import Array, accumulation_dtype, device_of
@@ -48,12 +49,12 @@ def outer(xp: Any, left: Array, right: Array, advantage: float = GRAM_ADVANTAGE,
         return dense(xp, left) * dense(xp, right)
     direct, gram = rows * columns, positions * (rows + columns)
     if gram * advantage <= direct:
-        return _chunked(xp, lambda a, b: _gram(xp, a, b), (left, right), 2 * positions**2, budget)
+        return chunked(xp, lambda a, b: _gram(xp, a, b), (left, right), 2 * positions**2, budget)
 
     def direct_form(a: Array, b: Array) -> Array:
         return _direct(xp, xp.matrix_transpose(a), xp.matrix_transpose(b))
 
-    return _chunked(xp, direct_form, (left, right), direct, budget)
+    return chunked(xp, direct_form, (left, right), direct, budget)
 
 
 def rows(xp: Any, index: Array, values: Array, budget: int = BUDGET) -> Array:
@@ -68,7 +69,7 @@ def rows(xp: Any, index: Array, values: Array, budget: int = BUDGET) -> Array:
 
     if index.shape[1] == 1:
         return dense(xp, xp.where((index >= 0)[:, :, None], values, xp.zeros_like(values)))
-    return _chunked(xp, chunk, (index, _wide(xp, values)), 2 * index.shape[1] ** 2, budget)
+    return chunked(xp, chunk, (index, _wide(xp, values)), 2 * index.shape[1] ** 2, budget)
 
 
 def rows_and_outer(xp: Any, index: Array, values: Array, left: Array, right: Array, budget: int = BUDGET) -> Array:
@@ -82,7 +83,7 @@ def rows_and_outer(xp: Any, index: Array, values: Array, left: Array, right: Arr
         return xp.sum(looked_up * _products(xp, right, values), axis=(1, 2))
 
     arrays = (index, *(_wide(xp, array) for array in (values, left, right)))
-    return _chunked(xp, chunk, arrays, 3 * index.shape[1] * left.shape[1], budget)
+    return chunked(xp, chunk, arrays, 3 * index.shape[1] * left.shape[1], budget)
 
 
 def dense(xp: Any, gradients: Array) -> Array:
@@ -122,8 +123,8 @@ def convolution(xp: Any, x: Array, d: Array, window: Window, budget: int = BUDGE
     cotangent of y. Shape (N,). For a transposed convolution x and d change places.
 
     In the direct form the patches under the kernel are formed for a few samples at a time, so that one product makes
-    their gradients. In the Gram form the inner products of patches are sums over the kernel's offsets of those of
-    single places, which are computed once.
+    their gradients, or, where those of one sample are too many, for some of the kernel's offsets. In the Gram form
+    the inner products of patches are sums over the kernel's offsets of those of single places, which are computed once.
     """
     channels, outputs = x.shape[1] // window.groups, d.shape[1] // window.groups
     parts, places, positions = d.shape[0] * window.groups, math.prod(x.shape[2:]), math.prod(d.shape[2:])
@@ -131,10 +132,12 @@ def convolution(xp: Any, x: Array, d: Array, window: Window, budget: int = BUDGE
     gram = places**2 * channels + positions**2 * outputs + ADDITION * _additions(x.shape[2:], d.shape[2:], window)
     patch = channels * math.prod(window.kernel)
     if gram * GRAM_ADVANTAGE <= positions * patch * outputs:
-        form, size, limit = _convolution_gram, 2 * places**2 + positions**2, budget
+        form: Callable[..., Array] = _convolution_gram
+        size, limit = 2 * places**2 + positions**2, budget
     else:
-        form, size, limit = _convolution_direct, patch * positions, patches
-    norms = _chunked(xp, lambda x, d: form(xp, x, d, window), (x, d), size, limit)
+        form = partial(_convolution_direct, patches=room(x, patches))
+        size, limit = patch * positions, patches
+    norms = chunked(xp, lambda x, d: form(xp, x, d, window), (x, d), size, limit)
     return xp.sum(xp.reshape(norms, (-1, window.groups)), axis=1)
 
 
@@ -143,20 +146,29 @@ def convolution_gradients(xp: Any, x: Array, d: Array, window: Window) -> Array:
     channels, outputs, parts = x.shape[1] // window.groups, d.shape[1], d.shape[0] * window.groups
     x = xp.reshape(_wide(xp, x), (parts, channels, *x.shape[2:]))
     d = xp.reshape(_wide(xp, d), (parts, outputs // window.groups, *d.shape[2:]))
-    found = xp.matmul(xp.reshape(d, (*d.shape[:2], -1)), xp.matrix_transpose(_patches(xp, x, d, window)))
+    found = xp.matmul(xp.reshape(d, (*d.shape[:2], -1)), xp.matrix_transpose(_patches(xp, x, _offsets(d, window))))
     offsets_first = xp.reshape(found, (-1, outputs, math.prod(window.kernel), channels))
     return xp.reshape(xp.matrix_transpose(offsets_first), (-1, outputs, channels, *window.kernel))
 
 
-def _patches(xp: Any, x: Array, d: Array, window: Window) -> Array:
-    """(N, offsets * C, positions): what lies under the kernel."""
-    offsets = itertools.product(*(_cuts(axis, size, window) for axis, size in enumerate(d.shape[2:])))
-    pieces = [xp.reshape(x[(slice(None), slice(None), *cuts)], (*x.shape[:2], -1)) for cuts in offsets]
-    return xp.reshape(xp.stack(pieces, axis=1), (d.shape[0], -1, pieces[0].shape[2]))
+def _offsets(d: Array, window: Window) -> list[tuple[slice, ...]]:
+    """Where x lies under each offset of the kernel."""
+    return list(itertools.product(*(_cuts(axis, size, window) for axis, size in enumerate(d.shape[2:]))))
 
 
-def _convolution_direct(xp: Any, x: Array, d: Array, window: Window) -> Array:
-    return _direct(xp, xp.reshape(d, (*d.shape[:2], -1)), _patches(xp, x, d, window))
+def _patches(xp: Any, x: Array, offsets: Sequence[tuple[slice, ...]]) -> Array:
+    """(N, offsets * C, positions): what lies under these offsets of the kernel."""
+    pieces = xp.stack([x[(slice(None), slice(None), *cuts)] for cuts in offsets], axis=1)
+    return xp.reshape(pieces, (x.shape[0], len(offsets) * x.shape[1], -1))
+
+
+def _convolution_direct(xp: Any, x: Array, d: Array, window: Window, patches: int) -> Array:
+    """||dL_n/dW||^2, for as many offsets of the kernel at a time as there is room for their patches. Shape (N,)."""
+    offsets, flat = _offsets(d, window), xp.reshape(d, (*d.shape[:2], -1))
+    count = max(1, patches // (x.shape[0] * x.shape[1] * flat.shape[2]))
+    starts = range(0, len(offsets), count)
+    found = [_direct(xp, flat, _patches(xp, x, offsets[start : start + count])) for start in starts]
+    return sum(found[1:], start=found[0])
 
 
 def _convolution_gram(xp: Any, x: Array, d: Array, window: Window) -> Array:
@@ -230,16 +242,19 @@ def _take(xp: Any, left: Array, index: Array) -> Array:
     return xp.take_along_axis(left, wanted, axis=2)
 
 
-def _chunked(xp: Any, function: Callable[..., Array], arrays: tuple[Array, ...], size: int, budget: int) -> Array:
+def chunked(xp: Any, function: Callable[..., Array], arrays: tuple[Array, ...], size: int, budget: int) -> Array:
     """function(*arrays), on as many samples at a time as the budget holds at `size` numbers each."""
     samples = arrays[0].shape[0]
-    if getattr(device_of(arrays[0]), "type", "cpu") != "cpu":
-        budget = max(budget, ON_A_DEVICE)
-    chunk = max(1, budget // max(size, 1))
+    chunk = max(1, room(arrays[0], budget) // max(size, 1))
     if chunk >= samples:
         return function(*arrays)
     starts = range(0, samples, chunk)
     return xp.concat([function(*(array[s : s + chunk] for array in arrays)) for s in starts], axis=0)
+
+
+def room(array: Array, budget: int) -> int:
+    """Numbers that are in memory at a time where an array lies."""
+    return budget if getattr(device_of(array), "type", "cpu") == "cpu" else max(budget, ON_A_DEVICE)
 
 
 def _wide(xp: Any, array: Array) -> Array:

@@ -217,9 +217,14 @@ def moved(xp: Any, parameters: Vector) -> Vector:
 def moved_parameter(xp: Any, p: Array, number: int) -> Array:
     """A parameter with an irregular number of a tenth of its entries' size, and a tenth, added to each entry."""
     wide = xp.astype(p, accumulation_dtype(xp, p.dtype), copy=False)
-    size = 0.1 * xp.sqrt(xp.mean(wide * wide)) + 0.1
-    noise = xp.reshape(irregular(xp, math.prod(p.shape), number, wide), p.shape)
-    return xp.astype(wide + size * noise, p.dtype)
+    moved = moved_entries(xp, xp.reshape(wide, (-1,)), xp.mean(wide * wide), number)
+    return xp.astype(xp.reshape(moved, p.shape), p.dtype)
+
+
+def moved_entries(xp: Any, entries: Array, mean_square: Array, number: int, start: int = 0) -> Array:
+    """Entries (n,) of a parameter, those from `start` on, with what `moved_parameter` adds to them."""
+    size = 0.1 * xp.sqrt(mean_square) + 0.1
+    return entries + size * irregular(xp, entries.shape[0], number, entries, start)
 
 
 def cotangents(xp: Any, like: Array, count: int) -> Array:

@@ -113,13 +113,13 @@ def test_the_form_that_multiplies_less_is_taken(channels, outputs, gram, monkeyp
     """Of single points under the kernel at five of nine places: 9^2 C + 5^2 O products and 5^2 sums, which take as long
     as 20 products each, by 1.2; or 5 C O.
     """
-    asked, plain = [], norms._chunked
+    asked, plain = [], norms.chunked
 
     def chunked(xp, form, arrays, size, limit):
         asked.append((size, limit))
         return plain(xp, form, arrays, size, limit)
 
-    monkeypatch.setattr(norms, "_chunked", chunked)
+    monkeypatch.setattr(norms, "chunked", chunked)
     x, d = normal(3, channels, 9), normal(3, outputs, 5, seed=1)
     found = norms.convolution(np, x, d, Window((1,), (2,), (1,)), budget=1000, patches=10**6)
     np.testing.assert_allclose(found, square(np.einsum("nos,ncs->noc", d, x[:, :, ::2])), rtol=1e-12)

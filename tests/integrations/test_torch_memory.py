@@ -7,12 +7,15 @@ import weakref
 
 import pytest
 import torch
+from array_api_compat import torch as xp
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lnp
+from lnp.per_sample import self_check
+from lnp_torch.other_parameters import moved_parameter
 
 
 class Alive(TorchDispatchMode):
@@ -63,11 +66,31 @@ def perceptron(samples):
     return model, (torch.randn(samples, 200), torch.randint(10, (samples,)))
 
 
+class Unbatched(nn.Sequential):
+    """A network that `vmap` cannot run: its samples are compared in a loop."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 if float(x.detach().sum()) else 2)
+
+
+def convolutions(samples, kind=nn.Sequential):
+    first = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
+    last = [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    return kind(*first, *last), (torch.randn(samples, 3, 48, 48), torch.randint(10, (samples,)))
+
+
+def unbatched(samples):
+    return convolutions(samples, Unbatched)
+
+
 def language(samples):
     return Language(), (torch.randint(500, (samples, 32)), torch.randint(500, (samples, 32)))
 
 
-@pytest.mark.parametrize(("make", "samples"), [(perceptron, 2), (perceptron, 16), (language, 4), (language, 16)])
+SMALL = [(perceptron, 2), (perceptron, 16), (language, 4), (language, 16), (convolutions, 16), (unbatched, 16)]
+
+
+@pytest.mark.parametrize(("make", "samples"), SMALL)
 def test_memory_of_a_measured_step(make, samples):
     """With weights, gradients and the moments of Adam: what is in memory while a measurement runs between steps."""
     torch.manual_seed(0)
@@ -82,3 +105,14 @@ def test_memory_of_a_measured_step(make, samples):
     assert 3 * held + later < 1.35 * plain
     if make is perceptron:  # other parameters, the gradient of the largest layer, and little else
         assert first < 3.2 * held
+
+
+def test_other_parameters_take_no_memory_but_their_own():
+    """A parameter of eight million bytes."""
+    p = torch.randn(1000, 2000)
+    with Alive([p]) as alive:
+        moved = moved_parameter(3, p)
+    assert alive.most < 1.6 * p.nbytes  # 5 times, where each step of the computation is an array of this size
+    for given in (p, p.double(), p[:9].T):
+        assert torch.allclose(moved_parameter(3, given), self_check.moved_parameter(xp, given, 3), rtol=0, atol=1e-6)
+    assert torch.equal(moved, moved_parameter(3, p))

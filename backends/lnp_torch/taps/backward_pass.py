@@ -55,12 +55,15 @@ class Samples:
         (N, K), those of the batch's own function.
     apart:
         Whether their forward pass is another one than that of the batch.
+    let_go:
+        Lets go of the graph of a forward pass, which the next visit makes anew, where it is theirs alone.
     """
 
     passes: Passes
     visit: Callable[[], Iterable[Tapped]]
     outputs: torch.Tensor
     apart: bool = True
+    let_go: Callable[[], object] = lambda: None
 
     def pulled(
         self, v: torch.Tensor, plan: Plan, reading: Reading, names: Collection[str] = (), watch: Watcher | None = None

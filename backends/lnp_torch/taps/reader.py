@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from array_api_compat import torch as xp
 from torch import Tensor
-from torch.nn import functional as F
 
 from lnp.per_sample import uses
 from lnp.per_sample.uses import Factors, Kind
 from lnp_torch.outputs import square_norm, widened
 from lnp_torch.taps.derived import Derived, Frame, Lookup, disjoint, square_norms, totals
 from lnp_torch.taps.layout import Layout, Unread
+from lnp_torch.taps.products import inner_products
 from lnp_torch.taps.rules import Use
 
 
@@ -218,7 +218,7 @@ class Reader:
             if self._index is not None and self._is_summed(name):
                 self._met[name] = gradient
             for frame, factors in self._kept.pop(name, ()):
-                product = _inner_products(frame, factors, parameter, gradient)
+                product = inner_products(frame, factors, parameter, gradient)
                 self._add_product(product[self._index] if self._of_all else product)
 
     def _of_some(self, site: Site, factors: Factors, index: Tensor) -> tuple[str, Frame, Factors]:
@@ -303,18 +303,3 @@ def _comparable(kind: Kind, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
 def _readable(sites: list[Site]) -> bool:
     """Whether the uses of one parameter can be squared."""
     return uses.readable([site.frame for site in sites], [site.use.kind for site in sites], disjoint)
-
-
-def _inner_products(frame: Frame, factors: Factors, parameter: Tensor, u: Tensor) -> Tensor:
-    """<gradient of sample m, u> by one use, with u of the parameter's shape. (M,)."""
-    start, shape, strides = frame
-    if (start, shape, strides) != (0, parameter.shape, parameter.stride()):
-        same = torch.empty_strided(parameter.shape, parameter.stride(), dtype=u.dtype, device=u.device)
-        u = same.copy_(u).as_strided(shape, strides, start)
-    if factors.kind != "convolution":
-        return uses.inner_products(xp, factors, u)
-    x, d, window = factors.arrays
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[d.ndim - 3]
-    made = convolve(x, u.to(x.dtype), None, window.stride, 0, window.dilation, window.groups)
-    product = made[(..., *(slice(size) for size in d.shape[2:]))] * d  # a stride may leave room for more places
-    return product.reshape(len(product), -1).sum(1)
