@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,24 +109,85 @@ def test_convolution(name, budget, advantage, monkeypatch):
     np.testing.assert_allclose(norms.convolution_gradients(np, x, d, window), gradients, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("channels", "outputs", "gram"), [(30, 30, True), (30, 29, False)])
-def test_the_form_that_multiplies_less_is_taken(channels, outputs, gram, monkeypatch):
-    """Of single points under the kernel at five of nine places: 9^2 C + 5^2 O products and 5^2 sums, which take as long
-    as 20 products each, by 1.2; or 5 C O.
-    """
-    asked, plain = [], norms.chunked
+@pytest.fixture
+def asked(monkeypatch):
+    """(numbers in memory for each sample, budget) of each sum over samples."""
+    found, plain = [], norms.chunked
 
     def chunked(xp, form, arrays, size, limit):
-        asked.append((size, limit))
+        found.append((size, limit))
         return plain(xp, form, arrays, size, limit)
 
     monkeypatch.setattr(norms, "chunked", chunked)
+    return found
+
+
+@pytest.mark.parametrize(("channels", "outputs", "gram"), [(30, 30, True), (30, 29, False)])
+def test_the_form_that_multiplies_less_is_taken(channels, outputs, gram, asked):
+    """Of single points under the kernel at five of nine places: 9^2 C + 5^2 O products and 5^2 sums, which take as long
+    as 20 products each, by 1.2; or 5 C O.
+    """
     x, d = normal(3, channels, 9), normal(3, outputs, 5, seed=1)
     found = norms.convolution(np, x, d, Window((1,), (2,), (1,)), budget=1000, patches=10**6)
     np.testing.assert_allclose(found, square(np.einsum("nos,ncs->noc", d, x[:, :, ::2])), rtol=1e-12)
     assert gram == (1.2 * (81 * channels + 25 * outputs + 20 * 25) <= 5 * channels * outputs)
     # numbers in memory for each sample, and at a time: products of places; or patches
     assert asked == [(2 * 81 + 25, 1000) if gram else (5 * channels, 10**6)]
+
+
+@pytest.mark.parametrize(
+    ("places", "left", "right", "advantage", "size"),
+    [
+        (3, 8, 4, 1.0, 32), (3, 9, 4, 1.0, 36), (3, 9, 5, 1.0, 2 * 9),  # S (p + q) products, or p q
+        (2, 4, 4, 1.0, 2 * 4), (2, 4, 4, 2.0, 16), (2, 4, 3, 1.0, 12),
+    ],
+)  # fmt: skip
+def test_the_form_of_outer_products_that_multiplies_less(asked, places, left, right, advantage, size):
+    norms.outer(np, normal(5, places, left), normal(5, places, right), advantage, budget=1000)
+    assert asked == [(size, 1000)]
+
+
+def test_numbers_in_memory_of_rows(asked):
+    index, values = np.zeros((5, 6), int), normal(5, 6, 4)
+    norms.rows(np, index, values, budget=99)
+    norms.rows_and_outer(np, index, values, normal(5, 2, 3), normal(5, 2, 4), budget=98)
+    norms.rows(np, index[:, :1], values[:, :1], budget=97)  # of one place there is nothing to add
+    assert asked == [(2 * 36, 99), (3 * 6 * 2, 98)]
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "pieces"),
+    [(3, 7, [2, 2, 2, 2, 2]), (3, 30, [10]), (3, 29, [9, 1]), (3, 2, [1] * 10), (0, 4, [4, 4, 2]), (1, 9, [9, 1])],
+)
+def test_as_many_samples_at_a_time_as_the_budget_holds(size, budget, pieces):
+    found, a = [], np.arange(10.0)
+    form = lambda a, b: found.append(len(a)) or a * b
+    assert np.array_equal(norms.chunked(np, form, (a, a), size, budget), a * a)
+    assert found == pieces
+
+
+def test_there_is_more_room_on_a_device():
+    on = lambda kind: SimpleNamespace(device=SimpleNamespace(type=kind))
+    assert norms.room(np.ones(3), 100) == norms.room(on("cpu"), 100) == 100
+    assert norms.room(on("cuda"), 100) == norms.ON_A_DEVICE
+    assert norms.room(on("cuda"), 2 * norms.ON_A_DEVICE) == 2 * norms.ON_A_DEVICE
+
+
+@pytest.mark.parametrize(("patches", "offsets"), [(10**6, [9]), (72, [9]), (71, [8, 1]), (30, [3, 3, 3]), (1, [1] * 9)])
+def test_offsets_of_a_kernel_at_a_time(monkeypatch, patches, offsets):
+    """As many as the patches of one sample leave room for: 2 channels at 4 positions."""
+    monkeypatch.setattr(norms, "GRAM_ADVANTAGE", 1e9)
+    found, plain = [], norms._patches
+    monkeypatch.setattr(norms, "_patches", lambda xp, x, some: found.append(len(some)) or plain(xp, x, some))
+    x, d, window = normal(1, 2, 4, 4), normal(1, 5, 2, 2, seed=1), Window((3, 3), (1, 1), (1, 1))
+    gradients = kernel_gradients(x, d, window)
+    np.testing.assert_allclose(norms.convolution(np, x, d, window, patches=patches), square(gradients), rtol=1e-12)
+    assert found == offsets
+
+
+def test_products_of_narrower_types_are_in_range():
+    left, right = (np.full((1, 2, 1), 300, np.float16) for _ in range(2))
+    assert norms.outer(np, left, right, advantage=1e9)[0] == (2 * 300.0**2) ** 2
 
 
 def test_float32_for_narrower_types():

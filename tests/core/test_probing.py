@@ -14,6 +14,7 @@ from lnp.contract.linearization import while_loop
 from lnp.estimators import trace
 from lnp.estimators.errors import Error
 from lnp.estimators.independent import TRUSTED, Independent
+from lnp.estimators.probe import Exact, Probe
 from lnp.estimators.swapped import Swapped
 
 SEEDS = 400
@@ -243,6 +244,48 @@ class TestIndependentErrors:
         error = Error(np.array([variance]), np.array(freedom))
         assert bool(found.suffices(np.array([[4.0, 6.0]]), error)) is enough
         assert bool(found.suffices(np.array([[math.nan, 6.0]]), error))
+
+    def test_the_tolerance_is_of_the_sum(self):
+        found, _ = self.averaged(rtol=0.2)
+        assert bool(found.suffices(np.array([[4.0, 6.0]]), Error(np.array([3.9]), np.array(9))))
+
+    def test_probes_until_an_error_is_trusted(self):
+        for groups, least in ((1, 6), (2, 4), (3, 3), (4, 3), (5, 2), (100, 2)):
+            assert self.alone(groups=groups).least == least
+
+    def alone(self, rtol=0.1, most=64, groups=2, exact=None, pilot=None):
+        lin = SimpleNamespace(xp=np, outputs=np.zeros((2, 1)), while_loop=while_loop)
+        return Independent(lin, Probe(None, groups, pilot=pilot, exact=exact), rtol, most)
+
+    def test_a_pilot_of_fewer_samples_may_spare_a_second_probe(self):
+        piloted = lambda groups, most=64: self.alone(most=most, groups=groups, pilot=lambda: None).piloted
+        assert [piloted(32), piloted(16), piloted(32, 2), piloted(32, 1)] == [True, False, True, False]
+        assert not self.alone(groups=32).piloted
+        assert not self.alone(rtol=0.0, groups=32, pilot=lambda: None).piloted
+
+    @pytest.mark.parametrize(
+        ("variance", "freedom", "most", "cheaper"),
+        [
+            (1.7, 9, 64, True), (1.6, 9, 64, False),  # 6 * 1.7 probes for a variance of 1, or 6 + 4 with exact ones
+            (0.1, 2.9, 64, True), (0.1, 3.0, 64, False), (0.1, 3.1, 64, False),  # 10 for 5 degrees, at 3 of 6
+            (1.7, 9, 11, True), (1.7, 9, 10, False),  # it would end before
+        ],
+    )  # fmt: skip
+    def test_exact_probes_take_over_where_more_random_ones_are_needed(self, variance, freedom, most, cheaper):
+        found, state = self.alone(most=most, exact=Exact(4, lambda: None)), (6, np.array([[4.0, 6.0]]), None, None)
+        assert bool(found._exact_is_cheaper(state, Error(np.array([variance]), np.array(freedom)))) is cheaper
+
+    @pytest.mark.parametrize(("most", "probes"), [(64, 10), (7, 10), (6, 6)])
+    def test_exact_probes_are_made_where_the_loop_has_stopped_for_them(self, most, probes):
+        """And not where it has used up its probes."""
+        exact = np.array([[5.0, 5.5]])
+        found = self.alone(most=most, exact=Exact(4, lambda: exact))
+        mean, squares = np.array([[4.0, 6.0]]), np.array([[90.0, 80.0]])
+        made = found.finished((np.asarray(6, np.int32), mean, squares, squares), Error(np.array([9.0]), 9.0), False)
+        assert int(made.probes) == probes
+        assert np.array_equal(made.mean, exact if probes == 10 else mean)
+        assert int(made.exact) == (probes == 10)
+        assert (made.error.variance[0] == 0) == (probes == 10)
 
 
 def test_the_error_of_pairs_that_swap_by_hand():

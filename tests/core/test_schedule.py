@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import math
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +79,29 @@ def test_other_forms():
     assert steps(as_schedule(lambda step: step == 4), 11) == [4]
     assert as_schedule(None) == log_windows(width=3)
     assert {as_schedule(None).window(step) for step in (99, 100, 101)} == {100}
+
+
+def test_numbers_and_steps_of_numpy():
+    assert as_schedule(np.int64(5)) == every(5)
+    assert steps(as_schedule(np.array([0, 5])), 11) == [0, 5]
+
+
+@pytest.mark.parametrize("given", [np.array(5), np.array([[0, 5]]), array.array("i", [0, 5])])
+def test_other_arrays_are_no_schedule(given):
+    with pytest.raises(TypeError, match="array"):
+        as_schedule(given)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, 1.5, -0.1])
+def test_a_budget_is_a_part_of_the_time(fraction):
+    with pytest.raises(ValueError, match="fraction"):
+        budget(fraction)
+
+
+def test_a_budget_before_its_first_step():
+    assert budget(0.1).state_dict() == {"elapsed": 0.0, "spent": 0.0, "cost": None}
+    assert repr(budget(0.1)) == "budget(0.1)"
+    assert repr(budget(0.1, among=at([3, 1]))) == "budget(0.1, among=at([1, 3]))"
 
 
 class Clock:

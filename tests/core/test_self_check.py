@@ -148,6 +148,13 @@ def test_sums_over_positions_differ_between_samples():
     assert (v == v.astype(np.float16)).all()
 
 
+def test_cotangents_are_eighths_between_one_and_two_times_lengths():
+    v = self_check.cotangents(np, np.zeros((16, 40)), 8)
+    eighths = 8 * np.abs(v) / (0.5 + np.arange(8) / 8)[:, None]
+    assert set(eighths.ravel()) == set(range(8, 16))
+    assert min(len(set(row)) for row in eighths) > 5
+
+
 def test_what_is_not_finite_everywhere_shows_nothing(monkeypatch):
     monkeypatch.setattr(f"{__name__}.F", F * np.nan)
     found = verdict(Network())
@@ -339,6 +346,7 @@ def test_signs_are_made_longer_as_the_batch_is_larger_than_what_is_compared(monk
     network = Network()
     self_check.bend_of_batch(network)
     assert {np.abs(v).max() for v in network.pulled} == {1.0, self_check.SMALLER, longer}
+    assert set(np.sign(network.pulled[0]).ravel()) == {-1.0, 1.0}
 
 
 @pytest.mark.parametrize("xp", [np, array_api_strict])
