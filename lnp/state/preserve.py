@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lnp.state.places import PARTS, STATES, is_lnp_or_numpy, is_user_module, places, references
+from lnp.state.places import PARTS, STATES, Part, is_lnp_or_numpy, is_user_module, places, references
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), types.EllipsisType, types.CodeType, property})
 PLAIN |= {types.ModuleType, staticmethod, classmethod, types.MemberDescriptorType}
@@ -68,7 +68,11 @@ class SavedState:
     """The content of every object that the roots lead to, as it is now, to be put back; without random states."""
 
     def __init__(self, roots: Iterable[Any], foreign: frozenset[str] = frozenset()) -> None:
-        self._held = [(part, x, part.take(x)) for x in reachable_objects(roots, foreign) for part in places(x)]
+        self._held = [
+            (part, x, part.take(x) if taken is None else taken)
+            for x, held in _contents(roots, foreign).values()
+            for part, taken in held
+        ]
 
     def restore(self) -> None:
         """Put back what has changed."""
@@ -79,16 +83,24 @@ class SavedState:
 
 def reachable_objects(roots: Iterable[Any], foreign: frozenset[str] = frozenset()) -> list[Any]:
     """Every object that can be reached from the roots and may be written to, each once."""
-    found: dict[int, Any] = {}
+    return [x for x, _ in _contents(roots, foreign).values()]
+
+
+def _contents(roots: Iterable[Any], foreign: frozenset[str]) -> dict[int, tuple[Any, list[tuple[Part, list | None]]]]:
+    """{id: (object, its places and the references that they hold)} of what can be reached; None for copies of values,
+    which nothing can be reached by.
+    """
+    found: dict[int, tuple[Any, list[tuple[Part, list | None]]]] = {}
     stack = list(roots)
     while stack:
         x = stack.pop()
         if id(x) in found or not _is_searched(x, foreign):
             continue
-        found[id(x)] = x
-        held = [value for part in places(x) if part.refers for value in part.take(x)]
-        stack += [value for value in (*references(x), *held) if type(value) not in PLAIN]
-    return list(found.values())
+        held = [(part, part.take(x) if part.refers else None) for part in places(x)]
+        found[id(x)] = x, held
+        stack += [value for value in references(x) if type(value) not in PLAIN]
+        stack += [value for _, taken in held for value in taken or () if type(value) not in PLAIN]
+    return found
 
 
 def _is_searched(x: Any, foreign: frozenset[str]) -> bool:
