@@ -99,6 +99,19 @@ DERIVED = {
         lambda m, x: (torch.ones_like(x) @ m.w.tanh() * x).sin() + m.b, {"w": (4, 4), "b": (4,)}, (6, 4)
     ),
     "as many samples as rows": (lambda m, x: (torch.ones_like(x) @ m.w + x).sin(), {"w": (4, 4)}, (4, 4)),
+    "scale and shift at once": (lambda m, x: torch.addcmul(m.b, m.w, x.sin()), {"w": (1, 4), "b": (4,)}, (6, 3, 4)),
+    "heads from a row": (
+        lambda m, x: torch.einsum("bsd,dhk->bhsk", x, m.w).sin() + m.b, {"w": (4, 2, 3), "b": (3,)}, (6, 5, 4)
+    ),
+    "a row from heads": (lambda m, x: torch.einsum("khd, bskh -> bds", m.w, x), {"w": (2, 3, 4)}, (6, 5, 2, 3)),
+    "outputs first": (lambda m, x: torch.einsum("odk,bkd->bo", m.w, x.sin()), {"w": (5, 3, 2)}, (6, 2, 3)),
+    "one matrix in two equations": (
+        lambda m, x: torch.einsum("bd,od->bo", torch.einsum("bd,do->bo", x, m.w).tanh(), m.w), {"w": (4, 4)}, (6, 4)
+    ),
+    "and as it is": (
+        lambda m, x: torch.einsum("bd,de->be", x, m.w).tanh() @ m.w + torch.einsum("bd,de->be", x, 1 + m.a),
+        {"w": (4, 4), "a": (4, 4)}, (6, 4),
+    ),
     "positions from the end": (lambda m, x: x * m.w[torch.arange(-3, 0)], {"w": (5, 4)}, (6, 3, 4)),
 }  # fmt: skip
 
@@ -114,6 +127,21 @@ def network(name):
 def test_squared_norms_without_the_general_way(name):
     record = assert_single_samples(*network(name))
     assert not [note for note in record.notes if NOTE in note], record.notes
+
+
+@pytest.mark.parametrize(
+    ("equation", "weight", "shape"),
+    [
+        ("bhd,hde->bhe", (2, 4, 3), (6, 2, 4)), ("b...d,de->b...e", (4, 3), (6, 2, 4)), ("bd,de->b", (4, 3), (6, 4)),
+        ("bsd,de->be", (4, 3), (6, 2, 4)), ("bde,dke->bk", (4, 3, 2), (6, 4, 2)), ("bdd,de->be", (4, 3), (6, 4, 4)),
+        ("bd,de", (4, 3), (6, 4)),
+    ],
+)  # fmt: skip
+def test_equations_that_are_no_matrix_product_take_the_general_way(equation, weight, shape):
+    torch.manual_seed(0)
+    model = Runs(lambda m, x: torch.einsum(equation, x, m.w).reshape(len(x), -1).sin(), w=drawn(*weight))
+    record = assert_single_samples(model, torch.randn(*shape))
+    assert any("einsum" in note for note in record.notes)
 
 
 def test_a_table_that_contributes_little_is_not_read_as_the_samples_rows():

@@ -28,6 +28,8 @@ class Use:
         Of an "outer" use: whether left runs over the tensor's columns.
     index:
         Of a "rows" use: which rows are looked up.
+    matrix:
+        Of an "outer" use of a tensor that is none: the matrix that the operation sees in it.
     """
 
     tensor: Tensor
@@ -35,12 +37,18 @@ class Use:
     factors: Callable[[Tensor, Layout], tuple]
     transposed: bool = False
     index: Tensor | None = None
+    matrix: Tensor | None = None
+
+    @property
+    def seen(self) -> Tensor:
+        """The tensor as the operation sees it."""
+        return self.tensor if self.matrix is None else self.matrix
 
     def products(self, out: Tensor) -> int:
         """Multiplications that made the output, if there are many."""
         if self.kind not in ("outer", "convolution"):
             return 0
-        return out.numel() * self.tensor.numel() // self.tensor.shape[1 if self.transposed else 0]
+        return out.numel() * self.seen.numel() // self.seen.shape[1 if self.transposed else 0]
 
 
 NOTHING = Use(None, "dense", lambda d, at: ())

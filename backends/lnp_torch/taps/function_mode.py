@@ -188,7 +188,7 @@ class Taps(TorchFunctionMode):
 
     def _site(self, use: Use) -> Site | None:
         """Where in the parameter the tensor lies; None if that cannot be said."""
-        name, tensor = self._name(use.tensor) or "", use.tensor
+        name, tensor = self._name(use.tensor) or "", use.seen
         strides = tensor.stride()
         shape = unspread(tensor)
         if shape != tensor.shape and use.kind != "dense":

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lnp.per_sample.norms import Window
 from lnp_torch.taps.copies import NOTHING, Unknown, Use, joined, rearranged, repeated, unspread
+from lnp_torch.taps.einsum import einsum
 from lnp_torch.taps.layout import Unread
 
 
@@ -141,6 +142,12 @@ def _shift(tensor, factor):
     if not isinstance(tensor, Tensor) or tensor.is_complex() or isinstance(factor, Tensor):
         return NOTHING
     return Use(tensor, "dense", lambda d, at: (at.reduced(factor * d, unspread(tensor)),))
+
+
+def _addcmul(input, tensor1, tensor2, *, value=1):
+    if value != 1:
+        raise Unknown
+    return [_shift(input, 1), *_multiply(tensor1, tensor2)]
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -277,6 +284,8 @@ RULES: dict[Callable, Callable] = {
     **dict.fromkeys(_variants("div", "divide", "true_divide", "__truediv__"), _divide),
     **dict.fromkeys(_variants("add", "__add__", "__radd__"), _add),
     **dict.fromkeys(_variants("sub", "subtract", "__sub__"), _subtract),
+    **dict.fromkeys(_variants("addcmul"), _addcmul),
+    torch.einsum: einsum,
     F.scaled_dot_product_attention: _attention,
     Tensor.__getitem__: _getitem,
     **dict.fromkeys(REPEATS, repeated),
