@@ -11,7 +11,7 @@ from lnp_torch.taps.copies import NOTHING, Unknown, Use
 def einsum(equation, *operands):
     """The uses of two operands: y = x W along some axes of x, such as "bsd,dhk->bshk" or "hkd,bhk->bd"."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = operands[0]
+        operands = tuple(operands[0])
     inputs, arrow, out = str(equation).replace(" ", "").partition("->")
     names = inputs.split(",")
     if not arrow or len(operands) != 2 or any(not (n.isalpha() and len(set(n)) == len(n)) for n in (*names, out)):
