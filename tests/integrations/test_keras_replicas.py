@@ -21,17 +21,24 @@ def ran(script, *names, folder):
     return json.loads(path.read_text())
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a strategy of TensorFlow's")
-def test_a_strategy_with_two_replicas(tmp_path):
-    """The whole batch, wherever it is asked for; fit goes on as without the callback."""
-    found = ran("tensorflow_replicas.py", "layers", "fit", folder=tmp_path)
-    measured, expected = found["layers"].values()
+of_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a strategy of TensorFlow's")
+
+
+@of_tensorflow
+def test_two_replicas_measure_the_whole_batch(tmp_path):
+    """Wherever it is asked for."""
+    measured, expected = ran("tensorflow_replicas.py", "layers", folder=tmp_path)["layers"].values()
     for where in ("outside", "in scope", "arrays in scope"):
         assert measured[where] == pytest.approx(expected["whole"], rel=1e-6)
     assert measured["by replicas"] == [pytest.approx(expected[half], rel=1e-6) for half in ("first", "second")]
-    assert found["fit"]["same"]
-    assert found["fit"]["rates"][0] == pytest.approx(found["fit"]["first"], rel=1e-6)
-    assert len(found["fit"]["rates"]) == 4
+
+
+@of_tensorflow
+def test_fit_with_two_replicas_goes_on_as_without_the_callback(tmp_path):
+    found = ran("tensorflow_replicas.py", "fit", folder=tmp_path)["fit"]
+    assert found["same"]
+    assert found["rates"][0] == pytest.approx(found["first"], rel=1e-6)
+    assert len(found["rates"]) == 4
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="Keras distributes on JAX alone")
