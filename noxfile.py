@@ -30,9 +30,9 @@ OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """Compiles small programs in half of the time."""
 AS_USERS_COMPILE = "tests/integrations/test_jax_undisturbed.py"
 """Compares compiled steps bit by bit, which the ways of compiling that are only fast may round differently."""
-WHERE_COMPILED = ("contract/test_keras", "keras_fit", "keras_undisturbed")
-"""Tests of Keras that the sessions of JAX and TensorFlow have, where all of them take ten minutes to compile: PyTorch's
-has all, and so has `nox -s keras`.
+WHERE_COMPILED = tuple(f"test_keras{name}" for name in (".py", "_fit", "_undisturbed", "_hosts", "_replicas"))
+"""Tests of Keras that TensorFlow's session has, where all of them take ten minutes to compile; JAX's has the kit.
+PyTorch's has all, and so has `nox -s keras`.
 """
 FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras")
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
@@ -155,7 +155,7 @@ def jax(session: nox.Session) -> None:
     session.env["XLA_FLAGS"] = ""
     pytest(session, "jax", *PARALLEL, AS_USERS_COMPILE)
     if not session.posargs:
-        keras_on(session, "jax", WHERE_COMPILED)
+        keras_on(session, "jax", ("contract/test_keras",))
 
 
 @nox.session
@@ -166,7 +166,7 @@ def tensorflow(session: nox.Session) -> None:
     compile_fast(session)
     pytest(session, "tensorflow", *PARALLEL, "--pyargs", "lnp_tensorflow", *suite("tensorflow"))
     if not session.posargs:
-        keras_on(session, "tensorflow", (*WHERE_COMPILED, "keras_hosts", "keras_replicas"))
+        keras_on(session, "tensorflow", WHERE_COMPILED)
         same_numbers(session)
 
 
