@@ -158,7 +158,7 @@ def gates():
         gate=nn.Parameter(torch.zeros((), dtype=F64), requires_grad=False),
     )
     general = Runs(
-        lambda m, x: torch.einsum("ni,oi->no", x, m.a.weight) + m.share * mean(x),
+        lambda m, x: torch.einsum("...i,oi->...o", x, m.a.weight) + m.share * mean(x),
         a=nn.Linear(4, 4, bias=False, dtype=F64),
         share=0.0,
     )

@@ -59,7 +59,7 @@ UNREAD = {
     "shuffled": (shuffled, (6, 4)),
     "packed": (packed, (6, 3, 4)),
     "einsum": (
-        lambda m, x: torch.tanh(torch.einsum("oi,ni->no", m.a.weight, x) + m.a.bias) @ m.b.weight + m.b.bias,
+        lambda m, x: torch.tanh(torch.einsum("oi,...i->...o", m.a.weight, x) + m.a.bias) @ m.b.weight + m.b.bias,
         (6, 4),
     ),
 }
