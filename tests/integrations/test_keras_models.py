@@ -206,6 +206,17 @@ def test_model_in_float64(name, float64):
     check(name, "float64")
 
 
+def test_attention_runs_no_samples_on_their_own():
+    """Its projections to heads and back are equations of `einsum`."""
+    inputs = keras.Input((6, 8))
+    heads = layers.MultiHeadAttention(2, 4)(inputs, inputs)
+    rows = layers.EinsumDense("abc,cd->abd", output_shape=(6, 5), bias_axes="d")(heads)
+    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(rows)))
+    d = lnp.decompose(model, (normal(16, 6, 8).astype("float32"), normal(16, 3).astype("float32")))
+    assert d.population is not None
+    assert not d.notes
+
+
 def test_batch_normalisation_used_twice_is_measured_coupled():
     norm, dense = layers.BatchNormalization(), layers.Dense(4)
     inputs = keras.Input((4,))
