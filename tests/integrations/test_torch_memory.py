@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import lnp
 from lnp.per_sample import self_check
+from lnp_torch import fallback
 from lnp_torch.other_parameters import moved_parameter
 
 
@@ -116,3 +118,22 @@ def test_other_parameters_take_no_memory_but_their_own():
     for given in (p, p.double(), p[:9].T):
         assert torch.allclose(moved_parameter(3, given), self_check.moved_parameter(xp, given, 3), rtol=0, atol=1e-6)
     assert torch.equal(moved, moved_parameter(3, p))
+
+
+def test_samples_that_are_run_one_by_one_leave_no_graph(monkeypatch):
+    """Sixteen take no more than four."""
+    most = []
+
+    def outputs(passes):
+        with Alive(passes.program.parameters.values()) as alive:
+            found = fallback.looped_outputs(passes)
+        most.append(alive.most)
+        return found
+
+    monkeypatch.setattr(fallback, "LOOPED", replace(fallback.LOOPED, outputs=outputs))
+    for samples in (4, 16):
+        torch.manual_seed(0)
+        model, batch = unbatched(samples)
+        lnp.decompose(model, batch)
+    assert len(set(most)) > 1  # both were run one by one
+    assert max(most) < 1.5 * min(most)
