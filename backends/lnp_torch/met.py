@@ -34,3 +34,18 @@ def met_one_by_one(parameters: Mapping[str, torch.Tensor], meet: Meet, scale: An
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def dropped(leaves: list[torch.Tensor]) -> Iterator[None]:
+    """Gradients of the leaves, which are nobody else's, are not kept."""
+
+    def drop(leaf: torch.Tensor) -> None:
+        leaf.grad = None
+
+    hooks = [leaf.register_post_accumulate_grad_hook(drop) for leaf in leaves]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

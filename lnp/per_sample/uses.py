@@ -1,11 +1,12 @@
 r"""Uses of a parameter in a network's operations: joined where they add, then squared.
 
-An operation makes of a parameter, for each sample n, a gradient in one of four forms:
+An operation makes of a parameter, for each sample n, a gradient in one of five forms:
 
     outer        sum_s left[n, s] right[n, s]^T       weights of linear maps
     rows         sum_s e_index[n, s] values[n, s]^T   embeddings
     dense        the gradient itself (N, ...)         biases and scales, which are small
     convolution  a kernel's, from x and the cotangent of x * W
+    experts      sum_r e_expert[r] x left[r] x right[r] over a sample's rows, weights that divide them between them
 
 A backend's rule says which (`Use`). Several uses of the same numbers add before they are squared; uses of different
 numbers do not meet.
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lnp.contract.linearization import Array, device_of
-from lnp.per_sample import norms
+from lnp.per_sample import experts, norms
 
-Kind = Literal["outer", "rows", "dense", "convolution"]
+Kind = Literal["outer", "rows", "dense", "convolution", "experts"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,19 @@ class Factors:
         In which form.
     arrays:
         outer: left (N, S, p) and right (N, S, q). rows: index (N, S) and values (N, S, q). dense: the gradients
-        (N, ...). convolution: x, cotangent and window, as the backend's convolution takes them.
+        (N, ...). convolution: x, cotangent and window, as the backend's convolution takes them. experts: which rows are
+        sent where, left (R, p) and right (R, q).
     """
 
     kind: Kind
     arrays: tuple[Any, ...]
+
+    def of(self, some: Array | slice) -> Factors:
+        """The gradients of some samples."""
+        if self.kind == "experts":
+            sent, left, right = self.arrays
+            return Factors(self.kind, (sent.of(some), left, right))
+        return Factors(self.kind, tuple(f[some] if hasattr(f, "shape") else f for f in self.arrays))
 
     def transposed(self) -> Factors:
         """Of the transposed weight."""
@@ -89,6 +98,9 @@ def square_norms(
             return convolution(*use.arrays)
         x, cotangent, window = use.arrays
         return norms.convolution(xp, x, cotangent, window, budget)
+    if kind == "experts":
+        ((sent, left, right),) = [use.arrays for use in uses]
+        return experts.square_norms(sent, left, right, budget)
     if kind == "dense":
         return norms.dense(xp, total(xp, [use.arrays[0] for use in uses]))
     outer = joined(xp, [use.arrays for use in uses if use.kind == "outer"])
@@ -115,6 +127,8 @@ def gradients(xp: Any, use: Factors, shape: Sequence[int]) -> Array:
         return xp.reshape(norms.convolution_gradients(xp, *use.arrays), (-1, *shape))
     if use.kind == "dense":
         return xp.reshape(use.arrays[0], (-1, *shape))
+    if use.kind == "experts":
+        return xp.reshape(experts.gradients(*use.arrays), (-1, *shape))
     if use.kind == "outer":
         left, right = use.arrays
         return xp.reshape(xp.matmul(xp.matrix_transpose(left), right), (-1, *shape))
@@ -127,12 +141,16 @@ def gradients(xp: Any, use: Factors, shape: Sequence[int]) -> Array:
 def inner_products(xp: Any, use: Factors, u: Array) -> Array:
     """<gradient of sample n, u> by one use that is no convolution, with u of the parameter's shape as the use sees it.
 
-        outer   sum_s (left_ns u) . right_ns
-        rows    sum_s u[index_ns] . values_ns
-        dense   gradient_n . u
+        outer    sum_s (left_ns u) . right_ns
+        rows     sum_s u[index_ns] . values_ns
+        dense    gradient_n . u
+        experts  sum_r (left_r u[expert_r]) . right_r
 
     Shape (N,). Rows of negative index are left out.
     """
+    if use.kind == "experts":
+        sent, left, right = use.arrays
+        return experts.inner_products(sent, left, right, u)
     if use.kind == "outer":
         left, right = use.arrays
         product = xp.matmul(left, xp.astype(u, left.dtype, copy=False)) * right

@@ -267,8 +267,8 @@ MODELS = {
 
 GENERAL = {
     "LSTM", "LSTM, both ways", "GRU", "GRU, both ways", "GRU, packed", "embedding that shrinks its rows in place",
-    "bag of embeddings", "mixture of experts, gathered",
-    "mixture of experts, dispatched", "complex parameters", "derivative in the inputs", "branches in Python",
+    "bag of embeddings", "mixture of experts, gathered", "complex parameters", "derivative in the inputs",
+    "branches in Python",
 }  # fmt: skip
 """Models with a parameter whose single samples run on their own."""
 

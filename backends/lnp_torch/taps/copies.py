@@ -46,9 +46,10 @@ class Use:
 
     def products(self, out: Tensor) -> int:
         """Multiplications that made the output, if there are many."""
-        if self.kind not in ("outer", "convolution"):
+        if self.kind not in ("outer", "convolution", "experts"):
             return 0
-        return out.numel() * self.seen.numel() // self.seen.shape[1 if self.transposed else 0]
+        per_output = self.seen.numel() // self.seen.shape[1 if self.transposed else 0]
+        return out.numel() * (self.seen.shape[1] if self.kind == "experts" else per_output)
 
 
 NOTHING = Use(None, "dense", lambda d, at: ())

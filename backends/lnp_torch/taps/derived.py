@@ -134,8 +134,8 @@ def _gradients(rows: Tensor | slice, samples: int, whole: Tensor, kept: Sequence
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     room = torch.zeros(samples, extent, device=whole.device, dtype=torch.promote_types(whole.dtype, torch.float32))
     for (start, part, steps), factors in kept:
-        some = Factors(factors.kind, tuple(f[rows] if isinstance(f, Tensor) else f for f in factors.arrays))
-        room.as_strided((samples, *part), (extent, *steps), start).add_(uses.gradients(xp, some, part))
+        gradients = uses.gradients(xp, factors.of(rows), part)
+        room.as_strided((samples, *part), (extent, *steps), start).add_(gradients)
     return room.as_strided((samples, *shape), (extent, *strides))
 
 

@@ -21,9 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 from lnp_torch.constants import Beginning, Constants
 from lnp_torch.draws import HOOKS
+from lnp_torch.met import dropped
 from lnp_torch.model import Parameters, own_memory
 from lnp_torch.taps.derived import Derived, Frame, Lookup
 from lnp_torch.taps.reader import Pullback, Reader, Reading, Site
+from lnp_torch.taps.routed import Routes
 from lnp_torch.taps.rules import Use, looks_up, recognised, spreads, unspread
 from lnp_torch.taps.sequence import Sequence
 from lnp_torch.writes import DESCRIBES, tensors
@@ -73,6 +75,7 @@ class Taps(TorchFunctionMode):
         self._copies: list[Tensor] = []
         self._began: int | None = None
         self.sequence, self.products, self.hooked = Sequence(), 0, False
+        self._routes = Routes()
 
     def begin_with(self, beginning: Beginning) -> None:
         """The pass begins with these tensors that do not come from the samples."""
@@ -93,6 +96,7 @@ class Taps(TorchFunctionMode):
         constant = self._constants.follow(given, made)
         self.sequence.follow(name, args, kwargs, out, constant)
         self.hooked |= func in HOOKS
+        self._routes.follow(name, args, kwargs, out, self.samples, self._constants)
         used = [tensor for tensor in given if self._name(tensor) is not None]
         if not used or not any(tensor.requires_grad for tensor in made) or self._only_views(made):
             return out
@@ -148,6 +152,7 @@ class Taps(TorchFunctionMode):
         if self._anchor is None:
             self._anchor = torch.zeros((), device=out.device, requires_grad=True)
         tapped = Tap.apply(out, self._anchor, self, len(self._sites) - 1)
+        self._routes.remember(tapped)
         if self._began is None and tapped.grad_fn is not None:
             self._began = tapped.grad_fn._sequence_nr()
         for site in sites:
@@ -201,7 +206,8 @@ class Taps(TorchFunctionMode):
         order = -1 if turned else 1
         start = tensor.storage_offset() - self._whole(name).storage_offset()
         frame: Frame = (start, tuple(shape)[::order], tuple(strides)[::order])
-        return Site(name, use, frame, use.transposed != turned, self.sequence.rerouting)
+        rerouted = self.sequence.rerouting or self._routes.lost
+        return Site(name, use, frame, use.transposed != turned, rerouted, self._routes.rows)
 
     def recorded(self, outputs: list[Tensor]) -> int:
         """Operations of autograd between the first tap and the outputs: some come from functions that no mode sees."""
@@ -228,7 +234,7 @@ class Taps(TorchFunctionMode):
         grads: tuple[Tensor | None, ...] = ()
         with self.read(reading, len(cotangents[0])) as pulled:
             if reading.gradient_norms and not names:
-                with _dropped(inputs):
+                with dropped(inputs):
                     torch.autograd.backward(outputs, cotangents, retain_graph=True, inputs=[*inputs, *anchor])
             elif inputs or anchor:
                 with meeting or contextlib.nullcontext():
@@ -267,21 +273,6 @@ class Taps(TorchFunctionMode):
         """Called by a tap with the cotangent of its output."""
         if self._reader is not None:
             self._reader.read(index, d)
-
-
-@contextlib.contextmanager
-def _dropped(leaves: list[Tensor]) -> Iterator[None]:
-    """Gradients of the leaves, which are nobody else's, are not kept."""
-
-    def drop(leaf: Tensor) -> None:
-        leaf.grad = None
-
-    hooks = [leaf.register_post_accumulate_grad_hook(drop) for leaf in leaves]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Tap(torch.autograd.Function):

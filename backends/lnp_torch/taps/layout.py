@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lnp_torch.taps.routed import Rows
+
 ROWS = 2**24
 """Numbers in the gradients of all samples by such rows, up to which they are formed."""
 
@@ -28,11 +30,14 @@ class Layout:
         Whether they are on the second axis.
     rerouted:
         Whether rows may have moved before: whose row it is cannot be told by its number, if all are in one axis.
+    rows:
+        Whose they are, where rows that have moved were followed.
     """
 
     samples: int
     time_major: bool = False
     rerouted: bool = False
+    rows: Rows | None = None
 
     def first(self, array: Tensor, inner: int) -> Tensor:
         """The array as (N, ..., inner axes).
@@ -43,8 +48,10 @@ class Layout:
             If the samples are not there.
         """
         samples, outer = self.samples, array.ndim - inner
-        if outer < 1:
+        if outer < 1 or (self.rows is not None and len(array) != self.rows.count):
             raise Unread
+        if self.rows is not None:
+            return self.rows.by_sample(array)
         in_one_axis = outer == 1 or (not self.time_major and array.shape[0] != samples)  # windows of a sample, say
         if in_one_axis and array.shape[0] % samples == 0 and (self.time_major or array.shape[0] != samples):
             array = array.unflatten(0, (-1, samples) if self.time_major else (samples, -1))
@@ -52,6 +59,14 @@ class Layout:
         if (in_one_axis and self.rerouted) or axis >= array.ndim - inner or array.shape[axis] != samples:
             raise Unread
         return array.movedim(axis, 0)
+
+    def samples_of(self, row: Tensor) -> Tensor:
+        """The number of each row's sample, (R,), where all rows lie in one axis; `row` is 0..R-1."""
+        if self.rows is not None and len(row) == self.rows.count:
+            return self.rows.sample_of(row)
+        if self.rows is not None or self.rerouted or self.time_major or len(row) % self.samples:
+            raise Unread
+        return row // (len(row) // self.samples)
 
     def positions(self, array: Tensor) -> Tensor:
         """(N, S, p)."""
@@ -75,7 +90,7 @@ class Layout:
     def _has_own_rows(self, gradient: Tensor, shape: tuple) -> bool:
         """Whether what was broadcast has a row for each sample, as a first state of zeros has times a weight."""
         rows = bool(shape) and 1 < self.samples == shape[0] == gradient.shape[0] and gradient.ndim == len(shape)
-        return rows and not self.time_major and self.samples**2 * math.prod(shape[1:]) <= ROWS
+        return rows and self.rows is None and not self.time_major and self.samples**2 * math.prod(shape[1:]) <= ROWS
 
     def channels(self, d: Tensor, count: int) -> Tensor:
         """(N, C, ...) summed over all that follows, and over the channels if they share one parameter."""

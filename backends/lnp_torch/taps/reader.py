@@ -18,6 +18,7 @@ from lnp_torch.outputs import square_norm, widened
 from lnp_torch.taps.derived import Derived, Frame, Lookup, disjoint, square_norms, totals
 from lnp_torch.taps.layout import Layout, Unread
 from lnp_torch.taps.products import inner_products
+from lnp_torch.taps.routed import Rows
 from lnp_torch.taps.rules import Use
 
 
@@ -37,6 +38,8 @@ class Site:
         Whether left runs over the frame's columns.
     rerouted:
         Whether rows have moved before as chance or values decide.
+    rows:
+        Whose the rows are that go in and come out, if they were followed.
     """
 
     name: str
@@ -44,6 +47,13 @@ class Site:
     frame: Frame
     flipped: bool
     rerouted: bool = False
+    rows: Rows | None = None
+
+    def layout(self, samples: int, time_major: bool) -> Layout:
+        """Where the samples are in the arrays of this use."""
+        if self.rows is None or time_major or self.rows.samples != samples:
+            return Layout(samples, time_major, self.rerouted)
+        return Layout(samples, rows=None if self.rows.moved is None else self.rows)
 
 
 LayoutName = Literal["second axis", "looked up once", "looked up by sample"]
@@ -173,7 +183,7 @@ class Reader:
 
     def _read(self, site: Site, d: Tensor) -> None:
         """Form the factors of one use, and square the uses of its frame once all of them are there."""
-        layout = Layout(self._samples, self._layouts.get(site.name) == "second axis", site.rerouted)
+        layout = site.layout(self._samples, self._layouts.get(site.name) == "second axis")
         try:
             factors = Factors(site.use.kind, _comparable(site.use.kind, site.use.factors(d, layout)))
         except Unread:
@@ -223,11 +233,11 @@ class Reader:
 
     def _of_some(self, site: Site, factors: Factors, index: Tensor) -> tuple[str, Frame, Factors]:
         """(parameter, frame, factors) of some of the samples; of all where a copy of most of them would take more."""
-        some = tuple(f[index] if isinstance(f, Tensor) and not self._of_all else f for f in factors.arrays)
+        some = factors if self._of_all else factors.of(index)
         if site.name in self._tables:
             lookup = self._lookups[site.name]
-            return lookup.name, lookup.frame, lookup.of(some[0])
-        return site.name, site.frame, Factors(factors.kind, some)
+            return lookup.name, lookup.frame, lookup.of(some.arrays[0])
+        return site.name, site.frame, some
 
     def _is_summed(self, name: str) -> bool:
         """Whether something was computed from a parameter or its rows, before it met the samples."""

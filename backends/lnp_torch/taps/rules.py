@@ -9,13 +9,15 @@ the general way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+from array_api_compat import torch as xp
 from torch import Tensor
 from torch.nn import functional as F
 
+from lnp.per_sample.experts import Sent
 from lnp.per_sample.norms import Window
 from lnp_torch.taps.copies import NOTHING, Unknown, Use, joined, rearranged, repeated, unspread
 from lnp_torch.taps.einsum import einsum
@@ -51,6 +53,20 @@ def _matmul(input, other, **kwargs):
     if input.ndim == 2:
         uses.append(Use(input, "outer", lambda d, at: (at.positions(d.mT), at.positions(other.mT))))
     return uses
+
+
+def _experts(input, weight, offs=None, bias=None, out_dtype=None):
+    """Rows in the order of their expert: x @ W[0] up to the first offset, x @ W[1] from there to the second."""
+    if weight.ndim != 3 or input.ndim != 2 or offs is None or bias is not None:
+        raise Unknown
+
+    @cache
+    def sent(at):
+        row = torch.arange(len(input), dtype=offs.dtype, device=offs.device)
+        expert = torch.searchsorted(offs, row, right=True)
+        return Sent(xp, at.samples_of(row), torch.where(expert < len(weight), expert, -1), at.samples, len(weight))
+
+    return [Use(weight, "experts", lambda d, at: (sent(at), input, d))]
 
 
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
@@ -279,6 +295,7 @@ RULES: dict[Callable, Callable] = {
     torch.prelu: _prelu,
     **dict.fromkeys(_variants("rms_norm"), _rms_norm),
     **dict.fromkeys(_variants("matmul", "mm", "__matmul__"), _matmul),
+    **dict.fromkeys(_variants("grouped_mm", "_grouped_mm"), _experts),
     **dict.fromkeys(_variants("addmm"), _addmm),
     **dict.fromkeys(_variants("mul", "multiply", "__mul__", "__rmul__"), _multiply),
     **dict.fromkeys(_variants("div", "divide", "true_divide", "__truediv__"), _divide),
