@@ -20,6 +20,8 @@ from lnp_torch.taps.reader import Layouts, Reading
 
 REMEMBERED = 64
 """Plans that are kept for each model."""
+ELSEWHERE = ("at other parameters",)
+"""In the place of a program."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,17 @@ class Key:
         plans = _plans(self.owner)
         found = plans.get(self.shapes)
         return found if found is not None else plans.get((self.shapes, self.program))
+
+    def recall_elsewhere(self) -> Plan | None:
+        """What was found at other parameters in an earlier measurement, where each compares samples anew."""
+        return _plans(self.owner).get((self.shapes, ELSEWHERE))
+
+    def remember_elsewhere(self, plan: Plan) -> None:
+        """Keep what was found at other parameters, for a program that does not repeat: one that moves rows as values
+        decide is compared at its own parameters each time, and what a gate at zero hides was looked for once.
+        """
+        if not (self.repeats or plan.custom_backward or plan.verdict.reason) and plan.verdict.sure:
+            _plans(self.owner)[self.shapes, ELSEWHERE] = plan
 
     def remember(self, plan: Plan, found_later: bool = False) -> None:
         """Keep a plan as long as the owner lives, those that are used last."""

@@ -166,7 +166,9 @@ def plan_for(
     """
     plan = key.recall()
     if plan is None:
+        away = away or (None if custom_backward else key.recall_elsewhere())
         away = away or plan_elsewhere(samples, Plan(custom_backward=custom_backward), microbatch, tolerance)
+        key.remember_elsewhere(away)
         plan = _plan_here(samples, away, microbatch, tolerance)
         if plan.verdict.sure:
             key.remember(plan)

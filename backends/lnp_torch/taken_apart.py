@@ -27,9 +27,10 @@ def compared_elsewhere(
 ) -> Callable[[], Plan] | None:
     """What compares samples at other parameters, and holds nothing of the graph; None where that is known."""
     flat = flatten([part.detach() for part in parts])
-    if _why_joint(passes) or key_of(passes, flat, (parts, taps), (options.forward, options.microbatch)).recall():
-        return None
+    key = key_of(passes, flat, (parts, taps), (options.forward, options.microbatch))
     before = Plan(custom_backward=passes.hooked or taps.hooked or custom_backward(parts))
+    if _why_joint(passes) or key.recall() or (not before.custom_backward and key.recall_elsewhere()):
+        return None
     samples = in_groups(passes, passes.samples, flat.new_empty(0))
     return partial(plan_elsewhere, samples, before, options.microbatch, tolerance_of(passes.program, parts))
 

@@ -40,12 +40,11 @@ class Sent:
     def of(self, some: Array | slice) -> Sent:
         """The rows of some samples, which get the numbers of their places in `some`."""
         xp = self.xp
-        every = xp.arange(self.samples, dtype=self.sample.dtype, device=device_of(self.sample))
-        chosen = every[some]
-        same = chosen[None, :] == every[:, None]
-        places = xp.where(xp.any(same, axis=1), xp.argmax(xp.astype(same, xp.int8), axis=1), -1)
-        known = xp.where(self.sample < 0, 0, self.sample)
-        return Sent(xp, xp.where(self.sample < 0, -1, places[known]), self.expert, chosen.shape[0], self.experts)
+        chosen = xp.arange(self.samples, dtype=self.sample.dtype, device=device_of(self.sample))[some]
+        same = self.sample[:, None] == chosen[None, :]
+        place = xp.argmax(xp.astype(same, xp.int8), axis=1)
+        sample = xp.where(xp.any(same, axis=1), place, -1)
+        return Sent(xp, sample, self.expert, chosen.shape[0], self.experts)
 
     @cached_property
     def by_pair(self) -> Sorted:
@@ -56,9 +55,8 @@ class Sent:
 
     @cached_property
     def by_expert(self) -> Sorted:
-        """The rows in the order of their experts."""
-        left_out = (self.sample < 0) | (self.expert < 0)
-        return in_order(self.xp, self.xp.where(left_out, -1, self.expert), self.experts)
+        """The rows in the order of their experts, with those of no sample."""
+        return in_order(self.xp, self.expert, self.experts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,7 @@ def _names(paths: list[Path]) -> list[str]:
     if len({path.stem for path in paths}) == len(paths):
         return [printable(path.stem) for path in paths]
     parts = [path.resolve().with_suffix("").parts for path in paths]
-    for depth in range(2, max(map(len, parts)) + 1):
+    for depth in range(2, max(map(len, parts))):
         names = ["/".join(own[-depth:]) for own in parts]
         if len(set(names)) == len(names):
             return list(map(printable, names))

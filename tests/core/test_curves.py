@@ -175,6 +175,15 @@ def write(folder, *names):
         History(rows).to_jsonl(folder / name)
 
 
+def test_files_of_one_name_are_named_with_as_many_folders_as_it_takes(tmp_path):
+    deep = "/".join(map(str, range(len(tmp_path.parts) + 3)))
+    paths = [f"x/{deep}/run.jsonl", f"y/{deep}/run.jsonl", "run.jsonl"]
+    write(tmp_path, *paths)
+    names = list(open_runs([tmp_path / path for path in paths]))
+    assert names[:2] == [f"x/{deep}/run", f"y/{deep}/run"]
+    assert names[2].endswith("/run")
+
+
 def test_runs_are_named_after_their_files(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path, "w16.jsonl", "w2.jsonl", "a/run.jsonl", "b/run.jsonl")

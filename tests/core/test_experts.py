@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lnp.per_sample import uses
+from lnp.per_sample import experts, norms, uses
 from lnp.per_sample.experts import Sent
 from lnp.per_sample.norms import BUDGET
 from lnp.per_sample.uses import Factors
@@ -37,6 +37,20 @@ def test_what_is_made_of_their_gradients(sizes, seed, budget):
         assert uses.square_norms(np, [of_some], budget=budget) == pytest.approx(squares, abs=1e-10)
         products = (gradients * u).sum((1, 2, 3))
         assert uses.inner_products(np, of_some, u) == pytest.approx(products, abs=1e-10)
+
+
+def test_pieces_hold_what_the_budget_says(monkeypatch):
+    """Rows of both factors, for as many pairs of a sample and an expert at a time."""
+    seen, chunked = [], norms.chunked
+
+    def watched(xp, function, arrays, size, budget):
+        seen.append((len(arrays[0]), size, budget))
+        return chunked(xp, function, arrays, size, budget)
+
+    monkeypatch.setattr(experts.norms, "chunked", watched)
+    sent = Sent(np, np.repeat(np.arange(5), 3), np.zeros(15, int), 5, 1)
+    experts.square_norms(sent, np.ones((15, 2)), np.ones((15, 7)), 99)
+    assert seen[0] == (5, 4 * (2 + 7), 99)
 
 
 def test_few_rows_are_not_padded_to_the_most():

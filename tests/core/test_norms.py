@@ -135,6 +135,13 @@ def test_the_form_that_multiplies_less_is_taken(channels, outputs, gram, asked):
     assert asked == [(2 * 81 + 25, 1000) if gram else (5 * channels, 10**6)]
 
 
+def test_numbers_in_memory_of_patches(asked):
+    """2 x 3 offsets of a kernel, 2 of 4 channels in each of two groups, at 2 x 2 positions."""
+    x, d = normal(3, 4, 3, 4), normal(3, 2, 2, 2, seed=1)
+    norms.convolution(np, x, d, Window((2, 3), (1, 1), (1, 1), 2), patches=10**6)
+    assert asked == [(2 * 6 * 4, 10**6)]
+
+
 @pytest.mark.parametrize(
     ("places", "left", "right", "advantage", "size"),
     [

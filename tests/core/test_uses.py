@@ -104,3 +104,12 @@ def test_what_can_be_read():
     assert addable(["outer", "outer"])
     assert addable(["rows", "rows"])
     assert by_frame("aba") == {"a": [0, 2], "b": [1]}
+
+
+def test_some_samples_of_a_use():
+    """What is no array, such as how a kernel slides, is that of all."""
+    x, d, window = DRAW.normal(size=(4, 2, 5)), DRAW.normal(size=(4, 3, 4)), Window((2,), (1,), (1,))
+    some = Factors("convolution", (x, d, window)).of(np.asarray([2, 0]))
+    assert np.array_equal(some.arrays[0], x[[2, 0]])
+    assert np.array_equal(some.arrays[1], d[[2, 0]])
+    assert some.arrays[2] is window

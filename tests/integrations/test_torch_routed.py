@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import lnp
 from integrations.torch_reference import TOLERANCE, assert_agrees, dense
 from lnp.estimators.population import jackknife_size
+from lnp_torch import self_check
 from lnp_torch.taps.rules import RULES, _experts
 
 EXPERTS, WIDTH, OUT = 3, 4, 4
@@ -199,3 +200,19 @@ class _Shadow:
 
     def __getattr__(self, name):
         return getattr(self.other, name)
+
+
+def test_other_parameters_are_tried_once(monkeypatch):
+    """A network that sends rows as values decide is compared with single samples each time, at its own parameters."""
+    places = []
+    compared = self_check._plan_at_parameters
+
+    def watched(samples, before, tolerance, pairs, chosen=True):
+        places.append("here" if chosen else "elsewhere")
+        return compared(samples, before, tolerance, pairs, chosen)
+
+    monkeypatch.setattr(self_check, "_plan_at_parameters", watched)
+    model, x, _ = case(one_by_one, (5, 6))
+    for _ in range(3):
+        lnp.decompose(model, (x, torch.randn(5, 6, 3, dtype=x.dtype)))
+    assert places == ["elsewhere", "here", "here", "here"]
