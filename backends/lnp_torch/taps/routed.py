@@ -116,26 +116,31 @@ class Routes:
         """An operation was called, and returned this. Nothing is followed where N is not known."""
         self.rows, self._samples, self._constants = None, samples or 0, constants
         way = self._ways.get(name)
-        if way is not None and samples and args:
-            with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():  # shapes, too, would be asked of all modes
+            if way is not None and samples and args:
                 self.rows = way(name, args, kwargs, out)
+            if self.rows is not None:
+                self._moved |= self.rows.moved is not None
+                for tensor in tensors(out):
+                    self._remember(tensor)
+            elif self._moved and not self.lost:
+                self.lost = self._loses(name, args, kwargs, out)
+
+    def remember(self, tensor: Tensor) -> None:
+        """This stands for what the latest operation has made."""
         if self.rows is not None:
-            self._moved |= self.rows.moved is not None
-            for tensor in tensors(out):
-                self.remember(tensor)
-        elif self._moved and not self.lost:
-            self.lost = self._loses(name, args, kwargs, out)
+            with torch._C.DisableTorchFunction():
+                self._remember(tensor)
+
+    def _remember(self, tensor: Tensor) -> None:
+        if self.rows is not None and tensor.ndim and len(tensor) == self.rows.count:
+            self._keep(tensor, self.rows)
 
     def _loses(self, name: str, args: tuple, kwargs: dict, out: Any) -> bool:
         """Whether rows that have moved went in, and something else than the samples in their order came out."""
         if (name in RESHAPES and len(out) == self._samples) or not any(t.requires_grad for t in tensors(out)):
             return False
         return any((rows := self._of(t)) is not None and rows.moved is not None for t in tensors((args, kwargs)))
-
-    def remember(self, tensor: Tensor) -> None:
-        """This came of the latest operation."""
-        if self.rows is not None and tensor.ndim and len(tensor) == self.rows.count:
-            self._keep(tensor, self.rows)
 
     def _keep(self, tensor: Tensor, rows: Rows) -> Rows:
         self._known[id(tensor)] = weakref.ref(tensor), rows
