@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -94,14 +95,39 @@ def split(m, tokens, expert, weight):
     return torch.zeros_like(tokens).index_add(0, order // 2, made * weight[order, None])
 
 
-def reversed_in_between(m, tokens, expert, weight):
+def reversed_twice(m, tokens, expert, weight):
     """What nobody follows: rows are not told by their numbers afterwards."""
-    order = expert.sort(stable=True)[1]
-    made = m.layers[0](tokens[order // 2].flip(0)).flip(0)
-    return torch.zeros_like(tokens).index_add(0, order // 2, made * weight[order, None])
+    order, weight = by_first_choice(expert, weight)
+    made = m.layers[0](tokens[order].flip(0).flip(0))
+    return torch.zeros_like(tokens).index_add(0, order, made * weight[order])
+
+
+def reversed_before(m, tokens, expert, weight):
+    order, weight = by_first_choice(expert, weight)
+    made = m.layers[0](tokens.flip(0).flip(0)[order.flip(0).flip(0)])
+    return torch.zeros_like(tokens).index_add(0, order, made * weight[order])
+
+
+def put_in_order(m, tokens, expert, weight):
+    """By writing rows to their places."""
+    order, weight = by_first_choice(expert, weight)
+    chosen = tokens.clone()
+    chosen[order.sort()[1]] = tokens
+    return torch.zeros_like(tokens).index_add(0, order, m.layers[0](chosen) * weight[order])
+
+
+def put_in_order_anew(m, tokens, expert, weight):
+    order, weight = by_first_choice(expert, weight)
+    chosen = torch.zeros_like(tokens).index_copy(0, order.sort()[1], tokens)
+    return torch.zeros_like(tokens).index_add(0, order, m.layers[0](chosen) * weight[order])
+
+
+def by_first_choice(expert, weight):
+    return expert.view(-1, 2)[:, 0].sort(stable=True)[1], weight.view(-1, 2)[:, :1]
 
 
 FOLLOWED = (sorted_products, transposed_products, one_by_one, with_a_leading_axis, by_masks, cut, split)
+NOT_FOLLOWED = (reversed_twice, reversed_before, put_in_order, put_in_order_anew)
 SHAPES = ((5, 6), (4, 1), (8, 4), (1, 7))
 
 
@@ -128,30 +154,45 @@ def test_every_measurement_sends_rows_elsewhere(run, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-@pytest.mark.parametrize("run", [*FOLLOWED, reversed_in_between], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("run", [*FOLLOWED, *NOT_FOLLOWED], ids=lambda run: run.__name__)
 def test_single_samples(run, shape):
     """Squared norms of any cotangent, and products with the batch's gradient."""
     model, x, dtype = case(run, shape)
     for _ in range(2):
-        x = torch.randn_like(x)
-        out = model(x)
-        record = lnp.load("torch").linearize(model, (x, torch.randn_like(out)), lnp.Options(population=True))
-        v = torch.randn_like(record.outputs)
-        found = record.sample_square_norms(v)
-        yielded = record.gradient_pass(True, jackknife_size(len(out)), False)
-        g = record.loss_gradient / yielded.magnitude
-        u = list(gradients(model, out, g).values())
-        for sample in range(len(out)):
-            rows = [of_sample(model, out, cotangent, sample) for cotangent in (v, g)]
-            expected = {name: float(part.square().sum()) for name, part in rows[0].items()}
-            measured = {name: float(norms[sample]) for name, norms in found.items()}
-            assert measured == pytest.approx(expected, rel=TOLERANCE[dtype], abs=1e-5 * max(expected.values()))
-            if yielded.products is not None and sample in yielded.index.tolist():
-                products = [float((a * b).sum()) for a, b in zip(rows[1].values(), u, strict=True)]
-                place = yielded.index.tolist().index(sample)
-                size = sum(map(abs, products))
-                assert float(yielded.products[place]) == pytest.approx(sum(products), abs=TOLERANCE[dtype] * size)
-        assert (yielded.products is None) is (run is reversed_in_between)
+        yielded = check_single_samples(model, torch.randn_like(x), dtype)
+        assert (yielded.products is None) is (run in NOT_FOLLOWED)
+
+
+@pytest.mark.parametrize("run", NOT_FOLLOWED, ids=lambda run: run.__name__)
+def test_a_first_batch_in_which_no_row_moves(run):
+    """Its rows are read right by their numbers: those of the second batch are not."""
+    model, x, dtype = case(run, (8, 4))
+    for first in (True, False):
+        with torch.no_grad():
+            model.gate.bias.copy_(torch.tensor([1e3, 0.0, -1e3]) if first else torch.zeros(EXPERTS))
+        check_single_samples(model, x, dtype)
+
+
+def check_single_samples(model, x, dtype):
+    """What the gradient pass yields, once all has been compared with one sample at a time."""
+    out = model(x)
+    record = lnp.load("torch").linearize(model, (x, torch.randn_like(out)), lnp.Options(population=True))
+    v = torch.randn_like(record.outputs)
+    found = record.sample_square_norms(v)
+    yielded = record.gradient_pass(True, jackknife_size(len(out)), False)
+    g = record.loss_gradient / yielded.magnitude
+    u = list(gradients(model, out, g).values())
+    for sample in range(len(out)):
+        rows = [of_sample(model, out, cotangent, sample) for cotangent in (v, g)]
+        expected = {name: float(part.square().sum()) for name, part in rows[0].items()}
+        measured = {name: float(norms[sample]) for name, norms in found.items()}
+        assert measured == pytest.approx(expected, rel=TOLERANCE[dtype], abs=1e-5 * max(expected.values()))
+        if yielded.products is not None and sample in yielded.index.tolist():
+            products = [float((a * b).sum()) for a, b in zip(rows[1].values(), u, strict=True)]
+            place = yielded.index.tolist().index(sample)
+            size = sum(map(abs, products))
+            assert float(yielded.products[place]) == pytest.approx(sum(products), abs=TOLERANCE[dtype] * size)
+    return yielded
 
 
 def of_sample(model, out, cotangent, sample):
@@ -168,6 +209,35 @@ def gradients(model, out, cotangent):
         retain_graph=True, allow_unused=True, materialize_grads=True,
     )  # fmt: skip
     return dict(zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: x.reshape(1, -1).reshape(x.shape),
+        lambda x: x.reshape(6, -1).reshape(x.shape)[torch.arange(4)],
+        lambda x: x + 0 * x.sum().sum(0),
+        lambda x: 0 * x.reshape(-1, 4)[x.reshape(-1, 4)[:, 0].argsort()].reshape(1, -1).reshape(x.shape) + x,
+    ],
+)  # fmt: skip
+def test_shapes_that_fit_no_samples_disturb_nothing(run):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    model = lambda x: layer(run(x))
+    x, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.randn(4, 3, 3, dtype=torch.float64)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return model(x)
+
+    whole = Whole()
+    out = whole(x)
+    d = lnp.decompose(whole, (x, y), estimator="exact")
+    assert_agrees(d, dense(whole, out, F.mse_loss(out, y), y.numel()), torch.float64)
 
 
 def test_adapters_of_experts():
@@ -216,3 +286,27 @@ def test_other_parameters_are_tried_once(monkeypatch):
     for _ in range(3):
         lnp.decompose(model, (x, torch.randn(5, 6, 3, dtype=x.dtype)))
     assert places == ["elsewhere", "here", "here", "here"]
+
+
+def test_layers_behind_experts():
+    """Rows that went to experts are their samples' again: parameters of later layers keep their rules."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    more = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 40}
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        **sizes,
+        **more,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    model, words = transformers.GptOssForCausalLM(config), torch.randint(1, 40, (5, 9))
+    d = lnp.decompose(model, {"input_ids": words, "labels": words})
+    assert not any("on their own" in note for note in d.notes)
+    assert d.population is not None

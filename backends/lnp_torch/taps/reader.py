@@ -51,9 +51,10 @@ class Site:
 
     def layout(self, samples: int, time_major: bool) -> Layout:
         """Where the samples are in the arrays of this use."""
+        moved = self.rows is not None and self.rows.moved is not None
         if self.rows is None or time_major or self.rows.samples != samples:
-            return Layout(samples, time_major, self.rerouted)
-        return Layout(samples, rows=None if self.rows.moved is None else self.rows)
+            return Layout(samples, time_major, self.rerouted or moved)
+        return Layout(samples, rows=self.rows if moved else None)
 
 
 LayoutName = Literal["second axis", "looked up once", "looked up by sample"]

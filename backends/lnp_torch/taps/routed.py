@@ -27,6 +27,8 @@ ELEMENTWISE = frozenset({
     "sigmoid", "tanh", "relu", "relu_", "silu", "gelu", "softplus", "exp", "masked_fill", "dropout", "to", "float",
     "type_as", "contiguous", "clone", "detach",
 })  # fmt: skip
+WRITES = frozenset({"__setitem__", "copy_", "index_put", "index_put_", "index_copy", "index_copy_", "index_add",
+                    "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_"})  # fmt: skip
 ALONG_AN_AXIS = {"softmax": 1, "sum": 1, "mean": 1, "unsqueeze": 1, "chunk": 2, "split": 2, "topk": 2}
 """{operation that makes each row of one row if it is told another axis than the first: which argument that is}."""
 
@@ -107,7 +109,7 @@ class Routes:
             **dict.fromkeys(ELEMENTWISE, self._of_any),
             **dict.fromkeys(ALONG_AN_AXIS, self._along),
             "__getitem__": self._looked_up, "index_select": self._selected, "sort": self._sorted,
-            "repeat_interleave": self._repeated,
+            "repeat_interleave": self._repeated, **dict.fromkeys(WRITES, self._written),
         }  # fmt: skip
 
     def follow(
@@ -118,7 +120,10 @@ class Routes:
         way = self._ways.get(name)
         with torch._C.DisableTorchFunction():  # shapes, too, would be asked of all modes
             if way is not None and samples and args:
-                self.rows = way(name, args, kwargs, out)
+                try:
+                    self.rows = way(name, args, kwargs, out)
+                except Exception:  # a call of some other form is one that is not followed, and the pass goes on
+                    self.lost = True
             if self.rows is not None:
                 self._moved |= self.rows.moved is not None
                 for tensor in tensors(out):
@@ -138,9 +143,11 @@ class Routes:
 
     def _loses(self, name: str, args: tuple, kwargs: dict, out: Any) -> bool:
         """Whether rows that have moved went in, and something else than the samples in their order came out."""
-        if (name in RESHAPES and len(out) == self._samples) or not any(t.requires_grad for t in tensors(out)):
+        made = tensors(out)
+        if (name in RESHAPES and len(out) == self._samples) or not any(map(_meets_weights, made)):
             return False
-        return any((rows := self._of(t)) is not None and rows.moved is not None for t in tensors((args, kwargs)))
+        given = [rows for tensor in tensors((args, kwargs)) if (rows := self._of(tensor)) is not None]
+        return not any(map(self._of, made)) and any(rows.moved is not None for rows in given)
 
     def _keep(self, tensor: Tensor, rows: Rows) -> Rows:
         self._known[id(tensor)] = weakref.ref(tensor), rows
@@ -162,8 +169,8 @@ class Routes:
         rows = self._natural(args[0])
         if rows is None or not out.ndim or len(out) == rows.count:
             return rows if out.ndim else None
-        if not len(out) or (len(out) == self._samples < rows.count and rows.moved is not None):
-            return None  # as many as there are samples are theirs again, unless these meet
+        if not len(out) or (len(out) % self._samples if rows.moved is None else len(out) == self._samples):
+            return None  # rows that have moved are the samples' again if they are as many, unless these meet
         if rows.count % len(out) == 0:
             return rows.merged(rows.count // len(out))
         return None if len(out) % rows.count else rows.repeated(len(out) // rows.count)
@@ -177,10 +184,12 @@ class Routes:
 
     def _along(self, name: str, args: tuple, kwargs: dict, out: Any) -> Rows | None:
         rows, place = self._of(args[0]), ALONG_AN_AXIS[name]
+        if rows is None:
+            return None
         axis = kwargs.get("dim", args[place] if len(args) > place else (-1 if name == "topk" else None))
         if isinstance(axis, int) and axis % (args[0].ndim + (name == "unsqueeze")) != 0:
             return rows
-        if rows is not None and name in ("chunk", "split") and axis in (0, None):
+        if name in ("chunk", "split") and axis in (0, None):
             start, self._moved = 0, True
             for piece in out:
                 self._keep(piece, rows.picked(slice(start, start + len(piece)), piece.device))
@@ -202,7 +211,7 @@ class Routes:
         rows = self._natural(given)
         if rows is not None:
             return rows.picked(index[0], given.device)
-        self.lost |= given not in self._constants
+        self.lost |= _meets_weights(given) and given not in self._constants
         return self._of(index[0])  # a table, in which numbers that belong to samples are looked up
 
     def _cut(self, rows: Rows, first: Any, device: torch.device) -> Rows | None:
@@ -210,6 +219,20 @@ class Routes:
         if first is Ellipsis or first == slice(None):
             return rows
         return rows.picked(first, device) if isinstance(first, slice) else None
+
+    def _written(self, name: str, args: tuple, kwargs: dict, out: Any) -> Rows | None:
+        """Where rows are put to places that the batch says, nobody knows any more whose they are."""
+        whole = args[0] if out is None else out
+        if name in ("__setitem__", "copy_", "index_put", "index_put_"):
+            where = tensors(args[1][:1] if isinstance(args[1], tuple) else args[1])
+        elif args[1] % args[0].ndim:
+            return self._of(args[0])  # along another axis
+        else:
+            where = [args[2]]
+        if any(tensor not in self._constants for tensor in where):
+            self._known.pop(id(whole), None)
+            self.lost |= _meets_weights(whole)
+        return None
 
     def _selected(self, name: str, args: tuple, kwargs: dict, out: Tensor) -> Rows | None:
         rows = self._natural(args[0])
@@ -224,3 +247,8 @@ class Routes:
         axis = kwargs.get("dim", args[2] if len(args) > 2 else None)
         told = axis == 0 or (axis is None and args[0].ndim == 1)
         return rows.repeated(times) if rows is not None and isinstance(times, int) and told else None
+
+
+def _meets_weights(tensor: Tensor) -> bool:
+    """Whether a weight may be used on the rows of a tensor: numbers, not masks, places or counts."""
+    return tensor.is_floating_point() and (tensor.requires_grad or tensor.ndim > 1)
