@@ -78,6 +78,15 @@ def by_masks(m, tokens, expert, weight):
     return out.view(-1, 2, OUT).sum(1)
 
 
+def by_copies(m, tokens, expert, weight):
+    """Into memory that holds other rows."""
+    order = expert.sort(stable=True)[1]
+    held = tokens.repeat_interleave(2, dim=0)
+    held.copy_(tokens[order // 2])
+    made = m.layers[0](held)
+    return torch.zeros_like(tokens).index_add(0, order // 2, made * weight[order, None])
+
+
 def cut(m, tokens, expert, weight):
     order = expert.sort(stable=True)[1]
     counts = torch.bincount(expert, minlength=EXPERTS).tolist()
@@ -126,7 +135,7 @@ def by_first_choice(expert, weight):
     return expert.view(-1, 2)[:, 0].sort(stable=True)[1], weight.view(-1, 2)[:, :1]
 
 
-FOLLOWED = (sorted_products, transposed_products, one_by_one, with_a_leading_axis, by_masks, cut, split)
+FOLLOWED = (sorted_products, transposed_products, one_by_one, with_a_leading_axis, by_masks, by_copies, cut, split)
 NOT_FOLLOWED = (reversed_twice, reversed_before, put_in_order, put_in_order_anew)
 SHAPES = ((5, 6), (4, 1), (8, 4), (1, 7))
 

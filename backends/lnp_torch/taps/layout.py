@@ -53,10 +53,12 @@ class Layout:
         if self.rows is not None:
             return self.rows.by_sample(array)
         in_one_axis = outer == 1 or (not self.time_major and array.shape[0] != samples)  # windows of a sample, say
+        # (N, S, p) is told by its axes, whatever a parameter was broadcast along
+        rows_alone = in_one_axis and (self.time_major or array.ndim < 3 or array.shape[0] != samples)
         if in_one_axis and array.shape[0] % samples == 0 and (self.time_major or array.shape[0] != samples):
             array = array.unflatten(0, (-1, samples) if self.time_major else (samples, -1))
         axis = 1 if self.time_major else 0
-        if (in_one_axis and self.rerouted) or axis >= array.ndim - inner or array.shape[axis] != samples:
+        if axis >= array.ndim - inner or array.shape[axis] != samples or (rows_alone and self.rerouted):
             raise Unread
         return array.movedim(axis, 0)
 

@@ -27,8 +27,8 @@ ELEMENTWISE = frozenset({
     "sigmoid", "tanh", "relu", "relu_", "silu", "gelu", "softplus", "exp", "masked_fill", "dropout", "to", "float",
     "type_as", "contiguous", "clone", "detach",
 })  # fmt: skip
-WRITES = frozenset({"__setitem__", "copy_", "index_put", "index_put_", "index_copy", "index_copy_", "index_add",
-                    "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_"})  # fmt: skip
+WRITES = frozenset({"__setitem__", "index_put", "index_put_", "index_copy", "index_copy_", "index_add", "index_add_",
+                    "scatter", "scatter_", "scatter_add", "scatter_add_"})  # fmt: skip
 ALONG_AN_AXIS = {"softmax": 1, "sum": 1, "mean": 1, "unsqueeze": 1, "chunk": 2, "split": 2, "topk": 2}
 """{operation that makes each row of one row if it is told another axis than the first: which argument that is}."""
 
@@ -109,7 +109,7 @@ class Routes:
             **dict.fromkeys(ELEMENTWISE, self._of_any),
             **dict.fromkeys(ALONG_AN_AXIS, self._along),
             "__getitem__": self._looked_up, "index_select": self._selected, "sort": self._sorted,
-            "repeat_interleave": self._repeated, **dict.fromkeys(WRITES, self._written),
+            "repeat_interleave": self._repeated, "copy_": self._copied, **dict.fromkeys(WRITES, self._written),
         }  # fmt: skip
 
     def follow(
@@ -223,7 +223,7 @@ class Routes:
     def _written(self, name: str, args: tuple, kwargs: dict, out: Any) -> Rows | None:
         """Where rows are put to places that the batch says, nobody knows any more whose they are."""
         whole = args[0] if out is None else out
-        if name in ("__setitem__", "copy_", "index_put", "index_put_"):
+        if name in ("__setitem__", "index_put", "index_put_"):
             where = tensors(args[1][:1] if isinstance(args[1], tuple) else args[1])
         elif args[1] % args[0].ndim:
             return self._of(args[0])  # along another axis
@@ -233,6 +233,10 @@ class Routes:
             self._known.pop(id(whole), None)
             self.lost |= _meets_weights(whole)
         return None
+
+    def _copied(self, name: str, args: tuple, kwargs: dict, out: Tensor) -> Rows | None:
+        self._known.pop(id(args[0]), None)
+        return self._of(args[1]) if args[1].ndim == out.ndim else None
 
     def _selected(self, name: str, args: tuple, kwargs: dict, out: Tensor) -> Rows | None:
         rows = self._natural(args[0])
