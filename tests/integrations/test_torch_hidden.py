@@ -175,7 +175,7 @@ def dispatched(m, x):
 
 
 def test_rows_that_are_routed_otherwise():
-    """In the first batch the rows of an expert can be told apart by their number; in the second by their index alone."""
+    """In the first batch an expert's rows can be told apart by their number; in the second by their index alone."""
     model, y = Runs(dispatched, experts=nn.ModuleList([linear(3), linear(3)])), torch.randn(4, 4, 3, dtype=F64)
     even = torch.tensor([[1, -1, 1, -1]] * 4)
     uneven = torch.tensor([[1, 1, 1, -1], [1, -1, -1, -1], [1, -1, 1, -1], [-1, 1, 1, -1]])
