@@ -29,15 +29,24 @@ def train(tracker, steps, model=MODEL, batch=BATCH):
 
 def test_it_measures_what_decompose_does():
     tracker = lnp.Tracker(schedule=2, by_layer=True, tags={"width": 3})
+    started = time.perf_counter()
     d = tracker.observe(0, MODEL, BATCH, learning_rate=0.1)
+    passed = time.perf_counter() - started
     assert d == lnp.decompose(MODEL, BATCH, by_layer=True)
     assert tracker.observe(1, MODEL, BATCH) is None
     row = tracker.history.rows()[0]
     assert row | d.to_dict() == row
     assert (row["step"], row["width"], row["learning_rate"]) == (0, 3, 0.1)
-    assert row["seconds"] > 0
+    assert 0 < row["seconds"] < passed
     assert abs(row["time"] - time.time()) < 60
     assert tracker.history.layers == ("weight",)
+
+
+def test_a_step_can_be_measured_that_the_schedule_does_not_name():
+    tracker = lnp.Tracker(schedule=100)
+    assert tracker.measure(3, MODEL, BATCH) == lnp.decompose(MODEL, BATCH)
+    assert tracker.measure(3, MODEL, BATCH) is None
+    assert tracker.history["step"].tolist() == [3]
 
 
 def test_signs_change_with_the_step_and_not_from_run_to_run():
@@ -73,6 +82,16 @@ def test_what_a_checkpoint_saw_stays(tmp_path):
     resumed.load_state_dict(state)
     assert train(resumed, [3, 5]) == [5]  # the checkpoint knows step 3; step 4 is left out by this run
     assert resumed.history["step"].tolist() == [0, 1, 2, 3, 5]
+
+
+def test_a_run_that_begins_at_the_last_step_leaves_it_out_though_it_is_not_measured_again(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with lnp.Tracker(path, schedule=4) as tracker:
+        train(tracker, range(9))
+    with lnp.Tracker(path, schedule=3) as tracker:
+        assert train(tracker, range(8, 11)) == [9]
+        assert tracker.history["step"].tolist() == [0, 4, 9]
+    assert lnp.History.read(path)["step"].tolist() == [0, 4, 9]
 
 
 def test_a_step_is_measured_once(tmp_path):
@@ -131,6 +150,17 @@ def test_state_goes_through_a_checkpoint(tmp_path, on_disk):
         resumed.load_state_dict({"version": 99})
 
 
+def test_a_checkpoint_goes_on_where_the_tracker_has_batches_of_its_own_no_longer_or_only_now():
+    alone, own = lnp.Tracker(schedule=1), lnp.Tracker(schedule=1, batch=[OTHER, BATCH])
+    train(alone, range(2))
+    train(own, range(2))
+    without, fresh = lnp.Tracker(schedule=1), lnp.Tracker(schedule=1, batch=[OTHER, BATCH])
+    without.load_state_dict(own.state_dict())
+    fresh.load_state_dict(alone.state_dict())
+    assert without.observe(2, MODEL, BATCH).samples == 8
+    assert fresh.observe(2, MODEL).samples == 5
+
+
 class Loader:
     """Draws from the global random states, as loaders do."""
 
@@ -164,6 +194,15 @@ def test_a_list_of_batches_is_a_loader_and_a_generator_is_used_up():
     tracker.observe(0, MODEL)
     with pytest.raises(ValueError, match="no more batches after 1"):
         tracker.observe(1, MODEL)
+
+
+def test_a_list_of_inputs_and_targets_is_one_batch_though_inputs_have_names():
+    def jacobian(parameters, inputs):
+        return {"w": np.einsum("ni,jk->njik", inputs["x"], np.eye(2))}
+
+    named = lnp_numpy.JacobianModel(lambda p, inputs: inputs["x"] @ p["w"], jacobian, {"w": MODEL.weight})
+    tracker = lnp.Tracker(schedule=1, batch=[{"x": BATCH[0]}, BATCH[1]], on_error="raise")
+    assert tracker.observe(0, named).rate == pytest.approx(lnp.decompose(MODEL, BATCH).rate)
 
 
 def test_cross_response_to_a_batch_of_its_own():
@@ -296,14 +335,25 @@ def test_decompositions_from_elsewhere_are_kept(tmp_path):
     assert rows[0] | d.to_dict() == rows[0]
     assert (rows[0]["learning_rate"], rows[0]["width"], "seconds" in rows[0]) == (0.1, 3, False)
     assert tracker.latest["lnp/chi_pos"] == d.chi_pos
-    compiled = dataclasses.replace(d, rate=np.asarray(d.rate), probes=np.asarray(d.probes))
-    tracker = lnp.Tracker()
-    tracker.record(0, compiled)
-    assert tracker.history.rows()[0] | d.to_dict() == tracker.history.rows()[0]
-    assert tracker.latest["lnp/rate"] == d.rate
     silent = lnp.Tracker(rank=1)
     silent.record(0, d)
     assert len(silent.history) == 0
+
+
+def test_arrays_of_compiled_functions_are_kept_as_the_numbers_that_they_hold():
+    class Scalar:
+        """An array of a framework whose scalars have no `item`."""
+
+        def __float__(self):
+            return 0.25
+
+    d = lnp.decompose(MODEL, BATCH)
+    tracker = lnp.Tracker(on_error="raise")
+    tracker.record(0, dataclasses.replace(d, rate=np.asarray(d.rate), probes=np.asarray(d.probes), chi_pos=Scalar()))
+    row = tracker.history.rows()[0]
+    assert row | d.to_dict() | {"chi_pos": 0.25} == row
+    assert (type(row["probes"]), tracker.history["probes"].dtype) == (int, np.int64)
+    assert tracker.latest["lnp/rate"] == d.rate
 
 
 def test_steps_of_other_models_are_not_watched():

@@ -78,6 +78,12 @@ def by_masks(m, tokens, expert, weight):
     return out.view(-1, 2, OUT).sum(1)
 
 
+def by_lists(m, tokens, expert, weight):
+    order = expert.sort(stable=True)[1]
+    made = m.layers[0](tokens[(order // 2).tolist()])
+    return torch.zeros_like(tokens).index_add(dim=0, index=order // 2, source=made * weight[order, None])
+
+
 def by_copies(m, tokens, expert, weight):
     """Into memory that holds other rows."""
     order = expert.sort(stable=True)[1]
@@ -131,12 +137,34 @@ def put_in_order_anew(m, tokens, expert, weight):
     return torch.zeros_like(tokens).index_add(0, order, m.layers[0](chosen) * weight[order])
 
 
+def taken_along(m, tokens, expert, weight):
+    order, weight = by_first_choice(expert, weight)
+    made = m.layers[0](torch.take_along_dim(tokens, order[:, None], dim=0))
+    return torch.zeros_like(tokens).index_add(0, order, made * weight[order])
+
+
+def gathered(m, tokens, expert, weight):
+    order, weight = by_first_choice(expert, weight)
+    made = m.layers[0](tokens.gather(0, order[:, None].expand(-1, WIDTH)))
+    return torch.zeros_like(tokens).index_add(0, order, made * weight[order])
+
+
 def by_first_choice(expert, weight):
     return expert.view(-1, 2)[:, 0].sort(stable=True)[1], weight.view(-1, 2)[:, :1]
 
 
-FOLLOWED = (sorted_products, transposed_products, one_by_one, with_a_leading_axis, by_masks, by_copies, cut, split)
-NOT_FOLLOWED = (reversed_twice, reversed_before, put_in_order, put_in_order_anew)
+FOLLOWED = (
+    sorted_products,
+    transposed_products,
+    one_by_one,
+    with_a_leading_axis,
+    by_masks,
+    by_lists,
+    by_copies,
+    cut,
+    split,
+)
+NOT_FOLLOWED = (reversed_twice, reversed_before, put_in_order, put_in_order_anew, taken_along, gathered)
 SHAPES = ((5, 6), (4, 1), (8, 4), (1, 7))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +28,11 @@ ELEMENTWISE = frozenset({
     "sigmoid", "tanh", "relu", "relu_", "silu", "gelu", "softplus", "exp", "masked_fill", "dropout", "to", "float",
     "type_as", "contiguous", "clone", "detach",
 })  # fmt: skip
-WRITES = frozenset({"__setitem__", "index_put", "index_put_", "index_copy", "index_copy_", "index_add", "index_add_",
-                    "scatter", "scatter_", "scatter_add", "scatter_add_"})  # fmt: skip
+PUTS = frozenset({"__setitem__", "index_put", "index_put_"})
+ALONG_DIM = frozenset({"index_copy", "index_copy_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add",
+                       "scatter_add_", "gather"})  # fmt: skip
+MOVES = PUTS | ALONG_DIM | {"take_along_dim"}
+"""Operations that move rows, if they are told the first axis, in a way that is not followed."""
 ALONG_AN_AXIS = {"softmax": 1, "sum": 1, "mean": 1, "unsqueeze": 1, "chunk": 2, "split": 2, "topk": 2}
 """{operation that makes each row of one row if it is told another axis than the first: which argument that is}."""
 
@@ -108,8 +112,9 @@ class Routes:
             **dict.fromkeys(PRODUCTS, self._of_first),
             **dict.fromkeys(ELEMENTWISE, self._of_any),
             **dict.fromkeys(ALONG_AN_AXIS, self._along),
+            **dict.fromkeys(MOVES, self._scattered),
             "__getitem__": self._looked_up, "index_select": self._selected, "sort": self._sorted,
-            "repeat_interleave": self._repeated, "copy_": self._copied, **dict.fromkeys(WRITES, self._written),
+            "repeat_interleave": self._repeated, "copy_": self._copied,
         }  # fmt: skip
 
     def follow(
@@ -123,7 +128,7 @@ class Routes:
                 try:
                     self.rows = way(name, args, kwargs, out)
                 except Exception:  # a call of some other form is one that is not followed, and the pass goes on
-                    self.lost = True
+                    self.lost |= self._moved or name in MOVES
             if self.rows is not None:
                 self._moved |= self.rows.moved is not None
                 for tensor in tensors(out):
@@ -198,37 +203,44 @@ class Routes:
 
     def _looked_up(self, name: str, args: tuple, kwargs: dict, out: Tensor) -> Rows | None:
         given, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
-        if index and index[0] is None:
-            rows = self._looked_up(name, (given, index[1:]), kwargs, out)
+        first = index[0] if index else None
+        if first is None:
+            rows = self._looked_up(name, (given, index[1:]), kwargs, out) if index else None
             return None if rows is None else self._keep(out, rows)
-        arrays = tensors(index)
-        if not arrays:
-            rows = self._of(given)
-            return None if rows is None or not index else self._cut(rows, index[0], given.device)
-        by_numbers = all(array.ndim == 1 and array.dtype != torch.uint8 for array in arrays)
-        if not by_numbers or arrays[0] is not index[0] or index[0] in self._constants:
+        if isinstance(first, list | np.ndarray):
+            first = torch.as_tensor(first, device=given.device)
+        elif not isinstance(first, Tensor):
+            return None if tensors(index) else self._cut(self._of(given), first, given.device)
+        by_numbers = all(array.ndim == 1 and array.dtype != torch.uint8 for array in (first, *tensors(index)))
+        return self._at(given, first) if by_numbers else None
+
+    def _at(self, given: Tensor, index: Tensor) -> Rows | None:
+        """Of the rows of a tensor that an index picks."""
+        if index in self._constants:
             return None
         rows = self._natural(given)
         if rows is not None:
-            return rows.picked(index[0], given.device)
+            return rows.picked(index, given.device)
         self.lost |= _meets_weights(given) and given not in self._constants
-        return self._of(index[0])  # a table, in which numbers that belong to samples are looked up
+        return self._of(index)  # a table, in which numbers that belong to samples are looked up
 
-    def _cut(self, rows: Rows, first: Any, device: torch.device) -> Rows | None:
+    def _cut(self, rows: Rows | None, first: Any, device: torch.device) -> Rows | None:
         """Of an index without tensors, which begins so."""
         if first is Ellipsis or first == slice(None):
             return rows
-        return rows.picked(first, device) if isinstance(first, slice) else None
+        return rows.picked(first, device) if rows is not None and isinstance(first, slice) else None
 
-    def _written(self, name: str, args: tuple, kwargs: dict, out: Any) -> Rows | None:
+    def _scattered(self, name: str, args: tuple, kwargs: dict, out: Any) -> Rows | None:
         """Where rows are put to places that the batch says, nobody knows any more whose they are."""
         whole = args[0] if out is None else out
-        if name in ("__setitem__", "index_put", "index_put_"):
+        if name in PUTS:
             where = tensors(args[1][:1] if isinstance(args[1], tuple) else args[1])
-        elif args[1] % args[0].ndim:
-            return self._of(args[0])  # along another axis
         else:
-            where = [args[2]]
+            places = ("indices", "dim") if name == "take_along_dim" else ("dim", "index")
+            told = dict(zip(places, args[1:3], strict=False)) | kwargs
+            if told["dim"] % args[0].ndim:
+                return self._of(args[0])
+            where = [told["indices" if name == "take_along_dim" else "index"]]
         if any(tensor not in self._constants for tensor in where):
             self._known.pop(id(whole), None)
             self.lost |= _meets_weights(whole)
@@ -239,8 +251,8 @@ class Routes:
         return self._of(args[1]) if args[1].ndim == out.ndim else None
 
     def _selected(self, name: str, args: tuple, kwargs: dict, out: Tensor) -> Rows | None:
-        rows = self._natural(args[0])
-        return rows.picked(args[2], args[0].device) if rows is not None and len(args) == 3 and args[1] == 0 else None
+        told = dict(zip(("dim", "index"), args[1:], strict=False)) | kwargs
+        return self._of(args[0]) if told["dim"] % args[0].ndim else self._at(args[0], told["index"])
 
     def _sorted(self, name: str, args: tuple, kwargs: dict, out: Any) -> Rows | None:
         rows = self._of(args[0])
