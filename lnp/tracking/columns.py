@@ -108,9 +108,7 @@ def as_array(values: Sequence[Any]) -> np.ndarray:
         values = [NONFINITE.get(v, v) if type(v) is str else v for v in values]
         kinds = set(map(type, values))
     if kinds <= {int, float, type(None)} and kinds != {type(None)}:
-        return np.array(
-            [math.nan if v is None else v for v in values] if type(None) in kinds else values, dtype=np.float64
-        )
+        return np.array(values, dtype=np.float64)  # which makes nan of None
     return _objects(values)
 
 
@@ -130,4 +128,4 @@ def _concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
         return as_array([value for part in parts for value in part.tolist()])
     if all(part.dtype == object for part in parts):
         return np.concatenate(parts)
-    return np.concatenate([np.full(len(p), np.nan) if p.dtype == object else p.astype(np.float64) for p in parts])
+    return np.concatenate([part.astype(np.float64) for part in parts])  # which makes nan of None

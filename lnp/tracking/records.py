@@ -45,7 +45,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 def _json(record: Mapping[str, Any]) -> bytes:
     values = {_text(name): _json_value(value) for name, value in record.items()}
-    return json.dumps(values, allow_nan=False).encode()
+    return json.dumps(values).encode()
 
 
 def _json_value(value: Any) -> str | bool | float | None:
@@ -96,7 +96,7 @@ def decode(line: bytes) -> Record | None:
         value = record.get(name)
         if isinstance(value, float) and value.is_integer():
             record[name] = int(value)
-    if record.get(RESUMED, 0) is None:
+    if RESUMED in record and record[RESUMED] is None:
         del record[RESUMED]
     return record if fits([record]) else None
 
@@ -136,7 +136,7 @@ def _has_meaning(record: Record, seal: Any) -> bool:
     """Whether this is the record that was sealed."""
     try:
         return _digits(zlib.crc32(_json(record))).decode() == seal
-    except (TypeError, ValueError):  # nested values, numbers that are not finite
+    except (TypeError, ValueError):  # nested values
         return False
 
 
