@@ -184,7 +184,7 @@ class Tracker(KeptRows):
         check_call(None, values)
         self._shared_steps.remind()
         self._shared_steps.check(model, self._measurer.options, own_batches=self._measurer.source is not None)
-        if not self._selection.claim(step, model, alone=True):
+        if not self._selection.claim(step, model):
             return SharedStep()
         index = operator.index(step)
 
