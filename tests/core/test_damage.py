@@ -28,6 +28,7 @@ ROWS = [
     }
     for i in range(25)
 ]
+HUGE = "1" + "0" * 400
 BY_STEP = {row["step"]: row for row in ROWS}
 MODEL, BATCH = lnp_numpy.LinearModel(weight=np.ones((2, 1))), (np.eye(2), np.zeros((2, 1)))
 
@@ -226,6 +227,35 @@ def test_lines_that_other_programs_wrote_anew(path):
     assert (history["step"].tolist(), said) == (list(BY_STEP), False)
     path.write_bytes(b"\xef\xbb\xbf" + b"".join(map(records.encode, ROWS)))  # a mark that editors put first
     check(*opened(path))
+
+
+def test_a_line_that_has_lost_its_seal_is_left_out(path):
+    whole = records.encode({"step": 1, "chi_pos": 0.25})
+    unsealed = whole[: whole.index(b', "crc32"')] + b"}\n"
+    path.write_bytes(records.encode({"step": 0, "chi_pos": 0.5}) + unsealed)
+    with pytest.warns(UserWarning, match="1 lines hold no record, or a damaged one.*first is line 2"):
+        assert History.read(path)["step"].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("values", "kept", "told"),
+    [
+        (["1", HUGE, "0.5", f"-{HUGE}", '"one"', "null"], [1, 0.5, "one", None], "2 lines hold no record.*is line 2"),
+        ([f"-{HUGE}", "0.5", "1"], [0.5, 1], "1 lines hold no record.*is line 1"),
+    ],
+    ids=["large and small", "small"],
+)
+def test_a_value_beyond_all_floats_leaves_out_its_line_alone(path, values, kept, told):
+    path.write_text("".join(f'{{"step": {step}, "a": {value}}}\n' for step, value in enumerate(values)))
+    with pytest.warns(UserWarning, match=told):
+        assert History.read(path)["a"].tolist() == kept
+
+
+def test_values_of_several_types_in_one_column_are_no_damage(path):
+    rows = [{"step": 0, "a": 1}, {"step": 1, "a": "one"}, {"step": 2, "a": None}, {"step": 3, "a": 2.5}]
+    write(path, rows)
+    history, said = opened(path)
+    assert (history.rows(), said) == (rows, False)
 
 
 def test_values_of_any_kind_go_wherever_tables_go(path, tmp_path):

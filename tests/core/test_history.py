@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import lnp
 import lnp_numpy
 from lnp.tracking.history import History
+from lnp.tracking.records import encode
 from lnp.tracking.storage import Appender
 
 ROWS = [
@@ -66,6 +68,30 @@ def test_columns_have_types_and_nan_where_nothing_was_given():
     assert np.isnan(history.get("nothing")).all()
     with pytest.raises(KeyError, match="Expected one of step, loss"):
         history["nothing"]
+
+
+def test_a_column_of_integers_floats_and_none_is_one_of_floats():
+    history = History([{"step": 0, "a": 1}, {"step": 1, "a": 2.5}, {"step": 2, "a": None}])
+    assert history["a"].dtype == np.float64
+    assert history["a"].tolist() == pytest.approx([1, 2.5, math.nan], nan_ok=True)
+
+
+def test_values_of_rows_with_other_columns_stay_beside_each_other():
+    rows = [{"step": 0, "a": 1.5, "b": 1.5}, {"step": 1, "a": "x", "b": None, "c": True}]
+    history = History(rows)
+    assert history["a"].tolist() == [1.5, "x"]
+    assert history["b"].dtype == np.float64
+    assert history["b"].tolist() == pytest.approx([1.5, math.nan], nan_ok=True)
+
+
+def test_records_that_went_back_in_silence_are_named(tmp_path):
+    for steps, kept, told in (
+        ([0, 5, 9, 7, 12], [0, 5, 7, 12], "the record of step 7 comes after one of step 9"),
+        ([0, 1, 1, 3], [0, 1, 3], "the record of step 1 comes after one of step 1"),
+    ):
+        (tmp_path / "run.jsonl").write_bytes(b"".join(encode({"step": step}) for step in steps))
+        with pytest.warns(UserWarning, match=told):
+            assert History.read(tmp_path / "run.jsonl")["step"].tolist() == kept
 
 
 def test_rows_have_only_what_was_given():
@@ -126,6 +152,24 @@ def test_a_missing_library_is_named_with_its_extra(module, call, monkeypatch, tm
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"pip install 'lnp\[{module}\]'"):
         call(History(ROWS), tmp_path / "x")
+
+
+def test_typed_tables_get_texts_where_a_column_has_several_types_or_integers_beyond_64_bits(monkeypatch):
+    rows = [
+        {"step": 0, "one": "x", "flag": True, "mixed": 1, "large": 2**70},
+        {"step": 1, "one": None, "flag": None, "mixed": "x", "large": 3},
+        {"step": 2, "one": "y", "flag": False, "mixed": None, "large": -(2**64)},
+    ]
+    polars = types.ModuleType("polars")
+    polars.DataFrame = lambda columns: {name: list(values) for name, values in columns.items()}
+    monkeypatch.setitem(sys.modules, "polars", polars)
+    assert History(rows).to_polars() == {
+        "step": [0, 1, 2],
+        "one": ["x", None, "y"],
+        "flag": [True, None, False],
+        "mixed": ["1", "x", None],
+        "large": [str(2**70), "3", str(-(2**64))],
+    }
 
 
 def test_a_run_recorded_by_an_earlier_version_opens(tmp_path):

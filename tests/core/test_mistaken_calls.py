@@ -77,6 +77,8 @@ CALLS = {  # the call, the error's type, its text
     "inputs of texts": (lambda: lnp.decompose(MODEL, (X.astype(str), X)), ValueError, "dtype <U.*Check the inputs"),
     "a history": (lambda: lnp.reach(lnp.History()), TypeError, "a History. Expected the steps .* history.reach"),
     "no rows": (lambda: lnp.History([MODEL]), TypeError, "History received a list. Expected rows.* tracker.history"),
+    "a path of rows": (lambda: lnp.History("run.jsonl"), TypeError, "a str. Expected rows.*lnp.History.read.path"),
+    "a number of rows": (lambda: lnp.History(3), TypeError, "History received a int. Expected rows"),
     "a model for a path": (lambda: lnp.Tracker(MODEL), TypeError, "type LinearModel.* order is lnp.Tracker.path, sch"),
     "a schedule for a path": (lambda: lnp.Tracker(lnp.schedule.every(3), "a.jsonl"), TypeError, "type every.*order is"),
     "a path for a schedule": (lambda: lnp.Tracker(None, "run.jsonl"), TypeError, "schedule 'run.jsonl'.*order is"),
