@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,39 @@ def test_a_forked_copy_may_not_write(tmp_path, monkeypatch):
         file.append({"step": 0})
     monkeypatch.undo()
     file.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_copy_that_lets_go_leaves_the_lock_to_the_one_that_writes(tmp_path):
+    path = tmp_path / "run.jsonl"
+    file = Appender(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of forks beside threads, of which the child uses none
+        child = os.fork()
+    if child == 0:
+        try:
+            file.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(BlockingIOError, match="another tracker"):
+        Appender(path)
+    file.append({"step": 0})
+    file.close()
+    Appender(path).close()
+
+
+def test_a_lock_that_waits_locks_too(tmp_path):
+    with open(tmp_path / "lock", "wb") as first, open(tmp_path / "lock", "wb") as second:
+        assert storage.lock(first.fileno(), wait=True)
+        with pytest.raises((BlockingIOError, PermissionError)):
+            storage.lock(second.fileno())
+
+
+def test_folders_of_the_path_are_made(tmp_path):
+    path = tmp_path / "runs" / "width3" / "run.jsonl"
+    write(path, [0, 1])
+    assert History.read(path)["step"].tolist() == [0, 1]
 
 
 def test_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch):
