@@ -19,7 +19,7 @@ from lnp.runs.curves import curve
 from lnp.runs.table import compare
 from lnp.schedule import log_windows
 from lnp.tracking.learning_rate import LearningRates, Mark
-from lnp.tracking.net_rate import NOISE, NOT_AGAIN, TOO_FAST, Ends, compared, end_of, fall, position
+from lnp.tracking.net_rate import NOISE, NOT_AGAIN, TOO_FAST, Ends, NetRates, compared, end_of, fall, position
 
 X, Y = np.array([[1.0], [2.0]]), np.array([[1.0], [3.0]])
 NET = ("net/steps", "net/loss_fall", "net/learning_rate_sum", "net/rate", "net/chi_pos")
@@ -224,6 +224,36 @@ def test_a_resumed_run_goes_on_with_its_sum_and_its_losses(tmp_path):
     assert [resumed[name] for name in NET] == pytest.approx([whole[name] for name in NET])
     with lnp.Tracker(tmp_path / "run.jsonl", schedule=4, batch=(X, Y)) as tracker:  # without the state
         assert "net/steps" not in run(tracker, range(8, 13), learning_rate=0.1)[-2]
+
+
+def test_a_batch_is_known_again_as_the_first_of_a_list():
+    alone, more = (lnp.Tracker(schedule=1, batch=batch, learning_rate=0.1) for batch in ((X, Y), [(X, Y), (X, Y + 1)]))
+    run(alone, range(2))
+    more.load_state_dict(json.loads(json.dumps(alone.state_dict())))
+    row = run(more, [2])[-1]
+    assert (row["net/steps"], row["net/loss_fall"]) == (1, pytest.approx(np.mean([0.9**2 - 0.8**2, 2.8**2 - 2.6**2])))
+
+
+def test_a_fall_is_held_against_the_update_of_its_own_step_alone():
+    rates = NetRates(LearningRates(0.1))
+    for step in range(2):
+        d = lnp.decompose(model(step / 10), (X, Y), sample_losses=True)
+        rates.values(None, step, 0, d, False)
+        assert bool(rates.arrived(step, 0, 1.0)) == (step == 1)
+    assert rates.arrived(2, 0, 1.0) == {}  # which was not measured
+    rates.go_back(0)
+    assert rates.arrived(1, 0, 1.0) == {}
+
+
+def test_a_run_at_rest_has_no_rate_to_be_noted():
+    exact = X, 2 * X
+    tracker = lnp.Tracker(schedule=1, batch=exact, learning_rate=0.1)
+    for step in range(2):
+        tracker.observe(step, model(2.0))
+    row = tracker.history.rows()[1]
+    assert (row["rate"], row["net/rate"], row["net/rate_stderr"]) == (0, 0, 0)
+    assert compared(0.0, 0.0, ends(), ends()) == ""
+    assert not {NOISE, TOO_FAST} & set("; ".join(r.get("notes", "") for r in tracker.history.rows()).split("; "))
 
 
 def test_windows_are_compared_at_the_same_place():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 import lnp
@@ -28,7 +30,7 @@ class Step:
     seconds = 0.0  # until the step's own pass has returned
 
     def __init__(self, fails):
-        self.fails, self.stepped, self.left = fails, False, None
+        self.fails, self.stepped, self.left, self.criteria = fails, False, None, []
         self._at("made")
 
     def _at(self, where):
@@ -45,11 +47,12 @@ class Step:
 
     def backward(self, loss, targets, criterion, **options):
         self._at("before")
+        self.criteria.append(criterion)
         if self.stepped:
             raise RuntimeError("the model was not called since")
-        self.stepped = True
+        self.stepped, started = True, time.perf_counter()
         loss.backward()
-        self.seconds = 1e-3
+        self.seconds = time.perf_counter() - started
         self._at("after")
         return lnp.decompose(MODEL, BATCH)
 
@@ -84,6 +87,34 @@ def test_a_shared_step_that_does_not_fail(monkeypatch):
     passes, tracker = shared_loop(monkeypatch, None)
     assert passes == [1, 1, 1]
     assert tracker.history["step"].tolist() == [0, 1, 2]
+
+
+def test_the_loss_of_a_shared_step_is_the_given_one_and_else_the_trackers(monkeypatch):
+    step = Step(None)
+    monkeypatch.setattr(lnp_numpy, "shared", lambda model, parameters: step, raising=False)
+    tracker = lnp.Tracker(schedule=1, loss="mse")
+    for number, given in enumerate([None, "cross_entropy"]):
+        step.stepped = False
+        with tracker.shared(number, MODEL) as shared:
+            pass
+        shared.backward(Loss(), BATCH[1], given)
+    assert step.criteria == ["mse", "cross_entropy"]
+
+
+def test_a_shared_step_costs_what_it_takes_beside_its_own_pass(monkeypatch):
+    class Slow(Loss):
+        def backward(self):
+            time.sleep(0.05)
+
+    step = Step(None)
+    monkeypatch.setattr(lnp_numpy, "shared", lambda model, parameters: step, raising=False)
+    tracker = lnp.Tracker(schedule=1)
+    with tracker.shared(0, MODEL) as shared:
+        pass
+    started = time.perf_counter()
+    shared.backward(Slow())
+    passed = time.perf_counter() - started
+    assert 0 < tracker.history["seconds"][0] <= passed - step.seconds
 
 
 @pytest.mark.parametrize("fails", WHERE)

@@ -37,7 +37,7 @@ def test_it_measures_what_decompose_does():
     row = tracker.history.rows()[0]
     assert row | d.to_dict() == row
     assert (row["step"], row["width"], row["learning_rate"]) == (0, 3, 0.1)
-    assert 0 < row["seconds"] < passed
+    assert 0 < row["seconds"] <= passed
     assert abs(row["time"] - time.time()) < 60
     assert tracker.history.layers == ("weight",)
 
@@ -349,9 +349,9 @@ def test_arrays_of_compiled_functions_are_kept_as_the_numbers_that_they_hold():
 
     d = lnp.decompose(MODEL, BATCH)
     tracker = lnp.Tracker(on_error="raise")
-    tracker.record(0, dataclasses.replace(d, rate=np.asarray(d.rate), probes=np.asarray(d.probes), chi_pos=Scalar()))
+    tracker.record(0, dataclasses.replace(d, rate=np.asarray(d.rate), probes=np.asarray(d.probes), loss=Scalar()))
     row = tracker.history.rows()[0]
-    assert row | d.to_dict() | {"chi_pos": 0.25} == row
+    assert row | d.to_dict() | {"loss": 0.25} == row
     assert (type(row["probes"]), tracker.history["probes"].dtype) == (int, np.int64)
     assert tracker.latest["lnp/rate"] == d.rate
 
