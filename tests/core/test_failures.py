@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pickle
@@ -217,6 +218,42 @@ def test_a_logger_that_fails_gets_no_more_values(quiet):
     with pytest.raises(ConnectionError):
         watch(tracker, [0])
     assert tracker.history["step"].tolist() == [0]
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_step_whose_preparation_fails_counts_as_observed(on_error, quiet):
+    tracker = lnp.Tracker(schedule=1, on_error=on_error)
+    for step in (7, 3):  # an earlier one leaves the later one observed
+        with contextlib.suppress(ZeroDivisionError), tracker.attempt(step):
+            step / 0
+        assert (tracker.due(7), tracker.due(8)) == (False, True)
+    assert len(quiet) == (on_error == "warn")
+
+
+def test_a_process_that_does_not_measure_tells_of_no_failure_and_raises_where_that_is_wanted(quiet):
+    idle = lnp.Tracker(schedule=1, rank=1)
+    assert watch(idle, [0]) == []
+    with idle.attempt(0):
+        raise OSError("cannot prepare the batch")
+    assert not quiet
+    strict = lnp.Tracker(schedule=1, rank=1, on_error="raise")
+    assert watch(strict, [0]) == []
+    with pytest.raises(OSError, match="cannot prepare"), strict.attempt(0):
+        raise OSError("cannot prepare the batch")
+
+
+def test_a_row_that_the_disk_does_not_take_after_a_step_raises_unless_the_step_itself_fails(full, tmp_path, quiet):
+    seen = []
+    options = {"schedule": 1, "on_error": "raise", "loggers": lambda values, step: seen.append(step)}
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", **options)
+    with pytest.raises(OSError, match="No space left"), tracker.step(0, MODEL, BATCH):
+        pass
+    assert (seen, len(quiet)) == ([], 0)
+    with pytest.raises(FloatingPointError, match="diverged"), tracker.step(1, MODEL, BATCH):
+        raise FloatingPointError("diverged")
+    assert seen == [1]
+    assert "No space left" in told(quiet)[0]
+    assert "without the row of this step in file and history" in told(quiet)[0]
 
 
 def test_values_that_are_none_are_told(tmp_path, quiet):

@@ -7,6 +7,7 @@ import pytest
 import lnp
 import lnp_numpy
 from core.failing import BATCH, MODEL, Torn, failing_disk, full_disk, recorded, told, watch
+from lnp.schedule import budget
 
 quiet = pytest.fixture(recorded)
 full = pytest.fixture(full_disk)
@@ -201,3 +202,30 @@ def test_what_all_hold_is_measured_where_no_rows_can_be_kept(monkeypatch, tmp_pa
     watch(first, [0])
     assert second.observe(0, MODEL, BATCH) is not None
     assert "run.jsonl" in told(quiet)[0]
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_what_one_process_cannot_measure_is_not_refused_where_all_measure_it(monkeypatch, on_error):
+    joined(monkeypatch, 1)
+    monkeypatch.setattr(lnp_numpy, "refusal", lambda model: "another process holds a part", raising=False)
+    tracker = lnp.Tracker(schedule=1, on_error=on_error)
+    assert tracker.check(MODEL)
+    assert tracker.observe(0, MODEL, BATCH) is not None
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_processes_that_may_not_choose_the_same_steps_measure_none(monkeypatch, number, quiet):
+    joined(monkeypatch, number)
+    with pytest.raises(ValueError, match="a budget of time, which each process spends"):
+        watch(lnp.Tracker(schedule=budget(0.1), on_error="raise"), [0])
+    assert watch(lnp.Tracker(schedule=budget(0.1)), range(2)) == []
+    assert len(quiet) == (number == 0)  # the process that keeps the rows tells of it
+
+
+def test_what_an_update_does_is_measured_by_one_process_also_in_a_group(monkeypatch):
+    joined(monkeypatch, 1)
+    other = lnp_numpy.LinearModel(weight=MODEL.weight)
+    tracker = lnp.Tracker(schedule=1, group="auto", on_error="raise")
+    with tracker.step(0, other, BATCH) as watched:
+        assert watched.decomposition is None
+    assert tracker.observe(1, other, BATCH) is not None
