@@ -107,26 +107,17 @@ class Routes:
         self._samples, self._moved = 0, False
         self.rows: Rows | None = None
         self.lost = False
-        self._ways: dict[str, Callable[..., Rows | None]] = {
-            **dict.fromkeys(RESHAPES, self._reshaped),
-            **dict.fromkeys(PRODUCTS, self._of_first),
-            **dict.fromkeys(ELEMENTWISE, self._of_any),
-            **dict.fromkeys(ALONG_AN_AXIS, self._along),
-            **dict.fromkeys(MOVES, self._scattered),
-            "__getitem__": self._looked_up, "index_select": self._selected, "sort": self._sorted,
-            "repeat_interleave": self._repeated, "copy_": self._copied,
-        }  # fmt: skip
 
     def follow(
         self, name: str, args: tuple, kwargs: dict, out: Any, samples: int | None, constants: Container[Tensor]
     ) -> None:
         """An operation was called, and returned this. Nothing is followed where N is not known."""
         self.rows, self._samples, self._constants = None, samples or 0, constants
-        way = self._ways.get(name)
+        way = WAYS.get(name)
         with torch._C.DisableTorchFunction():  # shapes, too, would be asked of all modes
             if way is not None and samples and args:
                 try:
-                    self.rows = way(name, args, kwargs, out)
+                    self.rows = way(self, name, args, kwargs, out)
                 except Exception:  # a call of some other form is one that is not followed, and the pass goes on
                     self.lost |= self._moved or name in MOVES
             if self.rows is not None:
@@ -263,6 +254,21 @@ class Routes:
         axis = kwargs.get("dim", args[2] if len(args) > 2 else None)
         told = axis == 0 or (axis is None and args[0].ndim == 1)
         return rows.repeated(times) if rows is not None and isinstance(times, int) and told else None
+
+
+WAYS: dict[str, Callable[..., Rows | None]] = {
+    **dict.fromkeys(RESHAPES, Routes._reshaped),
+    **dict.fromkeys(PRODUCTS, Routes._of_first),
+    **dict.fromkeys(ELEMENTWISE, Routes._of_any),
+    **dict.fromkeys(ALONG_AN_AXIS, Routes._along),
+    **dict.fromkeys(MOVES, Routes._scattered),
+    "__getitem__": Routes._looked_up,
+    "index_select": Routes._selected,
+    "sort": Routes._sorted,
+    "repeat_interleave": Routes._repeated,
+    "copy_": Routes._copied,
+}
+"""{name of an operation: what tells whose the rows of its result are}."""
 
 
 def _meets_weights(tensor: Tensor) -> bool:
