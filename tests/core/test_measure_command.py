@@ -26,10 +26,27 @@ def test_steps_are_chosen_among_those_that_there_are():
         ":10": [0, 5, 10],
         "0:20:10": [0, 10, 20],
         "5:100:10": [5, 15],
+        "5::15": [5, 20],
         "0,7,100": [0, 100],
     }
     for text, expected in chosen.items():
         assert parsed("--steps", text).steps(there) == expected, text
+
+
+def test_defaults_are_those_that_the_help_says():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = [part.split() for part in " ".join(parser.format_help().split()).split(" --")[1:]]
+    said = {words[0]: words[words.index("(default:") + 1].rstrip(")") for words in options if "(default:" in words}
+    numbers = {name: float(text) for name, text in said.items() if text.replace(".", "").isdecimal()}
+    assert numbers.keys() == {"length", "batch-size", "count", "rtol", "seed"}
+    given = vars(parsed())
+    assert {name: given[name.replace("-", "_")] for name in numbers} == numbers
+
+
+def test_a_batch_of_one_sample_may_be_asked_for():
+    options = parsed("--batch-size", "1", "--count", "1", "--length", "1", "--microbatch", "1")
+    assert (options.batch_size, options.count, options.length, options.microbatch) == (1, 1, 1, 1)
 
 
 def test_tags_are_numbers_where_they_can_be():
@@ -72,6 +89,14 @@ def test_files_of_arrays(tmp_path):
     assert (batch["pixels"] == x[[0, 4, 9]]).all()
     np.save(tmp_path / "tokens.npy", y)
     assert data.read_tokens(tmp_path / "tokens.npy").tolist() == y.tolist()
+    np.save(tmp_path / "rows.npy", y.reshape(2, 5))
+    assert data.read_tokens(tmp_path / "rows.npy").tolist() == y.reshape(2, 5).tolist()
+
+
+def test_tokens_are_left_on_the_disk(tmp_path):
+    """A file of tokens may be larger than the memory, and a few sequences of it are measured."""
+    np.save(tmp_path / "tokens.npy", np.arange(10))
+    assert isinstance(data.read_tokens(tmp_path / "tokens.npy"), np.memmap)
 
 
 def test_files_of_something_else_are_refused(tmp_path):
@@ -79,11 +104,13 @@ def test_files_of_something_else_are_refused(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([print], dtype=object))
     np.savez(tmp_path / "other.npz", a=np.ones(3))
     np.savez(tmp_path / "uneven.npz", inputs=np.ones(3), targets=np.ones(2))
+    np.savez(tmp_path / "scalar.npz", labels=np.ones(1), temperature=0.5)
+    np.save(tmp_path / "cube.npy", np.ones((2, 2, 2), dtype=int))
     (tmp_path / "text.npy").write_text("hello")
-    for name in ("floats.npy", "objects.npy", "other.npz", "text.npy"):
+    for name in ("floats.npy", "objects.npy", "other.npz", "text.npy", "cube.npy"):
         with pytest.raises(ValueError, match=f"{name} holds .*Expected"):
             data.read_tokens(tmp_path / name)
-    for name in ("other.npz", "uneven.npz", "floats.npy"):
+    for name in ("other.npz", "uneven.npz", "floats.npy", "scalar.npz"):
         with pytest.raises(ValueError, match=f"{name} holds .*Expected"):
             data.array_batches(tmp_path / name, 1, 1)
 
@@ -106,6 +133,18 @@ def test_names_in_a_python_file(tmp_path):
     for source in ("mine.py", "gone.py:batches"):
         with pytest.raises(ValueError, match="Expected a Python file and a name in it"):
             data.from_file(source)
+
+
+def test_a_file_is_run_once_and_one_of_the_same_name_elsewhere_is_another(tmp_path):
+    for folder, value in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.py").write_text(
+            f"import pathlib\nvalue = {value}\nother = -value\n"
+            "with pathlib.Path(__file__).with_suffix('.runs').open('a') as runs: runs.write('x')\n"
+        )
+    assert [data.from_file(f"{tmp_path}/a/same.py:{name}") for name in ("value", "other")] == [1, -1]
+    assert data.from_file(f"{tmp_path}/b/same.py:value") == 2
+    assert [(tmp_path / folder / "same.runs").read_text() for folder in "ab"] == ["x", "x"]
 
 
 def test_where_histories_go():
