@@ -58,7 +58,7 @@ def ends_of(step: int, decompositions: Sequence[Decomposition], values: Mapping[
     if len(ends) == 1:
         return ends[0]
     count = len(ends)
-    known = all(end.parts is not None and end.shares is not None for end in ends)
+    known = all(end.parts is not None for end in ends)  # and so are their shares
     rate = "population/rate" if "population/rate" in values else "rate"
     return replace(
         ends[0],

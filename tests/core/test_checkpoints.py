@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -117,6 +120,30 @@ def test_the_net_rate_of_several_batches_is_that_of_all_their_samples():
         assert apart[name][1:] == pytest.approx(whole[name][1:]), name
 
 
+def test_the_net_position_of_several_batches_is_in_units_of_their_mean_scales():
+    """The scales are far below 1 here, where inputs are small."""
+    batches = [(0.01 * x, y) for x, y in thirds()]
+    rows = lnp.measure_checkpoints(load, STEPS[1:], batches, learning_rate=0.1).history.rows()
+    for before, after in itertools.pairwise(rows):
+        scales = [row["chi_loss"] * row["chi_net"] for row in (before, after)]
+        assert max(scales) < 0.1
+        assert after["net/rate"] == pytest.approx(after["net/loss_fall"] / 0.1 / after["net/steps"])
+        assert after["net/chi_pos"] == pytest.approx(after["net/rate"] / np.sqrt(scales[0] * scales[1]))
+
+
+def test_counts_of_batches_of_different_sizes_are_means_too():
+    row = lnp.measure_checkpoints(load, [2], [(X[:5], Y[:5]), (X[5:11], Y[5:11])]).history.rows()[0]
+    assert (row["samples"], row["loss_terms"]) == (5.5, 11)
+    assert "means over 2 batches of 5, 6 samples" in row["notes"]
+
+
+def test_the_seconds_of_a_row_are_those_of_its_measurement():
+    started = time.perf_counter()
+    history = lnp.measure_checkpoints(load, STEPS, (X, Y)).history
+    assert min(history["seconds"]) > 0
+    assert sum(history["seconds"]) < time.perf_counter() - started
+
+
 def test_the_error_over_batches_covers_the_truth():
     """Of 200 drawings of four batches, a t-interval of 68.3% (3 degrees of freedom: 1.197) holds the loss of all."""
     rng, hits = np.random.default_rng(0), 0
@@ -206,6 +233,22 @@ def test_one_model_is_in_memory_at_a_time():
     assert not lnp.measure_checkpoints(cyclic, STEPS, (X, Y)).skipped
 
 
+def test_a_step_that_is_being_measured_is_not_waited_for(tmp_path):
+    path, others = tmp_path / "run.jsonl", []
+
+    def loading(step):
+        if step == 4:
+            measure = lambda: others.append(lnp.measure_checkpoints(loading, [4, 9], (X, Y), path))
+            (other := threading.Thread(target=measure, daemon=True)).start()
+            other.join(20)
+            assert others, "it waits for this one"
+        return load(step)
+
+    measured = lnp.measure_checkpoints(loading, [4, 9], (X, Y), path, on_error="raise")
+    assert (others[0].elsewhere, list(others[0].history["step"])) == ([4], [9])
+    assert (measured.elsewhere, list(measured.history["step"])) == ([], [4, 9])
+
+
 def test_what_another_process_measures_is_left_to_it(tmp_path):
     path = tmp_path / "run.jsonl"
     lnp.measure_checkpoints(Counting(), STEPS[:1], (X, Y), path)
@@ -252,6 +295,25 @@ def test_kills_and_several_processes_lose_nothing_that_was_measured(tmp_path):
     assert list(history["step"]) == list(range(40))
     assert history["loss"] == pytest.approx((1 - np.arange(40) / 10) ** 2)
     assert history["net/rate_per_step"][1:] == pytest.approx(-np.diff(history["loss"]))
+
+
+def test_the_file_is_brought_up_to_date_where_that_takes_little_of_the_time(tmp_path, monkeypatch):
+    """Writing takes a second by this clock, and loading ten: twenty seconds after a writing comes the next one."""
+    path, now, seen = tmp_path / "run.jsonl", [0.0], []
+
+    def clock():
+        now[0] += 1
+        return now[0]
+
+    def slow(step):
+        now[0] += 10
+        seen.append(len(path.read_bytes().splitlines()))
+        return load(step)
+
+    monkeypatch.setattr("lnp.checkpoints.results.time", types.SimpleNamespace(perf_counter=clock))
+    lnp.measure_checkpoints(slow, STEPS, (X, Y), path)
+    assert seen == [0, 0, 2, 2]
+    assert list(lnp.History.read(path)["step"]) == STEPS
 
 
 def test_seeds_are_those_of_a_tracker_and_others_for_each_batch(monkeypatch):
