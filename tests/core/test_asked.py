@@ -78,10 +78,11 @@ def test_nested_sizes_are_those_of_the_first_samples():
 
 
 def test_nested_sizes_of_several_batches_are_means_with_errors():
-    history = lnp.measure_checkpoints(load, [2], BATCHES, nested=[4], responses=True).history
-    rates = [lnp.decompose(load(2), (x[:4], y[:4])).rate for x, y in BATCHES]
-    assert history["nested/4/rate"][0] == pytest.approx(np.mean(rates))
-    assert history["nested/4/rate_stderr"][0] == pytest.approx(np.std(rates, ddof=1) / 3**0.5)
+    history = lnp.measure_checkpoints(load, [2], BATCHES, nested=[1, 4], responses=True).history
+    for size in (1, 4):
+        rates = [lnp.decompose(load(2), (x[:size], y[:size])).rate for x, y in BATCHES]
+        assert history[f"nested/{size}/rate"][0] == pytest.approx(np.mean(rates))
+        assert history[f"nested/{size}/rate_stderr"][0] == pytest.approx(np.std(rates, ddof=1) / 3**0.5)
     assert history["cross/rate"][0] < history["rate"][0]
 
 

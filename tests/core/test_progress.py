@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 import types
 
+import numpy as np
 import pytest
 
+import lnp
+import lnp_numpy
 from lnp.progress import bar
+
+MODEL = lnp_numpy.LinearModel(np.zeros((1, 1)))
 
 
 def test_no_terminal_no_output(capsys):
@@ -53,3 +58,6 @@ def test_tqdm_is_used_where_it_is_installed(terminal):
         advance(4)
         advance(6)
     assert seen == [("reading", 10), 4, 6, "closed"]
+    seen.clear()
+    lnp.measure_checkpoints(lambda step: MODEL, [0, 5, 9], (np.ones((2, 1)), np.ones((2, 1))))
+    assert seen == [("measuring checkpoints", 3), 1, 1, 1, "closed"]
