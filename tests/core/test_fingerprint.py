@@ -20,6 +20,22 @@ def test_every_number_of_an_array_counts(size):
     assert fingerprint([[swapped]]) != before
 
 
+def test_every_sign_of_a_large_array_counts():
+    """A sign is the highest bit of a number, which a sum modulo 2^64 with an even weight would not see."""
+    array = np.random.default_rng(0).standard_normal(LARGE // 8)
+    before = fingerprint([[array]])
+    for index in range(40):
+        other = array.copy()
+        other[index] *= -1
+        assert fingerprint([[other]]) != before, index
+
+
+def test_a_small_array_is_told_by_its_values_alone():
+    square = np.arange(16.0).reshape(4, 4)
+    assert fingerprint([[np.asfortranarray(square)]]) == fingerprint([[square]])
+    assert fingerprint([[square.T]]) != fingerprint([[square]])
+
+
 def test_the_order_in_memory_is_no_excuse():
     square = np.random.default_rng(0).standard_normal((1024, 1024))
     turned = np.asfortranarray(square)

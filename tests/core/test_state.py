@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import random
 import threading
@@ -11,6 +12,8 @@ import types
 import numpy as np
 import pytest
 
+import lnp
+import lnp_numpy
 from lnp.state.places import LARGEST, empty_like, is_user_module, places, references
 from lnp.state.preserve import preserve_state, reachable_objects
 
@@ -72,6 +75,7 @@ def written(holder):
         "an array": (a := np.arange(3.0), lambda: a.__setitem__(0, 5.0), lambda: a.tolist()),
         "an array's bits": (n := np.array([np.nan]), lambda: n.__setitem__(0, 1.0), lambda: n.tobytes()),
         "attributes": (h := holder, lambda: setattr(h, "more", 1), lambda: dict(vars(h))),
+        "a namespace": (k := types.SimpleNamespace(a=1), lambda: setattr(k, "a", 2), lambda: vars(k).copy()),
         "slots": (t := Slotted(), lambda: setattr(t, "first", 2), lambda: t.first),
         "an empty slot": (e := Slotted(), lambda: setattr(e, "second", 2), lambda: hasattr(e, "second")),
         "a generator": (g := np.random.default_rng(0), lambda: g.random(), lambda: repr(g.bit_generator.state)),
@@ -137,6 +141,33 @@ def test_global_generators_are_put_back_also_after_an_error():
     with pytest.raises(RuntimeError):
         draw()
     assert (random.getstate(), repr(np.random.get_state())) == before  # noqa: NPY002
+
+
+class Loader:
+    """Batches that are drawn with a framework's own generator."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        for _ in range(3):
+            x = self.generator.random((4, 2))
+            yield x, x
+
+
+def test_the_random_state_of_the_model_s_framework_is_not_used_up_by_a_loader(monkeypatch):
+    framework = np.random.default_rng(0)
+
+    @contextlib.contextmanager
+    def untouched():
+        state = framework.bit_generator.state
+        yield
+        framework.bit_generator.state = state
+
+    monkeypatch.setattr(lnp_numpy, "untouched", untouched, raising=False)
+    before = framework.bit_generator.state
+    lnp.decompose(lnp_numpy.LinearModel(np.zeros((2, 2))), Loader(framework), batches=2)
+    assert framework.bit_generator.state == before
 
 
 def test_what_is_large_or_cannot_be_written_to_is_no_place():
