@@ -402,6 +402,7 @@ def main() -> int:
     parser.add_argument("paths", nargs="*", default=["lnp/estimators", "lnp/results", "lnp/spectral", "lnp/runs"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--every", type=int, default=1, help="only each so-many-th mutant")
+    parser.add_argument("--first", type=int, default=0, help="from which on: others than in an earlier run")
     parser.add_argument("--kept", type=Path, help="folder for what coverage records, to be used again")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -416,7 +417,7 @@ def main() -> int:
     for file in files:
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         found += mutants(module, file.read_text(encoding="utf-8"))
-    check = Check(found[:: options.every], options.jobs, options.kept)
+    check = Check(found[options.first :: options.every], options.jobs, options.kept)
     run(check, TESTS)
     print(f"{len(check.mutants)} mutants, of which {len(check.survivors)} survive and are not known as equivalent")
     return 1 if check.survivors else 0
