@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +84,19 @@ def _measured(array: np.ndarray) -> np.ndarray:
     """A column that holds numbers: as floats where it is nothing but None, or has large integers."""
     if array.dtype != object or not all(isinstance(value, int | float | None) for value in array):
         return array
-    return np.array([math.nan if value is None else float(value) for value in array])
+    return _floats(array)
+
+
+def _floats(values: Iterable[float | None]) -> np.ndarray:
+    """Numbers as float64: nan for None, infinite for integers beyond all floats."""
+    return np.array([math.nan if value is None else _float(value) for value in values])
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _joined_column(pieces: list[tuple[int, int, Column]], total: int) -> Column:
@@ -108,7 +120,10 @@ def as_array(values: Sequence[Any]) -> np.ndarray:
         values = [NONFINITE.get(v, v) if type(v) is str else v for v in values]
         kinds = set(map(type, values))
     if kinds <= {int, float, type(None)} and kinds != {type(None)}:
-        return np.array(values, dtype=np.float64)  # which makes nan of None
+        try:
+            return np.array(values, dtype=np.float64)  # which makes nan of None
+        except OverflowError:
+            return _floats(values)
     return _objects(values)
 
 

@@ -76,6 +76,14 @@ def test_a_column_of_integers_floats_and_none_is_one_of_floats():
     assert history["a"].tolist() == pytest.approx([1, 2.5, math.nan], nan_ok=True)
 
 
+def test_what_stands_where_numbers_are_expected():
+    """Words stay what they are; integers beyond all floats are infinite."""
+    history = History([{"step": 0, "loss": "lost"}])
+    assert history["loss"].tolist() == ["lost"]
+    huge = History([{"step": 0, "loss": 10**400}, {"step": 1, "loss": -(10**400)}, {"step": 2, "loss": None}])
+    np.testing.assert_array_equal(huge["loss"], [np.inf, -np.inf, np.nan])
+
+
 def test_values_of_rows_with_other_columns_stay_beside_each_other():
     rows = [{"step": 0, "a": 1.5, "b": 1.5}, {"step": 1, "a": "x", "b": None, "c": True}]
     history = History(rows)
