@@ -205,7 +205,7 @@ def open_checkpoints(
     readers = importlib.import_module(f"{backend.__name__}.checkpoints")
     reader: Reader = readers.reader(kind, model=model, entry=entry, device=device, dtype=dtype)
     files: dict[int, Path] = {}
-    for name, at in sorted(found.items()):
+    for name, at in found.items():
         step = reader.step(at, name)
         if step in files:
             raise ValueError(

@@ -120,6 +120,17 @@ def test_the_net_rate_of_several_batches_is_that_of_all_their_samples():
         assert apart[name][1:] == pytest.approx(whole[name][1:]), name
 
 
+def test_what_a_net_rate_needs_of_several_batches():
+    """The values of their row, with its errors over batches."""
+    apart = [lnp.decompose(load(4), batch) for batch in thirds()]
+    values, _ = row_of(apart)
+    end = ends_of(4, apart, values)
+    rate = "population/rate"
+    assert (end.loss, end.rate, end.rate_stderr) == (values["loss"], values[rate], values[rate + "_stderr"])
+    assert end.scales == pytest.approx(values["chi_loss"] * values["chi_net"])
+    assert end.relative == pytest.approx(values["chi_net_stderr"] / values["chi_net"])
+
+
 def test_the_net_position_of_several_batches_is_in_units_of_their_mean_scales():
     """The scales are far below 1 here, where inputs are small."""
     batches = [(0.01 * x, y) for x, y in thirds()]

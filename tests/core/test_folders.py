@@ -12,6 +12,7 @@ import pytest
 import lnp
 import lnp_numpy
 from lnp import cli
+from lnp.checkpoints.files import refuse_claims
 
 RNG = np.random.default_rng(3)
 X, Y = RNG.standard_normal((12, 2)), RNG.standard_normal((12, 2))
@@ -143,6 +144,34 @@ def test_revisions_in_the_hub_s_cache(framework, tmp_path):
     assert [checkpoints(step).weight[0, 0] for step in checkpoints.steps] == [20, 1000]
     with pytest.raises(FileNotFoundError, match="holds no revision with a step in its name"):
         lnp.open_checkpoints(tmp_path, pattern="main")
+
+
+def test_a_folder_of_checkpoints_may_hold_one_named_refs(framework, tmp_path):
+    save(tmp_path, "1.pt", 0.5)
+    (tmp_path / "refs").mkdir()
+    assert lnp.open_checkpoints(tmp_path).steps == (1,)
+
+
+def test_a_pattern_is_told_of_where_it_would_help(framework, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoints") as raised:
+        lnp.open_checkpoints(tmp_path)
+    assert "Choose by" not in str(raised.value)
+    save(tmp_path, "1.pt", 0.5)
+    save(tmp_path, "2.keras", 0.5)
+    with pytest.raises(FileNotFoundError, match=r"of several kinds \(state_dict, keras\).*Choose by a pattern"):
+        lnp.open_checkpoints(tmp_path)
+
+
+def test_arrays_that_no_file_could_hold(tmp_path, monkeypatch):
+    """A thousand times what is there, or what every machine has room for."""
+    (tmp_path / "1.pt").write_bytes(bytes(7))
+    refuse_claims(tmp_path / "1.pt", 2**32)
+    with pytest.raises(ValueError, match=r"1.pt says that its arrays take 4.3e\+09 bytes, and its files have 7"):
+        refuse_claims(tmp_path / "1.pt", 2**32 + 1)
+    monkeypatch.setattr("lnp.checkpoints.files.LARGE", 0)
+    refuse_claims(tmp_path / "1.pt", 7000)
+    with pytest.raises(ValueError, match="Expected arrays that are in the files"):
+        refuse_claims(tmp_path / "1.pt", 7001)
 
 
 def test_whatever_is_wrong_with_a_checkpoint_the_error_names_it_once(framework, tmp_path):
