@@ -26,7 +26,8 @@ def undisturbed(devices: Iterable[torch.device]) -> Iterator[None]:
     thread measures at a time.
     """
     with _ONE:
-        randomness, transforms, cached = RandomState(devices), _Transforms(), torch.is_autocast_cache_enabled()
+        cached = partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        put_back = partial(finished, cached, _Transforms().restore, RandomState(devices).restore)
         try:
             # what is cast would stay in memory until the user's block ends, and the second pass of a measurement, which
             # finds its parameters cast, would have other operations than the first
@@ -34,9 +35,11 @@ def undisturbed(devices: Iterable[torch.device]) -> Iterator[None]:
             with torch.inference_mode(False), torch.enable_grad(), as_written():
                 yield
         finally:
-            finished(partial(torch.set_autocast_cache_enabled, cached))
-            finished(transforms.restore)
-            finished(randomness.restore)
+            try:
+                put_back()
+            except KeyboardInterrupt:  # which may have come before the first thing was put back
+                put_back()
+                raise
 
 
 ENDS = {
@@ -61,12 +64,16 @@ class _Transforms:
             forward_ad.exit_dual_level()
 
 
-def finished(restore: Callable[[], None]) -> None:
-    """Put something back to the end, also where Ctrl-C comes meanwhile, which then is raised afterwards."""
+def finished(*restores: Callable[[], None]) -> None:
+    """Put everything back to the end, also where Ctrl-C comes meanwhile, which then is raised afterwards.
+
+    What is put back twice is as if it had been once.
+    """
     late = None
     while True:
         try:
-            restore()
+            for restore in restores:
+                restore()
             break
         except KeyboardInterrupt as interrupt:
             late = interrupt

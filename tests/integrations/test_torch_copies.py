@@ -19,6 +19,7 @@ import lnp
 import lnp_torch
 from integrations.test_torch_undisturbed import built
 from integrations.torch_state import identities, outside, same
+from lnp_torch import state_guard
 
 
 def batch():
@@ -329,3 +330,34 @@ def test_objects_that_look_attributes_up_themselves(kind):
     before = repr({key: vars(value) if kind is Delegates else value for key, value in held.items()})
     assert lnp.decompose(model, (x, y)).rate == pytest.approx(expected, rel=1e-5)
     assert before == repr({key: vars(value) if kind is Delegates else value for key, value in held.items()})
+
+
+def test_an_interruption_before_anything_is_put_back(monkeypatch):
+    """Or after the first thing: everything is put back."""
+    original, calls = state_guard.finished, []
+
+    def interrupted(*restores):
+        calls.append(len(restores))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        original(*restores)
+
+    monkeypatch.setattr(state_guard, "finished", interrupted)
+    before = outside()
+    with pytest.raises(KeyboardInterrupt), state_guard.undisturbed([torch.device("cpu")]):
+        torch.rand(3)
+    assert same(before, outside())
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_an_interruption_between_two_things_that_are_put_back():
+    done = []
+
+    def first():
+        done.append("first")
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        state_guard.finished(first, lambda: done.append("second"))
+    assert done == ["first", "first", "second"]
