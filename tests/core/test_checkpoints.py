@@ -113,6 +113,17 @@ def test_several_batches_give_means_and_errors_over_them():
     assert "means over 3 batches of 8 samples" in history.rows()[0]["notes"]
 
 
+def test_a_checkpoint_that_is_gone_when_its_turn_comes_is_told_of(tmp_path):
+    class Gone(Counting):
+        def stamp(self, step):
+            if step == 4:
+                raise FileNotFoundError("step 4 is gone")
+            return ""
+
+    with pytest.raises(FileNotFoundError, match="step 4 is gone"):
+        lnp.measure_checkpoints(Gone(), STEPS, (X, Y), tmp_path / "run.jsonl", on_error="raise")
+
+
 def test_the_net_rate_of_several_batches_is_that_of_all_their_samples():
     apart = lnp.measure_checkpoints(load, STEPS, thirds()).history
     whole = lnp.measure_checkpoints(load, STEPS, (X, Y)).history
