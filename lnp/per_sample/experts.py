@@ -61,16 +61,19 @@ class Sent:
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
-    """Rows in the order of their numbers.
+    """Rows in the order of their numbers. What was found out once serves all cotangents.
 
     Attributes
     ----------
+    xp:
+        Namespace of the arrays.
     rows:
         (R,), those of negative numbers first.
     starts:
         Where each number's begin among them, and where the last one's end.
     """
 
+    xp: Any
     rows: Array
     starts: Array
 
@@ -88,12 +91,28 @@ class Sorted:
                 found.setdefault(1 << (end - begin - 1).bit_length(), []).append(number)
         return found
 
+    @cached_property
+    def batches(self) -> list[tuple[int, Array]]:
+        """`by_size`, with the numbers as arrays."""
+        return [(size, self._array(numbers)) for size, numbers in self.by_size.items()]
+
+    @cached_property
+    def places(self) -> Array:
+        """Where each number stands among those of all batches, from 1 on; 0 for one that has no rows."""
+        places = [0] * (len(self.bounds) - 1)
+        for place, number in enumerate(itertools.chain(*self.by_size.values()), start=1):
+            places[number] = place
+        return self._array(places)
+
+    def _array(self, numbers: list[int]) -> Array:
+        return self.xp.asarray(numbers, dtype=self.starts.dtype, device=device_of(self.starts))
+
 
 def in_order(xp: Any, numbers: Array, count: int) -> Sorted:
     """Rows in the order of their numbers 0..count-1."""
     rows = xp.argsort(numbers, stable=True)
     every = xp.arange(count + 1, dtype=numbers.dtype, device=device_of(numbers))
-    return Sorted(rows, xp.searchsorted(numbers[rows], every))
+    return Sorted(xp, rows, xp.searchsorted(numbers[rows], every))
 
 
 def square_norms(sent: Sent, left: Array, right: Array, budget: int = norms.BUDGET) -> Array:
@@ -107,8 +126,8 @@ def square_norms(sent: Sent, left: Array, right: Array, budget: int = norms.BUDG
     xp, order = sent.xp, sent.by_pair
     if left.shape[1] > right.shape[1]:
         left, right = right, left
-    found, place_of = [norms.dense(xp, xp.zeros_like(left[:1]))], [0] * (sent.samples * sent.experts)
-    for size, pairs in order.by_size.items():
+    found = [norms.dense(xp, xp.zeros_like(left[:1]))]
+    for size, pairs in order.batches:
 
         def of_some(pairs: Array, size: int = size) -> Array:
             """Of pairs of a sample and an expert, with zeros where one has fewer rows than others."""
@@ -118,11 +137,8 @@ def square_norms(sent: Sent, left: Array, right: Array, budget: int = norms.BUDG
             padded = xp.where((place < end)[:, :, None], left[rows], xp.zeros_like(left[:1]))
             return norms.outer(xp, padded, right[rows], budget=budget)
 
-        numbers = xp.asarray(pairs, dtype=order.starts.dtype, device=device_of(left))
-        found.append(norms.chunked(xp, of_some, (numbers,), size * (left.shape[1] + right.shape[1]), budget))
-    for place, pair in enumerate(itertools.chain(*order.by_size.values()), start=1):
-        place_of[pair] = place
-    squares = xp.concat(found)[xp.asarray(place_of, device=device_of(left))]
+        found.append(norms.chunked(xp, of_some, (pairs,), size * (left.shape[1] + right.shape[1]), budget))
+    squares = xp.concat(found)[order.places]
     return xp.sum(xp.reshape(squares, (sent.samples, sent.experts)), axis=1)
 
 
