@@ -39,8 +39,6 @@ TESTS = ("tests/core", "tests/properties/test_numpy.py", "tests/contract/test_nu
 OPTIONS = ("-c", "pyproject.toml", "--doctest-modules", "-q", "-s", "-p", "no:cacheprovider", "-m", "not thorough")
 OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
-LONGEST = 5.0
-"""Seconds of tests that a mutant is given to, by their durations under coverage."""
 LONGEST_SHOWN = 100
 """Characters of an expression that is shown for a constant in it."""
 LIMIT = 90
@@ -262,8 +260,8 @@ class Imported:
 class Check:
     """Runs the mutants in the place of the tests, once those are collected."""
 
-    def __init__(self, chosen: list[Mutant], jobs: int = 1, kept: Path | None = None, one: Path | None = None):
-        self.mutants, self.jobs, self.kept, self.one = chosen, jobs, kept, one
+    def __init__(self, chosen: list[Mutant], jobs=1, kept: Path | None = None, one: Path | None = None, longest=5.0):
+        self.mutants, self.jobs, self.kept, self.one, self.longest = chosen, jobs, kept, one, longest
         self.equivalent = known_equivalents()
         self.survivors: list[Mutant] = []
         self.durations: dict[str, float] = {}
@@ -278,7 +276,7 @@ class Check:
         started, done = time.monotonic(), 0
         for mutant in self.mutants:
             ran = tests[mutant.module].get(mutant.line) or set().union(*tests[mutant.module].values())
-            given = limited(sorted(ran, key=lambda name: durations.get(name, 0.0)), durations)
+            given = limited(sorted(ran, key=lambda name: durations.get(name, 0.0)), durations, self.longest)
             while len(running) >= self.jobs:
                 done += self.finished(running)
             running[self.start(mutant, given)] = mutant
@@ -361,11 +359,11 @@ def silence() -> None:
     os.dup2(null, 2)
 
 
-def limited(names: list[str], durations: dict[str, float]) -> list[str]:
+def limited(names: list[str], durations: dict[str, float], longest: float) -> list[str]:
     total, chosen = 0.0, []
     for name in names:
         total += durations.get(name, 0.0)
-        if total > LONGEST and chosen:
+        if total > longest and chosen:
             break
         chosen.append(name)
     return chosen
@@ -403,6 +401,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--every", type=int, default=1, help="only each so-many-th mutant")
     parser.add_argument("--first", type=int, default=0, help="from which on: others than in an earlier run")
+    parser.add_argument("--longest", type=float, default=5, help="seconds of tests that a mutant is given to")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest is given, in the place of the core's")
+    parser.add_argument("--again", type=Path, help="only the mutants that this file has, as they were printed")
     parser.add_argument("--kept", type=Path, help="folder for what coverage records, to be used again")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -417,8 +418,12 @@ def main() -> int:
     for file in files:
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         found += mutants(module, file.read_text(encoding="utf-8"))
-    check = Check(found[options.first :: options.every], options.jobs, options.kept)
-    run(check, TESTS)
+    chosen = found[options.first :: options.every]
+    if options.again:
+        printed = {line.strip().partition("  ")[2] for line in options.again.read_text(encoding="utf-8").splitlines()}
+        chosen = [mutant for mutant in chosen if str(mutant) in printed]
+    check = Check(chosen, options.jobs, options.kept, longest=options.longest)
+    run(check, tuple(options.tests))
     print(f"{len(check.mutants)} mutants, of which {len(check.survivors)} survive and are not known as equivalent")
     return 1 if check.survivors else 0
 
