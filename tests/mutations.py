@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
 from collections import defaultdict
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ LONGEST_SHOWN = 100
 """Characters of an expression that is shown for a constant in it."""
 LIMIT = 90
 """Seconds after which a mutant counts as noticed: it does not end."""
+NOT_STARTED, SURVIVED = 70, 99
+"""Exit statuses of a process that could not put its mutant in place, and of a new interpreter whose tests all pass."""
 
 OTHER_OPERATOR = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -230,7 +233,7 @@ def replace_code(mutant: Mutant) -> bool:
     made = {(c.co_qualname, c.co_firstlineno): c for c in codes(compile(mutant.tree, file, "exec"))}
     replaced = False
     for function in gc.get_objects():
-        if isinstance(function, types.FunctionType) and function.__module__ == mutant.module:
+        if type(function) is types.FunctionType and function.__module__ == mutant.module:
             new = made.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
             if new is not None and function.__code__ != new:
                 try:
@@ -270,8 +273,9 @@ class Check:
     def pytest_runtestloop(self, session):
         self.items = {item.nodeid: item for item in session.items}
         if self.one is not None:
-            return True if self.notices(json.loads(self.one.read_text())) else sys.exit(99)
+            os._exit(1 if self.notices(json.loads(self.one.read_text())) else SURVIVED)
         tests, durations = self.recorded()
+        self.refuse_failing_tests(tests, durations)
         running: dict[int, Mutant] = {}
         started, done = time.monotonic(), 0
         for mutant in self.mutants:
@@ -286,9 +290,21 @@ class Check:
             self.finished(running)
         return True
 
+    def refuse_failing_tests(self, tests: dict[str, dict[int, set[str]]], durations: dict[str, float]) -> None:
+        """Code without a change has to pass, or each mutant of it would count as noticed."""
+        for module, by_line in tests.items():
+            given = limited(sorted(set().union(*by_line.values()), key=durations.get), durations, self.longest)
+            source = Path(sys.modules[module].__file__).read_text(encoding="utf-8")
+            for at_import in (False, True):
+                pid = self.start(Mutant(module, 0, "", "unchanged", ast.parse(source), at_import), given)
+                if os.waitpid(pid, 0)[1]:
+                    raise RuntimeError(f"tests of {module} fail without a change: one of {given}")
+
     def finished(self, running: dict[int, Mutant]) -> int:
         pid, status = os.wait()
         mutant = running.pop(pid)
+        if os.waitstatus_to_exitcode(status) == NOT_STARTED:
+            raise RuntimeError(f"{mutant} was not put in place")
         if status == 0 and not {str(mutant), f"{mutant.place}: *"} & self.equivalent:
             self.survivors.append(mutant)
             print(f"{mutant.line:4d}  {mutant}", flush=True)
@@ -302,14 +318,21 @@ class Check:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(LIMIT)
+            replaced = replace_code(mutant)
             silence()
-            os._exit(1 if (self.notices(given) if replace_code(mutant) else imported_anew(mutant, given)) else 0)
-        except BaseException:  # a mutant that does not even start is noticed
+        except BaseException:
+            traceback.print_exc()
+            os._exit(NOT_STARTED)
+        try:
+            os._exit(1 if (self.notices(given) if replaced else imported_anew(mutant, given)) else 0)
+        except BaseException:  # an exception that is no test's failure, such as SystemExit: noticed
             os._exit(1)
 
     def notices(self, given: list[str]) -> bool:
         """Whether one of the tests fails."""
         self.failed = False
+        if not given:
+            return False
         for name, following in zip(given, [*given[1:], None], strict=True):
             item, after = self.items[name], self.items.get(following)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
@@ -324,6 +347,8 @@ class Check:
     def recorded(self) -> tuple[dict[str, dict[int, set[str]]], dict[str, float]]:
         """{module: {line: tests that run it}}, and how long each test takes; from a process of its own."""
         folder = Path(tempfile.mkdtemp()) if self.kept is None else self.kept
+        if not Path(sys.modules["lnp"].__file__).is_relative_to(ROOT):
+            raise RuntimeError(f"lnp is imported from {sys.modules['lnp'].__file__}, not from {ROOT}")
         if not (folder / "durations").exists():
             folder.mkdir(parents=True, exist_ok=True)
             pid = os.fork()
@@ -376,7 +401,7 @@ def imported_anew(mutant: Mutant, given: list[str]) -> bool:
         code.write_text(ast.unparse(mutant.tree), encoding="utf-8")
         tests.write_text(json.dumps(given))
         command = [sys.executable, __file__, "--one", mutant.module, str(code), str(tests)]
-        return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode != 0
+        return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode != SURVIVED
 
 
 def known_equivalents() -> set[str]:
@@ -401,6 +426,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--every", type=int, default=1, help="only each so-many-th mutant")
     parser.add_argument("--first", type=int, default=0, help="from which on: others than in an earlier run")
+    parser.add_argument("--at-import", action="store_true", help="only constants and defaults")
     parser.add_argument("--longest", type=float, default=5, help="seconds of tests that a mutant is given to")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest is given, in the place of the core's")
     parser.add_argument("--again", type=Path, help="only the mutants that this file has, as they were printed")
@@ -418,6 +444,7 @@ def main() -> int:
     for file in files:
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         found += mutants(module, file.read_text(encoding="utf-8"))
+    found = [mutant for mutant in found if mutant.at_import or not options.at_import]
     chosen = found[options.first :: options.every]
     if options.again:
         printed = {line.strip().partition("  ")[2] for line in options.again.read_text(encoding="utf-8").splitlines()}
