@@ -436,6 +436,7 @@ def main() -> int:
     if options.one:
         module, code, tests = options.one
         sys.meta_path.insert(0, Imported(module, ast.parse(Path(code).read_text(encoding="utf-8"))))
+        importlib.import_module(module)  # with its package, of which pytest, given a file, imports one module
         names = json.loads(Path(tests).read_text())
         return run(Check([], one=Path(tests)), tuple(dict.fromkeys(name.partition("::")[0] for name in names)))
     given = [ROOT / path for path in options.paths]
