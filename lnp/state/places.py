@@ -233,6 +233,8 @@ def _take_array(x: np.ndarray) -> list:
 
 def _put_array(x: np.ndarray, values: list) -> None:
     if values:
+        if x.shape != values[0].shape:
+            x.resize(values[0].shape, refcheck=False)
         np.copyto(x, values[0])
 
 

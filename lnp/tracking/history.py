@@ -160,7 +160,7 @@ class History:
         }
         for name in names:
             parts = [self.get(f"{LAYER}{layer}/{name}") for layer in layers]
-            table[name] = np.stack(parts, axis=1).ravel() if parts else np.empty(0)
+            table[name] = np.stack(parts, axis=1).ravel()
         return table
 
     def reach(self, *, window: int | Literal["last"] = 5, size: int = 5) -> Reach:

@@ -74,6 +74,11 @@ def written(holder):
         "bytes": (b := bytearray(b"ab"), lambda: b.extend(b"c"), lambda: bytes(b)),
         "an array": (a := np.arange(3.0), lambda: a.__setitem__(0, 5.0), lambda: a.tolist()),
         "an array's bits": (n := np.array([np.nan]), lambda: n.__setitem__(0, 1.0), lambda: n.tobytes()),
+        "an array's shape": (f := np.zeros((2, 3)), lambda: f.resize((3, 2)), lambda: f.shape),
+        "an array's size": (i := np.zeros(2), lambda: i.resize(3, refcheck=False), lambda: i.tolist()),
+        "an array of the largest size": (
+            j := np.zeros(LARGEST // 8), lambda: j.__setitem__(0, 1.0), lambda: j[0].item()
+        ),
         "attributes": (h := holder, lambda: setattr(h, "more", 1), lambda: dict(vars(h))),
         "a namespace": (k := types.SimpleNamespace(a=1), lambda: setattr(k, "a", 2), lambda: vars(k).copy()),
         "slots": (t := Slotted(), lambda: setattr(t, "first", 2), lambda: t.first),
