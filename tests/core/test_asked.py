@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import lnp
 import lnp_numpy
 from lnp import cli
-from lnp.batches.gram import mean_of_pairs
+from lnp.batches.gram import gradient_gram, mean_of_pairs
 
 RNG = np.random.default_rng(11)
 X, Y = RNG.standard_normal((36, 3)), RNG.standard_normal((36, 2))
@@ -31,6 +33,17 @@ def test_responses_are_those_of_each_pair():
             assert row[f"cross/{name}"] == pytest.approx(values.mean())
             error = np.sqrt(2 / 3 * ((values - values.mean()) ** 2).sum())  # without 2, 1 or 0 one pair is left
             assert row[f"cross/{name}_stderr"] == pytest.approx(error)
+
+
+def test_notes_on_gradients_are_said_beside_others_and_each_once(monkeypatch):
+    own = "means over 3 batches of 12 samples, and errors over these batches"
+    monkeypatch.setattr(
+        "lnp.checkpoints.asked.gradient_gram",
+        lambda *given, **options: replace(gradient_gram(*given, **options), notes=("of gradients", own)),
+    )
+    (notes,) = lnp.measure_checkpoints(load, [2], BATCHES, responses=True).history["notes"]
+    assert notes.endswith(f"{own}; of gradients")
+    assert notes.count(own) == 1
 
 
 def test_opposite_batches_have_the_position_minus_one():
@@ -105,6 +118,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(tmp_path):
         (BATCHES, {"responses": True, "preconditioner": {}}, "received preconditioner=, .*Expected none"),
         (BATCHES, {"nested": [12]}, r"nested is \[12\] for batches of 12 samples. Expected"),
         (BATCHES, {"nested": [0, 4]}, "integers from 1 to 11"),
+        ([*BATCHES, (X[:5], Y[:5])], {"nested": [8]}, "for batches of 5 samples"),
         (BATCHES, {"nested": "many"}, "nested is 'many'"),
         ((X[:8], Y[:8]), {"nested": True}, "nested is True for batches of 8 samples"),
     ):

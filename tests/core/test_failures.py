@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import pickle
+import types
 import warnings
 
 import pytest
@@ -137,6 +138,16 @@ def test_a_failure_costs_what_it_costs(quiet):
     watch(tracker, range(20), BAD)
     assert schedule.state_dict()["cost"] > 0
     assert len(quiet) == 1
+
+
+def test_what_fails_costs_the_seconds_that_it_took(monkeypatch, quiet):
+    costs, now = [], iter([100.0, 103.0])
+    monkeypatch.setattr("lnp.tracking.step_selection.time", types.SimpleNamespace(perf_counter=lambda: next(now)))
+    schedule = lambda step: True
+    schedule.measured = costs.append
+    with lnp.Tracker(schedule=schedule).attempt(0):
+        raise OSError("cannot prepare the batch")
+    assert costs == [3.0]
 
 
 def test_a_full_disk_loses_rows_and_not_the_run(full, tmp_path, quiet):

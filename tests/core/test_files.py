@@ -174,6 +174,39 @@ def test_a_run_that_goes_back_in_one_process_says_so_in_its_file(tmp_path):
     assert read_quietly(path)["step"].tolist() == [0, 1, 2, 3]
 
 
+def test_of_several_steps_that_a_run_goes_back_to_the_file_is_told_the_first(tmp_path):
+    path, due = tmp_path / "run.jsonl", set(range(6))
+    with lnp.Tracker(path, schedule=lambda step: step in due) as tracker:
+        for step in range(6):
+            tracker.observe(step, MODEL, BATCH)
+        due.clear()
+        for step in (2, 3, 4, 3):
+            tracker.observe(step, MODEL, BATCH)
+        due.add(9)
+        tracker.observe(9, MODEL, BATCH)
+    assert read_quietly(path)["step"].tolist() == [0, 1, 9]
+
+
+def test_a_tracker_that_was_closed_opens_its_file_again(tmp_path):
+    path = tmp_path / "run.jsonl"
+    tracker = lnp.Tracker(path, schedule=1)
+    for step in range(2):
+        tracker.observe(step, MODEL, BATCH)
+        tracker.close()
+    assert History.read(path)["step"].tolist() == [0, 1]
+
+
+def test_a_copy_of_an_open_tracker_opens_the_file_once_it_is_free(tmp_path):
+    path = tmp_path / "run.jsonl"
+    tracker = lnp.Tracker(path, schedule=1)
+    tracker.observe(0, MODEL, BATCH)
+    copy = pickle.loads(pickle.dumps(tracker))
+    tracker.close()
+    with copy:
+        copy.observe(1, MODEL, BATCH)
+    assert History.read(path)["step"].tolist() == [0, 1]
+
+
 def read_quietly(path):
     """The history of a file of which there is nothing to say."""
     with warnings.catch_warnings(record=True) as caught:

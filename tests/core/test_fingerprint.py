@@ -1,9 +1,13 @@
 """What objects hold, as a value: every change shows, in small arrays and in large ones."""
 
+import random
+import tracemalloc
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
-from lnp.state.fingerprint import LARGE, fingerprint
+from lnp.state.fingerprint import LARGE, fingerprint, random_states
 
 
 @pytest.mark.parametrize("size", [10, LARGE // 4, LARGE // 4 + 131_077])
@@ -28,6 +32,57 @@ def test_every_sign_of_a_large_array_counts():
         other = array.copy()
         other[index] *= -1
         assert fingerprint([[other]]) != before, index
+
+
+def test_every_exchange_of_two_numbers_of_a_large_array_counts():
+    array = np.random.default_rng(0).standard_normal(LARGE // 8)
+    before = fingerprint([[array]])
+    for index in range(40):
+        other = array.copy()
+        other[[index, index + 1]] = other[[index + 1, index]]
+        assert fingerprint([[other]]) != before, index
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_large_array_is_not_copied(order):
+    array = np.zeros((1024, 1024), order=order)
+    fingerprint([[array]])
+    tracemalloc.start()
+    fingerprint([[array]])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < array.nbytes / 8
+
+
+@pytest.mark.parametrize(("one", "other"), [(0.0, -0.0), (1, 1.0), (1, True), (1.0, 1 + 0j), ("1", 1)])
+def test_numbers_that_are_only_equal_are_told_apart(one, other):
+    assert fingerprint([[one]]) != fingerprint([[other]])
+
+
+def test_a_number_that_is_not_equal_to_itself_is_the_same():
+    assert fingerprint([[float("nan")]]) == fingerprint([[float("nan")]])
+
+
+def test_it_counts_which_of_two_like_objects_is_held():
+    first, second = [1.0], [1.0]
+    assert fingerprint([[first, second, [first]]]) != fingerprint([[first, second, [second]]])
+
+
+def test_what_is_not_searched_has_the_key_that_is_given_for_it():
+    found = [fingerprint([[Fraction(n)]], frozenset({"fractions"}), held) for n in (1, 2) for held in (str, type)]
+    assert found[0] != found[2]
+    assert found[1] == found[3]
+
+
+def test_random_states_change_with_draws_and_with_nothing_else():
+    held, generator = [1.0], np.random.default_rng(0)
+    before = random_states([held, generator])
+    held[0] = 2.0
+    assert random_states([held, generator]) == before
+    for draw in (generator.random, random.random, np.random.rand):
+        draw()
+        before, earlier = random_states([held, generator]), before
+        assert before != earlier
 
 
 def test_a_small_array_is_told_by_its_values_alone():

@@ -12,7 +12,7 @@ import pytest
 import lnp
 import lnp_numpy
 from lnp import cli
-from lnp.checkpoints.files import refuse_claims
+from lnp.checkpoints.files import files_of, refuse_claims
 
 RNG = np.random.default_rng(3)
 X, Y = RNG.standard_normal((12, 2)), RNG.standard_normal((12, 2))
@@ -160,6 +160,12 @@ def test_a_pattern_is_told_of_where_it_would_help(framework, tmp_path):
     save(tmp_path, "2.keras", 0.5)
     with pytest.raises(FileNotFoundError, match=r"of several kinds \(state_dict, keras\).*Choose by a pattern"):
         lnp.open_checkpoints(tmp_path)
+
+
+def test_the_files_of_a_checkpoint_are_in_the_order_of_their_names(tmp_path):
+    for name in ("z", "inner/b", "inner/a"):
+        save(tmp_path, f"1/{name}", 1)
+    assert [name for name, _, _ in files_of(tmp_path / "1")] == ["1/inner/a", "1/inner/b", "1/z"]
 
 
 def test_arrays_that_no_file_could_hold(tmp_path, monkeypatch):

@@ -48,6 +48,12 @@ def test_each_step_counts_once(pairs, together):
     assert steps == sorted(set(steps))
 
 
+def test_going_back_to_a_step_forgets_it():
+    history = History(ROWS)
+    history.go_back(5)
+    assert history["step"].tolist() == [0]
+
+
 def test_the_file_keeps_what_was_replaced(tmp_path):
     path = tmp_path / "run.jsonl"
     file = Appender(path)
@@ -80,6 +86,8 @@ def test_what_stands_where_numbers_are_expected():
     """Words stay what they are; integers beyond all floats are infinite."""
     history = History([{"step": 0, "loss": "lost"}])
     assert history["loss"].tolist() == ["lost"]
+    mixed = History([{"step": 0, "loss": "lost"}, {"step": 1, "loss": 0.5}])
+    assert mixed["loss"].tolist() == ["lost", 0.5]
     huge = History([{"step": 0, "loss": 10**400}, {"step": 1, "loss": -(10**400)}, {"step": 2, "loss": None}])
     np.testing.assert_array_equal(huge["loss"], [np.inf, -np.inf, np.nan])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,15 @@ def test_tokens_are_left_on_the_disk(tmp_path):
     assert isinstance(data.read_tokens(tmp_path / "tokens.npy"), np.memmap)
 
 
+def test_of_a_text_there_are_its_own_tokens_and_no_warning_of_their_number(tmp_path):
+    def tokenizer(text, add_special_tokens=True, verbose=True):
+        assert not verbose
+        return {"input_ids": [0] * add_special_tokens + [ord(letter) for letter in text]}
+
+    (tmp_path / "text.txt").write_text("abc")
+    assert data.text_tokens(tmp_path / "text.txt", tokenizer).tolist() == [97, 98, 99]
+
+
 def test_files_of_something_else_are_refused(tmp_path):
     np.save(tmp_path / "floats.npy", np.ones(3))
     np.save(tmp_path / "objects.npy", np.array([print], dtype=object))
@@ -145,6 +155,15 @@ def test_a_file_is_run_once_and_one_of_the_same_name_elsewhere_is_another(tmp_pa
     assert [data.from_file(f"{tmp_path}/a/same.py:{name}") for name in ("value", "other")] == [1, -1]
     assert data.from_file(f"{tmp_path}/b/same.py:value") == 2
     assert [(tmp_path / folder / "same.runs").read_text() for folder in "ab"] == ["x", "x"]
+
+
+def test_a_file_s_neighbours_come_before_others_of_their_names(tmp_path, monkeypatch):
+    for folder, value in (("elsewhere", 1), ("here", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "lnp_test_beside.py").write_text(f"VALUE = {value}\n")
+    (tmp_path / "here" / "importing.py").write_text("from lnp_test_beside import VALUE\n")
+    monkeypatch.setattr("sys.path", [str(tmp_path / "elsewhere"), *sys.path])
+    assert data.from_file(f"{tmp_path}/here/importing.py:VALUE") == 2
 
 
 def test_where_histories_go():

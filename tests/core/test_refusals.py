@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 import lnp
@@ -220,6 +222,22 @@ def test_processes_that_may_not_choose_the_same_steps_measure_none(monkeypatch, 
         watch(lnp.Tracker(schedule=budget(0.1), on_error="raise"), [0])
     assert watch(lnp.Tracker(schedule=budget(0.1)), range(2)) == []
     assert len(quiet) == (number == 0)  # the process that keeps the rows tells of it
+
+
+def test_only_what_one_process_measures_may_not_wait_for_others(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def alone():
+        entered.append(True)
+        yield
+
+    joined(monkeypatch, 0)
+    monkeypatch.setattr(lnp_numpy, "alone", alone, raising=False)
+    assert lnp.Tracker(schedule=1).observe(0, MODEL, BATCH) is not None
+    assert not entered
+    assert lnp.Tracker(schedule=1).observe(0, lnp_numpy.LinearModel(weight=MODEL.weight), BATCH) is not None
+    assert entered
 
 
 def test_what_an_update_does_is_measured_by_one_process_also_in_a_group(monkeypatch):

@@ -75,3 +75,8 @@ def test_a_process_that_does_not_measure_says_nothing(quiet):
     for _ in range(2):
         watch(tracker, range(3))
     assert not quiet
+
+
+def test_a_process_that_does_not_measure_has_no_step_that_is_due():
+    assert lnp.Tracker(schedule=1, rank=0).due(0)
+    assert not lnp.Tracker(schedule=1, rank=1).due(0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 import warnings
@@ -75,6 +77,18 @@ def test_what_is_no_number_is_refused():
         records.encode({"crc32": 1.0})
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_sound_lines_are_read_by_one_call(sealed, monkeypatch):
+    rows = [{"step": 0, "loss": 0.5}, {"step": 1}]
+    lines = [records.encode(row)[:-1] if sealed else json.dumps(row).encode() for row in rows]
+    monkeypatch.setattr(records, "decode", lambda line: pytest.fail("it is read by itself"))
+    assert records.decode_all(lines, False) == (rows, sealed)
+
+
+def test_all_numbers_that_are_not_finite_fit_into_one_column():
+    assert records.fits([{"step": step, "loss": text} for step, text in enumerate(records.NONFINITE)])
+
+
 def test_a_last_line_that_lacks_its_newline_alone_is_kept(tmp_path):
     path = tmp_path / "run.jsonl"
     write(path, [0, 1, 2])
@@ -116,6 +130,50 @@ def test_a_small_chunk_reads_the_same(tmp_path, monkeypatch):
     whole = History.read(path)["step"].tolist()
     monkeypatch.setattr(storage, "CHUNK", 7)
     assert History.read(path)["step"].tolist() == whole == list(range(50))
+
+
+def test_lines_are_numbered_through_the_whole_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    write(path, range(5))
+    path.write_bytes(path.read_bytes() + b"damaged\n" + records.encode({"step": 9}))
+    monkeypatch.setattr(storage, "CHUNK", 30)
+    with pytest.warns(UserWarning, match="of 7; the first is line 6"):
+        assert History.read(path)["step"].tolist() == [*range(5), 9]
+
+
+def test_one_damaged_line_of_a_tracker_makes_a_file_a_tracker_s(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b'a comment\n{"step": 3, "chi_pos": 0.2\n')
+    with pytest.warns(UserWarning, match="2 lines hold no record"):
+        assert len(History.read(path)) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_file_is_for_reading_and_writing_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        write(tmp_path / "run.jsonl", [0])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "run.jsonl").stat().st_mode) == 0o666
+
+
+def test_a_file_may_be_closed_twice(tmp_path):
+    file = Appender(tmp_path / "run.jsonl")
+    for _ in range(2):
+        file.close()
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EINVAL"])
+def test_a_file_system_without_locks_is_told_of(error, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(getattr(errno, error), "no locks")
+
+    pytest.importorskip("fcntl")
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="this file system has no locks"):
+        write(tmp_path / "run.jsonl", [0])
+    assert History.read(tmp_path / "run.jsonl")["step"].tolist() == [0]
 
 
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):

@@ -1,0 +1,46 @@
+"""A run that goes on from a checkpoint with another tracker than the one that it was made with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import lnp
+import lnp_numpy
+from lnp.schedule import budget
+
+MODEL, BATCH = lnp_numpy.LinearModel(weight=np.ones((2, 1))), (np.eye(2), np.zeros((2, 1)))
+
+
+def state_after(steps, path=None, schedule=1):
+    """The state of a tracker that has measured these steps."""
+    with lnp.Tracker(path, schedule) as tracker:
+        for step in steps:
+            tracker.observe(step, MODEL, BATCH)
+        return tracker.state_dict()
+
+
+def test_rows_of_a_file_are_not_those_of_a_tracker_without_one(tmp_path):
+    tracker = lnp.Tracker(schedule=1)
+    tracker.load_state_dict(state_after(range(2), tmp_path / "run.jsonl"))
+    assert len(tracker.history) == 0
+
+
+def test_rows_of_a_tracker_without_a_file_are_not_those_of_one(tmp_path):
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=1)
+    tracker.load_state_dict(state_after(range(2)))
+    assert len(tracker.history) == 0
+
+
+def test_a_schedule_goes_on_with_what_it_knows():
+    state = state_after([0], schedule=budget(0.1))
+    schedule = budget(0.1)
+    lnp.Tracker(schedule=schedule).load_state_dict(state)
+    assert schedule.state_dict()["cost"] == state["schedule"]["cost"] > 0
+
+
+@pytest.mark.parametrize("other", [1, lambda step: True], ids=["steps", "function"])
+def test_a_schedule_begins_anew_after_one_that_knew_nothing(other):
+    schedule = budget(0.1)
+    lnp.Tracker(schedule=schedule).load_state_dict(state_after([0], schedule=other))
+    assert schedule.state_dict() == budget(0.1).state_dict()
