@@ -222,6 +222,11 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from codes(constant)
 
 
+def place_of(code: types.CodeType) -> tuple:
+    """Where a function stands, by columns as well: a line may hold two lambdas."""
+    return code.co_qualname, code.co_firstlineno, code.co_linetable
+
+
 def replace_code(mutant: Mutant) -> bool:
     """Put a mutant's code into the functions that are there; False where the change is in code that ran at import.
 
@@ -229,12 +234,16 @@ def replace_code(mutant: Mutant) -> bool:
     """
     if mutant.at_import:
         return False
-    file = sys.modules[mutant.module].__file__
-    made = {(c.co_qualname, c.co_firstlineno): c for c in codes(compile(mutant.tree, file, "exec"))}
+    file = Path(sys.modules[mutant.module].__file__)
+    before = list(codes(compile(file.read_text(encoding="utf-8"), file, "exec")))
+    after = list(codes(compile(mutant.tree, file, "exec")))
+    if len(before) != len(after):
+        return False
+    made = {place_of(old): new for old, new in zip(before, after, strict=True)}
     replaced = False
     for function in gc.get_objects():
         if type(function) is types.FunctionType and function.__module__ == mutant.module:
-            new = made.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
+            new = made.get(place_of(function.__code__))
             if new is not None and function.__code__ != new:
                 try:
                     function.__code__ = new
