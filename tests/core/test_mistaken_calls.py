@@ -160,3 +160,12 @@ def test_lnps_own_errors_have_no_notes():
     with pytest.raises(ValueError, match="Unknown loss") as raised:
         lnp.decompose(MODEL, BATCH, "nll")
     assert not hasattr(raised.value, "__notes__")
+
+
+def test_options_in_the_wrong_place_are_named_in_order():
+    names = ("zeta", "eta", "theta", "iota", "kappa", "beta", "alpha")
+    with pytest.raises(TypeError, match="the options alpha, beta, eta, iota, kappa, theta, zeta. Expected"):
+        lnp.Tracker(**dict.fromkeys(names, 1))
+    values = dict.fromkeys(("rtol", "microbatch", "max_probes", "group", "by_layer"), 1)
+    with pytest.raises(TypeError, match="^by_layer, group, max_probes, microbatch, rtol are options of"):
+        lnp.Tracker(schedule=1).observe(0, MODEL, BATCH, **values)
