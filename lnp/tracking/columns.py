@@ -64,7 +64,7 @@ def selected(columns: Columns, mask: np.ndarray) -> tuple[Columns, int]:
         stays = mask[rows]
         if stays.any():
             found[name] = Column(values[stays], place[rows[stays]])
-    return found, int(place[-1]) + 1 if len(place) else 0
+    return found, int(np.sum(mask))
 
 
 def _column(name: str, parts: list[tuple[list[int], tuple]], length: int) -> Column:

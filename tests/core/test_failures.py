@@ -14,7 +14,7 @@ import pytest
 import lnp
 from core.failing import BAD, BATCH, MODEL, Torn, failing_disk, full_disk, recorded, told, watch
 from lnp.schedule import budget
-from lnp.tracking.failures import Failures
+from lnp.tracking.failures import Failures, describe
 
 quiet = pytest.fixture(recorded)
 full = pytest.fixture(full_disk)
@@ -65,6 +65,7 @@ def test_long_and_broken_messages(quiet):
             raise error
     assert len(told(quiet)[0]) < 1000
     assert "Broken: its message cannot be read" in told(quiet)[1]
+    assert describe(ValueError("one\ntwo\nthree\nfour")) == "ValueError: one\ntwo\nthree"
 
 
 def test_a_filter_that_makes_errors_of_warnings_does_not_end_the_run(caplog):

@@ -82,6 +82,13 @@ def test_a_column_of_integers_floats_and_none_is_one_of_floats():
     assert history["a"].tolist() == pytest.approx([1, 2.5, math.nan], nan_ok=True)
 
 
+def test_integers_beyond_64_bits_of_which_some_are_missing_become_floats():
+    rows = [{"step": 0, "a": 2**70}, {"step": 1, "b": 0, "a": None}]
+    for history in (History(rows), History([*rows[:1], {"step": 1, "a": None}])):
+        assert history["a"].dtype == np.float64
+        assert history["a"].tolist() == pytest.approx([2.0**70, math.nan], nan_ok=True)
+
+
 def test_what_stands_where_numbers_are_expected():
     """Words stay what they are; integers beyond all floats are infinite."""
     history = History([{"step": 0, "loss": "lost"}])

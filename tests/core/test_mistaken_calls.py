@@ -164,8 +164,8 @@ def test_lnps_own_errors_have_no_notes():
 
 def test_options_in_the_wrong_place_are_named_in_order():
     names = ("zeta", "eta", "theta", "iota", "kappa", "beta", "alpha")
-    with pytest.raises(TypeError, match="the options alpha, beta, eta, iota, kappa, theta, zeta. Expected"):
+    with pytest.raises(TypeError, match=r"the options alpha, beta, eta, iota, kappa, theta, zeta\. Expected"):
         lnp.Tracker(**dict.fromkeys(names, 1))
     values = dict.fromkeys(("rtol", "microbatch", "max_probes", "group", "by_layer"), 1)
-    with pytest.raises(TypeError, match="^by_layer, group, max_probes, microbatch, rtol are options of"):
+    with pytest.raises(TypeError, match=r"^by_layer, group, max_probes, microbatch, rtol are options of"):
         lnp.Tracker(schedule=1).observe(0, MODEL, BATCH, **values)

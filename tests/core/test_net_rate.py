@@ -227,7 +227,9 @@ def test_a_resumed_run_goes_on_with_its_sum_and_its_losses(tmp_path):
 
 
 def test_a_batch_is_known_again_as_the_first_of_a_list():
-    alone, more = (lnp.Tracker(schedule=1, batch=batch, learning_rate=0.1) for batch in ((X, Y), [(X, Y), (X, Y + 1)]))
+    alone, more = (
+        lnp.Tracker(schedule=1, batch=batch, learning_rate=0.1) for batch in ((X, Y), [(X, Y), (X, Y + 1), (X, Y + 2)])
+    )
     run(alone, range(2))
     more.load_state_dict(json.loads(json.dumps(alone.state_dict())))
     row = run(more, [2])[-1]

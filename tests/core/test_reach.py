@@ -1,9 +1,12 @@
 """Spectral reach of runs: unbiased under the choice of the window, with an error that covers the truth."""
 
+import inspect
+
 import numpy as np
 import pytest
 
 import lnp
+from lnp.runs import curves
 from lnp.tracking.history import History
 
 STEPS = [1, 10, 100, 1000, 10000, 100000]
@@ -202,3 +205,9 @@ def test_bad_runs():
         lnp.reach_of_runs([])
     with pytest.raises(ValueError, match=r"windows \[2, 3\]"):
         lnp.reach_of_runs([lnp.reach(STEPS, [1] * 6, window=w) for w in (2, 3)])
+
+
+@pytest.mark.parametrize("function", [lnp.reach, curves.reach, History.reach])
+def test_five_windows_are_chosen_and_five_averaged_by_default(function):
+    parameters = inspect.signature(function).parameters
+    assert (parameters["window"].default, parameters["size"].default) == (5, 5)

@@ -22,3 +22,11 @@ def test_files_that_another_process_is_at_are_waited_for(name, tmp_path):
         assert go_on.is_alive()
     go_on.join(20)
     assert not go_on.is_alive()
+
+
+def test_a_folder_without_settings_does_not_make_a_file_one_of_checkpoints(tmp_path):
+    (tmp_path / "run.jsonl").write_text("mine")
+    (tmp_path / "run.jsonl.parts").mkdir()
+    with pytest.raises(FileExistsError, match="was not made of checkpoints"):
+        Results(tmp_path / "run.jsonl", {})
+    assert (tmp_path / "run.jsonl").read_text() == "mine"

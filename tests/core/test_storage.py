@@ -220,6 +220,25 @@ def test_a_forked_copy_that_lets_go_leaves_the_lock_to_the_one_that_writes(tmp_p
         assert storage.lock(other.fileno())
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_copy_that_stays_does_not_keep_the_lock(tmp_path):
+    file, (end, begin) = Appender(tmp_path / "run.jsonl"), os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of forks beside threads, of which the child uses none
+        child = os.fork()
+    if child == 0:
+        os.close(begin)
+        os.read(end, 1)
+        os._exit(0)
+    try:
+        file.close()
+        with open(tmp_path / "run.jsonl", "ab") as other:
+            assert storage.lock(other.fileno())
+    finally:
+        os.close(end), os.close(begin)
+        os.waitpid(child, 0)
+
+
 def test_a_lock_that_waits_locks_too(tmp_path):
     with open(tmp_path / "lock", "wb") as first, open(tmp_path / "lock", "wb") as second:
         assert storage.lock(first.fileno(), wait=True)
