@@ -44,8 +44,8 @@ REFUSED = {
 class Asked:
     """What is asked for: whether there are cross responses, and the sizes of nested batches, smaller than the batch."""
 
-    responses: bool = False
-    sizes: tuple[int, ...] = ()
+    responses: bool
+    sizes: tuple[int, ...]
 
     def values(
         self, model: Model, batches: Sequence[Batch], found: Sequence[Decomposition], seeds: Sequence[int],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -140,6 +141,14 @@ def test_what_a_net_rate_needs_of_several_batches():
     assert (end.loss, end.rate, end.rate_stderr) == (values["loss"], values[rate], values[rate + "_stderr"])
     assert end.scales == pytest.approx(values["chi_loss"] * values["chi_net"])
     assert end.relative == pytest.approx(values["chi_net_stderr"] / values["chi_net"])
+
+
+def test_values_that_one_of_several_batches_lacks_are_left_out():
+    apart = [lnp.decompose(load(4), batch) for batch in thirds()]
+    apart[1] = dataclasses.replace(apart[1], population=None)
+    values, _ = row_of(apart)
+    assert not [name for name in values if name.startswith("population/")]
+    assert ends_of(4, apart, values).rate == values["rate"]
 
 
 def test_the_net_position_of_several_batches_is_in_units_of_their_mean_scales():

@@ -196,6 +196,17 @@ def test_a_tracker_that_was_closed_opens_its_file_again(tmp_path):
     assert History.read(path)["step"].tolist() == [0, 1]
 
 
+def test_a_tracker_waits_for_the_disk_where_that_is_asked_for_alone(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", calls.append)
+    for options, expected in (({}, 0), ({"fsync": True}, 2)):
+        with lnp.Tracker(tmp_path / f"{expected}.jsonl", schedule=1, **options) as tracker:
+            calls.clear()
+            for step in range(2):
+                tracker.observe(step, MODEL, BATCH)
+            assert len(calls) == expected
+
+
 def test_a_copy_of_an_open_tracker_opens_the_file_once_it_is_free(tmp_path):
     path = tmp_path / "run.jsonl"
     tracker = lnp.Tracker(path, schedule=1)

@@ -162,6 +162,15 @@ def test_a_pattern_is_told_of_where_it_would_help(framework, tmp_path):
         lnp.open_checkpoints(tmp_path)
 
 
+def test_two_checkpoints_of_one_step_are_named_in_order(framework, tmp_path, monkeypatch):
+    for name in ("a-1.pt", "b-1.pt"):
+        save(tmp_path, name, 0.5)
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: sorted(glob(folder, pattern), reverse=True))
+    with pytest.raises(ValueError, match=r"^a-1.pt and b-1.pt in .* are both of step 1\."):
+        lnp.open_checkpoints(tmp_path)
+
+
 def test_the_files_of_a_checkpoint_are_in_the_order_of_their_names(tmp_path):
     for name in ("z", "inner/b", "inner/a"):
         save(tmp_path, f"1/{name}", 1)

@@ -269,9 +269,9 @@ def test_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch):
 def test_fsync_waits_for_the_disk_at_each_record(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "fsync", calls.append)
-    for fsync, expected in ((False, 0), (True, 3)):
+    for fsync, expected in (((), 0), ((False,), 0), ((True,), 3)):
         calls.clear()
-        file = Appender(tmp_path / f"{fsync}.jsonl", fsync)
+        file = Appender(tmp_path / f"{fsync}.jsonl", *fsync)
         for step in range(3):
             file.append({"step": step})
         assert len(calls) == expected
