@@ -410,7 +410,8 @@ def imported_anew(mutant: Mutant, given: list[str]) -> bool:
         code.write_text(ast.unparse(mutant.tree), encoding="utf-8")
         tests.write_text(json.dumps(given))
         command = [sys.executable, __file__, "--one", mutant.module, str(code), str(tests)]
-        return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode != SURVIVED
+        ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, timeout=LIMIT - 10)
+        return ended.returncode != SURVIVED
 
 
 def known_equivalents() -> set[str]:
