@@ -63,6 +63,8 @@ OTHER_FUNCTION = {
 }  # fmt: skip
 LEFT_OUT = ("sqrt", "abs", "exp", "log", "square", "real", "conj", "sorted")
 """Functions of which only the argument is kept."""
+LOOKS = {"alpha", "fontsize", "linewidth", "markersize", "markeredgewidth", "xytext", "linthresh", "linscale", "pad"}
+"""Arguments that say how a figure looks, which people judge by looking at it."""
 SPLIT = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 
 
@@ -124,7 +126,7 @@ def at(node: ast.AST, path: tuple) -> ast.AST:
 
 def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iterator[tuple[tuple, ast.AST, str, bool]]:
     """All nodes with the way to them, the function that they are in, and whether they run at import, as constants and
-    defaults do; texts, annotations and errors left out.
+    defaults do; texts, annotations, errors and looks left out.
     """
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         where = f"{where}.{node.name}".strip(".")
@@ -134,7 +136,13 @@ def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iter
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.JoinedStr | ast.Assert):
                 continue
-            if isinstance(child, ast.keyword) and child.arg == "strict":  # of zip, which guards as assert does
+            if isinstance(child, ast.keyword) and child.arg in {
+                "strict",
+                *LOOKS,
+            }:  # of zip, which guards as assert does
+                continue
+            key = node.keys[index] if isinstance(node, ast.Dict) and name == "values" else None
+            if isinstance(key, ast.Constant) and key.value in LOOKS:
                 continue
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 continue
