@@ -136,10 +136,7 @@ def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iter
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.JoinedStr | ast.Assert):
                 continue
-            if isinstance(child, ast.keyword) and child.arg in {
-                "strict",
-                *LOOKS,
-            }:  # of zip, which guards as assert does
+            if isinstance(child, ast.keyword) and child.arg in {"strict", *LOOKS}:  # strict: a guard, as assert
                 continue
             key = node.keys[index] if isinstance(node, ast.Dict) and name == "values" else None
             if isinstance(key, ast.Constant) and key.value in LOOKS:
