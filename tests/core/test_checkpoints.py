@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,7 +25,7 @@ import lnp_numpy
 from lnp.checkpoints.means import ends_of, row_of
 from lnp.runs.curves import NOISE_SCALE, curve
 from lnp.runs.table import compare
-from lnp.tracking.net_rate import fall
+from lnp.tracking.net_rate import NO_ERROR, fall
 from lnp.tracking.storage import lock
 
 RNG = np.random.default_rng(5)
@@ -149,6 +150,33 @@ def test_values_that_one_of_several_batches_lacks_are_left_out():
     values, _ = row_of(apart)
     assert not [name for name in values if name.startswith("population/")]
     assert ends_of(4, apart, values).rate == values["rate"]
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.25, 0.15), (1.0, -0.5, -0.5), (0.5, -1.0, 0.2)])
+def test_a_noise_scale_is_a_ratio_of_means_and_infinite_where_nothing_is_learnt(rates):
+    single = [lnp.decompose(load(4), batch) for batch in thirds()]
+    apart = [
+        dataclasses.replace(d, population=dataclasses.replace(d.population, rate=rate, gradient_noise=6.0))
+        for d, rate in zip(single, rates, strict=True)
+    ]
+    assert row_of(apart)[0][NOISE_SCALE] == (pytest.approx(20.0) if sum(rates) > 0 else np.inf)
+
+
+def test_each_checkpoint_is_one_step_of_the_progress(monkeypatch):
+    told = []
+    monkeypatch.setattr("lnp.checkpoints.measure.bar", lambda what, total: contextlib.nullcontext(told.append))
+    lnp.measure_checkpoints(load, STEPS, (X, Y))
+    assert told == [1] * len(STEPS)
+
+
+def test_a_fall_without_an_error_says_so():
+    def square_of_mean(outputs, targets):
+        mean = outputs[:, 0].mean()
+        return mean**2, 2 * mean / len(outputs) * np.array([[1.0, 0.0]] * len(outputs))
+
+    for loss, expected in ((square_of_mean, [False, True]), (None, [False, False])):
+        rows = lnp.measure_checkpoints(load, STEPS[1:3], (X, Y), loss=loss).history.rows()
+        assert [NO_ERROR in row.get("notes", "") for row in rows] == expected
 
 
 def test_the_net_position_of_several_batches_is_in_units_of_their_mean_scales():

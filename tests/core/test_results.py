@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 
 import pytest
 
@@ -30,3 +31,11 @@ def test_a_folder_without_settings_does_not_make_a_file_one_of_checkpoints(tmp_p
     with pytest.raises(FileExistsError, match="was not made of checkpoints"):
         Results(tmp_path / "run.jsonl", {})
     assert (tmp_path / "run.jsonl").read_text() == "mine"
+
+
+def test_a_history_is_left_for_later_until_writing_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    times = iter([100.0, 101.0, 120.9, 121.1, 122.0, 123.0, 124.0])
+    monkeypatch.setattr("lnp.checkpoints.results.time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    results = Results(tmp_path / "run.jsonl", {})
+    written = [results.write_history(lambda parts: [], in_time=in_time) for in_time in (False, True, True, False)]
+    assert [history is not None for history in written] == [True, False, True, True]
