@@ -34,7 +34,7 @@ def test_a_folder_without_settings_does_not_make_a_file_one_of_checkpoints(tmp_p
 
 
 def test_a_history_is_left_for_later_until_writing_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
-    times = iter([100.0, 101.0, 120.9, 121.1, 122.0, 123.0, 124.0])
+    times = iter([100.0, 100.5, 110.4, 110.8, 111.0, 112.0, 113.0])
     monkeypatch.setattr("lnp.checkpoints.results.time", types.SimpleNamespace(perf_counter=lambda: next(times)))
     results = Results(tmp_path / "run.jsonl", {})
     written = [results.write_history(lambda parts: [], in_time=in_time) for in_time in (False, True, True, False)]

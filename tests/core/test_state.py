@@ -14,7 +14,7 @@ import pytest
 
 import lnp
 import lnp_numpy
-from lnp.state.places import LARGEST, empty_like, is_user_module, places, references
+from lnp.state.places import LARGEST, PARTS, empty_like, is_user_module, places, references
 from lnp.state.preserve import preserve_state, reachable_objects
 
 COUNT = 0
@@ -183,6 +183,12 @@ def test_what_is_large_or_cannot_be_written_to_is_no_place():
     with preserve_state(large):
         large[0] = 1
     assert large[0] == 1
+
+
+def test_of_the_kinds_that_a_container_is_the_first_alone_counts():
+    assert [part for part in places(collections.OrderedDict(a=1)) if part in PARTS.values()] == [
+        PARTS[collections.OrderedDict]
+    ]
 
 
 def test_whose_modules_are_looked_into():
