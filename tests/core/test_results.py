@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 import types
 
@@ -39,3 +41,14 @@ def test_a_history_is_left_for_later_until_writing_takes_a_twentieth_of_the_time
     results = Results(tmp_path / "run.jsonl", {})
     written = [results.write_history(lambda parts: [], in_time=in_time) for in_time in (False, True, True, False)]
     assert [history is not None for history in written] == [True, False, True, True]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_files_are_for_reading_and_writing_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        Results(tmp_path / "run.jsonl", {}).write_history(lambda parts: [])
+    finally:
+        os.umask(before)
+    files = [*tmp_path.glob("*.jsonl"), *tmp_path.glob("*.parts/*")]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666}
