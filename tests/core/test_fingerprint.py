@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lnp.state.fingerprint import LARGE, fingerprint, random_states
+from lnp.state.fingerprint import LARGE, _weights, fingerprint, random_states
 
 
 @pytest.mark.parametrize("size", [10, LARGE // 4, LARGE // 4 + 131_077])
@@ -41,6 +41,12 @@ def test_every_exchange_of_two_numbers_of_a_large_array_counts():
         other = array.copy()
         other[[index, index + 1]] = other[[index + 1, index]]
         assert fingerprint([[other]]) != before, index
+
+
+def test_weights_are_odd_and_no_two_are_the_same():
+    weights = _weights.__wrapped__()
+    assert (weights % 2 == 1).all()
+    assert len(np.unique(weights)) == len(weights)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

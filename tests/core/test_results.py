@@ -27,6 +27,23 @@ def test_files_that_another_process_is_at_are_waited_for(name, tmp_path):
     assert not go_on.is_alive()
 
 
+def test_a_step_that_another_process_is_at_is_not_waited_for(tmp_path):
+    results, found = Results(tmp_path / "run.jsonl", {}), []
+
+    def claim():
+        with results.claim(4) as own:
+            found.append(own)
+
+    with open(tmp_path / "run.jsonl.parts" / "4.lock", "w") as file:
+        lock(file.fileno())
+        thread = threading.Thread(target=claim, daemon=True)
+        thread.start()
+        thread.join(5)
+        assert found == [False]
+    claim()
+    assert found == [False, True]
+
+
 def test_a_folder_without_settings_does_not_make_a_file_one_of_checkpoints(tmp_path):
     (tmp_path / "run.jsonl").write_text("mine")
     (tmp_path / "run.jsonl.parts").mkdir()

@@ -14,7 +14,7 @@ import pytest
 
 import lnp
 import lnp_numpy
-from lnp.state.places import LARGEST, PARTS, empty_like, is_user_module, places, references
+from lnp.state.places import LARGEST, NOTHING, PARTS, empty_like, is_user_module, places, references
 from lnp.state.preserve import preserve_state, reachable_objects
 
 COUNT = 0
@@ -183,6 +183,26 @@ def test_what_is_large_or_cannot_be_written_to_is_no_place():
     with preserve_state(large):
         large[0] = 1
     assert large[0] == 1
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_array_that_may_be_written_to_only_before_or_only_after_is_left_as_it_is(before):
+    array = np.zeros(2)
+    array.flags.writeable = before
+    with preserve_state(array):
+        array.flags.writeable = not before
+    assert array.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [[1], {"a": 1}, {1}, collections.deque([1]), collections.OrderedDict(a=1), Slotted(), types.SimpleNamespace(a=1)],
+    ids=lambda holder: type(holder).__name__,
+)
+def test_what_is_given_nothing_holds_nothing(holder):
+    for part in places(holder):
+        part.put(holder, [])
+        assert not [value for value in part.take(holder) if value is not NOTHING]
 
 
 def test_of_the_kinds_that_a_container_is_the_first_alone_counts():
