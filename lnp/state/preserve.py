@@ -114,8 +114,6 @@ def _is_searched(x: Any, foreign: frozenset[str]) -> bool:
 @functools.lru_cache(maxsize=4096)
 def is_searched_type(kind: type, foreign: frozenset[str]) -> bool:
     """Whether the search goes on inside of objects of a type."""
-    if kind in PLAIN:
-        return False
     if kind in STATES or kind in LINKS or issubclass(kind, (*PARTS, tuple, frozenset)):
         return True
     root = kind.__module__.partition(".")[0]
