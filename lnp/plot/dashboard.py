@@ -76,15 +76,13 @@ def _draw_several(named: Runs, axes: np.ndarray) -> None:
         curve(named, "rate", axes[0], legend=False)
     axes[1].axis("off")
     axes[2].axis("off")
-    # the page's first axes hold a line for each run that has a loss, without a label where it is no run's
-    lines = [line for line in axes[0].figure.axes[0].get_lines() if not line.get_label().startswith("_")]
     summaries = [summary(run) for run in named.values()]
     header = ("run", "size", "loss", "reach", "at step")
     cells = [
         (name, number(s.parameters), number(s.loss), reached(s.reach), integer(s.reach.step))
         for name, s in zip(named, summaries, strict=True)
     ]
-    _draw_table(axes[1], header, cells, [line.get_color() for line in lines])
+    _draw_table(axes[1], header, cells, [line["color"] for line in style.lines(named)])
 
 
 def story(run: History) -> list[tuple[str, str]]:
@@ -121,12 +119,12 @@ def _draw_lines(ax: Axes, lines: list[tuple[str, str]]) -> None:
 
 def _draw_table(ax: Axes, header: tuple, cells: list[tuple], colours: list) -> None:
     """The runs' numbers with their colours, over two axes' width."""
-    shown = cells if len(cells) <= MOST_LINES else cells[:MOST_LINES]
+    shown = cells[:MOST_LINES]
     columns = (0.06, 1.0, 1.25, 1.75, 2.0)
     height = 1 / (max(len(shown), 8) + 1.5)
     for x, text in zip(columns, header, strict=True):
         _write(ax, x, 1.0, text, color="#555555", ha="left" if x < 0.5 else "right")
-    for index, (row, colour) in enumerate(zip(shown, colours, strict=False)):
+    for index, (row, colour) in enumerate(zip(shown, colours[: len(shown)], strict=True)):
         y = 1.0 - (index + 1.2) * height
         (mark,) = ax.plot([0.0, 0.04], [y - 0.3 * height] * 2, color=colour, linewidth=2.5, transform=ax.transAxes)
         mark.set(clip_on=False, in_layout=False)

@@ -11,10 +11,9 @@ from matplotlib import pyplot
 import lnp
 import lnp.plot
 import lnp_numpy
+from integrations.drawn_runs import WIDTH, below, run
 from lnp.cli import main
 from lnp.tracking.history import History
-
-WIDTH = 3
 
 
 def test_position_without_preference_is_marked():
@@ -38,23 +37,6 @@ def test_net_position_stands_beside_those_of_first_order():
 def _no_figures_left():
     yield
     pyplot.close("all")
-
-
-def run(seed=0, rows=60, layers=True, population=True, size=100, **replaced):
-    generator = np.random.default_rng(seed)
-    history = History()
-    for step in range(rows):
-        x = 1 / (1 + step)
-        row = {"step": step, "loss": 2 * x, "rate": x * x, "chi_loss": x, "chi_net": 3.0 + step, "samples": 32}
-        row |= {"chi_pos": 0.1 * x + 1e-3, "chi_net_stderr": 0.1, "chi_pos_stderr": 1e-4, "seconds": 0.01}
-        row["window"] = WIDTH * (step // WIDTH)
-        if population:
-            values = {"chi_pos": 0.1 * x * generator.normal(1, 0.2), "rate": x * x, "noise_scale": 5.0 + step}
-            row |= {f"population/{name}": value for name, value in values.items()}
-        for index in range(3 if layers else 0):
-            row |= {f"layer/{index}/{name}": (1 + index) * x for name in ("rate", "chi_net", "chi_pos")}
-        history.append(row | ({"parameters": size} if size else {}) | replaced)
-    return history
 
 
 CURVES = ["loss", "chi_loss", "chi_net", "chi_pos", "noise_scale", "position_against_loss"]
@@ -205,11 +187,6 @@ def test_files_that_say_less(tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text('{"step": 0, "x": 1.0}\n')
     assert main(["plot", str(tmp_path / "other.jsonl"), "--out", str(tmp_path / "other.png")]) == 1
     assert "lnp: 'loss' is not a column of the runs" in capsys.readouterr().err
-
-
-def below(ax):
-    """What is said below a figure."""
-    return [text.get_text() for legend in ax.figure.legends for text in legend.get_texts()]
 
 
 def test_every_mark_is_explained_below_a_figure_of_its_own():
