@@ -176,8 +176,8 @@ class budget:
 
     A measurement is due when, with what it will probably cost, all measurements together stay below `fraction` of the
     time since the first step. The cost is learnt from the last ones, so that the schedule adapts to the model and to a
-    machine that gets slower. The first measurement is made at once, and the run has then to earn its time before the
-    second.
+    machine that gets slower. The first measurement, which compiles and warms up, is not counted; the second follows at
+    once, and tells what one costs: its time the run has to earn before the third.
 
     Parameters
     ----------
@@ -200,12 +200,12 @@ class budget:
     >>> seconds = iter(range(1000))  # each look at the clock is a second later
     >>> schedule = budget(0.25, clock=lambda: next(seconds))
     >>> due = []
-    >>> for step in range(13):
+    >>> for step in range(14):
     ...     if schedule(step):
     ...         schedule.measured(1.0)
     ...         due.append(step)
     >>> due
-    [0, 8, 12]
+    [0, 1, 9, 13]
     """
 
     def __init__(
@@ -221,6 +221,7 @@ class budget:
         self._start: float | None = None
         self._spent = 0.0
         self._cost: float | None = None
+        self._is_warm = False  # in this process: a loaded state does not make it so
 
     def __call__(self, step: int) -> bool:
         if self._start is None:
@@ -237,7 +238,10 @@ class budget:
         return None if inner is None else inner(step)
 
     def measured(self, seconds: float) -> None:
-        """Take note of what a measurement cost. The first one compiles and warms up, and is soon forgotten."""
+        """Take note of what a measurement cost."""
+        if not self._is_warm:  # the first one says nothing about the others
+            self._is_warm = True
+            return
         self._spent += seconds
         self._cost = seconds if self._cost is None else 0.5 * (self._cost + seconds)
 

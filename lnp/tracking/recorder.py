@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lnp.loggers import Logger
+from lnp.printable import printable
 from lnp.tracking.failures import Failures
 from lnp.tracking.history import History, Row
 from lnp.tracking.names import RESUMED
 from lnp.tracking.storage import Appender
+from lnp.user_warnings import warn
 
 
 class Recorder:
@@ -33,6 +35,7 @@ class Recorder:
         self._failures = failures
         self._file: Appender | None = None
         self._history: History | None = None
+        self._refused = False  # whether the file belongs to another process
         self._resumed: int | None = None  # the step that the run went back to, until a row tells the file
         self._notes: tuple[str, ...] = ()
         self.is_open = False
@@ -43,6 +46,8 @@ class Recorder:
         """The measurements so far, also those of earlier processes."""
         if self._history is not None:
             return self._history
+        if self._refused:  # what is in the file is another run
+            return History()
         return History.read(self.path) if self.path is not None and os.path.exists(self.path) else History()
 
     def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -52,7 +57,9 @@ class Recorder:
     def open(self, step: int) -> None:
         """Continue the file, of which a run that begins at this step leaves out what is not before it."""
         if self.path is not None:
+            self._refused = True
             file = Appender(self.path, self._fsync)
+            self._refused = False
             try:
                 self._history = History.read(self.path)
             except BaseException:
@@ -63,8 +70,18 @@ class Recorder:
             self._history = History()
         last = self.history.last_step
         if last is not None and step <= last:
+            if self.path is not None and step <= self.history["step"][0]:
+                self._tell_other_run(step)
             self.go_back(step)
         self.is_open = True
+
+    def _tell_other_run(self, step: int) -> None:
+        """Warn that a run which begins anew stands in the place of all that the file has."""
+        warn(
+            f"lnp: {printable(self.path)} holds an earlier run, measured up to step {self.history.last_step}. This run "
+            f"begins with step {step} and takes its place: the earlier lines stay in the file, and are no longer read. "
+            "To keep both runs, give each a file of its own."
+        )
 
     def go_back(self, step: int) -> None:
         """Leave out what was measured at this step and later."""

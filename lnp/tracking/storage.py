@@ -34,6 +34,8 @@ CHUNK = 1 << 22
 """Bytes that are read at a time."""
 QUOTED = 60
 """Characters of a line that an error quotes."""
+OPEN: weakref.WeakSet[Appender] = weakref.WeakSet()
+"""Those of this process, so that a later one can close an earlier one of the same file."""
 
 
 def read(path: str | os.PathLike, report: Callable[[int], None] = lambda done: None) -> Iterator[list[Record]]:
@@ -99,10 +101,12 @@ def check_kind(path: str | os.PathLike, mode: int) -> None:
 class Appender:
     """A file that records are appended to, locked against other writers until it is closed or let go of.
 
+    One of this process that has the file open, as that of a notebook cell's earlier run has, is closed with a warning.
+
     Raises
     ------
     BlockingIOError
-        If another tracker, in this process or another, is writing to the file.
+        If another process is writing to the file.
     FileExistsError
         If the file holds something else than a tracker's lines. It is left as it is.
     OSError
@@ -129,6 +133,7 @@ class Appender:
         except BaseException:
             self._let_go()
             raise
+        OPEN.add(self)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one record.
@@ -144,6 +149,11 @@ class Appender:
             raise RuntimeError(
                 f"{printable(self.path)} was opened by another process, of which this one is a copy. Expected one "
                 "writer. Make a tracker with a file of its own in each process."
+            )
+        if not self._let_go.alive:
+            raise RuntimeError(
+                f"a later tracker of this process writes to {printable(self.path)} now. Expected a file of its own for "
+                "each run."
             )
         line = encode(record)
         size = os.fstat(self._file).st_size
@@ -164,7 +174,7 @@ class Appender:
     def _lock(self) -> None:
         """Lock the file against other writers, without waiting."""
         try:
-            if not _locked_after_others(self._file):
+            if not self._locked_after_others():
                 warn(f"{printable(self.path)}: this file system has no locks; see to it that one tracker writes here")
         except OSError as error:
             raise BlockingIOError(
@@ -173,6 +183,29 @@ class Appender:
                 "run and process. Close the other one, by tracker.close() or `with lnp.Tracker(...) as tracker:`, or "
                 "choose another path",
             ) from error
+
+    def _locked_after_others(self) -> bool:
+        """`lock`, once more after trackers of this process: those that nobody holds any longer are gone, the one of an
+        earlier run of a notebook cell, which keeps what cells return, is closed.
+        """
+        with contextlib.suppress(OSError):
+            return lock(self._file)
+        gc.collect()
+        with contextlib.suppress(OSError):
+            return lock(self._file)
+        for other in list(OPEN):
+            if other.has(self._file):
+                other.close()
+                warn(
+                    f"{printable(self.path)} was still open in an earlier tracker of this process, as after running a "
+                    "notebook cell again. That one writes nothing more. Close a tracker by tracker.close() or "
+                    "`with lnp.Tracker(...) as tracker:`"
+                )
+        return lock(self._file)
+
+    def has(self, file: int) -> bool:
+        """Whether this is the same file, held by this process."""
+        return self._let_go.alive and self._process == os.getpid() and os.path.sameopenfile(self._file, file)
 
     def _end_last_line(self) -> None:
         """Refuse a file of something else; cut off the last line if it is torn, and end it if it has no newline."""
@@ -192,15 +225,6 @@ class Appender:
             os.ftruncate(self._file, end)
         elif last:
             os.write(self._file, b"\n")
-
-
-def _locked_after_others(file: int) -> bool:
-    """`lock`, once more after trackers that nobody holds any longer, such as a notebook cell's last one, are gone."""
-    try:
-        return lock(file)
-    except OSError:
-        gc.collect()
-        return lock(file)
 
 
 def lock(file: int, wait: bool = False) -> bool:

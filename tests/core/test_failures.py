@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import pickle
 import types
 import warnings
@@ -15,6 +16,7 @@ import lnp
 from core.failing import BAD, BATCH, MODEL, Torn, failing_disk, full_disk, recorded, told, watch
 from lnp.schedule import budget
 from lnp.tracking.failures import Failures, describe
+from lnp.tracking.storage import lock
 
 quiet = pytest.fixture(recorded)
 full = pytest.fixture(full_disk)
@@ -185,13 +187,15 @@ def test_what_a_row_should_have_said_is_said_by_the_next_that_is_written(full, t
 
 def test_a_file_that_cannot_be_opened_is_tried_again_at_due_steps(tmp_path, quiet):
     path = tmp_path / "run.jsonl"
-    first = lnp.Tracker(path, schedule=1)
-    watch(first, range(3))
+    with lnp.Tracker(path, schedule=1) as first:
+        watch(first, range(3))
+    held = os.open(path, os.O_RDWR)  # a description of its own, as another process has
+    lock(held)
     second = lnp.Tracker(path, schedule=[1, 3, 4, 6, 8])
     assert watch(second, range(1, 6)) == []
     assert len(quiet) == 1
     assert "another tracker" in told(quiet)[0]
-    first.close()
+    os.close(held)
     assert watch(second, range(6, 9)) == [6, 8]
     assert second.history["step"].tolist() == [0, 6, 8]  # it went on from step 1, which leaves out 1 and 2
     second.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 
 import lnp
 from core.failing import BATCH, MODEL, recorded, told, watch
+from lnp.tracking.storage import lock
 
 quiet = pytest.fixture(recorded)
 
@@ -41,11 +43,39 @@ def test_trackers_that_nobody_holds_any_longer_let_go_of_the_file(no_collector, 
     assert watch(lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error="raise"), [0, 1]) == [0, 1]
 
 
-def test_a_file_that_is_in_use_says_how_to_close_it(tmp_path):
-    other = lnp.Tracker(tmp_path / "run.jsonl", schedule=1)
-    watch(other, [0])
+def test_a_file_that_another_process_uses_says_how_to_close_it_and_is_another_run(tmp_path):
+    watch(lnp.Tracker(tmp_path / "run.jsonl", schedule=1), [0])
+    file = os.open(tmp_path / "run.jsonl", os.O_RDWR)  # a description of its own, as another process has
+    lock(file)
+    tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error="raise")
+    assert len(tracker.history) == 1
     with pytest.raises(BlockingIOError, match=r"tracker.close\(\) or `with lnp.Tracker.*another path"):
-        lnp.Tracker(tmp_path / "run.jsonl", schedule=1, on_error="raise").observe(0, MODEL, BATCH)
+        tracker.observe(0, MODEL, BATCH)
+    assert len(tracker.history) == 0
+    os.close(file)
+    assert watch(tracker, [1]) == [1]
+    assert tracker.history["step"].tolist() == [1]  # the other run's are left out
+
+
+def test_a_cell_that_is_run_again_has_its_own_rows(tmp_path, quiet):
+    """Also where the notebook keeps the first run's tracker, as it keeps what a cell returns."""
+    kept = [lnp.Tracker(tmp_path / "run.jsonl", schedule=1) for _ in range(2)]
+    watch(kept[0], range(5))
+    assert watch(kept[1], range(2)) == [0, 1]
+    assert kept[1].history["step"].tolist() == [0, 1]
+    taken, replaced = told(quiet)
+    assert "run.jsonl was still open in an earlier tracker of this process" in taken
+    assert "holds an earlier run, measured up to step 4. This run begins with step 0" in replaced
+    watch(kept[0], [5])
+    assert "a later tracker of this process writes to" in told(quiet)[2]
+    assert lnp.History.read(tmp_path / "run.jsonl")["step"].tolist() == [0, 1]
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_takes_no_other_s_place(tmp_path, quiet):
+    with lnp.Tracker(tmp_path / "run.jsonl", schedule=1) as tracker:
+        watch(tracker, range(5))
+    assert watch(lnp.Tracker(tmp_path / "run.jsonl", schedule=1), [3, 4]) == [3, 4]
+    assert not quiet
 
 
 def test_steps_that_count_anew_in_each_epoch_are_told_of_once(quiet):

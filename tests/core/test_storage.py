@@ -176,11 +176,9 @@ def test_a_file_system_without_locks_is_told_of(error, tmp_path, monkeypatch):
     assert History.read(tmp_path / "run.jsonl")["step"].tolist() == [0]
 
 
-def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
+def test_a_second_process_is_refused_until_the_first_is_done(tmp_path):
     path = tmp_path / "run.jsonl"
     first = Appender(path)
-    with pytest.raises(BlockingIOError, match="another tracker"):
-        Appender(path)
     code = (
         "from lnp.tracking.storage import Appender\n"
         f"try: Appender({str(path)!r})\nexcept BlockingIOError: print('refused')"
@@ -188,6 +186,20 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "refused\n"
     first.close()
     Appender(path).close()
+
+
+def test_a_later_writer_of_a_process_closes_the_earlier_one_of_the_same_file(tmp_path):
+    path, elsewhere = tmp_path / "run.jsonl", Appender(tmp_path / "other.jsonl")
+    first = Appender(path)
+    with pytest.warns(UserWarning, match="was still open in an earlier tracker of this process"):
+        second = Appender(tmp_path / "." / "run.jsonl")
+    with pytest.raises(RuntimeError, match="a later tracker of this process writes to"):
+        first.append({"step": 0})
+    second.append({"step": 1})
+    elsewhere.append({"step": 2})
+    first.close()
+    assert [record["step"] for block in storage.read(path) for record in block] == [1]
+    second.close(), elsewhere.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
