@@ -20,6 +20,8 @@ NO_BUDGET = (
     "The schedule has a budget of time, which each process spends in its own way, and all processes measure this model "
     "together. Expected steps that all of them know. Use another schedule, such as lnp.schedule.log_windows()."
 )
+DEAR_SHARE, DEAR_SECONDS = 0.3, 60.0
+"""Measuring is called dear once it has taken this share of a run's time, and this long."""
 BEFORE_FIRST = -1
 """Stands for the last observed step where there is none yet."""
 
@@ -54,6 +56,8 @@ class StepSelection:
         self._unchecked = failures.on_error == "raise"
         self._first = BEFORE_FIRST
         self._began: int | None = None  # the first step of this process, until it came again
+        self._spent: float | None = 0.0  # seconds of measuring, until they were told of
+        self._started = 0.0
         self._tried: int | None = None  # the step at which opening the file was last tried
 
     def due(self, step: int) -> bool:
@@ -128,10 +132,21 @@ class StepSelection:
         return self._failures.catch(step, missing, always)
 
     def record_cost(self, seconds: float) -> None:
-        """Tell a schedule with a budget of time what measuring cost."""
+        """Tell a schedule with a budget of time what measuring cost, and the user once where it is much of the run."""
         record = getattr(self.schedule, "measured", None)
         if callable(record):
             record(seconds)
+        if self._spent is None:
+            return
+        self._spent += seconds
+        elapsed = time.perf_counter() - self._started
+        if self._spent > max(DEAR_SECONDS, DEAR_SHARE * elapsed):
+            warn(
+                f"lnp: measuring has taken {self._spent:.0f} of this run's {elapsed:.0f} seconds. To measure less often: "
+                "schedule=lnp.schedule.budget(0.05), 5% of the time. To make a measurement cheaper: rtol=0.1, or "
+                "max_probes=4, with larger errors of chi_net and chi_pos."
+            )
+            self._spent = None
 
     def window(self, step: int) -> int | None:
         """The centre of the window that a step is part of, in schedules of windows."""
@@ -167,6 +182,7 @@ class StepSelection:
     def _start(self, step: int) -> None:
         """At the first step in this process: find out whether it is the one that measures, and continue its file."""
         check_step(step)
+        self._spent, self._started = None if self._spent is None else 0.0, time.perf_counter()
         self._first = operator.index(step) + (step == self.observed)  # an observed step is not measured again
         self._began = operator.index(step)
         self._idle, self._others = self._is_idle(), has_others()
