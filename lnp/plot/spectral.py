@@ -40,7 +40,7 @@ def spectrum(spectra: Spectra, ax: Axes | None = None, *, decades: int = 6, bins
     edges = np.logspace(-decades, 0, bins + 1)
     for frame, (label, s) in enumerate(named.items()):
         base = -FRAME * frame
-        at = np.clip(s.eigenvalues / s.trace, edges[0], edges[-1] * 0.999)
+        at = np.clip(s.eigenvalues / s.trace, edges[0], edges[-1])
         weights, shares = (np.histogram(at, edges, weights=part)[0] for part in (s.weights, s.shares))
         ax.bar(edges[:-1], shares, np.diff(edges), base, align="edge", color="C0", label="share of the loss decrease")
         ax.step([*edges, edges[-1]], [base, *(base + weights), base], "C1", where="pre", label=r"share of $||g||^2$")
