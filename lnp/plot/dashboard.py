@@ -59,9 +59,9 @@ def _draw_one(run: History, axes: np.ndarray) -> None:
         layers(run, "chi_pos", axes[0])
         layers(run, "rate_share", axes[1], names=False)
     else:
-        curve(run, "rate", axes[0], legend=False)
+        curve(run, "rate", axes[0])
         if "seconds" in run:
-            curve(run, "seconds", axes[1], legend=False)
+            curve(run, "seconds", axes[1])
         else:
             axes[1].axis("off")
         axes[1].set_ylabel("seconds per measurement")

@@ -78,7 +78,9 @@ def curve(
         _draw_line(ax, curves[name], logarithmic, len(named) == 1, {"label": label or name, **own, **line})
         if len(named) == 1:
             _draw_measurements(ax, run, column, curves[name], line.get("color", own["color"]), logarithmic)
-    _finish(ax, column, logarithmic, len(named) if legend else 0)
+    _finish(ax, column, logarithmic)
+    if legend:
+        style.legend(ax, len(named))
     return ax
 
 
@@ -105,19 +107,20 @@ def over_seeds(
     logarithmic = any((c.mean[np.isfinite(c.mean)] > 0).any() for c in curves.values())
     for (name, found), own in zip(curves.items(), style.lines(firsts), strict=True):
         _draw_line(ax, found, logarithmic, True, {"label": name, **own})
-    _finish(ax, column, logarithmic, len(runs) if legend else 0)
+    _finish(ax, column, logarithmic)
+    if legend:
+        style.legend(ax, len(runs))
     return ax
 
 
-def _finish(ax: Axes, column: str, logarithmic: bool, entries: int) -> None:
-    """Scales, labels and legend of a quantity over the steps."""
+def _finish(ax: Axes, column: str, logarithmic: bool) -> None:
+    """Scales and labels of a quantity over the steps."""
     if logarithmic:
         ax.set_yscale("log")
     _make_room(ax)
     style.step_axis(ax)
     style.log_ticks(ax.yaxis)
     style.tidy(ax, STEP, LABELS.get(column, column))
-    style.legend(ax, entries)
 
 
 @parameters_of(curve)
@@ -170,11 +173,11 @@ def chi_pos(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
     named = open_runs(runs)
     alone = next(iter(named.values())) if len(named) == 1 else None
     if alone is not None and NET_POSITION in alone and np.isfinite(curve_of(alone, NET_POSITION).mean).any():
-        ax = _position(named, ax, **options | {"legend": False})
-        label = LABELS[POSITION]
-        ax = curve(named, NET_POSITION, ax, color=style.NET, label="net, of the fall of the loss", legend=False)
-        ax.set_ylabel(label)
-        style.legend(ax, 2 if options.get("legend", True) else 0)
+        ax = _position(named, ax, **options)
+        ax = curve(named, NET_POSITION, ax, color=style.NET, label="net, of the fall of the loss")
+        ax.set_ylabel(LABELS[POSITION])
+        if options.get("legend", True):
+            style.legend(ax, 2)
         return ax
     return _position(named, ax, **options)
 
@@ -187,22 +190,19 @@ def _position(named: Runs, ax: Axes | None = None, **options: Any) -> Axes:
             _mark_no_preference(ax, next(iter(named.values())))
         return ax
     if len(named) == 1:
-        batch: dict[str, Any] = {"color": style.BATCH, "linestyle": "--", "label": "of the batch", "legend": False}
-        ax = curve(named, "chi_pos", ax, **batch)
-        own: dict[str, Any] = {"label": "of the population"} | options | {"legend": False}
-        ax = curve(named, POSITION, ax, **own)
+        ax = curve(named, "chi_pos", ax, color=style.BATCH, linestyle="--", label="of the batch")
+        ax = curve(named, POSITION, ax, **{"label": "of the population"} | options)
         _mark_no_preference(ax, next(iter(named.values())))
-        style.legend(ax, 2 if options.get("legend", True) else 0)
+        if options.get("legend", True):
+            style.legend(ax, 2)
         return ax
     return curve(named, POSITION, ax, **options)
 
 
 def _mark_no_preference(ax: Axes, run: History) -> None:
     """A line at 1 / (N K), the position of a batch's gradient without preference, where it is near what is shown."""
-    samples, outputs = run.get("samples"), run.get("outputs")
-    if not len(samples) or not len(outputs) or not samples[-1] * outputs[-1] > 0:
-        return
-    value, (low, high) = 1 / (samples[-1] * outputs[-1]), ax.get_ylim()
+    terms, (low, high) = run.numbers("samples")[-1] * run.numbers("outputs")[-1], ax.get_ylim()
+    value = 1 / terms if terms > 0 else np.nan
     if low / ROOM < value < high * ROOM:
         _mark_level(ax, value, "no preference (batch)", side="left")  # at the right the positions come down to it
 
@@ -268,9 +268,8 @@ def _draw_band(ax: Axes, averaged: Curve, colour: Colour, single: bool, logarith
         high = np.where(high > floor, high, np.nan)
     shown = np.isfinite(averaged.mean) & np.isfinite(low) & np.isfinite(high)
     if shown.any():
-        alpha = 0.22 if single else 0.08
-        band = ax.fill_between(averaged.step, low, high, where=shown, color=colour, alpha=alpha, linewidth=0)
-        band.set_gid(style.ERROR)
+        looks: dict[str, Any] = {"alpha": 0.22 if single else 0.08, "linewidth": 0}
+        ax.fill_between(averaged.step, low, high, where=shown, color=colour, **looks).set_gid(style.ERROR)
 
 
 def _draw_measurements(ax: Axes, run: History, column: str, averaged: Curve, colour: Colour, logarithmic: bool) -> None:

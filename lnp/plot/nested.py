@@ -70,9 +70,9 @@ def nested_sizes(run: RunSources, ax: Axes | None = None) -> Axes:
     ax = style.axes(ax)
     for index, (label, column) in enumerate(columns.items()):
         shade = str(0.75 - 0.65 * index / (len(columns) - 1))
-        curve(named, column, ax, color=shade, label=label, legend=False)
+        curve(named, column, ax, color=shade, label=label)
     if POSITION in history:
-        curve(named, POSITION, ax, color=style.SINGLE, label="of the population", legend=False)
+        curve(named, POSITION, ax, color=style.SINGLE, label="of the population")
     style.tidy(ax, STEP, LABELS[POSITION])
     style.legend(ax, len(columns))
     return ax

@@ -92,8 +92,9 @@ def test_the_position_without_preference_is_marked_where_it_is_near(terms, shown
 def test_the_position_without_preference_needs_samples_and_outputs():
     for known in ({"samples": 60}, {"outputs": 10}, {"samples": math.nan, "outputs": 10}):
         assert texts(lnp.plot.chi_pos(steps([1e-3, 1e-3], "chi_pos", **known))) == []
-    changing = [{"step": s, "chi_pos": 1e-3, "samples": 2**s, "outputs": 50} for s in range(5)]
-    assert lnp.plot.chi_pos(History(changing)).texts[0].xy[1] == pytest.approx(1 / (16 * 50))  # of the last batch
+    changing = [{"step": s, "chi_pos": 1e-3, "samples": 2**s, "outputs": 50 - s} for s in range(5)]
+    assert lnp.plot.chi_pos(History(changing)).texts[0].xy[1] == pytest.approx(1 / (16 * 46))  # of the last batch
+    assert lnp.plot.chi_pos(steps([1.0], "chi_pos", samples=1, outputs=1)).texts[0].xy[1] == 1
 
 
 def test_the_batch_stands_beside_the_noise_scale_of_one_run():
@@ -122,4 +123,5 @@ def test_means_over_seeds_have_the_labels_of_the_quantity_and_of_the_runs():
     assert legend(given) is None
     mixed = {"a": [steps([math.inf, -1.0])], "b": [steps([-1.0, -2.0])]}
     assert lnp.plot.over_seeds(mixed, "value").get_yscale() == "linear"
+    assert lnp.plot.over_seeds({"a": [steps([0.0, 0.0])]}, "value").get_yscale() == "linear"
     assert lnp.plot.over_seeds(mixed | {"c": [steps([1.0, -2.0])]}, "value").get_yscale() == "log"
