@@ -62,7 +62,7 @@ def test_the_page_of_one_run_has_its_layers_and_its_numbers():
     assert [texts(ax) for ax in axes[6:8]] == [[r"$\chi_\mathrm{pos}$ of the layer"], ["share of the rate"]]
     assert [len(ax.get_yticks()) for ax in axes[6:8]] == [3, 0]
     assert texts(axes[8])[::2] == NAMES
-    assert [page.get_figwidth() > page.get_figheight(), page.get_layout_engine() is not None] == [True, True]
+    assert page.get_size_inches() * 25.4 == pytest.approx([297, 210], abs=1)  # A4, in mm
 
 
 def test_the_lines_of_text_stand_below_each_other_each_beside_its_name():
@@ -114,10 +114,11 @@ def test_the_page_of_several_runs_has_their_reach_and_a_table():
 
 def test_the_rows_of_the_table_have_the_colours_of_the_runs():
     """Also where one has no loss, and where one's name begins as no label in a legend does."""
-    runs = {"a": run(rows=6, size=1000), "nothing": run(rows=6, size=10, loss=math.nan), "_b": run(rows=6, size=100)}
+    runs = {"a": run(rows=6, size=1000), "nothing": run(rows=6, size=None, loss=math.nan), "_b": run(rows=6, size=100)}
     page = lnp.plot.dashboard(runs)
     ax = panels(page)[2, 1]
     assert texts(ax)[::5] == ["run", "a", "nothing", "_b"]
+    assert words(panels(page)[2, 0]) == "spectral reach / trained parameters"  # of those that have a size
     drawn = [named(panels(page)[0, 1], name).get_color() for name in runs]
     assert [same_color(mark.get_color(), one) for mark, one in zip(ax.get_lines(), drawn, strict=True)] == [True] * 3
 

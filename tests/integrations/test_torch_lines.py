@@ -11,6 +11,8 @@ from matplotlib import pyplot
 import lnp.plot
 from integrations.drawn_runs import below, edges, legend, marks, means, named, points, run, steps, texts
 from lnp.plot import style
+from lnp.plot.lines import _draw_line
+from lnp.runs.curves import Curve
 from lnp.tracking.history import History
 
 
@@ -140,6 +142,15 @@ def test_lower_limits_stand_where_they_are():
     assert marks(ax, style.ABOVE) == []
 
 
+def test_a_limit_that_has_no_place_stands_at_the_top():
+    ax = pyplot.figure().subplots()
+    step, none = np.arange(4.0), np.full(4, np.inf)
+    low = np.array([0.0, 0.5, np.inf, -1.0])
+    _draw_line(ax, Curve(step, none, none, step, step, low, none), True, True, {"color": "red"})
+    assert [points(mark) for mark in marks(ax, style.LIMIT)] == [[(1, 0.5)]]
+    assert [points(mark) for mark in marks(ax, style.ABOVE)] == [[(0, 0.98), (2, 0.98), (3, 0.98)]]
+
+
 def test_windows_are_bars_and_single_measurements_dots():
     history = run(rows=9)
     ax = lnp.plot.chi_net(history)
@@ -186,6 +197,7 @@ def test_windows_of_the_noise_scale_have_no_dots():
 def test_a_quantity_that_does_not_change_has_room_around_it():
     assert lnp.plot.curve(steps([4.0, 4.0]), "value").get_ylim() == pytest.approx((2, 8))
     assert lnp.plot.curve(steps([-4.0, -4.0]), "value").get_ylim() == (-5, -3)
+    assert lnp.plot.curve(steps([0.0, 0.0]), "value").get_ylim() == (-1, 1)
     low, high = lnp.plot.curve(steps([4.0, 4.4]), "value").get_ylim()
     assert 2 < low < 4 < 4.4 < high < 8
     low, high = lnp.plot.curve(steps([-4.0, -4.4]), "value").get_ylim()
