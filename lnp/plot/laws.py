@@ -66,7 +66,7 @@ def power_law(
     draw_law(ax, law, min(sizes), max(sizes), color=color, told=legend)
     style.tidy(ax, "size", "")
     if legend:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(**style.LEGEND)
     return ax
 
 
@@ -89,11 +89,9 @@ def draw_law(ax: Axes, law: PowerLaw, low: float, high: float, *, color: Any, to
 def draw_reach(ax: Axes, at: float, found: Reach, known: bool | None = None, **options: Any) -> None:
     """A reach with its standard error on a logarithmic axis, or its upper limit as a triangle with an arrow."""
     if found.resolved if known is None else known:
-        up = float(np.nan_to_num(found.stderr))
-        errors: Any = [[min(up, 0.9 * found.chi_pos)], [up]]
-        drawn = ax.errorbar(at, found.chi_pos, errors, **{"fmt": "o", "markersize": 6, "capsize": 2} | options)
+        error = float(np.nan_to_num(found.stderr))
+        drawn = ax.errorbar(at, found.chi_pos, error, **{"fmt": "o", "markersize": 6, "capsize": 2} | options)
     else:
-        down = 0.35 * found.limit
         limit = {"fmt": "v", "markersize": 6, "capsize": 2, "uplims": True}
-        drawn = ax.errorbar(at, found.limit, [[down], [0.0]], **limit | options)
+        drawn = ax.errorbar(at, found.limit, 0.35 * found.limit, **limit | options)
         drawn.lines[0].set_gid(style.UPPER)

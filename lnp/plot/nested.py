@@ -44,7 +44,7 @@ def nested_batches(nested: NestedBatches, ax: Axes | None = None) -> Axes:
         ax.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
     style.log_ticks(ax.yaxis)
     style.tidy(ax, "samples in the batch", r"spectral position  $\chi_\mathrm{pos}$")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(**style.LEGEND)
     return ax
 
 

@@ -154,7 +154,7 @@ def _reach_against(named: Runs, sizes: list[float], label: str, ax: Axes | None,
     style.log_ticks(ax.yaxis)
     style.tidy(ax, label, r"spectral reach  (lowest $\chi_\mathrm{pos}$)")
     if fit:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(**style.LEGEND)
     return ax
 
 

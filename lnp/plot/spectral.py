@@ -49,7 +49,7 @@ def spectrum(spectra: Spectra, ax: Axes | None = None, *, decades: int = 6, bins
         ax.text(edges[0] * 2.2, base + 0.55, words, fontsize=8)
         ax.axhline(base, color="0.7", lw=0.6)
         if frame == 0:
-            ax.legend(loc="upper right", ncols=3, frameon=False, fontsize="small")
+            ax.legend(loc="upper right", ncols=3, **style.LEGEND)
     ax.set(xscale="log", yticks=[], ylim=(-FRAME * (len(named) - 1) - 0.05, 1.75), xlabel="eigenvalue / trace")
     ax.spines[["top", "right", "left"]].set_visible(False)
     return ax

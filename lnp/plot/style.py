@@ -23,6 +23,8 @@ NET = "#c4572a"
 """The colour of the net position, beside those of first order."""
 FROZEN = "#d62728"
 """The colour of runs with frozen features, which are dashed."""
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": "small"}
+"""How legends look."""
 OWN = "lnp"
 """Figures that lnp has made for one axes, and may write below."""
 ERROR, WINDOW, SINGLES, END = "one standard error", "window", "single measurement", "end of the run"
@@ -78,8 +80,7 @@ def explain(drawn: Any) -> None:
     shown = [(Line2D([], [], **plain | options), mark) for mark, options in MARKS.items() if mark in found]
     if shown:
         columns = max(int(drawn.get_figwidth() / 1.95), 1)
-        below: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": "small"}
-        drawn.legend(*zip(*shown, strict=True), ncols=columns, **below)
+        drawn.legend(*zip(*shown, strict=True), ncols=columns, loc="outside lower center", **LEGEND)
 
 
 def step_axis(ax: Axes) -> None:
@@ -147,9 +148,9 @@ def legend(ax: Axes, entries: int) -> None:
     if entries < 2 or not ax.get_legend_handles_labels()[0]:
         return
     if entries <= 4:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(**LEGEND)
     else:
-        ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), **LEGEND)
 
 
 def positive(values: np.ndarray) -> np.ndarray:

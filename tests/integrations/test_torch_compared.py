@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 from matplotlib.colors import same_color
+from matplotlib.lines import CARETDOWNBASE
 
 import lnp.plot
 from integrations.drawn_runs import below, edges, legend, marks, means, named, points, run, texts
@@ -226,6 +227,7 @@ def test_the_law_through_points_has_a_band_of_its_error():
     assert exponent == f"power law, exponent {lnp.results.rounding.with_error(fitted.exponent, fitted.exponent_stderr)}"
     assert fit == f"$\\chi^2$ per degree {fitted.chi_square_per_degree:.3g}"
     assert legend(ax)[1:] == ["widths"]
+    assert ax.containers[0].get_label() == "widths"
     assert [found[:4] for found in reaches(ax)] == [
         (x, y, pytest.approx(y - e), pytest.approx(y + e)) for x, y, e in zip(sizes, values, errors, strict=True)
     ]
@@ -245,9 +247,9 @@ def test_a_law_of_points_without_errors_says_its_exponent_alone():
 
 def test_bands_end_where_they_would_be_all_that_is_seen():
     """Nine tenths below the law, and wherever the error is ten times the value."""
-    flat = draw_law(PowerLaw(0.0, 1.0, 0.0, 0.0, np.diag([81.0, 100.0 / np.log(10) ** 2]), 0.0, 0), 1.0, 10.0)
+    flat = draw_law(PowerLaw(0.0, 2.0, 0.0, 0.0, np.diag([81.0, 100.0 / np.log(10) ** 2]), 0.0, 0), 1.0, 10.0)
     assert min(edges(flat)) == 1.0
-    assert edges(flat)[1.0] == pytest.approx((0.1, 10.0))
+    assert edges(flat)[1.0] == pytest.approx((0.2, 20.0))
     assert 0.4 < np.log10(max(edges(flat))) < 0.45  # where 81 + (10 log10 size)^2 is 100
 
 
@@ -259,7 +261,7 @@ def draw_law(law, low, high):
     return band
 
 
-def test_limits_are_triangles_with_an_arrow_and_errors_end_above_zero():
+def test_limits_are_triangles_with_an_arrow_and_errors_are_bars():
     ax = pyplot.figure().subplots()
     limit = lnp.Reach(0.01, 0.04, 1.0, 5)
     points_of = [lnp.Reach(1.0, 0.1, 1.0, 5), lnp.Reach(0.5, 0.1, 1.0, 5), lnp.Reach(0.2, 0.05, 1.0, 5), limit]
@@ -267,6 +269,8 @@ def test_limits_are_triangles_with_an_arrow_and_errors_end_above_zero():
     found = reaches(ax)
     assert [one[4] for one in found] == ["o", "o", "o", "v"]
     assert found[3][:2] == (1000, pytest.approx(0.09))
-    assert found[3][2] < found[3][1] == found[3][3]
+    assert 0 < found[3][2] < found[3][1] == found[3][3]
+    arrows = [any(cap.get_marker() == CARETDOWNBASE for cap in container.lines[1]) for container in ax.containers]
+    assert arrows == [False, False, False, True]
     assert [artist.get_xdata().tolist() for artist in marks(ax, style.UPPER)] == [[1000]]
     assert lnp.plot.power_law([1, 10, 100], [1.0, 0.5, 0.2], [0.1, 0.1, 1.0]).containers[2].lines[0].get_marker() == "v"

@@ -151,6 +151,7 @@ def test_legends_of_many_stand_beside_the_axes(entries, shown):
     style.legend(ax, entries)
     assert legend(ax) == ([str(index) for index in range(5)] if shown else None)
     if shown:
+        assert not ax.get_legend().get_frame_on()
         ax.figure.canvas.draw()
         box = ax.get_legend().get_window_extent().transformed(ax.transAxes.inverted())
         assert (box.x0 >= 1) == (entries > 4)
