@@ -1,4 +1,5 @@
-"""A Flax NNX loop on handwritten digits, with batch normalisation and dropout. Three lines are lnp's.
+"""A Flax NNX loop on handwritten digits, with batch normalisation and dropout. lnp adds a tracker, and one line to the
+loop.
 
 pip install '.[jax,plot]' scikit-learn flax optax
 python docs/examples/flax_loop.py [folder] [steps]

@@ -20,13 +20,13 @@ def main(folder: Path, epochs: int) -> lnp.Tracker:
     images, labels = load_digits(return_X_y=True)
     images = ((images - images.mean()) / images.std()).astype("float32")
     keras.utils.set_random_seed(0)
-    layers = [keras.layers.Dense(64, "relu"), keras.layers.Dropout(0.2), keras.layers.Dense(10)]
-    model = keras.Sequential([keras.Input((64,)), *layers])
-    model.compile(keras.optimizers.Adam(2e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(10)])
+    model.compile(keras.optimizers.SGD(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     held_out = images[1500:], labels[1500:]
-    schedule = lnp.schedule.log_windows(6, width=3)
-    callback = LNPCallback(held_out, folder / "keras.jsonl", schedule, by_layer=True, population=True)
+    updates = epochs * -(-1500 // 64)  # batches of 64, the last one of each epoch smaller
+    schedule = lnp.schedule.log_windows(6, width=3, last=updates - 1)
+    callback = LNPCallback(held_out, folder / "keras.jsonl", schedule, by_layer=True)
     model.fit(images[:1500], labels[:1500], 64, epochs, verbose=0, callbacks=[callback])
     lnp.plot.dashboard(callback.tracker, "Keras").savefig(folder / "keras.png", dpi=110)
     return callback.tracker

@@ -1,4 +1,4 @@
-"""Random features learn a teacher in plain NumPy, with a gradient by hand. Three lines are lnp's.
+"""Random features learn a teacher in plain NumPy, with a gradient by hand. lnp adds a tracker, and a line to the loop.
 
 pip install '.[plot]'
 python docs/examples/numpy_loop.py [folder] [steps]
@@ -21,12 +21,16 @@ def main(folder: Path, steps: int) -> lnp.Tracker:
     teacher, projection = rng.standard_normal((32, 1)), rng.standard_normal((32, 256))
     weight, bias, rate = np.zeros((256, 1)), np.zeros(1), 5e-3
 
-    tracker = lnp.Tracker(folder / "numpy.jsonl", lnp.schedule.log_windows(6, width=3, last=steps - 1))
+    def draw(samples: int) -> tuple[np.ndarray, np.ndarray]:
+        inputs = rng.standard_normal((samples, 32)) * scale
+        return inputs, inputs @ teacher
+
+    schedule = lnp.schedule.log_windows(6, width=3, last=steps - 1)
+    tracker = lnp.Tracker(folder / "numpy.jsonl", schedule, batch=draw(500), learning_rate=rate)
     for step in range(steps):
-        inputs = rng.standard_normal((128, 32)) * scale
-        targets = inputs @ teacher
         model = lnp_numpy.RandomFeatureModel(weight, bias, projection)
-        tracker.observe(step, model, (inputs, targets), learning_rate=rate)
+        tracker.observe(step, model)
+        inputs, targets = draw(128)
         features = model.features(inputs)
         mistake = 2 * (features @ weight + bias - targets) / targets.size
         weight, bias = weight - rate * features.T @ mistake, bias - rate * mistake.sum(axis=0)
