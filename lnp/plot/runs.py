@@ -149,7 +149,8 @@ def _reach_against(named: Runs, sizes: list[float], label: str, ax: Axes | None,
     ax.margins(x=0.15, y=0.15)
     if len(places) == 1:  # margins of one place are none, of which matplotlib 3.11 warns
         ax.set_autoscalex_on(False)
-        ax.set_xlim(min(places) / 2, 2 * min(places))
+        place = places.pop()
+        ax.set_xlim(place / 2, 2 * place)
     style.log_ticks(ax.xaxis)
     style.log_ticks(ax.yaxis)
     style.tidy(ax, label, r"spectral reach  (lowest $\chi_\mathrm{pos}$)")

@@ -94,26 +94,37 @@ def test_a_fit_takes_the_windows_that_have_a_place_on_the_axes():
     expected = law(lnp.plot.position_against_loss(rows(good), fit=True))
     ax = lnp.plot.position_against_loss(rows([*good, math.nan, -3.0, 0.0]), fit=True)
     assert np.array(points(law(ax))) == pytest.approx(np.array(points(expected)))
-    bad = [{"step": 5, "loss": -1.0, "chi_pos": 7.0}, {"step": 6, "loss": math.inf, "chi_pos": 7.0}]
+    bad = [{"step": 5 + i, "loss": loss, "chi_pos": 7.0} for i, loss in enumerate((-1.0, 0.0, math.inf))]
+    bad.append({"step": 9, "loss": 0.5, "chi_pos": -1.0, "chi_pos_stderr": 0.0})
     ax = lnp.plot.position_against_loss(History([*rows(good).rows(), *bad]), fit=True)
     assert np.array(points(law(ax))) == pytest.approx(np.array(points(expected)))
     assert law(ax).get_color() == "black"
 
 
-def test_upper_limits_bend_a_fit_and_errors_count_only_where_all_have_one():
-    free = [{"step": s, "loss": 1 / (1 + s), "chi_pos": (1 + s) ** -2.0} for s in range(4)]
-    with_errors = [row | {"chi_pos_stderr": 0.1 * row["chi_pos"] * (1 + row["step"])} for row in free]
-    with_errors[3] |= {"chi_pos": -1e-3, "chi_pos_stderr": 1e-3}
-    bent = law(lnp.plot.position_against_loss(History(with_errors), fit=True))
-    expected = lnp.power_law(
-        [row["loss"] for row in with_errors],
-        [lnp.Reach(row["chi_pos"], row["chi_pos_stderr"], 0.0, 1) for row in with_errors],
-    )
+def curved(errors):
+    """A run whose positions are no power law of the loss, with these errors in units of their own."""
+    values = [3.0, 0.25, 0.11, 0.0625]
+    rows = [{"step": s, "loss": 1 / (1 + s), "chi_pos": v} for s, v in enumerate(values)]
+    return [row | {"chi_pos_stderr": error * value} for row, value, error in zip(rows, values, errors, strict=True)]
+
+
+def test_upper_limits_bend_a_fit():
+    free = curved([0.1, 0.2, 0.3, 0.4])
+    free[3] |= {"chi_pos": -1e-3, "chi_pos_stderr": 1e-3}
+    bent = law(lnp.plot.position_against_loss(History(free), fit=True))
+    reaches = [lnp.Reach(row["chi_pos"], row["chi_pos_stderr"], 0.0, 1) for row in free]
+    expected = lnp.power_law([row["loss"] for row in free], reaches)
     assert bent.get_ydata()[0] == pytest.approx(expected.predict(1 / 4)[0])
-    free[0] |= {"chi_pos": 3.0, "chi_pos_stderr": 2.0}
-    plain = law(lnp.plot.position_against_loss(History(free), fit=True))
-    expected = lnp.power_law([row["loss"] for row in free], [row["chi_pos"] for row in free])
-    assert plain.get_ydata()[-1] == pytest.approx(expected.predict(1)[0])
+
+
+@pytest.mark.parametrize("last", [0.4, 0.0, math.inf, math.nan])
+def test_errors_count_in_a_fit_only_where_all_windows_have_one(last):
+    errors = [0.1, 0.2, 0.3, last]
+    rows = curved(errors)
+    drawn = law(lnp.plot.position_against_loss(History(rows), fit=True))
+    losses, values = ([row[name] for row in rows] for name in ("loss", "chi_pos"))
+    known = [error * value for error, value in zip(errors, values, strict=True)] if last == 0.4 else None
+    assert drawn.get_ydata()[-1] == pytest.approx(lnp.power_law(losses, values, known).predict(1)[0])
 
 
 def test_a_column_stands_over_the_compute():
@@ -199,13 +210,12 @@ def test_frozen_runs_are_hollow_and_no_part_of_the_fit():
 
 
 def test_runs_whose_reach_has_no_place_on_the_axis_are_left_out():
-    nothing = {"below": run(size=10, **{"population/chi_pos": -1.0, "population/chi_pos_stderr": 0.1})}
-    nothing["below"] = run(size=10, **{"population/chi_pos": 0.0})
+    nothing = {"zero": run(size=10, **{"population/chi_pos": 0.0}), "no parameters": run(size=None, parameters=0)}
     nothing["none"] = run(size=10, chi_pos=math.nan, **{"population/chi_pos": math.nan})
     nothing["size"] = run(size=-3)
     ax = lnp.plot.reach_against_size(nothing)
     assert (len(ax.containers), texts(ax), ax.get_yscale()) == (0, [], "linear")
-    ax = lnp.plot.reach_against_size(nothing | {"a": run(size=20)})
+    ax = lnp.plot.reach_against_size(nothing | {"a": run(size=1)})
     assert (len(ax.containers), texts(ax)) == (1, ["a"])
 
 
