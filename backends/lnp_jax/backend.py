@@ -33,6 +33,7 @@ from lnp_jax.self_check import (
     traced,
 )
 from lnp_jax.shards import together
+from lnp_jax.signs import as_words
 from lnp_jax.state_guard import leave_no_trace
 from lnp_jax.updates import update_vector
 
@@ -102,7 +103,7 @@ def _evaluated(computation: Callable, model: Any, batches: tuple, options: Optio
     check_alive(arrays)
     here = automatic((arrays, batches))
     arrays, batches, operands = here.placed((arrays, batches, operands))
-    options = replace(options, seed=here.placed(options.seed))
+    options = replace(options, seed=here.placed(as_words(options.seed)))
     with here.axes():
         here.refuse(structure.call, arrays, validation.unpack(batches[0])[0])
         return _measured(computation, structure, arrays, model, batches, options, operands)
@@ -168,7 +169,7 @@ def linearize(model: Any, batch: Any, options: Options) -> Linearization:
         here = automatic((arrays, batch))
         here.refuse_context()
         arrays, batch = here.placed((arrays, batch))
-        options = replace(options, seed=here.placed(options.seed))
+        options = replace(options, seed=here.placed(as_words(options.seed)))
         structure = without_states(structure, arrays, validation.unpack(batch)[0])
         inside_jit = traced((arrays, batch, options.seed))
         refuse_spanning((arrays, batch))

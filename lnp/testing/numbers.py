@@ -76,6 +76,17 @@ def population_is_the_mean_over_pairs(kit: Kit) -> None:
         case.true(any("population" in note for note in d.notes), f"no note on it: {d.notes}")
 
 
+def batches_of_a_stream_are_one(kit: Kit) -> None:
+    """The same batch twice, one after the other, has the factors of one; each has signs of its own, by 64 bits."""
+    for case in kit.cases(scenarios.LINEAR, scenarios.LAYERS):
+        model, batch = kit.build(case.scenario)
+        d = lnp.decompose(model, [batch, batch], case.scenario.loss, batches=2, estimator="exact")
+        case.factors("batches=2: ", d, case.truth.factors())
+    case = kit.cases(scenarios.MANY)[0]
+    traces = [kit.measure(case.scenario, estimator="joint", max_probes=1, seed=seed).chi_net for seed in (3, 3 + 2**40)]
+    case.true(float(traces[0]) != float(traces[1]), "seeds that differ in the upper 32 of 64 bits have the same signs")
+
+
 def parameters_are_selected(kit: Kit) -> None:
     """A glob, a predicate and a list; the others are constants then."""
     for case in kit.cases(scenarios.LAYERS, dtypes=1):
@@ -220,6 +231,7 @@ NUMBER_CHECKS = (
     exact_factors_are_those_of_the_dense_kernel,
     layers_add_up,
     population_is_the_mean_over_pairs,
+    batches_of_a_stream_are_one,
     parameters_are_selected,
     losses_may_be_callables,
     squares_stay_in_range,
