@@ -37,12 +37,7 @@ def resolve(
     if callable(loss):
         return loss
     if isinstance(loss, str):
-        if loss not in NAMES:
-            raise ValueError(
-                f"Unknown loss {loss!r}. Expected one of {', '.join(map(repr, NAMES))}, or a callable "
-                "loss(outputs, targets) -> scalar. Pass one of these as loss=."
-            )
-        return loss
+        return checked_name(loss)
     if loss is not None:
         raise TypeError(
             f"loss is {loss!r} of type {type(loss).__name__}. Expected a name ({', '.join(map(repr, NAMES))}), a "
@@ -62,6 +57,16 @@ def resolve(
         f"{tuple(outputs)}. Expected integer class labels, or float targets of the outputs' shape. Reshape the "
         "targets, or pass loss=."
     )
+
+
+def checked_name(loss: str) -> str:
+    """The name of a loss; a ValueError for an unknown one."""
+    if loss not in NAMES:
+        raise ValueError(
+            f"Unknown loss {loss!r}. Expected one of {', '.join(map(repr, NAMES))}, or a callable "
+            "loss(outputs, targets) -> scalar. Pass one of these as loss=."
+        )
+    return loss
 
 
 def class_axis(

@@ -13,6 +13,7 @@ from typing import Any
 
 from lnp import api
 from lnp.contract.options import Options
+from lnp.losses.kinds import checked_name
 from lnp.results.computations import Decompose
 from lnp.tracking.names import check_names
 
@@ -87,6 +88,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     values = {**defaults, **options}
     for settings in (Options, Decompose):
         settings(**{field.name: values[field.name] for field in fields(settings) if field.name in values})
+    if isinstance(values["loss"], str):
+        checked_name(values["loss"])
 
 
 @functools.cache
