@@ -76,7 +76,8 @@ def layers(run: RunSources, value: Value = "chi_pos", ax: Axes | None = None, *,
     room = ax.get_position().height * ax.figure.get_size_inches()[1]
     every = -(-len(table) // max(int(room / ROW), 1))
     labels = shorten(history.layers)[::every] if names else []
-    ax.set_yticks((np.arange(0, len(table), every) + 0.5)[: len(labels)], labels, fontsize="small")
+    places = np.arange(0, len(table), every) + 0.5
+    ax.set_yticks(places[: len(labels)], labels, fontsize="small")
     style.step_axis(ax)
     ax.set(xlabel="training step", ylabel="layer" if names else "", xlim=_edges(steps)[[0, -1]])
     ax.tick_params(axis="y", length=0)

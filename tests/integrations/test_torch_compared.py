@@ -143,6 +143,8 @@ def test_a_column_stands_over_the_compute():
     assert lnp.plot.against_compute(runs["10"], "accuracy").get_ylabel() == "accuracy"
     first = History([{"step": 0, "population/chi_pos": 0.5, "parameters": 3, "tokens_per_step": 2}])
     assert np.isnan(named(lnp.plot.against_compute(first), "run 0").get_xdata()).all()
+    two = History([row | {"step": step} for step, row in enumerate(first.rows() * 2)])
+    assert named(lnp.plot.against_compute(two), "run 0").get_xdata() == pytest.approx([6 * 3 * 2 * 0.5])
 
 
 def test_runs_without_what_an_axis_needs_are_told_what_to_say():
