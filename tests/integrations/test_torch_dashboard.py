@@ -11,7 +11,7 @@ from matplotlib.colors import same_color
 
 import lnp.plot
 from integrations.drawn_runs import legend, means, named, run, texts
-from lnp.plot.dashboard import _draw_lines, _draw_table, story
+from lnp.plot.dashboard import _draw_lines, _draw_one, _draw_several, _draw_table, story
 from lnp.tracking.history import History
 
 NAMES = ["measurements", "trained parameters", "loss", "spectral reach", "reached at step"]
@@ -85,10 +85,14 @@ def test_the_page_of_a_run_that_knows_less_shows_its_rate_and_its_time():
     assert contents(page) == [*FACTORS, "rate", AGAINST, "rate", "seconds per measurement", "text"]
     assert page.get_suptitle() == "A title"
     assert [legend(ax) for ax in page.axes] == [None] * 9
+
+
+def test_a_run_without_seconds_has_an_empty_panel_for_them():
     rows = [{name: value for name, value in row.items() if name != "seconds"} for row in run(layers=False).rows()]
-    page = lnp.plot.dashboard(History(rows))
-    assert contents(page) == [*FACTORS, "gradient noise scale", AGAINST, "rate", "text", "text"]
-    assert texts(panels(page)[2, 1]) == []
+    axes = pyplot.figure().subplots(1, 3)
+    _draw_one(History(rows), axes)
+    assert [words(ax) for ax in axes] == ["rate", "text", "text"]
+    assert texts(axes[1]) == []
 
 
 def test_the_page_of_several_runs_has_their_reach_and_a_table():
@@ -115,12 +119,15 @@ def test_the_page_of_several_runs_has_their_reach_and_a_table():
 def test_the_rows_of_the_table_have_the_colours_of_the_runs():
     """Also where one has no loss, and where one's name begins as no label in a legend does."""
     runs = {"a": run(rows=6, size=1000), "nothing": run(rows=6, size=None, loss=math.nan), "_b": run(rows=6, size=100)}
-    page = lnp.plot.dashboard(runs)
-    ax = panels(page)[2, 1]
-    assert texts(ax)[::5] == ["run", "a", "nothing", "_b"]
-    assert words(panels(page)[2, 0]) == "spectral reach / trained parameters"  # of those that have a size
-    drawn = [named(panels(page)[0, 1], name).get_color() for name in runs]
-    assert [same_color(mark.get_color(), one) for mark, one in zip(ax.get_lines(), drawn, strict=True)] == [True] * 3
+    axes = pyplot.figure().subplots(1, 3)
+    _draw_several(runs, axes)
+    assert texts(axes[1])[::5] == ["run", "a", "nothing", "_b"]
+    assert words(axes[0]) == "spectral reach / trained parameters"  # of those that have a size
+    factors = lnp.plot.chi_loss(runs)
+    drawn = [named(factors, name).get_color() for name in runs]
+    assert [same_color(mark.get_color(), one) for mark, one in zip(axes[1].get_lines(), drawn, strict=True)] == [
+        True
+    ] * 3
 
 
 def test_the_table_is_aligned_and_each_mark_stands_in_its_row():
@@ -158,8 +165,9 @@ def test_runs_without_sizes_are_compared_by_their_rates():
 
 @pytest.mark.parametrize("count", [6, 7])
 def test_reaches_have_names_where_they_are_few(count):
-    page = lnp.plot.dashboard({f"run {i}": run(i, rows=6, size=10 + i) for i in range(count)})
-    assert len(texts(panels(page)[2, 0])) == (6 if count == 6 else 0)
+    axes = pyplot.figure().subplots(1, 3)
+    _draw_several({f"run {i}": run(i, rows=6, size=10 + i) for i in range(count)}, axes)
+    assert len(texts(axes[0])) == (6 if count == 6 else 0)
 
 
 @pytest.mark.parametrize("count", [2, 14, 16])
