@@ -102,7 +102,7 @@ class Recorder:
         complete = dict(row)
         if notes != self._notes:
             complete["notes"] = "; ".join(notes)
-        last = None if self._history is None else self._history.last_step
+        last = self._history.last_step
         if self._resumed is None and last is not None and step <= last:
             self._resumed = step  # a checkpoint was loaded into a tracker that runs
         if self._resumed is not None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import lnp
 import lnp_numpy
+from lnp.tracking import data_frames
 from lnp.tracking.history import History
 from lnp.tracking.records import encode
 from lnp.tracking.storage import Appender
@@ -147,6 +148,18 @@ def test_csv(tmp_path):
     assert rows[2]["estimator"] == ""
     History(ROWS).to_csv(tmp_path / "layers.csv", by_layer=True)
     assert (tmp_path / "layers.csv").read_text().splitlines()[1] == "0,a,1.0"
+
+
+@pytest.mark.parametrize("name", ["to_pandas", "to_polars", "to_csv", "to_parquet"])
+def test_a_table_is_of_rows_where_layers_are_not_asked_for(name, monkeypatch):
+    tracker, path = lnp.Tracker(), ["run"] * (name in ("to_csv", "to_parquet"))
+    tracker.load_state_dict({**tracker.state_dict(), "rows": ROWS})
+    monkeypatch.setattr(data_frames, name, lambda table, *others: seen.append("layer" in table))
+    for holder in (History(ROWS), tracker):
+        if (write := getattr(holder, name, None)) is not None:
+            seen = []
+            write(*path), write(*path, by_layer=True)
+            assert seen == [False, True]
 
 
 def test_an_empty_history(tmp_path):

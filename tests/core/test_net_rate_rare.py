@@ -11,7 +11,7 @@ import pytest
 import lnp
 import lnp_numpy
 from lnp.tracking.learning_rate import Mark
-from lnp.tracking.net_rate import end_of
+from lnp.tracking.net_rate import end_of, position
 
 X, Y = np.array([[1.0], [2.0]]), np.array([[1.0], [3.0]])
 
@@ -31,7 +31,9 @@ def test_the_fall_on_one_sample_has_no_error():
 
 def test_scales_below_one_are_kept():
     d = replace(lnp.decompose(model(0.1), (X, Y)), chi_loss=0.5, chi_net=0.25)
-    assert end_of(Mark(0, 0, 0.0), d).scales == 0.125
+    end = end_of(Mark(0, 0, 0.0), d)
+    assert end.scales == 0.125
+    assert position(0.5, 0.25, end, end) == pytest.approx((4.0, 2.0))
 
 
 def test_an_optimizer_is_read_at_every_step(monkeypatch):

@@ -31,6 +31,15 @@ def test_rows_of_a_tracker_without_a_file_are_not_those_of_one(tmp_path):
     assert len(tracker.history) == 0
 
 
+def test_a_state_that_an_earlier_version_wrote_is_taken():
+    rows = [{"step": 3, "loss": 0.5}]
+    tracker = lnp.Tracker(schedule=1)
+    tracker.load_state_dict({"version": 1, "observed": 4, "schedule": None, "batches": None, "rows": rows})
+    assert tracker.history.rows() == rows
+    assert tracker.observe(3, MODEL, BATCH) is None
+    assert tracker.observe(4, MODEL, BATCH) is not None
+
+
 class Remembering:
     """A schedule that has something to remember."""
 
