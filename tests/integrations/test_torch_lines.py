@@ -72,12 +72,17 @@ def test_lines_have_the_label_and_the_colour_that_are_asked_for():
     assert legend(lnp.plot.loss(run())) is None
 
 
-def test_the_axis_is_logarithmic_where_something_is_positive():
-    for values, scale in (
-        ([1.0, -1.0, math.nan], "log"), ([-1.0, -2.0], "linear"), ([-1.0, 0.0], "linear"), ([-1.0, math.inf], "linear"),
-    ):  # fmt: skip
-        ax = lnp.plot.curve({"a": steps(values), "b": steps([-1.0, -3.0])}, "value")
-        assert ax.get_yscale() == scale
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [([1.0, -1.0, math.nan], "log"), ([-1.0, -2.0], "linear"), ([-1.0, 0.0], "linear"), ([-1.0, math.inf], "linear")],
+)
+def test_the_axis_is_logarithmic_where_something_is_positive(values, scale):
+    ax = pyplot.figure().subplots()
+    lnp.plot.curve({"a": steps(values), "b": steps([-1.0, -3.0])}, "value", ax, legend=False)
+    assert ax.get_yscale() == scale
+
+
+def test_a_logarithmic_axis_stays_so():
     ax = pyplot.figure().subplots()
     ax.set_yscale("log")
     lnp.plot.curve(steps([-1.0, -2.0]), "value", ax)
@@ -92,9 +97,11 @@ def test_values_that_are_not_finite_are_no_part_of_a_linear_line():
     assert marks(ax, style.OUTSIDE) == []
 
 
-def test_few_points_are_dots_on_the_line():
-    for count, marker in ((1, "o"), (59, "o"), (60, "None")):
-        assert named(lnp.plot.curve(steps([1.0] * count), "value"), "run 0").get_marker() == marker
+@pytest.mark.parametrize(("count", "marker"), [(1, "o"), (59, "o"), (60, "None")])
+def test_few_points_are_dots_on_the_line(count, marker):
+    ax = pyplot.figure().subplots()
+    lnp.plot.curve(steps([1.0] * count), "value", ax)
+    assert named(ax, "run 0").get_marker() == marker
 
 
 def test_the_band_of_a_single_measurement_is_its_error():
@@ -194,22 +201,32 @@ def test_windows_of_the_noise_scale_have_no_dots():
     assert len(marks(ax, style.WINDOW)) == 1
 
 
-def test_a_quantity_that_does_not_change_has_room_around_it():
-    assert lnp.plot.curve(steps([4.0, 4.0]), "value").get_ylim() == pytest.approx((2, 8))
-    assert lnp.plot.curve(steps([-4.0, -4.0]), "value").get_ylim() == (-5, -3)
-    assert lnp.plot.curve(steps([0.0, 0.0]), "value").get_ylim() == (-1, 1)
-    low, high = lnp.plot.curve(steps([4.0, 4.4]), "value").get_ylim()
-    assert 2 < low < 4 < 4.4 < high < 8
-    low, high = lnp.plot.curve(steps([-4.0, -4.4]), "value").get_ylim()
-    assert -5 < low < -4.4 < -4 < high < -3
-    assert lnp.plot.curve(steps([math.nan]), "value").get_ylim() == (0, 1)
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [([4.0, 4.0], (2, 8)), ([-4.0, -4.0], (-5, -3)), ([0.0, 0.0], (-1, 1)), ([math.nan], (0, 1))],
+)
+def test_a_quantity_that_does_not_change_has_room_around_it(values, limits):
+    assert lnp.plot.curve(steps(values), "value").get_ylim() == pytest.approx(limits)
+
+
+@pytest.mark.parametrize(("values", "limits"), [([4.0, 4.4], (2, 8)), ([-4.4, -4.0], (-5, -3))])
+def test_a_quantity_that_changes_has_no_more_room_than_others(values, limits):
+    low, high = lnp.plot.curve(steps(values), "value").get_ylim()
+    assert limits[0] < low < values[0] < values[1] < high < limits[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"color": "red", "linestyle": "--"}, {"color": style.FROZEN}, {"color": style.FROZEN, "linestyle": ":"}]
+)
+def test_lines_that_are_dashed_or_red_alone_are_not_told_to_be_frozen(options):
+    ax = lnp.plot.curve(steps([1.0, 2.0]), "value", pyplot.figure().subplots(), **options)
+    assert marks(ax, style.FROZEN_LINE) == []
 
 
 def test_frozen_runs_are_told_below_the_figure():
-    runs = {"free": run(rows=9), "frozen": run(rows=9, frozen=True)}
-    ax = lnp.plot.loss(runs)
+    runs = {"free": steps([1.0, 2.0]), "frozen": steps([1.0, 2.0], frozen=True)}
+    ax = lnp.plot.curve(runs, "value")
     assert marks(ax, style.FROZEN_LINE) == [named(ax, "frozen")]
-    assert marks(lnp.plot.loss(run(rows=9), color="red", linestyle="--"), style.FROZEN_LINE) == []
-    assert marks(lnp.plot.loss(run(rows=9), color=style.FROZEN), style.FROZEN_LINE) == []
-    ax = lnp.plot.over_seeds({"free": [runs["free"]], "frozen": [runs["frozen"]]}, "loss")
+    assert below(ax) == ["frozen features"]
+    ax = lnp.plot.over_seeds({name: [of] for name, of in runs.items()}, "value", pyplot.figure().subplots())
     assert marks(ax, style.FROZEN_LINE) == [named(ax, "frozen")]

@@ -64,12 +64,18 @@ def test_the_net_position_of_one_run_has_a_colour_and_a_name():
     assert ax.get_ylabel() == POSITION
     assert legend(lnp.plot.chi_pos(net(1e-3), legend=False)) is None
     assert legend(lnp.plot.chi_pos([net(1e-3)] * 2)) == ["run 0", "run 1"]
+
+
+def test_a_net_position_that_is_known_at_some_steps_is_shown_there():
+    rows = [row if row["step"] < 3 else row | {"net/chi_pos": math.inf} for row in net(1e-3, rows=6).rows()]
+    ax = lnp.plot.chi_pos(History(rows), pyplot.figure().subplots())
+    assert points(named(ax, "net, of the fall of the loss"))[0] == (1, pytest.approx(1e-3))
+
+
+def test_the_net_position_stands_beside_the_batchs_where_the_populations_is_not_known():
     ax = lnp.plot.chi_pos(net(1e-3, population=False), label="mine")
     assert legend(ax) == ["mine", "net, of the fall of the loss"]
     assert ax.get_ylabel() == POSITION
-    rows = net(1e-3).rows()
-    some = [row if row["step"] < 30 else row | {"net/chi_pos": math.inf} for row in rows]
-    assert "net, of the fall of the loss" in legend(lnp.plot.chi_pos(History(some)))
 
 
 @pytest.mark.parametrize(
@@ -109,19 +115,24 @@ def test_the_batch_stands_beside_the_noise_scale_of_one_run():
 
 def test_means_over_seeds_have_the_labels_of_the_quantity_and_of_the_runs():
     runs = {"a": [run(0, rows=9), run(1, rows=9)], "b": [run(2, rows=9)]}
-    ax = lnp.plot.over_seeds(runs, "chi_net")
+    ax = pyplot.figure().subplots()
+    assert lnp.plot.over_seeds(runs, "chi_net", ax) is ax
     assert legend(ax) == ["a", "b"]
     assert (ax.get_yscale(), ax.get_ylabel()) == ("log", r"network scale  $\chi_\mathrm{net}$")
     assert legend(lnp.plot.over_seeds(runs, "loss", legend=False)) is None
-    given = pyplot.figure().subplots()
-    seeds = [steps([-1.0, -2.0]), steps([-3.0, -2.0])]
-    assert lnp.plot.over_seeds({"a": seeds}, "value", given) is given
-    assert given.get_yscale() == "linear"
-    assert points(named(given, "a")) == [(0, -2), (1, -2)]
-    (band,) = marks(given, style.ERROR)
+
+
+def test_bands_of_seeds_are_errors_of_their_mean():
+    ax = lnp.plot.over_seeds({"a": [steps([-1.0, -2.0]), steps([-3.0, -2.0])]}, "value")
+    assert points(named(ax, "a")) == [(0, -2), (1, -2)]
+    (band,) = marks(ax, style.ERROR)
     assert edges(band) == {0: (-3, -1), 1: (-2, -2)}
-    assert legend(given) is None
-    mixed = {"a": [steps([math.inf, -1.0])], "b": [steps([-1.0, -2.0])]}
-    assert lnp.plot.over_seeds(mixed, "value").get_yscale() == "linear"
-    assert lnp.plot.over_seeds({"a": [steps([0.0, 0.0])]}, "value").get_yscale() == "linear"
-    assert lnp.plot.over_seeds(mixed | {"c": [steps([1.0, -2.0])]}, "value").get_yscale() == "log"
+    assert legend(ax) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"), [([math.inf, -1.0], "linear"), ([0.0, 0.0], "linear"), ([1.0, -2.0], "log")]
+)
+def test_the_axis_of_means_over_seeds_is_logarithmic_where_something_is_positive(values, scale):
+    runs = {"a": [steps(values)], "b": [steps([-1.0, -2.0])]}
+    assert lnp.plot.over_seeds(runs, "value").get_yscale() == scale
