@@ -26,6 +26,12 @@ STEP_OPTIONS = ("loss", "forward", "loss_terms", "batch_statistics")
 CROSS_VALUES = ("rate", "chi_loss", "chi_net", "chi_pos", "chi_net_stderr", "chi_pos_stderr")
 
 
+UNTOLD = (
+    "The model is the same after the block of tracker.step as before it. Expected an update. In JAX, where one makes "
+    "new parameters, tell them: `with tracker.step(...) as watched: ...; watched.after(new_model)`."
+)
+
+
 class ObservedStep:
     """A step during its update; what `Tracker.step` hands to its block.
 
@@ -35,15 +41,19 @@ class ObservedStep:
         The decomposition before the update; None where nothing is measured.
     model:
         The model after the update.
+    is_told:
+        Whether `after` was called.
     """
 
     def __init__(self, decomposition: Decomposition | None, model: Model) -> None:
         self.decomposition = decomposition
         self.model = model
+        self.is_told = False
 
     def after(self, model: Model) -> None:
         """Say what the update has made of the model, where it is a new one."""
         self.model = model
+        self.is_told = True
 
 
 class StepMeasurer:
@@ -121,19 +131,32 @@ class StepMeasurer:
             self._selection.record_cost(seconds)
         return row
 
-    def loss_change(self, step: int, before: Any, after: Model, batch: Batch) -> dict[str, float]:
+    def loss_change(self, step: int, before: Any, observed: ObservedStep, batch: Batch) -> dict[str, float]:
         """The loss change of an update, predicted and measured, and how much of what updates promise for the tracker's
         own batch arrives, for the row of its step.
+
+        Raises
+        ------
+        ValueError
+            Where nothing has changed in a model of immutable parts, whose update makes a new one.
         """
+        after = observed.model
         own = None if self.source is None else self.source.last
         options = {name: self.options[name] for name in STEP_OPTIONS if name in self.options}
         with single_process(after):
             taken = step_taken(before, after, own if batch is None else batch, **options)
             of_own = taken if batch is None or own is None else step_taken(before, after, own, **options)
+        if taken.predicted == 0 == taken.measured and not observed.is_told and _is_immutable(after):
+            raise ValueError(UNTOLD)
         values = {"update/predicted": taken.predicted, "update/measured": taken.measured}
         if self.net is None or self.source is None:
             return values
         return values | self.net.arrived(step, self.source.key, -of_own.predicted)
+
+
+def _is_immutable(model: Model) -> bool:
+    """Whether a model is a function with its parameters, or a frozen dataclass, as JAX's libraries have them."""
+    return isinstance(model, tuple) or getattr(getattr(model, "__dataclass_params__", None), "frozen", False)
 
 
 def decompose_batches(

@@ -71,14 +71,14 @@ class Recorder:
         last = self.history.last_step
         if last is not None and step <= last:
             if self.path is not None and step <= self.history["step"][0]:
-                self._tell_other_run(step)
+                self._tell_other_run(self.path, step)
             self.go_back(step)
         self.is_open = True
 
-    def _tell_other_run(self, step: int) -> None:
+    def _tell_other_run(self, path: str, step: int) -> None:
         """Warn that a run which begins anew stands in the place of all that the file has."""
         warn(
-            f"lnp: {printable(self.path)} holds an earlier run, measured up to step {self.history.last_step}. This run "
+            f"lnp: {printable(path)} holds an earlier run, measured up to step {self.history.last_step}. This run "
             f"begins with step {step} and takes its place: the earlier lines stay in the file, and are no longer read. "
             "To keep both runs, give each a file of its own."
         )

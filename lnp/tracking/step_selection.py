@@ -142,9 +142,9 @@ class StepSelection:
         elapsed = time.perf_counter() - self._started
         if self._spent > max(DEAR_SECONDS, DEAR_SHARE * elapsed):
             warn(
-                f"lnp: measuring has taken {self._spent:.0f} of this run's {elapsed:.0f} seconds. To measure less often: "
-                "schedule=lnp.schedule.budget(0.05), 5% of the time. To make a measurement cheaper: rtol=0.1, or "
-                "max_probes=4, with larger errors of chi_net and chi_pos."
+                f"lnp: measuring has taken {self._spent:.0f} of this run's {elapsed:.0f} seconds. To measure less "
+                "often: schedule=lnp.schedule.budget(0.05), 5% of the time. To make a measurement cheaper: rtol=0.1 "
+                "or max_probes=4, with larger errors of chi_net and chi_pos."
             )
             self._spent = None
 

@@ -232,7 +232,7 @@ class Tracker(KeptRows):
             yield observed
             done = True
             with self._failures.catch(row["step"], "update/predicted and update/measured in the row of this step"):
-                row |= self._measurer.loss_change(row["step"], before, observed.model, batch)
+                row |= self._measurer.loss_change(row["step"], before, observed, batch)
         finally:
             with self._failures.catch(row["step"], MISSING_ROW, always=not done):
                 self._keep(row, decomposition, values, always=not done)

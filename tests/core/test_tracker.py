@@ -310,7 +310,7 @@ def test_wrong_options_are_refused_at_once():
         lnp.Tracker(batch=3)
     with pytest.raises(TypeError, match="A logger is of type int"):
         lnp.Tracker(loggers=3)
-    with pytest.raises(ValueError, match="Unknown loss 'xent'. Expected one of 'cross_entropy', 'mse'"):
+    with pytest.raises(ValueError, match=r"Unknown loss 'xent'\. Expected one of 'cross_entropy', 'mse'"):
         lnp.Tracker(loss="xent")
     with pytest.raises(ValueError, match="on_error is 'ignore'"):
         lnp.Tracker(on_error="ignore")

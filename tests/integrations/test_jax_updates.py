@@ -129,3 +129,17 @@ def test_a_preconditioned_kernel():
     jacobian = jax.jacobian(apply)(p, BATCH[0])
     trace = sum(float(jnp.sum(m[n] * jacobian[n] ** 2)) for n in p)
     assert d.chi_net == pytest.approx(trace / 16, rel=1e-5)
+
+
+def test_an_update_that_nobody_told_of_has_no_loss_change_of_zero():
+    tracker = lnp.Tracker(schedule=1)
+
+    def run(p):
+        for step in range(2):
+            with tracker.step(step, (apply, p), BATCH):
+                p = jax.tree.map(lambda leaf: 0.9 * leaf, p)
+
+    with pytest.warns(UserWarning, match=r"is the same after the block.*watched.after\(new_model\)"):
+        run(parameters())
+    assert len(tracker.history) == 2
+    assert "update/measured" not in tracker.history
