@@ -266,7 +266,7 @@ def _draw_band(ax: Axes, averaged: Curve, colour: Colour, single: bool, logarith
         floor = 0.3 * np.nanmin(style.positive(averaged.mean))
         low = np.maximum(low, floor)
         high = np.where(high > floor, high, np.nan)
-    shown = np.isfinite(averaged.mean) & np.isfinite(low) & np.isfinite(high)
+    shown = np.isfinite(high)  # and then the others are
     if shown.any():
         looks: dict[str, Any] = {"alpha": 0.22 if single else 0.08, "linewidth": 0}
         ax.fill_between(averaged.step, low, high, where=shown, color=colour, **looks).set_gid(style.ERROR)

@@ -209,7 +209,9 @@ def test_a_quantity_that_does_not_change_has_room_around_it(values, limits):
     assert lnp.plot.curve(steps(values), "value").get_ylim() == pytest.approx(limits)
 
 
-@pytest.mark.parametrize(("values", "limits"), [([4.0, 4.4], (2, 8)), ([-4.4, -4.0], (-5, -3))])
+@pytest.mark.parametrize(
+    ("values", "limits"), [([4.0, 4.4], (2, 8)), ([-4.4, -4.0], (-5, -3)), ([1e-12, 3e-12], (5e-13, 6e-12))]
+)
 def test_a_quantity_that_changes_has_no_more_room_than_others(values, limits):
     low, high = lnp.plot.curve(steps(values), "value").get_ylim()
     assert limits[0] < low < values[0] < values[1] < high < limits[1]
