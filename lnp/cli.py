@@ -89,10 +89,11 @@ def _plot(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     """Print the table of the runs, and draw them where a file was named."""
+    from lnp.runs import ratios
     from lnp.runs.table import compare, to_text
 
     runs = _read(options.runs)
-    print(to_text(compare(runs)))
+    print("\n\n".join(filter(None, (to_text(compare(runs)), ratios.to_text(runs)))))
     if options.out is not None:
         _draw(runs, options.out)
     return 0

@@ -11,10 +11,11 @@ from lnp.runs.open_runs import RunSources, open_runs
 from lnp.runs.spectral_reach import Reach
 from lnp.tracking.history import History
 
-HEADER = ("run", "size", "last step", "loss", "reach", "at step", *FACTORS, "net chi_pos")
+SETTLED = tuple(f"{name} settled" for name in FACTORS)
+HEADER = ("run", "size", "last step", "loss", "reach", "at step", *SETTLED, "net chi_pos")
 ABOUT = """reach: lowest chi_pos over windows of five measurements with its standard error, and the step around which it
 is attained; one half of the measurements chooses the window, the other is averaged, and "below" is an upper limit.
-chi_loss, chi_net, chi_pos: the step from which on the factor stays within 25% of where it ends; - if it moves on.
+settled: the step from which on the factor stays within 25% of where it ends; - if it moves on.
 net chi_pos: from the fall of the loss on the tracker's own batch, in the last window, or below two standard errors."""
 
 
@@ -33,12 +34,20 @@ def compare(runs: RunSources) -> list[tuple[str, ...]]:
 
 def to_text(lines: Sequence[tuple[str, ...]]) -> str:
     """The table as aligned text, and what its columns mean."""
-    widths = [max(len(line[i]) for line in (HEADER, *lines)) for i in range(len(HEADER))]
-    aligned = [
+    return "\n".join([*aligned(HEADER, lines), "", ABOUT])
+
+
+def aligned(header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """The header and the lines, their cells one below the other.
+
+    >>> aligned(("run", "loss"), [("small", "0.5")])
+    ['run    loss', 'small   0.5']
+    """
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    return [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in (HEADER, *lines)
+        for line in (header, *lines)
     ]
-    return "\n".join([*aligned, "", ABOUT])
 
 
 def number(value: float) -> str:
