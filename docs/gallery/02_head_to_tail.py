@@ -3,7 +3,7 @@ r"""chi_pos falls during training: learning moves from the head of the spectrum 
 The paper claims that a network first learns along the dominant eigenmodes of its kernel, and later ever further in the
 tail: chi_pos, the mean of the measure sum_i w_i delta(lambda_i) in units of the trace, falls by orders of magnitude.
 
-This study trains a network on handwritten digits without end (shifted, with noise) and takes the measure itself at
+This study trains a network on endlessly augmented digits (shifted, with noise) and takes the measure itself at
 several steps, by Lanczos on the loss gradient of 8192 new images, beside the density of all eigenvalues from random
 probes. Late in training the position of a batch is its sampling noise, so both the batch's and the population's are
 shown.

@@ -1,4 +1,4 @@
-"""What the studies share: how figures look and where they go, schedules, and data without end."""
+"""What the studies share: how figures look and where they go, schedules, and endless data."""
 
 from __future__ import annotations
 

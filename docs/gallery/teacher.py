@@ -1,4 +1,4 @@
-"""A task without end that no student of the studies solves: the labels of a random network, drawn anew at each step."""
+"""An endless task that no student of the studies solves: the labels of a random network, drawn anew at each step."""
 
 from __future__ import annotations
 
