@@ -84,8 +84,9 @@ class Summary:
 def curve(history: History, column: str) -> Curve:
     """A column averaged over the windows of the schedule. Rows in which it is nan are left out.
 
-    The error of a net rate or position is that of the samples, which all rows of a window have in common, and the noise
-    of the steps, which shows in their spread.
+    The error of a mean comes from the spread of its rows. Where rows are of the same samples, as on a tracker's own
+    batch, their spread does not show the error of the samples, and that of a single row is added: where the spread of
+    most windows is far below what the rows' own errors say, and always for net rates and positions.
 
     The noise scale is a ratio, of which numerator and denominator are averaged: tr Cov and ||grad L||^2. It is infinite
     where the mean of the latter is within two standard errors of zero, and `low` is what it is above.
@@ -94,11 +95,8 @@ def curve(history: History, column: str) -> Curve:
         return _noise_scale(history)
     values = history.numbers(column)
     windows = _windows(history, values)
-    single = history.numbers(f"{column}_stderr")
-    error, mean = windows.error(values, single), windows.mean(values)
-    if column.startswith("net/"):
-        # a window's rows are of the same samples, so that more rows make only the noise of single steps smaller
-        error = np.where(windows.size > 1, np.hypot(error, np.nan_to_num(windows.mean(single))), error)
+    error = windows.error(values, history.numbers(f"{column}_stderr"), shared=column.startswith("net/"))
+    mean = windows.mean(values)
     with np.errstate(invalid="ignore"):  # of infinities
         return Curve(windows.middle, mean, error, *windows.ends, mean - error, mean + error)
 
@@ -156,12 +154,24 @@ class _Windows:
         """The mean of each window, shape (windows,), of values in all rows."""
         return self._mean_of_rows(values[self.rows])
 
-    def error(self, values: np.ndarray, stderr: np.ndarray | None = None) -> np.ndarray:
-        """Standard error of each window's mean; of a single row its own `stderr`, or 0."""
+    def error(self, values: np.ndarray, stderr: np.ndarray, shared: bool = False) -> np.ndarray:
+        """Standard error of each window's mean, from its spread; of a single row its own `stderr`. Where that is
+        `shared` by a window's rows, or seen to be, the mean has it as well.
+        """
         with np.errstate(invalid="ignore"):  # of infinities
             deviation = values[self.rows] - np.repeat(self.mean(values), self.size)
-            error = np.sqrt(self._mean_of_rows(deviation**2) / np.maximum(self.size - 1, 1))
-        return error if stderr is None else np.where(self.size > 1, error, self.first_of(stderr))
+            spread = np.sqrt(self._mean_of_rows(deviation**2) / np.maximum(self.size - 1, 1))
+            own = np.nan_to_num(self.mean(stderr))
+            shared = shared or self._is_shared(spread, own)
+        return np.where(self.size > 1, np.hypot(spread, own) if shared else spread, self.first_of(stderr))
+
+    def _is_shared(self, spread: np.ndarray, own: np.ndarray) -> bool:
+        """Whether rows scatter so much less than their own errors say that they must be of the same samples: in the
+        median over windows, since a window of three rows may do so by chance.
+        """
+        told = (self.size > 1) & (own > 0) & np.isfinite(spread)
+        ratio = self.size[told] * (spread[told] / own[told]) ** 2
+        return len(ratio) > 0 and float(np.median(ratio)) < spectral_reach.SHARED
 
     def first_of(self, values: np.ndarray) -> np.ndarray:
         """The value of each window's first row."""

@@ -30,6 +30,10 @@ CORRELATION = 0.36
 """The most that the two halves' errors correlate: of three windows that are equally low."""
 STRETCH = 15
 """Measurements at least whose spread is held against their errors."""
+SHARED = 0.1
+"""Below this part of the variance that their errors say, the spread of measurements shows that they are of the same
+samples: their errors are one error then, which no mean makes smaller.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def reach(
     r"""The spectral reach of one run.
 
     Late in training pass the population's positions: a small batch's own are its sampling noise (docs/theory.md,
-    "Finite batches"). Measurements count as independent, which those on one and the same batch are not.
+    "Finite batches"). Measurements count as independent, unless they scatter so much less than their errors say that
+    they must be of the same samples: a mean over them has the error of one then.
 
     Parameters
     ----------
@@ -147,7 +152,7 @@ def reach(
     starts, stops = edges[: begin.size - width + 1], edges[width:]
     if window == "last" or starts.size == 1:
         chosen = np.arange(starts[-1], stops[-1])
-        stderr = float(_stderr(y, e, chosen))
+        stderr = math.hypot(*_stderr(y, e, chosen))
         return Reach(float(np.mean(y[chosen])), stderr, _middle(x[chosen]), width)
     return _crossed(x, y, e, starts, stops, width)
 
@@ -206,14 +211,16 @@ def _crossed(
         lowest = int(np.argmin((sums[stops] - sums[starts]) / (counts[stops] - counts[starts])))
         inside = np.arange(starts[lowest], stops[lowest])
         chosen.append(inside[halves[inside] != half])
-    one, other = (_stderr(y, e, rows) for rows in chosen)
-    stderr = math.sqrt(one**2 + other**2 + 2 * CORRELATION * one * other) / 2
+    (one, shared), (other, also_shared) = (_stderr(y, e, rows) for rows in chosen)
+    own = math.sqrt(one**2 + other**2 + 2 * CORRELATION * one * other) / 2
+    stderr = math.hypot(own, (shared + also_shared) / 2)
     middle = _middle(np.array([_middle(x[rows]) for rows in chosen]))
     return Reach(float(np.mean([np.mean(y[rows]) for rows in chosen])), stderr, middle, width)
 
 
-def _stderr(y: np.ndarray, e: np.ndarray, rows: np.ndarray) -> float:
-    """Standard error of the mean of some measurements: from their errors, raised by what the spread around them says.
+def _stderr(y: np.ndarray, e: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
+    """Standard error of the mean of some measurements: from their errors, raised by what the spread around them says;
+    and the error that they share, where the spread says that they are of the same samples.
 
     Second differences of neighbours, (y_0 - 2 y_1 + y_2)^2 / 6, tell the variance of one of them whatever its trend.
     """
@@ -224,10 +231,12 @@ def _stderr(y: np.ndarray, e: np.ndarray, rows: np.ndarray) -> float:
     if np.all(e[near] > 0):
         said = _second_differences(e[near] ** 2, np.array([1.0, 4.0, 1.0]))
         excess = float(np.mean(square**2 / said)) if square.size else 1.0
-        return math.sqrt(max(1.0, excess) * float(np.sum(e[rows] ** 2))) / rows.size
+        if excess < SHARED:
+            return math.sqrt(excess * float(np.sum(e[rows] ** 2))) / rows.size, float(np.mean(e[rows]))
+        return math.sqrt(max(1.0, excess) * float(np.sum(e[rows] ** 2))) / rows.size, 0.0
     if square.size:
-        return math.sqrt(float(np.mean(square**2)) / 6 / rows.size)
-    return float(np.std(y[near], ddof=1)) / math.sqrt(rows.size) if y[near].size > 1 else math.nan
+        return math.sqrt(float(np.mean(square**2)) / 6 / rows.size), 0.0
+    return float(np.std(y[near], ddof=1)) / math.sqrt(rows.size) if y[near].size > 1 else math.nan, 0.0
 
 
 def _second_differences(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -42,6 +42,24 @@ def test_windows_are_averaged_with_the_error_of_their_mean():
     assert line.high[1] == line.mean[1] + line.stderr[1]
 
 
+def in_windows(rates, error):
+    """Windows of three rows, each of which says the same error."""
+    rows = [{"step": s, "window": s // 3, "population/rate": float(v)} for s, v in enumerate(rates)]
+    return curve(History([row | {"population/rate_stderr": error} for row in rows]), "population/rate")
+
+
+def test_windows_of_the_same_samples_have_the_error_of_those():
+    """On a tracker's own batch rows scatter little, and their mean is as uncertain as one."""
+    scatter = np.random.default_rng(0).normal(size=36)
+    spread = scatter.reshape(-1, 3).std(axis=1, ddof=1) / 3**0.5
+    alike = in_windows(1 + 0.01 * scatter, 0.5)
+    assert alike.stderr == pytest.approx(np.hypot(0.5, 0.01 * spread))
+    assert in_windows(1 + 0.5 * scatter, 0.5).stderr == pytest.approx(0.5 * spread)
+    assert in_windows(1 + 0.5 * scatter, 0.0).stderr == pytest.approx(0.5 * spread)
+    scatter[:9] = 0.0  # three windows of twelve, by chance
+    assert in_windows(1 + 0.5 * scatter, 0.5).stderr == pytest.approx(np.r_[0, 0, 0, 0.5 * spread[3:]])
+
+
 def test_rows_without_the_value_are_left_out():
     rows = [{"step": 0, "a": 1.0}, {"step": 1}, {"step": 2, "a": math.nan}, {"step": 3, "a": 5.0}]
     assert curve(History(rows), "a").step.tolist() == [0, 3]

@@ -28,9 +28,9 @@ def test_one_half_chooses_the_other_is_averaged():
     for window in (2, 3, 4, 7):
         y = rng.normal(size=12)
         rows = windows_of(y, window)
-        r = lnp.reach(np.arange(1, 13), y, np.full(12, 50.0), window=window)
+        r = lnp.reach(np.arange(1, 13), y, np.full(12, 1.5), window=window)
         assert r.chi_pos == pytest.approx(np.mean([y[own].mean() for own in rows]))
-        one, other = (50 / len(own) ** 0.5 for own in rows)
+        one, other = (1.5 / len(own) ** 0.5 for own in rows)
         assert r.stderr == pytest.approx((one**2 + other**2 + 0.72 * one * other) ** 0.5 / 2)
         assert r.step == pytest.approx(np.exp(np.mean([np.mean(np.log(own + 1)) for own in rows])))
         assert (r.window, r.runs) == (window, 1)
@@ -56,8 +56,24 @@ def test_errors_are_raised_where_neighbours_scatter_more():
     assert scattered.stderr == pytest.approx((square / 6 / 6) ** 0.5)
     assert lnp.reach(STEPS, y, window=6).stderr == pytest.approx((square / 6 / 6) ** 0.5)
     assert lnp.reach(STEPS, y, [0.1, 0.1, np.nan, 0.1, 0.1, 0.1], window=6).stderr == scattered.stderr
-    line = lnp.reach(STEPS, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [0.1] * 6, window=6)
-    assert line.stderr == pytest.approx(0.1 / 6**0.5)  # a trend is no error
+    line, zigzag = np.arange(6.0, 0.0, -1.0), 0.05 * np.array([1, -1, 1, -1, 1, -1])
+    assert lnp.reach(STEPS, line + zigzag, [0.1] * 6, window=6).stderr == pytest.approx(0.1 / 6**0.5)  # no trend's
+
+
+def test_measurements_of_the_same_samples_have_one_error():
+    """Which their scatter shows: a window has the error of a single one then, however many it averages."""
+    line, zigzag = np.arange(6.0, 0.0, -1.0), 0.01 * np.array([1, -1, 1, -1, 1, -1])
+    assert lnp.reach(STEPS, line, [0.1] * 6, window=6).stderr == pytest.approx(0.1)
+    scattered = 16 * 0.01**2 / 6 / 6  # second differences of 4 x 0.01, of variance 6, in a mean over 6
+    found = lnp.reach(STEPS, line + zigzag, [0.1] * 6, window="last", size=6).stderr
+    assert found == pytest.approx((0.1**2 + scattered) ** 0.5)
+    rng = np.random.default_rng(0)
+    truth, inside = 10 ** -np.linspace(0, 1, 40), 0
+    for _ in range(300):
+        y = truth + rng.normal(0, 0.03) + rng.normal(0, 0.002, 40)
+        found = lnp.reach(range(1, 41), y, [0.03] * 40)
+        inside += abs(found.chi_pos - 0.107) < found.stderr
+    assert 0.6 < inside / 300 < 0.76
     assert lnp.reach([1, 2], [1.0, 3.0], window=2).stderr == pytest.approx(1.0)
 
 
