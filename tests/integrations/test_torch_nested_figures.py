@@ -76,7 +76,7 @@ def test_the_population_is_a_line_with_a_band_and_what_it_lets_expect_is_dashed(
 
 @pytest.mark.parametrize(("value", "limit"), [(0.2, 0.4), (0.1, 0.3), (-0.5, 0.2)])
 def test_a_population_within_two_errors_of_zero_is_an_upper_limit(value, limit):
-    ax = lnp.plot.nested_batches(batches([4, 9], [0.5, 0.25], [0.0] * 2, (value, 0.1)))
+    ax = lnp.plot.nested_batches(batches([4, 5, 9], [0.5, 0.3, 0.25], [0.0] * 3, (value, 0.1)))
     line = named(ax, "of the population, below")
     assert (line.get_ydata()[0], line.get_linestyle()) == (pytest.approx(limit), ":")
     assert line.get_color() == style.SINGLE
