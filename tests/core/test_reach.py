@@ -28,9 +28,9 @@ def test_one_half_chooses_the_other_is_averaged():
     for window in (2, 3, 4, 7):
         y = rng.normal(size=12)
         rows = windows_of(y, window)
-        r = lnp.reach(np.arange(1, 13), y, np.full(12, 1.5), window=window)
+        r = lnp.reach(np.arange(1, 13), y, np.full(12, 1.2), window=window)
         assert r.chi_pos == pytest.approx(np.mean([y[own].mean() for own in rows]))
-        one, other = (1.5 / len(own) ** 0.5 for own in rows)
+        one, other = (1.2 / len(own) ** 0.5 for own in rows)
         assert r.stderr == pytest.approx((one**2 + other**2 + 0.72 * one * other) ** 0.5 / 2)
         assert r.step == pytest.approx(np.exp(np.mean([np.mean(np.log(own + 1)) for own in rows])))
         assert (r.window, r.runs) == (window, 1)
