@@ -15,6 +15,7 @@ import lnp.plot
 import lnp_numpy
 from integrations.drawn_runs import below, edges, legend, marks, points, texts
 from lnp.plot import style
+from lnp.spectral.density import Density
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,7 @@ def test_bars_are_shares_of_the_decrease_and_the_line_is_the_gradient():
     assert len(told) == 3
     assert texts(ax) == [r"$\chi_{pos}$ = 0.5"]
     assert (ax.get_xscale(), ax.get_xlabel(), ax.get_yticks().tolist()) == ("log", "eigenvalue / trace", [])
+    assert [ax.spines[side].get_visible() for side in ("top", "right", "left", "bottom")] == [False] * 3 + [True]
 
 
 def test_what_lies_below_the_axis_is_in_its_first_bin_and_the_trace_in_its_last():
@@ -93,7 +95,8 @@ def test_each_spectrum_has_a_frame_below_the_one_before_it():
 
 
 def test_densities_are_per_decade_with_bands_of_their_errors():
-    found = {name: lnp.spectrum(*batch(), probes=2, seed=index) for index, name in enumerate((3, "end"))}
+    nodes, weights = np.array([[4.0, 1.0], [4.0, 2.0]]), np.array([[0.5, 0.5], [0.3, 0.7]])
+    found = {3: replace(spectrum(), density=Density(nodes, weights, 2)), "end": lnp.spectrum(*batch(), probes=2)}
     ax = pyplot.figure().subplots()
     assert lnp.plot.density(found, ax, decades=3) is ax
     assert legend(ax) == ["step 3", "end"]
@@ -102,6 +105,7 @@ def test_densities_are_per_decade_with_bands_of_their_errors():
         assert x[[0, -1]] == pytest.approx([4e-3, 4 * 10**0.3])
         share, error = s.density.per_decade(x)
         assert line.get_ydata() == pytest.approx(share)
+        assert (error.max() > 0.1) == (index == 0)
         band = marks(ax, style.ERROR)[index]
         drawn = edges(band)
         assert [drawn[at] for at in x] == [
