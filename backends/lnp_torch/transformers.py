@@ -55,7 +55,7 @@ def attach(
     path: Any = None,
     schedule: Any = None,
     *,
-    log: Log = True,
+    log: Log = "factors",
     accumulated: bool = False,
     **options: Unpack[TrackerOptions],
 ) -> Tracker:
@@ -76,8 +76,8 @@ def attach(
         Measure all batches whose gradients an update adds up, one after the other, as the mean over all their labels
         (`batches=` of `lnp.decompose`), in the place of the first one. In this process.
     log:
-        Also hand the values to `trainer.log`, and with it to everything that the trainer reports to, the console too.
-        "factors" hands it the rate, its factors and the population's position alone, False nothing.
+        What goes to `trainer.log` as well, and with it to everything that the trainer reports to, the console too: the
+        rate, its factors and the population's position; True for every value of the row, False for nothing.
 
     Raises
     ------
