@@ -60,9 +60,9 @@ def along(runs: Runs, shown: Colours, title: str, column: Callable[[History], st
     for name, run in runs.items():
         if column(run) in run:
             _draw(figure, name, curve(run, column(run)), shown[name], dash=_dash(run))
-        if dashed and dashed in run:
+        if dashed in run:
             _draw(figure, name, curve(run, dashed), shown[name], dash="dash")
-    last = max((int(run["step"][-1]) for run in runs.values()), default=1)
+    last = max(int(run["step"][-1]) for run in runs.values())
     decades = int(math.log10(max(last, 1))) + 1
     ticks = [m * 10**k for k in range(decades) for m in ((1, 2, 5) if decades < 4 else (1,))]
     figure.update_xaxes(tickvals=[ZERO, *ticks], ticktext=["0", *(f"{tick:,}" for tick in ticks)])
