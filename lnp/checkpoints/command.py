@@ -156,7 +156,7 @@ def _steps(text: str) -> Any:
     if ":" not in text:
         listed = {int(part) for part in text.split(",")}
         return lambda steps: [step for step in steps if step in listed]
-    first, last, every = ([int(part) if part else None for part in text.split(":")] + [None] * 2)[:3]
+    first, last, every = ([int(part) if part else None for part in text.split(":")] + [None])[:3]
     return lambda steps: [
         step
         for step in steps

@@ -106,7 +106,7 @@ def _places_of_type(kind: type) -> tuple[Part, ...]:
         return (STATES[kind],)
     parts = [part for base, part in PARTS.items() if issubclass(kind, base)][:1]
     slots = tuple(name for base in kind.__mro__ for name in _slots(base))
-    if slots and not issubclass(kind, tuple):  # a named tuple's members cannot be written to
+    if slots:
         parts.append(_slots_part(slots))
     return (*parts, ATTRIBUTES) if kind.__dictoffset__ else tuple(parts)
 

@@ -11,6 +11,7 @@ import lnp
 import lnp_numpy
 from lnp import cli
 from lnp.batches.gram import gradient_gram, mean_of_pairs
+from lnp.checkpoints.asked import asked
 
 RNG = np.random.default_rng(11)
 X, Y = RNG.standard_normal((36, 3)), RNG.standard_normal((36, 2))
@@ -99,6 +100,11 @@ def test_nested_sizes_of_several_batches_are_means_with_errors():
     assert history["cross/rate"][0] < history["rate"][0]
 
 
+def test_sizes_that_are_not_listed_stay_below_the_batch():
+    for samples, sizes in ((16, (8,)), (17, (8, 16))):
+        assert asked(False, True, [(X[:samples], Y[:samples])], {}).sizes == sizes
+
+
 def test_the_floor_falls_with_the_size():
     """Late in training a batch's rate is its noise, tr Cov / b: a quarter of the samples has four times the rate."""
     rng = np.random.default_rng(0)
@@ -132,6 +138,8 @@ def test_files_that_were_measured_without_are_not_mixed(tmp_path):
     lnp.measure_checkpoints(load, [0], BATCHES, path)
     with pytest.raises(ValueError, match=r"other settings \(responses: default before, True now"):
         lnp.measure_checkpoints(load, [0], BATCHES, path, responses=True)
+    with pytest.raises(ValueError, match=r"; nested: default before, \(4,\) now"):
+        lnp.measure_checkpoints(load, [0], BATCHES, path, nested=[4])
     with pytest.raises(ValueError, match="'nested/4'"):
         lnp.measure_checkpoints(load, [0], BATCHES, tags={"nested/4": 1})
 

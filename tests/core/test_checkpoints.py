@@ -126,6 +126,13 @@ def test_a_checkpoint_that_is_gone_when_its_turn_comes_is_told_of(tmp_path):
         lnp.measure_checkpoints(Gone(), STEPS, (X, Y), tmp_path / "run.jsonl", on_error="raise")
 
 
+@pytest.mark.parametrize("unit", [0, -1, "many", None])
+def test_there_is_no_fall_per_token_without_a_number_of_them(unit):
+    history = lnp.measure_checkpoints(load, STEPS[:2], (X, Y), tags={"tokens_per_step": unit}).history
+    assert "net/rate_per_step" in history
+    assert "net/rate_per_token" not in history
+
+
 def test_the_net_rate_of_several_batches_is_that_of_all_their_samples():
     apart = lnp.measure_checkpoints(load, STEPS, thirds()).history
     whole = lnp.measure_checkpoints(load, STEPS, (X, Y)).history
@@ -144,6 +151,18 @@ def test_what_a_net_rate_needs_of_several_batches():
     assert end.relative == pytest.approx(values["chi_net_stderr"] / values["chi_net"])
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_parts_and_shares_of_several_batches_are_those_of_their_mean(count):
+    apart = [lnp.decompose(load(4), batch, sample_losses=True) for batch in thirds()[:count]]
+    end = ends_of(4, apart, row_of(apart)[0])
+    losses = np.concatenate([((x @ load(4).weight - y) ** 2).mean(axis=1) for x, y in thirds()[:count]])
+    assert end.parts == pytest.approx(losses / (8 * count))
+    assert end.shares == pytest.approx(np.full(8 * count, 1 / (8 * count)))
+    apart[1] = dataclasses.replace(apart[1], sample_losses=None)
+    end = ends_of(4, apart, row_of(apart)[0])
+    assert (end.parts, end.shares) == (None, None)
+
+
 def test_values_that_one_of_several_batches_lacks_are_left_out():
     apart = [lnp.decompose(load(4), batch) for batch in thirds()]
     apart[1] = dataclasses.replace(apart[1], population=None)
@@ -159,7 +178,9 @@ def test_a_noise_scale_is_a_ratio_of_means_and_infinite_where_nothing_is_learnt(
         dataclasses.replace(d, population=dataclasses.replace(d.population, rate=rate, gradient_noise=6.0))
         for d, rate in zip(single, rates, strict=True)
     ]
-    assert row_of(apart)[0][NOISE_SCALE] == (pytest.approx(20.0) if sum(rates) > 0 else np.inf)
+    values, _ = row_of(apart)
+    assert values[NOISE_SCALE] == (pytest.approx(20.0) if sum(rates) > 0 else np.inf)
+    assert NOISE_SCALE + "_stderr" not in values
 
 
 def test_each_checkpoint_is_one_step_of_the_progress(monkeypatch):
@@ -387,6 +408,8 @@ def test_seeds_are_those_of_a_tracker_and_others_for_each_batch(monkeypatch):
     lnp.measure_checkpoints(load, [0, 1], thirds(), seed=3)
     assert seeds[0::3] == [3, 4]
     assert len(set(seeds)) == 6
+    lnp.measure_checkpoints(load, [5], (X, Y))
+    assert seeds[6:] == [5]
 
 
 @pytest.mark.thorough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -160,6 +161,41 @@ def test_a_pattern_is_told_of_where_it_would_help(framework, tmp_path):
     save(tmp_path, "2.keras", 0.5)
     with pytest.raises(FileNotFoundError, match=r"of several kinds \(state_dict, keras\).*Choose by a pattern"):
         lnp.open_checkpoints(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows asks for a right to make links")
+def test_links_in_a_checkpoint_are_followed_and_circles_once(tmp_path):
+    save(tmp_path, "stored/a", 1)
+    save(tmp_path, "1/b", 1)
+    (tmp_path / "1" / "link").symlink_to(tmp_path / "stored")
+    (tmp_path / "stored" / "circle").symlink_to(tmp_path / "1")
+    assert [name for name, _, _ in files_of(tmp_path / "1")] == ["1/b", "1/link/a"]
+
+
+def test_what_a_folder_says_of_its_run_is_what_the_last_checkpoint_says(framework, tmp_path):
+    class Telling(Reader):
+        def tags(self, path):
+            return {"last": path.stem}
+
+    framework.reader = Telling
+    for step in (2, 10, 1):
+        save(tmp_path, f"{step}.pt", 0.5)
+    assert lnp.open_checkpoints(tmp_path).tags == {"last": "10"}
+
+
+def test_of_hugging_face_s_models_those_for_language_alone_are_given_tokens(framework, tmp_path, capsys):
+    class Refusing(Reader):
+        def check_language_model(self, path):
+            raise ValueError(f"{path.name} is none")
+
+    framework.reader = Refusing
+    np.save(tmp_path / "tokens.npy", np.arange(24).reshape(4, 6))
+    save(tmp_path / "first", "checkpoint-1", 0.5, "config.json", width=6)
+    save(tmp_path / "second", "1.pt", 0.5, width=5)
+    command = ["--tokens", str(tmp_path / "tokens.npy"), "--batch-size", "4", "--out", str(tmp_path / "a.jsonl")]
+    assert cli.main(["measure", str(tmp_path / "first"), *command]) == 1
+    assert "checkpoint-1 is none" in capsys.readouterr().err
+    assert cli.main(["measure", str(tmp_path / "second"), *command]) == 0
 
 
 def test_two_checkpoints_of_one_step_are_named_in_order(framework, tmp_path, monkeypatch):

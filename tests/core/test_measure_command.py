@@ -65,6 +65,14 @@ def test_wrong_arguments_are_refused(wrong, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+def test_data_have_to_be_named(capsys):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["run"])
+    assert "one of the arguments --text --tokens --arrays --batches is required" in capsys.readouterr().err
+
+
 def test_sequences_are_spread_over_the_tokens_and_never_overlap():
     parts = data.sequences(np.arange(1003), 10, 4, 3)
     assert [part.shape for part in parts] == [(4, 10)] * 3
@@ -179,6 +187,7 @@ def test_where_histories_go():
 def test_steps_in_names_and_folders_of_nothing(tmp_path, capsys):
     names = {"global_step1000": 1000, "ckpt-3.index": 3, "epoch=3-step=400.ckpt": 400, "1.weights.h5": 1, "v2-7": 7}
     assert {name: step_in(Path(name)) for name in names} == names
+    assert (step_in(Path("v" + 18 * "9")), step_in(Path("v" + 19 * "9"))) == (10**18 - 1, None)
     with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
         open_checkpoints(tmp_path)
     assert cli.main(["measure", str(tmp_path), "--text", "file"]) == 1

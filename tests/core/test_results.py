@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from lnp.checkpoints.fingerprints import digest
 from lnp.checkpoints.results import Results
 from lnp.tracking.storage import lock
 
@@ -42,6 +43,13 @@ def test_a_step_that_another_process_is_at_is_not_waited_for(tmp_path):
         assert found == [False]
     claim()
     assert found == [False, True]
+
+
+def test_an_object_that_has_a_shape_and_no_numbers_is_told_by_its_type():
+    class Shaped:
+        shape = (2,)
+
+    assert digest([Shaped()]) == digest([Shaped()]) != digest([None])
 
 
 def test_a_folder_without_settings_does_not_make_a_file_one_of_checkpoints(tmp_path):
