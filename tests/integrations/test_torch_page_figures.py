@@ -143,7 +143,7 @@ def test_the_position_stands_over_the_loss_and_ends_in_a_dot():
 def test_reaches_stand_over_the_size_with_their_errors_and_limits_point_down():
     unresolved = {"population/chi_pos": 1e-5, "population/chi_pos_stderr": 1e-3}
     runs = {"a": run(size=10), "b": run(size=1000, **unresolved), "no size": run(size=None), "negative": run(size=-1)}
-    runs["nothing"] = run(size=5, **{"population/chi_pos": 0.0})
+    runs |= {"nothing": run(size=5, **{"population/chi_pos": 0.0}), "zero": run(size=None, parameters=0)}
     figure = figures.against_size(runs, {name: f"colour of {name}"[-3:] for name in runs} | {"a": "red", "b": "blue"})
     resolved, limit = figure.data
     reach = runs["a"].reach()
@@ -155,6 +155,7 @@ def test_reaches_stand_over_the_size_with_their_errors_and_limits_point_down():
     assert (limit.marker.symbol, list(limit.text), limit.error_y.array) == ("triangle-down", ["upper limit"], None)
     assert figure.layout.xaxis.title.text == "trained parameters"
     assert figures.against_size({"no size": runs["no size"]}, {"no size": "red"}) is None
+    assert list(figures.against_size({"one": run(size=1)}, {"one": "red"}).data[0].x) == [1]
 
 
 def test_layers_are_shares_of_the_whole_rate_from_top_to_bottom():
