@@ -186,26 +186,37 @@ SIZES, LAYERS = "spectral reach against size", "share of each layer in the rate"
 NOISE, NET = "gradient noise scale (samples)", "fall of the loss per step"
 
 
-def test_all_that_runs_have_is_shown_in_order_with_what_its_marks_mean():
-    net = {"net/rate_per_step": 1.0, NET_POSITION: 1e-3}
-    one, several = {"a": run(rows=9, **net)}, {"a": run(rows=9, **net), "b": run(1, rows=9, population=False)}
-    shown = {"a": "red", "b": "blue"}
-    drawn = figures.all_of(one, shown)
+def both():
+    """Two runs of few measurements, of which one knows more."""
+    return {"a": run(rows=6, **{"net/rate_per_step": 1.0, NET_POSITION: 1e-3}), "b": run(1, rows=6, population=False)}
+
+
+def test_all_that_one_run_has_is_shown_in_order():
+    drawn = figures.all_of({"a": both()["a"]}, {"a": "red"})
     assert [figure.layout.title.text for figure, _ in drawn] == [*TITLES, NOISE, NET, LAYERS]
-    drawn = figures.all_of(several, shown)
+    assert drawn[-1][1] == "Of the speed at which the loss falls."
+
+
+def test_all_that_several_runs_have_is_shown_in_order_with_what_its_marks_mean():
+    runs = both()
+    drawn = figures.all_of(runs, {"a": "red", "b": "blue"})
     assert [figure.layout.title.text for figure, _ in drawn] == [*TITLES, SIZES, NOISE, NET]
     columns = ["loss", "chi_loss", "chi_net", "population/chi_pos", None, None, None, "net/rate_per_step"]
     for (figure, _), column in zip(drawn, columns, strict=True):
         if column is not None:
-            assert curves(figure)[0].y == pytest.approx(means(several["a"][column]))
+            assert curves(figure)[0].y == pytest.approx(means(runs["a"][column]))
     assert [trace.line.dash for trace in curves(drawn[3][0])] == ["solid", "dash", "solid"]
-    assert curves(drawn[3][0])[2].y == pytest.approx(means(several["b"]["chi_pos"]))
+    assert curves(drawn[3][0])[2].y == pytest.approx(means(runs["b"]["chi_pos"]))
     captions = [text for _, text in drawn]
     assert captions[:3] == ["Bands: one standard error."] * 3 == [captions[7]] * 3
     assert captions[3].startswith("Bands: one standard error. The population's position where it is known")
     assert captions[4] == "Training goes from right to left, to the dot."
     assert captions[5] == "Triangles that point down are upper limits."
     assert captions[6] == "Bands: one standard error. Triangles: above that."
-    frozen = figures.all_of(several | {"f": run(rows=9, frozen=True)}, shown | {"f": "grey"})
-    assert frozen[0][1] == "Bands: one standard error. Dotted: frozen features."
-    assert figures.all_of(one, shown)[-1][1] == "Of the speed at which the loss falls."
+
+
+def test_dotted_lines_are_said_to_be_frozen():
+    runs = {"f": run(rows=3, frozen=True, layers=False), "a": run(rows=3, layers=False)}
+    assert figures.all_of(runs, dict.fromkeys(runs, "red"))[0][1] == (
+        "Bands: one standard error. Dotted: frozen features."
+    )
