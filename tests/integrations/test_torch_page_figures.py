@@ -100,14 +100,26 @@ def test_few_points_are_marked_and_single_measurements_say_their_error_where_the
     assert along({"a": steps([-1.0, math.nan], "loss")}) is None
 
 
+def test_errors_of_zero_are_not_told():
+    (trace,) = curves(along({"a": steps([1.0, 2.0], "loss", loss_stderr=0.0)}))
+    assert list(trace.text) == ["step 0", "step 1"]
+
+
+def test_lines_say_their_numbers_and_bands_nothing():
+    band, line = along({"<a>": steps([1.0, 2.0], "loss", loss_stderr=0.1)}).data
+    assert (band.fill, band.hoverinfo, band.hovertemplate) == ("toself", "skip", None)
+    assert (line.hoverinfo, line.hovertemplate) == (None, "%{meta}<br>%{text}<br>%{y:.4g}<extra></extra>")
+    assert band.meta == line.meta == "&lt;a&gt;"
+
+
 def test_limits_say_that_they_are_limits():
     found = Curve(
-        *(np.array(part, dtype=float) for part in zip(*[(1200, math.inf, math.nan, 0, 0, 7, 9)] * 2, strict=True))
+        *(np.array(part, dtype=float) for part in zip(*[(1200, math.inf, math.nan, 0, 0, 0.5, 9)] * 2, strict=True))
     )
     figure = figures._figure("title", "x")
     figures._draw(figure, "run", found, "red")
     (limits,) = figure.data
-    assert (list(limits.y), limits.mode, limits.marker.symbol) == ([7, 7], "markers", "triangle-up")
+    assert (list(limits.y), limits.mode, limits.marker.symbol) == ([0.5, 0.5], "markers", "triangle-up")
     assert list(limits.text) == ["step 1,200<br>above"] * 2
     figure = figures._figure("title", "x")
     nowhere = [(1, math.inf, 0, 0, 0, -1, 9), (2, 3, 0, 0, 0, 3, 3), (3, math.inf, 0, 0, 0, 0, 9)]
