@@ -42,6 +42,10 @@ else:  # checkers would take any name for one of lnp's
         raise AttributeError(f"module 'lnp' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 __version__ = "0.1.0"
 
 __all__ = [

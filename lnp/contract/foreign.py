@@ -25,10 +25,16 @@ def is_own(error: BaseException) -> bool:
 
 
 def tell_inputs(batches: tuple, error: Exception) -> None:
-    """Add a note to an error of the user's own code: which inputs the model was called with."""
+    """Add a note to an error of the user's own code: which inputs the model was called with, and in which order."""
     if is_own(error) or not batches or not (isinstance(batches[0], list | tuple) and len(batches[0]) >= 2):
         return
-    text = f"lnp had called the model with inputs {_described(batches[0][0])}, for targets {_described(batches[0][1])}."
+    inputs, targets = batches[0][:2]
+    text = (
+        f"lnp had called the model with inputs {_described(inputs)}, for targets {_described(targets)}. A batch is "
+        "(inputs, targets), and a loss of your own is called as loss(outputs, targets)."
+    )
+    if all(isinstance(part, list | tuple) and len(part) == 2 for part in batches[0]):
+        text += f" If these are {len(batches[0])} batches, pass batches={len(batches[0])}."
     if text not in getattr(error, "__notes__", ()):
         error.add_note(text)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,16 @@ def described(
     return name, LossInputs(*arrays, integer, takes, axis, loss is None)
 
 
+def _public(module: str | None, named: Any) -> str | None:
+    """The module that offers this to users, where it is defined in one that is the library's own (keras.src)."""
+    if module is None or ".src." not in module:
+        return module
+    parts = [part for part in module.split(".") if part != "src"]
+    offered = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    found = (name for name in offered if getattr(sys.modules.get(name), named.__name__, None) is named)
+    return next(found, module)
+
+
 def in_words(loss: Callable) -> str:
     """The qualified name of a callable, or of its type.
 
@@ -125,7 +136,7 @@ def in_words(loss: Callable) -> str:
     while isinstance(loss, functools.partial):
         loss = loss.func
     named = loss if hasattr(loss, "__qualname__") else type(loss)
-    module = getattr(named, "__module__", None)
+    module = _public(getattr(named, "__module__", None), named)
     return named.__qualname__ if module in (None, "__main__", "builtins") else f"{module}.{named.__qualname__}"
 
 

@@ -13,6 +13,7 @@ from lnp.runs.curves import MOST_POINTS, NET_POSITION, NOISE_SCALE, POSITION, Cu
 from lnp.runs.curves import curve as curve_of
 from lnp.runs.open_runs import Runs, RunSources, open_runs
 from lnp.runs.seeds import mean_over_seeds
+from lnp.tracking.columns import expected
 from lnp.tracking.history import History
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ def curve(
     named = open_runs(runs)
     if not any(column in run for run in named.values()):
         columns = next(iter(named.values())).columns if named else ()
-        known = ", ".join(name for name in columns if "layer/" not in name)
-        raise KeyError(f"{column!r} is not a column of the runs. Expected one of {known}.")
+        raise KeyError(f"{column!r} is not a column of the runs. {expected(columns, column)}")
     ax = style.axes(ax)
     curves = {name: curve_of(run, column) for name, run in named.items()}
     logarithmic = ax.get_yscale() == "log" or any((c.mean[np.isfinite(c.mean)] > 0).any() for c in curves.values())

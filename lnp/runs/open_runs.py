@@ -66,6 +66,8 @@ def _history(run: RunSource) -> History:
 
 def _files(path: Path) -> list[Path]:
     """The file itself, or the trackers' files of a folder; an error if it has none."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {printable(path)}. Expected the file that a tracker wrote, or a folder.")
     if not path.is_dir():
         return [path]
     files = sorted(path.glob("*.jsonl"), key=_natural_key)

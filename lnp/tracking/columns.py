@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lnp.printable import printable
 from lnp.tracking.names import holds_numbers
 from lnp.tracking.records import NONFINITE
 
@@ -144,3 +146,20 @@ def _concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
     if all(part.dtype == object for part in parts):
         return np.concatenate(parts)
     return np.concatenate([part.astype(np.float64) for part in parts])  # which makes nan of None
+
+
+def expected(columns: Sequence[str], wrong: str) -> str:
+    """What to say where a column is asked for that is not there: what comes close, and those of the whole network.
+
+    >>> expected(["step", "chi_pos", "layer/0/chi_pos"], "chi_poss")
+    'Did you mean chi_pos? Expected one of step, chi_pos, or one of a layer.'
+    >>> expected([], "loss")
+    'Nothing has been measured yet.'
+    """
+    if not columns:
+        return "Nothing has been measured yet."
+    close = difflib.get_close_matches(wrong, columns, 3, cutoff=0.7)
+    meant = f"Did you mean {' or '.join(map(printable, close))}? " if close else ""
+    of_layers = any("layer/" in name for name in columns)
+    known = ", ".join(printable(name) for name in columns if "layer/" not in name)
+    return f"{meant}Expected one of {known}{', or one of a layer' if of_layers else ''}."

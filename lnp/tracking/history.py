@@ -15,7 +15,7 @@ import numpy as np
 
 from lnp.printable import printable
 from lnp.tracking import data_frames, storage
-from lnp.tracking.columns import Column, as_columns, joined, selected
+from lnp.tracking.columns import Column, as_columns, expected, joined, selected
 from lnp.tracking.names import RESUMED, STEP
 from lnp.tracking.records import encode
 from lnp.user_warnings import warn
@@ -125,7 +125,7 @@ class History:
     def __getitem__(self, name: str) -> np.ndarray:
         """A column: numbers with nan where a row has none, or an object array with None."""
         if name not in self.columns:
-            raise KeyError(f"{name!r} is not a column. Expected one of {printable(', '.join(self.columns))}.")
+            raise KeyError(f"{name!r} is not a column. {expected(self.columns, name)}")
         return self._dense(name)
 
     def get(self, name: str) -> np.ndarray:

@@ -1,9 +1,13 @@
 """Which loss is meant, and how many terms it averages."""
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 
 from lnp.losses import kinds
+from lnp.losses.evidence import in_words
 from lnp_numpy.losses import value_and_gradient
 
 
@@ -231,3 +235,14 @@ class TestPrepare:
     def test_a_named_loss_needs_single_arrays(self):
         with pytest.raises(ValueError, match="cannot be inferred"):
             prepared("mse", (np.zeros((2, 3)), np.zeros(2)), np.zeros((2, 3)))
+
+
+def test_a_loss_is_called_as_its_library_offers_it(monkeypatch):
+    """Not by the module in which it is defined, where that is the library's own."""
+    public, private = ModuleType("made.losses"), ModuleType("made.src.losses.all")
+    private.Loss = type("Loss", (), {"__module__": "made.src.losses.all", "__call__": lambda self: 0.0})
+    for module in (ModuleType("made"), public, private):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert in_words(private.Loss()) == "made.src.losses.all.Loss"
+    public.Loss = private.Loss
+    assert in_words(private.Loss()) == "made.losses.Loss"

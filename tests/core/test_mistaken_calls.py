@@ -143,9 +143,18 @@ def test_an_error_of_the_users_own_says_what_the_model_was_called_with():
 
     with pytest.raises(RuntimeError, match="mine") as raised:
         lnp.decompose(MODEL, BATCH, loss)
-    assert raised.value.__notes__ == [
-        "lnp had called the model with inputs ndarray (6, 4) of float64, for targets ndarray (6,) of int64."
-    ]
+    called = (
+        "lnp had called the model with inputs ndarray (6, 4) of float64, for targets ndarray (6,) of int64. A batch is "
+        "(inputs, targets), and a loss of your own is called as loss(outputs, targets)."
+    )
+    assert raised.value.__notes__ == [called]
+
+
+def test_several_batches_in_the_place_of_one_are_told_of():
+    model = lnp_numpy.JacobianModel(lambda p, x: x.T @ p["w"], lambda p, x: {}, {"w": np.ones((4, 2))})
+    with pytest.raises(AttributeError, match="'tuple' object has no attribute 'T'") as raised:
+        lnp.decompose(model, [BATCH, BATCH])
+    assert raised.value.__notes__[0].endswith("If these are 2 batches, pass batches=2.")
 
 
 def test_lnps_own_errors_stay_as_they_are_whatever_the_batch_holds():
