@@ -92,7 +92,7 @@ class Watched:
         return {name: self._seen[path] for name, path in files.items()}
 
 
-def watch(paths: Iterable[Path], every: float = 2.0, once: bool = False) -> None:
+def watch(paths: Iterable[Path], every: float, once: bool) -> None:
     """Show the runs until Ctrl-C; once, where that is asked for, or the output is no terminal."""
     import_optional("rich", "lnp watch", install="'lnp[watch]'")
     from rich.console import Console

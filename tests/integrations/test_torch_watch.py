@@ -53,8 +53,10 @@ def test_columns_come_in_the_order_of_their_weight_as_far_as_there_is_room():
     assert fitting(cells, 21) == [0, 1, 2]
     assert fitting(cells, 31) == [0, 1, 2, 6]
     assert fitting(cells, 1000) == list(range(13))
-    by_weight = sorted(range(13), key=lambda index: COLUMNS[index][1])
-    assert [HEADINGS[index] for index in by_weight[:6]] == ["run", "step", "loss", "chi_pos", "reach", "last"]
+    by_weight = [HEADINGS[index] for index in sorted(range(13), key=lambda index: COLUMNS[index][1])]
+    assert by_weight[:7] == ["run", "step", "loss", "chi_pos", "reach", "last", "chi_net"]
+    assert by_weight[7:] == ["net chi_pos", "chi_loss", "", "", "measuring", "noise scale"]
+    assert sorted(weight for _, weight in COLUMNS) == list(range(13))
 
 
 def test_a_narrow_column_is_taken_where_a_weightier_one_has_no_room():
@@ -78,6 +80,7 @@ def test_courses_are_drawn_on_a_logarithmic_scale():
     assert sparkline(steps([1.0]), "value") == ""
     assert sparkline(steps([1.0, -1.0, math.nan, math.inf]), "value") == ""
     assert sparkline(steps([1.0, 0.0, 2.0]), "value")[::15] == "▁█"
+    assert sparkline(steps([1.0, 1.0, 2.0]), "value")[::15] == "▁█"
 
 
 @pytest.mark.parametrize(
