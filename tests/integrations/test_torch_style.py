@@ -70,6 +70,7 @@ def test_steps_that_begin_late_have_ticks_between_powers_of_ten():
     assert ax.xaxis.get_major_locator().locs.tolist() == [m * 10**k for k in range(4) for m in (1, 2, 5)]
     assert [ax.xaxis.get_major_formatter()(step) for step in (500, 2000)] == ["500", "2,000"]
     assert along(3, 4).get_xlim()[0] == pytest.approx(3 / 1.15)
+    assert along(3, 4).xaxis.get_major_formatter()(5) == "5"
     assert along(2, 4).get_xlim()[0] == -0.15
 
 
@@ -94,6 +95,7 @@ def test_logarithmic_axes_of_few_decades_have_ticks_that_can_be_read():
     assert [ax.yaxis.get_major_formatter()(tick) for tick in (0.25, 5.0)] == ["0.25", "5"]
     assert ax.yaxis.get_minor_formatter()(3.0) == ""
     assert values(20.0, 1.0)[2] == pytest.approx([1, 2, 5, 10, 20])
+    assert values(100.0, 2000.0)[2] == pytest.approx([100, 200, 500, 1000, 2000])
     for high in (3.0, 4.9):  # less than 0.7 decades
         _, _, shown = values(1.0, high)
         assert 3 <= len(shown) <= 5
