@@ -66,7 +66,7 @@ class Probe:
 
     square_norms: Callable[[Array], Array]
     groups: int
-    rows: int = 1
+    rows: int
     pilot: Callable[[], Pilot] | None = None
     exact: Exact | None = None
 

@@ -38,9 +38,9 @@ LEAST = 4
 IRREDUCIBLE = (1, 3, 3, 3, 5, 3, 3, 27, 17, 9, 5, 9, 27, 33, 3, 43, 9, 9)
 """For q = 1, 2, ... the lower bits of a polynomial of degree q over {0, 1} that is no product of others: multiplication
 modulo it is that of the field of 2^q elements."""
-EPS, SIGMA, FACTOR, SHIFT, ORDER = range(5)
+EPS, SIGMA, FACTOR, SHIFT, ORDER = STREAMS = range(5)
 """Streams of random words: what they are for."""
-STREAMS, OF_PROBE = 5, (SIGMA, ORDER)
+OF_PROBE = SIGMA, ORDER
 """Those that each probe draws anew. Blocks have words of their own, for they run on from probe to probe."""
 
 
@@ -161,10 +161,10 @@ class Signs:
     def _keys(self, index: int | Array) -> Array:
         """A random word for each stream, those of probes for this one."""
         ints = self._ints
-        keys = self._array(np.arange(1, STREAMS + 1))
+        keys = self._array(np.arange(1, len(STREAMS) + 1))
         for word in range(self.seed.shape[0]):
             keys = mixed(ints, keys * GOLDEN ^ self.seed[word : word + 1])
-        of_probe = self._array(np.asarray([stream in OF_PROBE for stream in range(STREAMS)]))
+        of_probe = self._array(np.asarray([stream in OF_PROBE for stream in STREAMS]))
         return mixed(ints, keys + of_probe * ints.asarray(index, dtype=ints.int32) * GOLDEN)
 
     def _words(self, keys: Array, stream: int, counter: Array) -> Array:

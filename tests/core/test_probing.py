@@ -255,7 +255,7 @@ class TestIndependentErrors:
 
     def alone(self, rtol=0.1, most=64, groups=2, exact=None, pilot=None):
         lin = SimpleNamespace(xp=np, outputs=np.zeros((2, 1)), while_loop=while_loop)
-        return Independent(lin, Probe(None, groups, pilot=pilot, exact=exact), rtol, most)
+        return Independent(lin, Probe(None, groups, 1, pilot=pilot, exact=exact), rtol, most)
 
     def test_a_pilot_of_fewer_samples_may_spare_a_second_probe(self):
         piloted = lambda groups, most=64: self.alone(most=most, groups=groups, pilot=lambda: None).piloted
@@ -301,3 +301,20 @@ def test_the_error_of_pairs_that_swap_by_hand():
     assert error.freedom == pytest.approx(0.5 * 4 * (81 + 6) ** 2 / (6561 + 6))
     partly = found.error((6, mean, squares, own))  # 24 places are whole blocks too
     assert partly.variance == pytest.approx([7 / 6 * (6 / 7) * 7 / 8 * 18 / (8 * 9)])
+
+
+def test_probes_that_were_not_enough_are_told_of():
+    """Where as many were spent as without max_probes=; fewer are the user's own choice."""
+    rng = np.random.default_rng(0)
+    model = lnp_numpy.LinearModel(weight=rng.normal(size=(30, 100)))
+    batch = (rng.normal(size=(3, 30)), rng.normal(size=(3, 100)))
+
+    def said(**options):
+        d = lnp.decompose(model, batch, estimator="joint", **options)
+        return [note for note in d.notes if "less certain than rtol" in note]
+
+    assert said(rtol=1e-4) == [
+        "chi_net is less certain than rtol=0.0001 asks for, after 64 probes: a larger batch, or samples that do not "
+        "interact, would need fewer"
+    ]
+    assert said(rtol=1e-4, max_probes=63) == said(rtol=0.1) == said(rtol=0.0) == []

@@ -9,7 +9,7 @@ import pytest
 
 from core.dense import balanced
 from lnp.estimators import signs as designs
-from lnp.estimators.signs import Signs, product, seed_words, sylvester
+from lnp.estimators.signs import Signs, layout, product, seed_words, sylvester
 
 
 def kernels(samples, outputs, common=0.7, seed=0):
@@ -62,6 +62,25 @@ def test_multiplication_is_that_of_a_field(bits):
     x = np.arange(1 << bits, dtype="int32")
     for a in {1, (1 << bits) - 1, 1 << bits - 1, 5 % (1 << bits) or 1}:
         assert len(np.unique(product(np, np.full_like(x, a), x, bits))) == 1 << bits
+
+
+@pytest.mark.parametrize("degree", range(1, designs.WIDEST.bit_length()))
+def test_the_fields_have_a_polynomial_that_is_no_product(degree):
+    """Divided by every polynomial of at most half its degree, it leaves a remainder."""
+    divisors = range(2, 1 << degree // 2 + 1)
+    assert designs.IRREDUCIBLE[degree - 1] < 1 << degree
+    assert all(remainder(designs.IRREDUCIBLE[degree - 1] | 1 << degree, divisor) for divisor in divisors)
+
+
+def remainder(polynomial, divisor):
+    """Long division of polynomials over {0, 1}, whose coefficients are bits."""
+    while polynomial.bit_length() >= divisor.bit_length():
+        polynomial ^= divisor << polynomial.bit_length() - divisor.bit_length()
+    return polynomial
+
+
+def test_positions_come_first_unless_it_is_said_that_channels_do():
+    assert layout([(8, 32, 32, 3)]) == (3, False)
 
 
 @pytest.mark.parametrize(("samples", "outputs"), [(4, 2), (16, 10), (32, 3), (64, 16), (8, 8)])

@@ -110,7 +110,7 @@ def test_one_probe_has_an_upper_bound():
 def test_standard_error_by_hand():
     """Two groups of signs' values 1, 3 and 10, 14: SE^2 = ((1 + 1) + (4 + 4)) / (2 * 1)."""
     values = iter([np.array([[1.0, 10.0]]), np.array([[3.0, 14.0]])])
-    probe = Probe(lambda v: next(values), 2)
+    probe = Probe(lambda v: next(values), 2, 1)
     found = probe_to_tolerance(record(JACOBIAN, GRADIENT), probe, 0.0, 2)
     assert (found.mean.tolist(), found.error.variance.tolist(), found.probes) == ([[2.0, 12.0]], [5.0], 2)
 
@@ -128,7 +128,7 @@ def stopped(request):
     def stopped(values, groups=1, **limits):
         """Probes that are spent on a sequence of values."""
         drawn = iter(values)
-        probe = Probe(lambda v: np.full((1, groups), next(drawn)), groups)
+        probe = Probe(lambda v: np.full((1, groups), next(drawn)), groups, 1)
         lin = record(JACOBIAN, GRADIENT, while_loop=request.param)
         return probe_to_tolerance(lin, probe, **{"rtol": 0.1, "max_probes": 64, **limits}).probes
 
@@ -178,7 +178,8 @@ def test_tolerance_is_that_of_the_whole():
         ((32, 2), True, "auto", "exact", False),
         ((32, 5), True, "auto", "per_sample", False),
         ((16, 16), True, "auto", "per_sample", False),
-        ((8, 3), True, "auto", "exact", False),
+        ((8, 5), True, "auto", "exact", False),
+        ((8, 6), True, "auto", "per_sample", False),
         ((1, 64), True, "auto", "exact", False),
         ((1, 65), True, "auto", "per_sample", False),
         ((4, 4), False, "auto", "exact", False),
@@ -207,6 +208,12 @@ def test_microbatches_are_the_groups():
     assert probe.square_norms(v)[0] == pytest.approx(sum(norms(v).values()))
 
 
+@pytest.mark.parametrize("estimator", ["exact", "per_sample", "grouped", "joint"])
+def test_an_estimator_that_was_asked_for_is_used(estimator):
+    found = trace.estimate(record(JACOBIAN, GRADIENT), ROWS, estimator, 0.1, 8)
+    assert (found.estimator, found.way) == (estimator, 0)
+
+
 @pytest.mark.parametrize("samples", [1, 5, 8, 9, 20])
 def test_groups_cover_the_batch_once(samples):
     """With J the identity per sample, each group's squared norm counts its elements."""
@@ -215,7 +222,7 @@ def test_groups_cover_the_batch_once(samples):
     lin = record(jacobian, np.ones((samples, 1)), vjp=lambda v: parts.append(v) or {"w": v})
     probe = trace.grouped_probe(lin, [("w",)])
     sizes = probe.square_norms(np.ones((samples, 1)))
-    assert probe.groups == min(trace.GROUPS, samples) == len(parts)
+    assert probe.groups == min(8, samples) == len(parts)
     assert np.array_equal(sum(parts), np.ones((samples, 1)))
     assert sizes.max() - sizes.min() <= 1
     assert all(np.count_nonzero(np.diff(part[:, 0])) <= 2 for part in parts)

@@ -111,6 +111,17 @@ def test_no_trial_where_it_saves_nothing(changes):
     assert found.samples is not None
 
 
+@pytest.mark.parametrize(("cost", "probes"), [(15.5, 0), (16.0, 8)])
+def test_a_trial_of_eight_probes_from_four_times_its_cost(cost, probes):
+    """Two probes of single samples are likely to be enough; no number of those of the whole batch within reach is."""
+    (jacobian, gradient), made = correlated(32, 20, 300, 0.9), []
+    plain = record(jacobian, gradient)
+    lin = record(jacobian, gradient, sample_cost=cost, vjp=lambda v: (made.append(1), plain.vjp(v))[1])
+    choice = weighing.Choice("per_sample", weighed=True)
+    weighing.estimate_chosen(lin, [tuple(jacobian)], choice, 0.02, 64)
+    assert len(made) == probes
+
+
 def test_no_pilot_where_it_saves_nothing():
     """Samples drawn at random that cost as much as the whole batch."""
     jacobian, gradient = network(64, 10, (30,))
