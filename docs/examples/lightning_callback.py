@@ -40,7 +40,9 @@ def main(folder: Path, epochs: int) -> lnp.Tracker:
     pl.seed_everything(0, verbose=False)
     loader = DataLoader(TensorDataset(images, labels), 64, shuffle=True)
 
-    callback = LNPCallback(folder / "lightning.jsonl", lnp.schedule.log_windows(6, width=3), by_layer=True)
+    updates = epochs * -(-len(loader) // 2)  # of two batches each
+    schedule = lnp.schedule.log_windows(6, width=3, last=updates - 1)
+    callback = LNPCallback(folder / "lightning.jsonl", schedule, by_layer=True)
     trainer = pl.Trainer(
         max_epochs=epochs, callbacks=[callback], gradient_clip_val=1.0, accumulate_grad_batches=2, accelerator="cpu",
         default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
