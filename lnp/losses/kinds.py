@@ -61,12 +61,10 @@ def resolve(
 
 def checked_name(loss: str) -> str:
     """The name of a loss; a ValueError for an unknown one."""
-    if loss not in NAMES:
-        raise ValueError(
-            f"Unknown loss {loss!r}. Expected one of {', '.join(map(repr, NAMES))}, or a callable "
-            "loss(outputs, targets) -> scalar. Pass one of these as loss=."
-        )
-    return loss
+    if loss in NAMES:
+        return loss
+    known = f"{', '.join(map(repr, NAMES))}, or a callable loss(outputs, targets) -> scalar"
+    raise ValueError(f"Unknown loss {loss!r}. Expected one of {known}. Pass one of these as loss=.")
 
 
 def class_axis(

@@ -17,6 +17,8 @@ Decomposition = Any
 """A `lnp.Decomposition`, whose own file imports this one."""
 SCALED = ("rate", "rate_stderr", "gradient_noise")
 """Values of a layer or the population that go with the square of the loss gradient."""
+MANY = 64
+"""Probes from which on it is told that they were not enough: so many are spent without `max_probes`."""
 ABOVE_ONE = 1e-3
 """How far a position that is 1 may come out above it by rounding."""
 
@@ -46,10 +48,11 @@ def finished(d: Decomposition) -> Decomposition:
     )
 
 
-def explained(d: Decomposition, unscaled: bool = False) -> Decomposition:
+def explained(d: Decomposition, unscaled: bool = False, rtol: float = 0.0) -> Decomposition:
     """The decomposition that is returned to the user, with notes on numbers that are nan or cannot be.
 
-    `unscaled` says that the gradient was squared as it is. Arrays inside a compiled function have no value yet.
+    `unscaled` says that the gradient was squared as it is, `rtol` how certain chi_net was to be. Arrays inside a
+    compiled function have no value yet.
     """
     if not isinstance(d.loss, float):
         return finished(d)
@@ -77,6 +80,11 @@ def explained(d: Decomposition, unscaled: bool = False) -> Decomposition:
         notes.append(
             "chi_pos is above 1 by more than its error, which cannot be: the kernel's trace is too small for the "
             "gradient, by rounding or by chance of the probes"
+        )
+    if rtol and d.probes >= MANY and d.chi_net_stderr > 2 * rtol * d.chi_net:
+        notes.append(
+            f"chi_net is less certain than rtol={rtol:g} asks for, after {d.probes} probes: a larger batch, or samples "
+            "that do not interact, would need fewer"
         )
     used = WAYS[int(d.way)] if d.way else d.estimator
     return replace(done, estimator=used, way=0, notes=(*d.notes, *notes))

@@ -276,8 +276,8 @@ def test_values_that_are_none_are_told(tmp_path, quiet):
     tracker = lnp.Tracker(tmp_path / "run.jsonl", schedule=1)
     tracker.observe(0, MODEL, BATCH, extra=[1, 2])
     tracker.record(1, None)
-    with tracker.step(2, MODEL, BATCH, extra=10**400):
-        pass
+    with tracker.step(2, MODEL, BATCH, extra=10**400) as watched:
+        watched.after(MODEL)
     assert watch(tracker, [3]) == [3]
     assert tracker.history["step"].tolist() == [3]
     reasons = [text.split("\n")[0].split(": ")[1] for text in told(quiet)]

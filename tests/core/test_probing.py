@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import lnp
+import lnp_numpy
 from core.dense import balanced, drawn, independent, kernel, network, offdiagonal, record
 from core.test_trace import compiled_loop
 from lnp.contract.linearization import while_loop
