@@ -43,7 +43,7 @@ def main(folder: Path, steps: int) -> lnp.Tracker:
     key = jax.random.key(1)
 
     schedule = lnp.schedule.log_windows(6, width=3, last=steps - 1)
-    tracker = lnp.Tracker(folder / "flax.jsonl", schedule, by_layer=True, population=True)
+    tracker = lnp.Tracker(folder / "flax.jsonl", schedule, by_layer=True)
     for step in range(steps):
         index = jax.random.randint(jax.random.fold_in(key, step), (128,), 0, len(images))
         batch = images[index], labels[index]
