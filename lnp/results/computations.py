@@ -16,9 +16,9 @@ from lnp.results.decomposition import ByLayer, Decomposition, decomposed, sum_of
 class Decompose(Settings):
     """The computation of `lnp.decompose`, up to what `lnp.results.finished.explained` does with numbers."""
 
-    by_layer: ByLayer = False
-    population: bool | None = False
-    sample_losses: bool = False
+    by_layer: ByLayer
+    population: bool | None
+    sample_losses: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,9 +70,9 @@ class DecomposePreconditioned(Settings):
     The diagonal arrives as `update`, a vector of the backend's.
     """
 
-    by_layer: ByLayer = False
-    population: bool | None = False
-    sample_losses: bool = False
+    by_layer: ByLayer
+    population: bool | None
+    sample_losses: bool
 
     def __call__(self, lin: Linearization, update: Vector) -> Decomposition:
         estimator = "joint" if self.estimator == "per_sample" else self.estimator

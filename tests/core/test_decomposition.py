@@ -1,5 +1,6 @@
 """The factors against the dense kernel and against numbers by hand."""
 
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
@@ -94,6 +95,34 @@ def test_layer_names():
     assert layer_names(names, True) == expected
     assert layer_names(names, False) == {}
     assert layer_names(names, lambda name: name[0]) == {"b": names[:3], "s": names[3:]}
+
+
+@pytest.mark.parametrize("shape", [(64, 30), (1, 80)])  # which reach the tolerance, and do not
+def test_what_is_not_set_is_an_error_of_one_percent_with_64_probes_at_most(shape):
+    lin = record(*network(*shape), sample_losses=lambda: np.zeros(shape[0]))
+    settings = {"estimator": "auto", "rtol": 0.01, "max_probes": 64, "by_layer": False, "population": False}
+    assert decompose(lin) == decompose(lin, **settings)
+    assert decompose(lin).sample_losses is None
+
+
+def test_what_belongs_to_the_computation_is_not_shown():
+    shown = repr(decompose(record(JACOBIAN, GRADIENT)))
+    inner = ("sample_losses", "magnitude", "least", "way", "evidence", "contributions")
+    assert "chi_pos=" in shown
+    assert not [name for name in inner if f"{name}=" in shown]
+
+
+def test_results_are_compared_by_their_values():
+    """And not by arrays, whose comparison has no truth."""
+    d = decompose(record(JACOBIAN, GRADIENT))
+    other = replace(d, evidence={"labels": (np.ones(2),)}, contributions=np.ones(2), sample_losses=np.ones(2))
+    assert d == other != replace(d, rate=1.0)
+
+
+def test_a_result_made_by_hand_is_one_that_was_returned():
+    d = decompose(record(JACOBIAN, GRADIENT))
+    shown = {part.name: getattr(d, part.name) for part in fields(d) if part.repr}
+    assert Decomposition(**shown) == d
 
 
 def test_decomposition_is_frozen():

@@ -98,6 +98,13 @@ def test_processes_with_one_part_count_as_one(parts, monkeypatch):
     assert count > 1 or seeds[0] == 7  # the signs of one process
 
 
+@pytest.mark.parametrize(("loss", "same"), [(1.0 + 0.9e-4, True), (1.0 + 1.1e-4, False), (np.nan, False)])
+def test_losses_that_were_summed_in_another_order_are_of_the_same_batch(loss, same):
+    one = {"samples": 6, "loss": 1.0}
+    assert in_group._same_batch(one, one | {"loss": loss}) is same
+    assert not in_group._same_batch(one, {"samples": 7, "loss": loss})
+
+
 def test_different_batches_for_one_part_are_an_error_in_every_process(monkeypatch):
     found = measured((0, 0), [slice(0, 6), slice(6, 12)], monkeypatch)
     assert all(told.startswith("Processes 0 and 1 of the group have different batches: 6 samples") for told, _ in found)

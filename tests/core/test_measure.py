@@ -85,8 +85,9 @@ def test_computations_compare_by_their_settings():
     """Compiling backends look compiled code up by them."""
     from lnp.results.computations import Decompose, Respond
 
-    assert Decompose("auto", 0.01, 64, True) == Decompose("auto", 0.01, 64, True)
-    assert len({Decompose("auto", 0.01, 64), Decompose("auto", 0.01, 64), Respond("auto", 0.01, 64)}) == 2
+    settings = ("auto", 0.01, 64, True, None, False)
+    assert Decompose(*settings) == Decompose(*settings)
+    assert len({Decompose(*settings), Decompose(*settings), Respond(*settings)}) == 2
 
 
 def test_nan_is_explained():
