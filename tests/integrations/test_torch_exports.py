@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -76,48 +75,3 @@ def test_tensorboard(tmp_path):
     assert math.isnan(events.Scalars("lnp/chi_net")[0].value)
     with pytest.raises(TypeError, match="SummaryWriter"):
         lnp.loggers.tensorboard("folder")
-
-
-class Service:
-    """What Weights & Biases, trackio and MLflow have in common with a list."""
-
-    def __init__(self, step=None):
-        self.calls, self.defined = [], []
-        if step is not None:
-            self.step = step
-
-    def log(self, values, step=None):
-        self.calls.append((values, step))
-
-    def log_metrics(self, values, step=None, run_id=None):
-        self.calls.append((values, step, run_id))
-
-    def define_metric(self, name, step_metric=None):
-        self.defined.append((name, step_metric))
-
-
-def test_wandb_gets_rising_steps_and_its_own_axis():
-    service = Service(step=10)
-    logger = lnp.loggers.wandb(service)
-    logger({"lnp/step": 3.0}, 3), logger({"lnp/step": 30.0}, 30)
-    assert service.calls == [({"lnp/step": 3.0}, 10), ({"lnp/step": 30.0}, 30)]
-    assert service.defined == [("lnp/*", "lnp/step")]
-    assert lnp.loggers.as_logger(service)({"lnp/step": 31.0}, 31) is None
-
-
-def test_services_are_found_when_they_are_used(monkeypatch):
-    module, service = types.ModuleType("service"), Service()
-    module.run, module.log, module.log_metrics = None, service.log, service.log_metrics
-    for name in ("wandb", "trackio", "mlflow"):
-        monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(RuntimeError, match=r"wandb.init\(\)"):
-        lnp.loggers.wandb()({}, 0)
-    module.run = service
-    lnp.loggers.wandb()({"a": 1.0}, 1)
-    lnp.loggers.trackio()({"a": 2.0}, 2)
-    lnp.loggers.mlflow("r")({"a": 3.0}, 3)
-    assert service.calls == [({"a": 1.0}, 1), ({"a": 2.0}, 2), ({"a": 3.0}, 3, "r")]
-    for name in ("wandb", "trackio", "mlflow"):
-        monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=rf"lnp.loggers.{name}\(\) needs {name}"):
-            getattr(lnp.loggers, name)()({}, 0)
