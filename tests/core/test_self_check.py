@@ -11,7 +11,7 @@ import pytest
 from lnp.contract.linearization import unit
 from lnp.per_sample import differences, self_check
 from lnp.per_sample.self_check import Alone, Differences, Pulled
-from lnp.per_sample.verdict import NAMED, Verdict
+from lnp.per_sample.verdict import Verdict
 
 SAMPLES, OUTPUTS = 12, 3
 GENERATOR = np.random.default_rng(0)
@@ -80,7 +80,8 @@ def verdict(network):
 @pytest.mark.parametrize("xp", [np, array_api_strict])
 def test_a_network_that_keeps_its_samples_apart(xp):
     network = Network(xp)
-    assert verdict(network) == Verdict()
+    found = verdict(network)
+    assert (found.reason, found.general, found.bent, found.sure) == ("", (), False, True)
     first = network.pulled[0]
     lengths = np.abs(first).max(1)
     assert set(np.flatnonzero(lengths)) == set(self_check.compared_samples(SAMPLES))
@@ -194,6 +195,17 @@ def test_moved_parameters_are_other_ones_without_a_pattern():
         assert 0.7 * most < away.max() <= most
 
 
+def test_a_parameter_is_moved_piece_by_piece_as_it_is_whole():
+    whole = np.linspace(-1, 2, 12)
+    pieces = [self_check.moved_entries(np, whole[p : p + 5], np.mean(whole**2), 3, p) for p in (0, 5, 10)]
+    assert np.array_equal(np.concatenate(pieces), self_check.moved_parameter(np, whole.reshape(3, 4), 3).reshape(-1))
+
+
+@pytest.mark.parametrize("number", [self_check.BESIDE, differences.TURN])
+def test_numbers_that_no_layer_has_as_its_size_are_prime(number):
+    assert all(number % divisor for divisor in range(2, number))
+
+
 def test_verdicts_of_two_sets_of_parameters_are_joined():
     one = Verdict(general=(("a", "no rule"),))
     other = Verdict(general=(("b", "no rule"),), bent=True, sure=False)
@@ -280,9 +292,9 @@ def test_a_rule_may_differ_by_twice_the_tolerance():
 
 
 def test_the_first_few_parameters_are_named():
-    several = [(f"p{i}", "no rule") for i in range(NAMED + 1)]
-    (few,), (more,) = (Verdict(general=tuple(several[:count])).notes for count in (NAMED, NAMED + 1))
-    assert few.endswith(f"p{NAMED - 1} (no rule)")
+    several = [(f"p{i}", "no rule") for i in range(5)]
+    (few,), (more,) = (Verdict(general=tuple(several[:count])).notes for count in (4, 5))
+    assert few.endswith("p3 (no rule)")
     assert more == f"{few} and 1 more"
 
 
@@ -386,6 +398,17 @@ def test_a_sketch_stands_for_the_size_of_an_array(kind):
         assert np.sum(differences.sketched(np, one, 0) ** 2) == 4
     small = a[:4, :5]
     assert np.array_equal(differences.sketched(np, small, 0), small.reshape(-1))
+
+
+def test_arrays_of_8192_numbers_are_left_as_they_are_and_larger_ones_are_4096_sums():
+    assert [differences.sketched(np, np.ones(size), 0).size for size in (8192, 8193)] == [8192, 4096]
+
+
+def test_signs_of_a_sketch_begin_anew_after_2_to_the_15_numbers():
+    first, later = (np.zeros(2**16) for _ in range(2))
+    first[5], later[2**15 + 5] = 1.0, 1.0
+    turned = np.roll(differences.sketched(np, first, 0), differences.TURN)
+    assert np.array_equal(differences.sketched(np, later, 0), turned)
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
