@@ -21,9 +21,9 @@ FROM_STATE = re.compile(r"Stateful(?!Partitioned)\w+")
 """Operations that draw from a generator, whose state is a variable."""
 HOST = re.compile(r"(Eager)?PyFunc\w*")
 DRAWN = (
-    "the network draws random numbers (dropout does that), which single samples would not see: they are not taken apart, so "
-    "that errors are larger and there are no population values. To measure without them, pass forward= a function "
-    "that calls the model with training=False"
+    "the network draws random numbers (dropout does that), which single samples would not see: they are not taken "
+    "apart, so that errors are larger and there are no population values. To measure without them, pass forward= a "
+    "function that calls the model with training=False"
 )
 OVERWRITES = (
     "the network writes to trained variables while it runs (spectral normalisation does): the gradient is taken at "

@@ -98,14 +98,16 @@ def story(run: History) -> list[tuple[str, str]]:
     ]
     names = {"chi_loss": "loss scale", "chi_net": "network scale", "chi_pos": "position"}
     lines += [
-        (names[name], f"settled at step {integer(at)}" if math.isfinite(at) else "still moving at the end")
+        (names[name], f"within 25% from step {integer(at)}" if math.isfinite(at) else "still moving at the end")
         for name, at in s.stalled.items()
+        if s.rows > 1
     ]
     seconds = run.get("seconds")
-    seconds = seconds[np.isfinite(seconds)]
-    if len(seconds):
-        lines.append(("measuring took", f"{number(seconds.sum())} s, {number(seconds.mean())} s each"))
-    return lines
+    first, *others = seconds[np.isfinite(seconds)] if np.isfinite(seconds).any() else [math.nan]
+    if others:  # the first one compiles and warms up
+        lines.append(("measuring took", f"{number(first)} s, then {number(np.mean(others))} s each"))
+    notes = {note for text in run.get("notes") if isinstance(text, str) for note in text.split("; ")}
+    return [*lines, *([("notes", f"{len(notes)}, in the column notes")] if notes else [])]
 
 
 def _draw_lines(ax: Axes, lines: list[tuple[str, str]]) -> None:

@@ -185,7 +185,8 @@ def chi_pos(runs: RunSources, ax: Axes | None = None, **options: Any) -> Axes:
 def _position(named: Runs, ax: Axes | None = None, **options: Any) -> Axes:
     """The first-order positions: see `chi_pos`."""
     if not all(POSITION in run for run in named.values()):
-        ax = curve(named, "chi_pos", ax, **options)
+        own = {"label": "of the batch"} if len(named) == 1 else {}
+        ax = curve(named, "chi_pos", ax, **own | options)
         if len(named) == 1:
             _mark_no_preference(ax, next(iter(named.values())))
         return ax

@@ -122,7 +122,7 @@ def _noise_scale(history: History) -> Curve:
         unresolved = share <= spectral_reach.RESOLVED * error
         low = np.where(unresolved, _inverted(np.maximum(share, 0) + spectral_reach.RESOLVED * error), low)
         mean = np.where(unresolved, np.inf, _inverted(share))
-    return Curve(windows.middle, mean, (high - low) / 2, *windows.ends, low, high)
+        return Curve(windows.middle, mean, (high - low) / 2, *windows.ends, low, high)
 
 
 def _inverted(share: np.ndarray) -> np.ndarray:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lnp.runs.curves import POSITION, curve
+from lnp.runs.curves import curve
 from lnp.runs.open_runs import RunSources, open_runs
 from lnp.runs.spectral_reach import RESOLVED
 from lnp.runs.table import aligned, integer, number, with_error
 from lnp.tracking.history import History
 
-RATE = "population/rate"
 ENDS = ("run", "window at", "rate", "chi_loss", "chi_net", "chi_pos")
-OF_THE_POPULATION = (
-    "The last window of each run; rate and chi_pos are the population's, without the noise of the batch."
-)
-OF_THE_BATCH = "The last window of each run; rate and chi_pos are the batch's, and have its noise in them."
+RATES = {
+    "net/rate": "the net rate, as the loss on the tracker's own batch really fell",
+    "population/rate": "the population's rate for gradient descent, without the noise of the batch",
+    "rate": "the batch's rate for gradient descent, which has its noise in it",
+}
+"""{column: what it is}; the factors stand beside each, and chi_pos is what makes their product the rate."""
 
 
 @dataclass(frozen=True)
@@ -45,48 +46,50 @@ class End:
         return self.rate > RESOLVED * self.rate_stderr
 
 
-def ends(runs: RunSources) -> tuple[dict[str, End], bool]:
-    """{name: the run's end}, and whether rate and position are the population's, which all runs have to know. Runs
-    without one of the factors are left out.
+def ends(runs: RunSources) -> dict[str, dict[str, End]]:
+    """{column of a rate: {name: the run's end}}, of the rates that all runs have. The batch's stands for the
+    population's where a run does not have that. Runs without rows or without one of the scales are left out.
 
     Examples
     --------
     >>> import lnp
     >>> run = lnp.History([{"step": 9, "rate": 6.0, "chi_loss": 1.0, "chi_net": 2.0, "chi_pos": 3.0}])
-    >>> found, of_population = ends({"a": run})
-    >>> found["a"].chi_pos, of_population
-    (3.0, False)
+    >>> ends({"a": run})["rate"]["a"].chi_pos
+    3.0
     """
-    named = {name: run for name, run in open_runs(runs).items() if len(run)}
-    of_population = all(len(curve(run, column).mean) for run in named.values() for column in (RATE, POSITION))
-    found = {name: _end(run, RATE if of_population else "rate") for name, run in named.items()}
-    return {name: end for name, end in found.items() if end is not None}, of_population
+    named = {name: run for name, run in open_runs(runs).items() if len(run) and _end(run, "rate") is not None}
+    found = {column: {name: _end(run, column) for name, run in named.items()} for column in RATES}
+    known = {column: {name: end for name, end in of.items() if end} for column, of in found.items()}
+    whole = {column: of for column, of in known.items() if of and len(of) == len(named)}
+    return {column: of for column, of in whole.items() if column != "rate" or "population/rate" not in whole}
 
 
 def to_text(runs: RunSources) -> str:
     """The factors at the end of each run, and each run's divided by those of the first."""
-    found, of_population = ends(runs)
-    if not found:
-        return ""
+    return "\n\n".join(_section(column, found) for column, found in ends(runs).items())
+
+
+def _section(column: str, found: dict[str, End]) -> str:
+    """The factors of one kind of rate."""
     rows = [
         (
             name,
-            integer(e.step),
-            with_error(e.rate, e.rate_stderr),
-            number(e.chi_loss),
-            number(e.chi_net),
-            number(e.chi_pos),
+            integer(end.step),
+            with_error(end.rate, end.rate_stderr),
+            *map(number, (end.chi_loss, end.chi_net, end.chi_pos)),
         )
-        for name, e in found.items()
+        for name, end in found.items()
     ]
     (first, one), *others = found.items()
     compared = [f"{name} / {first}:  {_ratio(end, one)}" for name, end in others]
-    return "\n".join([*aligned(ENDS, rows), "", OF_THE_POPULATION if of_population else OF_THE_BATCH, *compared])
+    return "\n".join([f"Last window of each run, by {RATES[column]}:", *aligned(ENDS, rows), *compared])
 
 
 def _end(run: History, rate: str) -> End | None:
     """The end of a run; None where a factor is missing."""
-    found, loss, net = (curve(run, name) for name in (rate, "chi_loss", "chi_net"))
+    # the net rate is of the tracker's own batch, whose scales have names of their own beside a training batch's
+    own = "measured/" if rate == "net/rate" and "measured/chi_net" in run else ""
+    found, loss, net = (curve(run, name) for name in (rate, f"{own}chi_loss", f"{own}chi_net"))
     if not (len(found.mean) and len(loss.mean) and len(net.mean)):
         return None
     error = float(found.stderr[-1])

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -97,6 +98,13 @@ def test_a_noise_scale_within_two_errors_of_the_rate_is_a_limit():
     for stderr, expected, low in ((0.4, 8.0, 9 / 1.4 - 1), (0.6, math.inf, 9 / 2.2 - 1)):
         line = curve(noisy([1.0], [8.0], [0], **{"population/rate_stderr": stderr}), "population/noise_scale")
         assert (line.mean[0], line.low[0]) == pytest.approx((expected, low))
+
+
+def test_a_rate_below_zero_without_an_error_has_no_noise_scale():
+    rows = [{"step": 0, "population/rate": -1.0, "population/gradient_noise": 8.0, "population/noise_scale": -8.0}]
+    with warnings.catch_warnings(action="error"):
+        line = curve(History(rows), "population/noise_scale")
+    assert line.mean.tolist() == [math.inf]
 
 
 def test_files_without_the_gradient_noise():

@@ -117,6 +117,14 @@ def test_upper_limits_bend_a_fit():
     assert bent.get_ydata()[0] == pytest.approx(expected.predict(1 / 4)[0])
 
 
+def test_a_limit_counts_in_a_fit_only_where_all_windows_have_errors():
+    free = curved([0.1, 0.2, 0.0, 0.4])
+    free[3] |= {"chi_pos": -1e-3, "chi_pos_stderr": 1e-3}
+    drawn = law(lnp.plot.position_against_loss(History(free), fit=True))
+    losses, values = ([row[name] for row in free[:3]] for name in ("loss", "chi_pos"))
+    assert drawn.get_ydata()[-1] == pytest.approx(lnp.power_law(losses, values).predict(1)[0])
+
+
 @pytest.mark.parametrize("last", [0.4, 0.0, math.inf, math.nan])
 def test_errors_count_in_a_fit_only_where_all_windows_have_one(last):
     errors = [0.1, 0.2, 0.3, last]

@@ -15,7 +15,7 @@ from lnp.plot.dashboard import _draw_lines, _draw_one, _draw_several, _draw_tabl
 from lnp.tracking.history import History
 
 NAMES = ["measurements", "trained parameters", "loss", "spectral reach", "reached at step"]
-NAMES += ["loss scale", "network scale", "position", "measuring took"]
+NAMES += ["loss scale", "network scale", "position", "measuring took", "notes"]
 """What is said of a run."""
 
 
@@ -61,7 +61,7 @@ def test_the_page_of_one_run_has_its_layers_and_its_numbers():
         assert named(ax, "mine").get_ydata() == pytest.approx(means(history[column]))
     assert [texts(ax) for ax in axes[6:8]] == [[r"$\chi_\mathrm{pos}$ of the layer"], ["share of the rate"]]
     assert [len(ax.get_yticks()) for ax in axes[6:8]] == [3, 0]
-    assert texts(axes[8])[::2] == NAMES
+    assert texts(axes[8])[::2] == NAMES[:-1]  # it has no notes
     assert page.get_size_inches() * 25.4 == pytest.approx([297, 210], abs=1)  # A4, in mm
 
 
@@ -186,7 +186,8 @@ def test_a_long_table_says_how_many_runs_are_not_in_it(count):
 def test_a_run_is_told_in_numbers_and_words():
     rows = [
         {"step": s, "loss": 4 / (1 + s), "chi_loss": 2.0, "chi_net": 3.0 + s, "chi_pos": 0.1, "chi_pos_stderr": 0.01}
-        | {"seconds": math.nan if s == 3 else 0.5, "parameters": 26122}
+        | {"seconds": math.nan if s == 3 else 0.5 if s else 2.0, "parameters": 26122}
+        | ({"notes": "one mask; no population values" if s else "one mask"} if s < 2 else {})
         for s in range(30)
     ]
     told = dict(story(History(rows)))
@@ -197,14 +198,15 @@ def test_a_run_is_told_in_numbers_and_words():
     reach = History(rows).reach()
     assert told["spectral reach"].startswith("0.1")
     assert told["reached at step"] == f"{reach.step:.0f}"
-    assert told["loss scale"] == told["position"] == "settled at step 1"
+    assert told["loss scale"] == told["position"] == "within 25% from step 1"
     assert told["network scale"] == "still moving at the end"
-    assert told["measuring took"] == "14.5 s, 0.5 s each"
+    assert told["measuring took"] == "2 s, then 0.5 s each"
+    assert told["notes"] == "2, in the column notes"
 
 
 def test_what_is_not_known_of_a_run_is_not_told():
     history = History([{"step": 0, "loss": 1.0, "net/chi_pos": 3e-5, "net/chi_pos_stderr": 1e-5, "seconds": math.nan}])
     told = dict(story(history))
-    assert list(told) == [*NAMES[:1], *NAMES[2:5], "net position", *NAMES[5:8]]
+    assert list(told) == [*NAMES[:1], *NAMES[2:5], "net position"]
     assert told["net position"] == "3.0e-05 ± 1.0e-05"
     assert (told["spectral reach"], told["reached at step"]) == ("-", "-")

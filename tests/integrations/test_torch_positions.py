@@ -46,6 +46,7 @@ def test_positions_of_the_batch_are_all_that_is_shown_where_one_run_has_no_other
     assert named(ax, "a").get_ydata() == pytest.approx(means(runs["a"]["chi_pos"]))
     assert legend(lnp.plot.chi_pos(runs, legend=False)) is None
     ax = lnp.plot.chi_pos(run(population=False, outputs=10))
+    assert points(named(ax, "of the batch"))[0][0] == 1
     assert texts(ax) == ["no preference (batch)"]
     assert legend(ax) is None
     assert texts(lnp.plot.chi_pos([run(population=False, outputs=10)] * 2)) == []
