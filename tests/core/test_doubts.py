@@ -22,6 +22,15 @@ SIGMOID = 1 / (1 + np.exp(-RNG.normal(0, 2, (N, 1))))
 BINARY = (RNG.random((N, 1)) < 0.5) * 1.0
 
 
+@pytest.mark.parametrize(("away", "same"), [(0.9e-3, True), (1.1e-3, False)])
+def test_a_gradient_has_a_form_up_to_a_thousandth(away, same):
+    assert doubts._proportional(np.array([2.0, 2 * away]), np.array([1.0, 0.0])) is same
+
+
+def test_classes_are_on_the_last_axis_where_nothing_is_said():
+    assert LossInputs(np.zeros((2, 5, 3)), np.zeros((2, 5)), True).classes == 3
+
+
 def notes(outputs, targets, loss=None):
     """Of a model that gives these outputs."""
     model = lnp_numpy.OperatorModel(outputs, np.eye(outputs.size))

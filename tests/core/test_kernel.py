@@ -60,6 +60,20 @@ def test_blocks_are_as_large_as_their_bytes(size, expected, monkeypatch):
     assert seen == expected
 
 
+def test_a_block_takes_64_mebibytes_at_most(monkeypatch):
+    seen, lin = [], SimpleNamespace(outputs=np.broadcast_to(0.0, (1, 2**18)))
+    monkeypatch.setattr(eager, "kernel_rows", lambda lin, most: seen.append(most) or [])
+    module._fill_matrix(lin, "per_class", 2**28, False)
+    assert seen == [2**26 // (8 * 2**18)]
+
+
+def test_a_kernel_takes_two_gibibytes_at_most(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "_fill_matrix", lambda lin, kind, most, progress: seen.append(most) or THETA)
+    lnp.kernel(MODEL, BATCH)
+    assert seen == [2 * 1024**3]
+
+
 @pytest.mark.parametrize("block", [4, 15, 64])
 def test_each_row_costs_one_product(block):
     lin, asked = eager.linearize(MODEL, BATCH, Options()), []
@@ -69,11 +83,12 @@ def test_each_row_costs_one_product(block):
     assert len(asked) == len(THETA)
 
 
-@pytest.mark.parametrize(("most", "shown"), [(15, True), (14, False)])
-def test_modes_are_printed_of_small_kernels(most, shown, monkeypatch):
-    monkeypatch.setattr(pages, "PRINTED_ROWS", most)
-    k = lnp.kernel(MODEL, BATCH)
-    assert (f"{k.eigenvalues[1]:.4g}" in str(k)) is shown
+@pytest.mark.parametrize(("rows", "shown"), [(2048, True), (2049, False)])
+def test_modes_are_printed_of_small_kernels(rows, shown):
+    numbers = dict.fromkeys(("rate", "trace", "chi_pos", "preference", "participation_ratio"), 1.0)
+    modes = {"eigenvalues": [7.5], "weights": [0.25], "contributions": [0.5]}
+    k = SimpleNamespace(matrix=np.empty((rows, 0)), kind="full", notes=(), **numbers, **modes)
+    assert ("7.5" in pages.kernel_page(k).to_text()) is shown
 
 
 def test_rate_position_and_modes():
@@ -237,6 +252,11 @@ def test_entropy_and_ranks():
     assert full.entropy == pytest.approx(entropy(THETA), rel=1e-12)
     assert full.effective_rank == pytest.approx(effective_rank(THETA), rel=1e-12)
     assert full.participation_ratio == pytest.approx(participation_ratio(THETA), rel=1e-12)
+
+
+def test_eigenvalues_below_a_share_of_the_largest_are_rounding():
+    assert entropy(np.diag([1.0, 0.9e-12])) == 0
+    assert entropy(np.diag([1.0, 1.1e-12])) > 0
 
 
 def test_kernel_velocity():

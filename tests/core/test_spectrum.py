@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import array_api_strict
 import numpy as np
@@ -290,6 +291,28 @@ def test_a_backend_whose_products_do_not_belong_together_is_noticed():
     s = from_lanczos(RunLanczos("exact", 0.0, 1, 5, 0)(wrong))
     assert s.moment_error == pytest.approx(0.01, rel=1e-6)
     assert any("off by 0.01" in note for note in s.notes)
+
+
+@pytest.mark.parametrize(("factor", "noted"), [(1.0009, False), (1.0011, True)])
+def test_a_mean_that_is_off_by_more_than_a_thousandth_is_noted(factor, noted):
+    jacobian, g = network()
+    lin = lin_as_floats(record(jacobian, g))
+    s = from_lanczos(RunLanczos("exact", 0.0, 1, 5, 0)(replace(lin, jvp=lambda u: factor * lin.jvp(u))))
+    assert bool(s.notes) is noted
+
+
+@pytest.mark.parametrize(("left", "steps"), [(31, 1), (33, 2)])
+def test_what_rounding_leaves_of_a_direction_is_none(left, steps):
+    """Of the kernel [[1, b], [b, 1]] the start (1, 0) spans all up to b, here some units of rounding."""
+    b = left * np.finfo(float).eps
+    jacobian, g = {"w": np.array([[[1.0, 0.0], [b, 1.0]]])}, np.array([[1.0, 0.0]])
+    assert tridiagonalize(record(jacobian, g), g, 2).size == steps
+
+
+def test_nodes_with_less_than_half_a_thousandth_of_the_decrease_are_not_printed():
+    model, batch, _, _ = operator(SPECTRA["wide"])
+    s = replace(lnp.spectrum(model, batch, steps=3), shares=np.array([0.9989, 6e-4, 4e-4]))
+    assert [f"{share:.3g}" in str(s) for share in s.shares] == [True, True, False]
 
 
 def test_bad_options():
