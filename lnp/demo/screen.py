@@ -11,6 +11,7 @@ from lnp.demo import summary
 from lnp.demo.figure import draw
 from lnp.demo.run import Ladder, Settings, choose_framework, run, write_csv
 from lnp.optional import import_optional
+from lnp.printable import printable
 from lnp.progress import bar
 from lnp.results.rounding import rounded
 from lnp.runs.curves import POSITION, size
@@ -52,8 +53,14 @@ def show(settings: Settings, out: Path) -> None:
     for finding in summary.findings(ladder):
         console.print(finding, highlight=False)
     seconds = time.perf_counter() - started
-    console.print(f"\n{total} measurements in {seconds:.0f} s. Figure: {figure}, history: {history}", highlight=False)
-    console.print(f"Run by run: lnp compare {out / 'runs'}", highlight=False)
+    told = (
+        f"\n{total} measurements in {seconds:.0f} s. Figure: {printable(figure)}, history: {printable(history)}",
+        f"Run by run: lnp compare {printable(out / 'runs')}",
+    )
+    for (
+        line
+    ) in told:  # paths as they are: brackets are no markup, and a line that is too long is the terminal's to break
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(ladder: Ladder, settings: Settings) -> Table:
@@ -80,4 +87,4 @@ def _table(ladder: Ladder, settings: Settings) -> Table:
 def _cell(value: summary.Value, factor: float) -> str:
     """Mean ± error, where there is one, without the spaces that a narrow table has no room for."""
     mean, error = factor * value.mean, factor * value.stderr
-    return "±".join(filter(None, rounded(mean, error))) if error > 0 and mean else f"{mean:.3g}"
+    return "±".join(filter(None, rounded(mean, error))) if error > 0 else f"{mean:.3g}"

@@ -102,10 +102,5 @@ def _frozen_stalls(runs: Sequence[History], free: Ladder) -> str:
 
 
 def _value(values: Sequence[float]) -> Value:
-    return Value(float(np.mean(values)), float(_stderr(np.array(values))))
-
-
-def _stderr(values: np.ndarray) -> np.ndarray:
-    if len(values) < 2:
-        return np.full(values.shape[1:], np.nan)
-    return values.std(axis=0, ddof=1) / np.sqrt(len(values))
+    stderr = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return Value(float(np.mean(values)), float(stderr))
