@@ -49,9 +49,9 @@ CITE = (
 )
 HOW = "Press a run to hide it and to show it. In a figure, drag to zoom, and press twice to go back."
 MEANING = (
-    "The speed at which the loss falls, -dL/dt, is the product of the loss scale (how large the mistake is), the network "
-    "scale (how strongly outputs respond to parameters) and the spectral position: 1 where learning happens on the "
-    "dominant mode of the neural tangent kernel, toward 0 in its tail."
+    "The speed at which the loss falls, -dL/dt, is the product of the loss scale (how large the mistake is), the "
+    "network scale (how strongly outputs respond to parameters) and the spectral position: 1 where learning happens "
+    "on the dominant mode of the neural tangent kernel, toward 0 in its tail."
 )
 
 
