@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
-from integrations.examples import ladder, run
+import lnp
+from integrations.examples import EXAMPLES, ladder, run
 
 
 @pytest.mark.parametrize(
@@ -31,3 +34,13 @@ def test_a_ladder_of_checkpoints(tmp_path, monkeypatch):
     assert runs[0]["parameters"][0] < runs[1]["parameters"][0]
     assert [run["tokens_per_step"][0] for run in runs] == [16 * 32] * 2
     assert "ladder" in (tmp_path / "ladder.html").read_text()
+
+
+def test_two_runs_are_put_next_to_each_other(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    importlib.import_module("two_runs").main(tmp_path, 20)
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frozen / all layers")]
+    assert len(titles) == 3
+    one, other = (lnp.History.read(path) for path in sorted(tmp_path.glob("*.jsonl")))
+    assert one["loss"][0] == other["loss"][0]
+    assert one["step"].tolist() == other["step"].tolist()
