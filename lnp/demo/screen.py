@@ -34,6 +34,7 @@ def show(settings: Settings, out: Path) -> None:
     for module in ("rich", "matplotlib"):  # both are needed only after the work
         import_optional(module, "lnp demo", install="'lnp[demo]'")
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     settings = replace(settings, framework=choose_framework(settings.framework))
@@ -57,10 +58,8 @@ def show(settings: Settings, out: Path) -> None:
         f"\n{total} measurements in {seconds:.0f} s. Figure: {printable(figure)}, history: {printable(history)}",
         f"Run by run: lnp compare {printable(out / 'runs')}",
     )
-    for (
-        line
-    ) in told:  # paths as they are: brackets are no markup, and a line that is too long is the terminal's to break
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in told:  # paths as they are: brackets are no markup, and long lines are not broken
+        console.print(Text(line), soft_wrap=True)
 
 
 def _table(ladder: Ladder, settings: Settings) -> Table:
