@@ -62,6 +62,11 @@ def test_class_axis(outputs, targets, integer, second, axis):
     assert kinds.class_axis(outputs, targets, integer, second_axis=second) == axis
 
 
+def test_classes_are_on_the_second_axis_only_where_that_is_asked_for():
+    with pytest.raises(ValueError, match=r"Labels of shape \(4, 5\)"):
+        kinds.class_axis((4, 3, 5), (4, 5), True)
+
+
 @pytest.mark.parametrize(
     ("outputs", "targets", "integer", "words"),
     [

@@ -112,6 +112,11 @@ class TestVectorsByName:
         with pytest.raises(ValueError, match=r"does not match the model's parameters. Expected it."):
             update_by_name(update, SHAPES, list, "it")
 
+    def test_the_first_four_of_other_shapes_are_named(self):
+        shapes = dict.fromkeys("abcde", (1,))
+        with pytest.raises(ValueError, match=r"at \['a', 'b', 'c', 'd'\]. Expected it."):
+            update_by_name([np.ones(2)] * 5, shapes, list, "it")
+
     def test_other_shapes_are_named(self):
         with pytest.raises(ValueError, match=r"parameters at \['a'\]. Expected it."):
             update_by_name([np.ones(3), np.zeros(1)], SHAPES, list, "it")
