@@ -13,7 +13,7 @@ import pytest
 import lnp
 import lnp_numpy
 from lnp.cli import main
-from lnp.demo import Settings, data, summary
+from lnp.demo import Settings, data, screen, summary
 from lnp.demo.run import network_name, train, write_csv
 from lnp.runs.seeds import mean_over_seeds
 
@@ -139,6 +139,18 @@ def test_images_are_new_each_time_and_reproducible():
     assert np.array_equal(x, again)
     assert len(np.unique(x, axis=0)) == 50
     assert set(y) == {0, 1, 2}
+
+
+def test_images_have_half_of_their_spread_as_noise():
+    x, _ = data.draw(np.zeros((1, 8, 8), np.float32), np.zeros(1, np.int32), 1000, np.random.default_rng(0))
+    assert x.std() == pytest.approx(0.5, rel=0.02)
+
+
+def test_positions_are_shown_in_millionths_and_the_rest_as_it_is():
+    factors = {column: factor for _, column, factor in screen.COLUMNS}
+    positions = {"chi_pos", "population/chi_pos"}
+    assert factors == {column: 1e6 if column in positions else 1 for column in factors}
+    assert positions < factors.keys()
 
 
 def test_history_is_written_as_csv(tmp_path):

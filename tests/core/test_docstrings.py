@@ -8,6 +8,7 @@ import pytest
 
 import lnp
 from lnp import plot
+from lnp.parameter_texts import parameters_of
 
 PUBLIC = {name: getattr(lnp, name) for name in lnp.__all__} | {
     f"plot.{name}": value
@@ -21,6 +22,29 @@ def test_docstrings_stand_alone(name):
     documented = [PUBLIC[name], *(vars(PUBLIC[name]).values() if inspect.isclass(PUBLIC[name]) else ())]
     texts = [inspect.getdoc(one) or "" for one in documented if inspect.isfunction(one) or inspect.isclass(one)]
     assert not [text for text in texts for words in ("As for", "as for `", "Options as") if words in text]
+
+
+def test_parameters_that_are_described_together_are_known_one_by_one():
+    def area(width, height):
+        """Of a box.
+
+        Parameters
+        ----------
+        width, height:
+            In metres.
+        """
+
+    @parameters_of(area)
+    def line(height):
+        """Of one side.
+
+        Parameters
+        ----------
+        height:
+            As for `area`.
+        """
+
+    assert "height:\n    In metres." in inspect.getdoc(line)
 
 
 def test_shared_parameters_are_written_out():

@@ -14,6 +14,7 @@ from lnp import typed_options
 from lnp.contract.gradient_pass import gradient_pass
 from lnp.contract.linearization import GradientPass
 from lnp.contract.options import Options
+from lnp.demo import Settings
 from lnp.estimators.population import why_none
 from lnp.runs.curves import reach
 from lnp.runs.power_law import bootstrap
@@ -71,7 +72,7 @@ def test_a_trace_is_of_60_products(estimator):
 
 
 def test_a_bootstrap_has_a_thousand_draws():
-    given = [1.0, 10.0], [[1.0, 1.3, 0.8], [0.1, 0.11, 0.14]]
+    given = [1.0, 10.0], RNG.uniform(1, 2, size=(2, 9))
     assert bootstrap(*given) == bootstrap(*given, draws=1000, level=0.68, seed=0)
 
 
@@ -80,6 +81,8 @@ def test_a_reach_is_over_five_windows_of_five():
     history = lnp.History([{"step": step, "chi_pos": value} for step, value in enumerate(values)])
     expected = lnp.reach(np.arange(40), values, window=5, size=5)
     assert reach(history) == history.reach() == expected
+    last = lnp.reach(np.arange(40), values, window="last", size=5)
+    assert reach(history, window="last") == history.reach(window="last") == last
 
 
 def test_windows_are_eight_for_each_factor_of_ten():
@@ -87,6 +90,12 @@ def test_windows_are_eight_for_each_factor_of_ten():
     assert [step for step in range(200) if schedule(step)] == [step for step in range(200) if fresh(step)]
     assert schedule == log_windows()  # what it has found so far is no part of it
     assert [*inspect.signature(log_windows).parameters] == ["points_per_decade", "width", "growth", "last"]
+
+
+def test_the_demo_is_the_one_of_the_readme():
+    """Digits learnt by networks of three widths, and by one with frozen features; 300 steps; three seeds."""
+    expected = {"widths": (16, 64, 256), "frozen": 64, "steps": 300, "seeds": 3}
+    assert Settings() == Settings(**expected, batch=256, learning_rate=0.1, measured=1024, points=20)
 
 
 @pytest.mark.parametrize("name", ["Measure", "Loss", "Decompose", "Watch", "Tracker"])
