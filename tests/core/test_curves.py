@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import lnp
+from lnp import cli
 from lnp.cli import main
 from lnp.runs.curves import MOST_POINTS, compute, curve, is_frozen, reach, stall_step, summary
 from lnp.runs.open_runs import open_runs
@@ -244,6 +246,11 @@ def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path):
     done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, check=False)
     os.close(written)
     assert (done.stderr, done.returncode) == (b"", 141)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_command_that_is_left_has_the_status_of_a_closed_pipe():
+    assert cli.LEFT == 128 + signal.SIGPIPE
 
 
 def test_what_cannot_be_read_is_said(tmp_path, capsys, monkeypatch):
