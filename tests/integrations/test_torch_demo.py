@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib import pyplot
+from matplotlib.figure import Figure
+from rich.console import Console
 
 import lnp
 from lnp.demo import Settings, figure, run, screen, summary
@@ -46,14 +48,12 @@ def _reaches(monkeypatch):
     monkeypatch.setattr(summary, "reach", reach)
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """The four panels of the figure."""
-    path = tmp_path_factory.mktemp("figure") / "reach.png"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(figure, "reach", reach)
-        figure.draw(LADDER, path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The four panels of the figure, of which the file takes most of the time."""
+    monkeypatch.setattr(figure, "reach", reach)
+    monkeypatch.setattr(Figure, "savefig", lambda *given, **options: None)
+    figure.draw(LADDER, tmp_path / "reach.png")
     yield pyplot.gcf().axes
     pyplot.close("all")
 
@@ -84,6 +84,13 @@ def test_reach_stands_against_size_with_the_name_of_each_network(drawn):
 def test_the_frozen_networks_mark_is_hollow(drawn):
     styles = [bars.lines[0].get_fillstyle() for bars in drawn[3].containers]
     assert styles == ["full", "full", "none"]
+
+
+def test_the_figure_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(figure, "reach", reach)
+    figure.draw(LADDER, tmp_path / "reach.png")
+    pyplot.close("all")
+    assert (tmp_path / "reach.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -119,6 +126,12 @@ def test_the_table_has_last_values_and_reaches_in_the_units_of_its_title():
 def test_values_of_the_table_are_means_over_seeds():
     runs = {"4 units": [history("4 units", 100, seed) for seed in (0, 4)]}
     assert list(screen._table(runs, Settings()).columns[2].cells) == ["4±2"]  # 2 and 6
+
+
+def test_a_network_has_one_line_of_the_table_however_narrow(capsys):
+    Console(width=40).print(screen._table(LADDER, Settings()))
+    below = capsys.readouterr().out.rpartition("─")[2]
+    assert [line.split()[0] for line in below.splitlines() if line.strip()] == ["4", "8", "8"]
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------
