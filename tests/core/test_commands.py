@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,3 +151,13 @@ def test_arguments_are_those_of_the_program_unless_they_are_given(shown, tmp_pat
     monkeypatch.setattr(sys, "argv", ["lnp", "demo", "--steps", "5", "--out", str(tmp_path)])
     assert main() == 0
     assert shown == [(Settings(steps=5), tmp_path)]
+
+
+def test_a_closed_pipe_ends_a_command_as_shells_report_it(monkeypatch, tmp_path):
+    def show(*given):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(lnp.demo.screen, "show", show)
+    monkeypatch.setattr(os, "dup2", lambda *given: None)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(fileno=lambda: 1))
+    assert main(["demo", "--out", str(tmp_path)]) == 141  # 128, and 13 for SIGPIPE
