@@ -410,6 +410,8 @@ def limited(names: list[str], durations: dict[str, float], longest: float) -> li
 
 def imported_anew(mutant: Mutant, given: list[str]) -> bool:
     """Whether a test fails in a fresh interpreter that imports the mutant."""
+    if not given:
+        return False
     with tempfile.TemporaryDirectory() as folder:
         code, tests = Path(folder, "mutant.py"), Path(folder, "tests")
         code.write_text(ast.unparse(mutant.tree), encoding="utf-8")
