@@ -89,7 +89,7 @@ class Recorder:
             self._history.go_back(step)
         self._resumed = step if self._resumed is None else min(step, self._resumed)
 
-    def keep(self, row: Mapping[str, Any], notes: tuple[str, ...], tags: Iterable[str], always: bool = False) -> None:
+    def keep(self, row: Mapping[str, Any], notes: tuple[str, ...], tags: Iterable[str], always: bool) -> None:
         """Append a row to the file and the history, and give its numbers, without the tags, to the loggers.
 
         Notes are written where they change. Where the file fails the row is in neither, so that they agree, and loggers

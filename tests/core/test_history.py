@@ -223,3 +223,9 @@ def test_a_run_recorded_by_an_earlier_version_opens(tmp_path):
     with lnp.Tracker(path, schedule=lambda step: True) as tracker:
         tracker.observe(8, lnp_numpy.LinearModel(weight=np.zeros((1, 1))), (np.ones((2, 1)), np.ones((2, 1))))
     assert len(History.read(path)) == 8
+
+
+def test_a_table_is_of_the_rows_unless_layers_are_asked_for():
+    history = History([{"step": s, "loss": 1.0, "layer/a/chi_net": 2.0, "layer/b/chi_net": 3.0} for s in range(2)])
+    assert list(history.table()) == ["step", "loss", "layer/a/chi_net", "layer/b/chi_net"]
+    assert history.table(by_layer=True)["chi_net"].tolist() == [2.0, 3.0, 2.0, 3.0]
