@@ -1,5 +1,6 @@
 """Many batches measured as one: against the batch that holds all of their samples."""
 
+import contextlib
 import itertools
 import math
 import re
@@ -169,3 +170,17 @@ def test_what_cannot_be_streamed_is_refused(name):
     batch, options = make()
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         lnp.decompose(MODEL, batch, **options)
+
+
+@pytest.mark.parametrize(("given", "length"), [(4, 4), (math.inf, 15)])
+def test_each_batch_is_one_step_of_the_progress(given, length, monkeypatch):
+    steps = []
+
+    @contextlib.contextmanager
+    def bar(what, total):
+        steps.append(total)
+        yield steps.append
+
+    monkeypatch.setattr("lnp.results.streamed.bar", bar)
+    lnp.decompose(MODEL, list(pieces()), batches=given)
+    assert steps == [length, *[1] * length]
