@@ -292,8 +292,8 @@ def test_strict_modes(flag):
     try:
         d = lnp.decompose(model, batch, estimator="per_sample")
         tracker = lnp.Tracker(schedule=1, on_error="raise")
-        with tracker.step(0, model, batch):
-            pass
+        with tracker.step(0, model, batch) as watched:
+            watched.after(model)
         if flag == "jax_debug_nans":  # nothing can be estimated from one probe, which is said by nan
             assert np.isnan(lnp.decompose(model, batch, estimator="joint", max_probes=1).chi_net_stderr)
         assert getattr(jax.config, flag) == STRICT[flag]
