@@ -172,7 +172,7 @@ def test_what_cannot_be_streamed_is_refused(name):
         lnp.decompose(MODEL, batch, **options)
 
 
-@pytest.mark.parametrize(("given", "length"), [(4, 4), (math.inf, 15)])
+@pytest.mark.parametrize(("given", "length"), [(1, 1), (4, 4), (math.inf, 15)])
 def test_each_batch_is_one_step_of_the_progress(given, length, monkeypatch):
     steps = []
 
@@ -184,3 +184,16 @@ def test_each_batch_is_one_step_of_the_progress(given, length, monkeypatch):
     monkeypatch.setattr("lnp.results.streamed.bar", bar)
     lnp.decompose(MODEL, list(pieces()), batches=given)
     assert steps == [length, *[1] * length]
+
+
+def test_entries_of_a_large_parameter_are_all_projected():
+    """Its signs are drawn by pieces."""
+    last = np.zeros(2**20 + 20_000)
+    last[2**20 :] = 1.0
+    assert projected({"a": last}) @ projected({"a": last}) == pytest.approx(20_000, rel=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_loss_of_one_term_in_each_batch_is_told_of_where_there_are_several(count):
+    found = lnp.decompose(MODEL, pieces()[2:4], batches=count, loss_terms=1)
+    assert any(note == streamed.SUMS.format(count) for note in found.notes) == (count == 2)
