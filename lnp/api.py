@@ -163,7 +163,9 @@ def decompose(
         computation = Decompose(estimator, rtol, max_probes, by_layer, population, sample_losses)
         return explained(evaluate(computation, model, (batch,), options), rtol=rtol)
     preconditioned = DecomposePreconditioned(estimator, rtol, max_probes, by_layer, population, sample_losses)
-    return explained(evaluate(preconditioned, model, (batch,), joint_options(options), update=preconditioner))
+    return explained(
+        evaluate(preconditioned, model, (batch,), joint_options(options), update=preconditioner), rtol=rtol
+    )
 
 
 @parameters_of(decompose)

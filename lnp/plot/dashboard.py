@@ -103,11 +103,11 @@ def story(run: History) -> list[tuple[str, str]]:
         if s.rows > 1
     ]
     seconds = run.get("seconds")
-    first, *others = seconds[np.isfinite(seconds)] if np.isfinite(seconds).any() else [math.nan]
-    if others:  # the first one compiles and warms up
-        lines.append(("measuring took", f"{number(first)} s, then {number(np.mean(others))} s each"))
-    notes = {note for text in run.get("notes") if isinstance(text, str) for note in text.split("; ")}
-    return [*lines, *([("notes", f"{len(notes)}, in the column notes")] if notes else [])]
+    seconds = seconds[np.isfinite(seconds)]
+    if len(seconds):  # the first one compiles and warms up
+        each = f", then {number(seconds[1:].mean())} s each" if len(seconds) > 1 else ""
+        lines.append(("measuring took", f"{number(seconds[0])} s{each}"))
+    return [*lines, *([("notes", "in the column notes")] if "notes" in run else [])]
 
 
 def _draw_lines(ax: Axes, lines: list[tuple[str, str]]) -> None:

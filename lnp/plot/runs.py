@@ -172,15 +172,14 @@ def _draw_fit(ax: Axes, named: Runs, at: Callable[[History, np.ndarray], np.ndar
 
 def _draw_law(ax: Axes, points: list[tuple[float, Reach]]) -> None:
     """The power law through points of different sizes, where there are two or more."""
+    with_errors = all(np.isfinite(found.stderr) and found.stderr > 0 for _, found in points)
+    # without errors there are no upper limits, so that values have to be above zero
+    points = [(size, found) for size, found in points if with_errors or found.chi_pos > 0]
     sizes = [size for size, _ in points]
     if len(set(sizes)) < 2:
         raise ValueError(f"fit=True received {len(set(sizes))} points to fit. Expected two or more that differ.")
-    if all(np.isfinite(found.stderr) and found.stderr > 0 for _, found in points):
-        law = power_law(sizes, [found for _, found in points])
-    else:  # upper limits need errors, and so do values that are not above zero
-        above = [(size, found.chi_pos) for size, found in points if found.chi_pos > 0]
-        law = power_law(*zip(*above, strict=True))
-    draw_law(ax, law, min(sizes), max(sizes), color="black")
+    values: list[Any] = [found if with_errors else found.chi_pos for _, found in points]
+    draw_law(ax, power_law(sizes, values), min(sizes), max(sizes), color="black")
 
 
 def _per_step(run: History) -> float:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from lnp.runs.curves import curve
 from lnp.runs.open_runs import RunSources, open_runs
 from lnp.runs.spectral_reach import RESOLVED
@@ -27,7 +29,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class End:
-    """The factors in the last window of a run: `chi_pos` is rate / (chi_loss * chi_net), so that they multiply."""
+    """The factors in a run's last window with a rate: `chi_pos` is rate / (chi_loss * chi_net), so that they multiply."""
 
     step: float
     rate: float
@@ -92,9 +94,10 @@ def _end(run: History, rate: str) -> End | None:
     found, loss, net = (curve(run, name) for name in (rate, f"{own}chi_loss", f"{own}chi_net"))
     if not (len(found.mean) and len(loss.mean) and len(net.mean)):
         return None
-    error = float(found.stderr[-1])
-    values = (found.step[-1], found.mean[-1], error if error > 0 else 0.0, loss.mean[-1], net.mean[-1])
-    return End(*map(float, values))
+    step, error = float(found.step[-1]), float(found.stderr[-1])
+    # later rows may lack the rate: its factors are those of its own window
+    scales = (of.mean[int(np.argmin(np.abs(of.step - step)))] for of in (loss, net))
+    return End(step, float(found.mean[-1]), error if error > 0 else 0.0, *map(float, scales))
 
 
 def _ratio(end: End, one: End) -> str:

@@ -139,8 +139,7 @@ class StepSelection:
         if self._spent is None:
             return
         self._spent += seconds
-        elapsed = time.perf_counter() - self._started
-        if self._spent > max(DEAR_SECONDS, DEAR_SHARE * elapsed):
+        if self._spent > DEAR_SECONDS and self._spent > DEAR_SHARE * (elapsed := time.perf_counter() - self._started):
             warn(
                 f"lnp: measuring has taken {self._spent:.0f} of this run's {elapsed:.0f} seconds. To measure less "
                 "often: schedule=lnp.schedule.budget(0.05), 5% of the time. To make a measurement cheaper: rtol=0.1 "

@@ -71,3 +71,14 @@ def test_the_command_prints_both_tables(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "chi_net settled" in printed
     assert printed.endswith("\nb / a:  rate 0.5 = chi_loss 1 x chi_net 0.5 x chi_pos 1\n")
+
+
+def test_the_factors_are_those_of_the_window_of_the_rate():
+    """Rows after the last one with a net rate do not count."""
+    rows = [
+        *run(1.0, 2.0, 0.5, **{"net/rate": 6.0}).rows(),
+        {"step": 200, "rate": 1.0, "chi_loss": 9.0, "chi_net": 9.0},
+    ]
+    found = ends([lnp.History(rows)])
+    assert [(end.step, end.chi_pos) for end in found["net/rate"].values()] == [(100, 3.0)]
+    assert [end.step for end in found["rate"].values()] == [200]

@@ -201,7 +201,7 @@ def test_a_run_is_told_in_numbers_and_words():
     assert told["loss scale"] == told["position"] == "within 25% from step 1"
     assert told["network scale"] == "still moving at the end"
     assert told["measuring took"] == "2 s, then 0.5 s each"
-    assert told["notes"] == "2, in the column notes"
+    assert told["notes"] == "in the column notes"
 
 
 def test_what_is_not_known_of_a_run_is_not_told():
