@@ -29,7 +29,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class End:
-    """The factors in a run's last window with a rate: `chi_pos` is rate / (chi_loss * chi_net), so that they multiply."""
+    """Factors of a run's last window with a rate: `chi_pos` is rate / (chi_loss * chi_net), so that they multiply."""
 
     step: float
     rate: float
