@@ -294,3 +294,12 @@ def test_limits_are_triangles_with_an_arrow_and_errors_are_bars():
     assert arrows == [False, False, False, True]
     assert [artist.get_xdata().tolist() for artist in marks(ax, style.UPPER)] == [[1000]]
     assert lnp.plot.power_law([1, 10, 100], [1.0, 0.5, 0.2], [0.1, 0.1, 1.0]).containers[2].lines[0].get_marker() == "v"
+
+
+def test_a_fit_of_limits_alone_without_errors_is_refused():
+    free = curved([0.1, 0.2, 0.0, 0.4])
+    for row in free[1:]:
+        row |= {"chi_pos": -1e-3, "chi_pos_stderr": 1e-3}
+    free[0]["chi_pos_stderr"] = 0.0
+    with pytest.raises(ValueError, match="fit=True received 1 points to fit"):
+        lnp.plot.position_against_loss(History(free), fit=True)
