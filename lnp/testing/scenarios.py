@@ -192,8 +192,8 @@ BINARY = replace(
 )
 WIDE = prescribed(2, 9, "wide")
 """More outputs than `auto` takes one by one."""
-MANY, MANY_GROUPS = layers("twelve samples", samples=12), (0, 1, 3, 4, 6, 7, 9, 10)
-"""More samples than the grouped estimator forms groups, and where its groups begin."""
+MANY, MANY_GROUPS = layers("thirteen samples", samples=13), (0, 1, 3, 4, 6, 8, 9, 11)
+"""More samples than the grouped estimator forms groups, one of them without a partner, and where its groups begin."""
 ONE_OUTPUT, ONE_SAMPLE = linear(4, 1, "one output"), linear(1, 3, "one sample")
 SINGLE = linear(1, 1, "one sample of one output")
 SIX = linear(6, 2, "six samples")

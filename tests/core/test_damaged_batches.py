@@ -120,10 +120,10 @@ DENSE = {
     "linear, float64: chi_net_stderr": lambda r: {"chi_net_stderr": 1e-6},
     "linear, float64: trained: chi_net": lambda r: {"trained": replace(r.trained, chi_net=1.01 * r.trained.chi_net)},
     "linear, float64: measured: rate": lambda r: {"measured": replace(r.measured, rate=1.01 * r.measured.rate)},
-    "twelve samples, float64: relative error of chi_net": lambda r: (
+    "thirteen samples, float64: relative error of chi_net": lambda r: (
         {"chi_net_stderr": 1.01 * r.chi_net_stderr} if r.chi_net_stderr else {}
     ),
-    "twelve samples, float64: relative error of chi_pos": lambda r: (
+    "thirteen samples, float64: relative error of chi_pos": lambda r: (
         {"chi_pos_stderr": 1.01 * r.chi_pos_stderr} if r.chi_pos_stderr else {}
     ),
 }

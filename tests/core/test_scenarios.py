@@ -88,7 +88,7 @@ def test_shapes_and_labels():
         "huber": (3, 2),
         "binary labels": (3, 2),
         "wide": (2, 9),
-        "twelve samples": (12, 3),
+        "thirteen samples": (13, 3),
         "one sample of one output": (1, 1),
         "six samples": (6, 2),
         "padded": (4, 6),
