@@ -5,8 +5,8 @@
 A mutant is one module with one change: another operator, constant or comparison, a term or a root left out, a condition
 turned round. The tests are collected once and run once under coverage, so that a mutant is given to those tests only
 that run its line, the fastest first, until one of them fails. Each mutant lives in a process of its own, forked after
-collection: a function's code is replaced in memory, no file is touched. Code that runs at import (constants, defaults)
-is imported anew. Survivors are printed as they are found; those in
+collection: a function's code is replaced in memory, no file is touched. Code that runs at import (constants, defaults,
+and functions that these call) is imported anew. Survivors are printed as they are found; those in
 tests/equivalent_mutants.txt, which change no result, are left out.
 """
 
@@ -28,7 +28,7 @@ import traceback
 import types
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import coverage
@@ -65,6 +65,8 @@ LEFT_OUT = ("sqrt", "abs", "exp", "log", "square", "real", "conj", "sorted")
 """Functions of which only the argument is kept."""
 LOOKS = {"alpha", "fontsize", "linewidth", "markersize", "markeredgewidth", "xytext", "linthresh", "linscale", "pad"}
 """Arguments that say how a figure looks, which people judge by looking at it."""
+AMOUNTS = {"dtypes"}
+"""Arguments that say how much is checked."""
 SPLIT = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 
 
@@ -126,7 +128,7 @@ def at(node: ast.AST, path: tuple) -> ast.AST:
 
 def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iterator[tuple[tuple, ast.AST, str, bool]]:
     """All nodes with the way to them, the function that they are in, and whether they run at import, as constants and
-    defaults do; texts, annotations, errors and looks left out.
+    defaults do; texts, annotations, errors, looks and amounts left out.
     """
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         where = f"{where}.{node.name}".strip(".")
@@ -136,7 +138,11 @@ def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iter
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.JoinedStr | ast.Assert):
                 continue
-            if isinstance(child, ast.keyword) and child.arg in {"strict", *LOOKS}:  # strict: a guard, as assert
+            if isinstance(child, ast.keyword) and child.arg in {
+                "strict",
+                *LOOKS,
+                *AMOUNTS,
+            }:  # strict: a guard, as assert
                 continue
             key = node.keys[index] if isinstance(node, ast.Dict) and name == "values" else None
             if isinstance(key, ast.Constant) and key.value in LOOKS:
@@ -289,11 +295,14 @@ class Check:
         if self.one is not None:
             os._exit(1 if self.notices(json.loads(self.one.read_text())) else SURVIVED)
         tests, durations = self.recorded()
+        imported = run_at_import([name for name in sys.modules if name.partition(".")[0] == "lnp"])
         self.refuse_failing_tests(tests, durations)
         running: dict[int, Mutant] = {}
         started, done = time.monotonic(), 0
         for mutant in self.mutants:
-            ran = tests[mutant.module].get(mutant.line) or set().union(*tests[mutant.module].values())
+            mutant = replace(mutant, at_import=mutant.at_import or mutant.line in imported[mutant.module])
+            ran = None if mutant.at_import else tests[mutant.module].get(mutant.line)
+            ran = ran or set().union(*tests[mutant.module].values())
             given = limited(sorted(ran, key=lambda name: durations.get(name, 0.0)), durations, self.longest)
             while len(running) >= self.jobs:
                 done += self.finished(running)
@@ -389,6 +398,19 @@ class Check:
         watched.stop()
         watched.save()
         (folder / "durations").write_text(json.dumps(self.durations))
+
+
+def run_at_import(modules: list[str]) -> dict[str, set[int]]:
+    """{module: lines that run when these modules are imported}, also those of functions that run then."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder, "data"))
+        lines = f"watched = coverage.Coverage(data_file={file!r}, source=[{str(ROOT / 'lnp')!r}], config_file=False)"
+        imports = "; ".join(f"import {name}" for name in modules)
+        code = f"import coverage; {lines}; watched.start(); {imports}; watched.stop(); watched.save()"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+        data = coverage.CoverageData(file)
+        data.read()
+        return {name: set(data.lines(sys.modules[name].__file__) or ()) for name in modules}
 
 
 def silence() -> None:

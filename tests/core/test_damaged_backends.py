@@ -112,9 +112,24 @@ def signed(change):
     return recording(lambda lin, **options: {"signs": lambda index: change(lin.signs(index), index)})
 
 
-def same_pairs(v, index):
-    v[0, 0] = v[-1, -1]
-    return v
+def alike(first, second, sign=1):
+    """Signs of one output that are those of another, or their opposite; of samples and outputs (3, 2)."""
+
+    def made(v, index):
+        v[first] = sign * v[second]
+        return v
+
+    return made
+
+
+def mostly(sign, *output):
+    """Signs that are mostly of one kind, of one output or of all."""
+
+    def made(v, index):
+        v[output] = v[output] if index % 2 else sign
+        return v
+
+    return made
 
 
 def without(notes, text):
@@ -285,15 +300,38 @@ DAMAGES = {
         recording(lambda lin, **_: {"signs": scaled(lin.signs, (-1.0) ** next(RECORDS))}),
         r"signs\(7\) of another record",
     ),
-    "signs that are mostly positive": (
-        record.signs_are_independent,
-        signed(lambda v, i: np.where(i % 2, v, np.abs(v))),
-        "correlated",
-    ),
-    "signs that are alike in two outputs": (record.signs_are_independent, signed(same_pairs), "correlated"),
+    **{
+        f"signs that are {what}": (record.signs_are_independent, signed(change), "signs are correlated")
+        for what, change in {
+            "mostly positive": mostly(1, slice(None)),
+            "mostly negative": mostly(-1, slice(None)),
+            "mostly positive in one output": mostly(1, 1, 1),
+            "mostly negative in one output": mostly(-1, 1, 1),
+            "alike in two samples": alike((0, 0), (-1, -1)),
+            "alike in two outputs of a sample": alike((0, 0), (0, 1)),
+            "opposite in two outputs of a sample": alike((0, 0), (0, 1), -1),
+            "opposite in two samples": alike((0, 0), (1, 0), -1),
+        }.items()
+    },
     "signs that follow one another": (
         record.signs_are_independent,
-        recording(lambda lin, **_: {"signs": lambda index: lin.signs(index - index % 2)}),
+        recording(lambda lin, **_: {"signs": lambda index: lin.signs(index // 2)}),
+        "correlated",
+    ),
+    "signs that turn with each probe": (
+        record.signs_are_independent,
+        recording(lambda lin, **_: {"signs": lambda index: lin.signs(index // 2) * (-1.0) ** index}),
+        "correlated",
+    ),
+    "signs of one sample that turn with each probe": (
+        record.signs_are_independent,
+        recording(
+            lambda lin, **_: {
+                "signs": lambda index: np.concatenate(
+                    [lin.signs(index // 2)[:1] * (-1.0) ** index, lin.signs(index)[1:]]
+                ).astype(lin.outputs.dtype)
+            }
+        ),
         "correlated",
     ),
     "a loss along a step of zero": (
