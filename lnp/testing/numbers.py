@@ -62,7 +62,7 @@ def population_is_the_mean_over_pairs(kit: Kit) -> None:
         rate = (expected["rate"] - own) / (1 - spread)
         case.equal("rate", d.population.rate, rate)
         case.equal("chi_pos", d.population.chi_pos, rate / expected["chi_loss"] / expected["chi_net"])
-        scale = max(n * own / rate - n * spread, 0.0) if rate > 0 else np.inf
+        scale = n * own / rate - n * spread
         case.equal("noise_scale", d.population.noise_scale, scale, case.tolerance)
         case.equal("gradient_noise", d.population.gradient_noise, n * own - n * spread * rate, case.tolerance)
         low, high = float(d.population.noise_scale_low), float(d.population.noise_scale_high)
@@ -118,6 +118,7 @@ def squares_stay_in_range(kit: Kit) -> None:
         expected = case.truth.factors()
         case.equal(f"chi_pos, loss times {scale}", d.chi_pos, expected["chi_pos"])
         case.equal(f"chi_net, loss times {scale}", d.chi_net, expected["chi_net"])
+        case.equal(f"loss, times {scale}", float(d.loss) / scale, case.truth.loss)
         if not kit.compiled:  # whose own numbers are of float32
             for name in ("rate", "chi_loss"):
                 found = float(getattr(d, name)) / scale / scale

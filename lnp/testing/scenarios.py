@@ -186,7 +186,8 @@ def gated() -> Scenario:
 
 
 LINEAR, LAYERS, TOKENS = linear(), layers(), tokens()
-HUBER = linear(3, 2, "huber", "huber")
+HUBER = linear(5, 3, "huber", "huber")
+"""Outputs and differences from the targets on both sides of the bend, in all combinations."""
 BINARY = replace(
     linear(3, 2, "binary labels", "binary_cross_entropy"), targets=np.array([[0.0, 1.0], [1.0, 1.0], [0.25, 0.0]])
 )

@@ -3,6 +3,7 @@
 import itertools
 import random
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import lnp
 from contract.test_numpy import kit
+from lnp.contract.gradient_pass import gradient_pass
 from lnp.testing import CHECKS, Kit, estimators, numbers, record, safety, scenarios
 
 RECORDS = itertools.count()
@@ -57,13 +59,13 @@ def test_each_number_that_is_looked_at_counts(check):
 
 @dataclass(frozen=True)
 class Broken(Kit):
-    """A kit whose records are others: (record, options) -> what is replaced in it."""
+    """A kit whose records are others: (record, scenario, options) -> what is replaced in it."""
 
     broken: Any = None
 
     def record(self, scenario, **options):
         lin = Kit.record(self, scenario, **options)
-        return replace(lin, **self.broken(lin, **options))
+        return replace(lin, **self.broken(lin, scenario=scenario, **options))
 
 
 def recording(broken):
@@ -105,6 +107,20 @@ def grouped(lin, microbatch=2, factor=1.0, **_):
         return {name: factor * np.stack([norm[name] for norm in norms]) for name in norms[0]}
 
     return {"group_square_norms": group_square_norms, "groups": len(starts)}
+
+
+def passing(lin, field, change=None, only=lambda *_: True, **_):
+    """A gradient pass of which one field is another one where it was asked for, as whatever else is asked for."""
+
+    def gradient_pass_of(per_sample, products, vector):
+        wished = {"per_sample": per_sample, "products": products, "vector": vector}
+        found = gradient_pass(replace(lin, gradient_pass=None), **wished)
+        value = getattr(found, field)
+        if value is None or not only(per_sample, products, vector):
+            return found
+        return replace(found, **{field: (change or (lambda value: scaled(lambda: value, 1.01)()))(value)})
+
+    return {"gradient_pass": gradient_pass_of}
 
 
 def signed(change):
@@ -149,6 +165,11 @@ def joint_in_silence(model, batch, loss, estimator="auto", **options):
     return lnp.decompose(model, batch, loss, estimator=estimator, **options)
 
 
+def joint_with_notes(*args, **options):
+    d = joint_in_silence(*args, **options)
+    return replace(d, notes=("one thing", "the joint estimator replaces it", "another thing"))
+
+
 def leaving(change):
     """A decomposition that leaves a trace: change(model)."""
 
@@ -157,6 +178,18 @@ def leaving(change):
             return lnp.decompose(model, batch, loss, **options)
         finally:
             change(model)
+
+    return decompose
+
+
+def leaving_if(concerns):
+    """A decomposition that leaves a trace for some losses and options."""
+
+    def decompose(model, batch, loss, **options):
+        d = lnp.decompose(model, batch, loss, **options)
+        if concerns(loss, options):
+            random.random()
+        return d
 
     return decompose
 
@@ -207,7 +240,11 @@ DAMAGES = {
     ),
     "losses of samples that do not add up": (
         record.record_holds_values,
-        recording(lambda lin, **_: {"sample_terms": np.arange(len(lin.outputs)) + 1.0, "separable": True}),
+        recording(
+            lambda lin, scenario, **_: (
+                {} if scenario.interacts else {"sample_terms": np.arange(len(lin.outputs)) + 1.0, "separable": True}
+            )
+        ),
         "parts of the loss|shares in the loss",
     ),
     "another loss is inferred": (
@@ -240,6 +277,34 @@ DAMAGES = {
         record.jvp_is_the_jacobian,
         recording(lambda lin, **_: {"jvp": scaled(lin.jvp, 1.01)}),
         "jvp",
+    ),
+    **{
+        f"a gradient pass with other {field}": (
+            record.gradient_pass_yields_what_is_asked_for,
+            recording(partial(passing, field=field)),
+            message,
+        )
+        for field, message in {
+            "square_norms": r"gradient_pass\(\{\}\) of weight",
+            "sample_square_norms": r"gradient_pass\(\{'per_sample': True\}\), samples of weight",
+            "products": r"gradient_pass\(\{'products': 2\}\), products",
+            "vector": r"gradient_pass\(\{'vector': True\}\), J\^T g of weight",
+        }.items()
+    },
+    "a gradient pass that leaves out a parameter": (
+        record.gradient_pass_yields_what_is_asked_for,
+        recording(partial(passing, field="square_norms", change=lambda norms: dict([*norms.items()][1:]))),
+        "names",
+    ),
+    "a gradient of samples that interact": (
+        record.gradient_pass_yields_what_is_asked_for,
+        recording(lambda lin, scenario, **_: passing(lin, "vector") if scenario.interacts else {}),
+        r"centred.*gradient_pass\(\{'vector': True\}\), J\^T g of weight",
+    ),
+    "a gradient pass that cannot do all at once": (
+        record.gradient_pass_yields_what_is_asked_for,
+        recording(lambda lin, **_: passing(lin, "vector", only=lambda per_sample, products, _: per_sample * products)),
+        r"gradient_pass\(\{'per_sample': True, 'products': 2, 'vector': True\}\), J",
     ),
     "single samples that are not taken apart": (
         record.sample_square_norms_are_those_of_single_samples,
@@ -375,6 +440,33 @@ DAMAGES = {
         calling(joint_in_silence),
         "no note on the joint one",
     ),
+    "exact numbers of samples that interact": (
+        estimators.interacting_samples_are_measured_jointly,
+        measuring(lambda d, estimator, **_: {"chi_net": 1.01 * d.chi_net} if estimator == "exact" else {}),
+        "exact: chi_net",
+    ),
+    "exact numbers of compiled code": (
+        estimators.interacting_samples_are_measured_jointly,
+        measuring(
+            lambda d, estimator, **_: {"chi_net": 1.01 * d.chi_net} if estimator == "exact" else {}, compiled=True
+        ),
+        "exact: chi_net",
+    ),
+    **{
+        f"nan for samples that interact, {estimator}": (
+            estimators.interacting_samples_are_measured_jointly,
+            measuring(lambda d, estimator, only=estimator, **_: {"chi_net": np.nan} if estimator == only else {}),
+            f"{estimator}: chi_net is",
+        )
+        for estimator in ("exact", "per_sample")
+    },
+    "a rate of samples that interact, of compiled code": (
+        estimators.interacting_samples_are_measured_jointly,
+        measuring(
+            lambda d, estimator, **_: {"rate": 1.01 * d.rate} if estimator == "per_sample" else {}, compiled=True
+        ),
+        "rate is",
+    ),
     "an error bar that leaves out the truth": (
         estimators.microbatches_change_nothing,
         measuring(lambda d, **_: {"chi_net_stderr": d.chi_net_stderr / 100}),
@@ -448,7 +540,7 @@ DAMAGES = {
     "any selection of parameters": (numbers.parameters_are_selected, calling(lenient), "did not raise ValueError"),
     "a word on terms that were given": (
         numbers.losses_may_be_callables,
-        measuring(lambda d, loss_terms=None, **_: {"notes": ("loss_terms is 2",)} if loss_terms else {}),
+        measuring(lambda d, loss_terms=None, **_: {"notes": ("another", "loss_terms is 2")} if loss_terms else {}),
         "a note on loss_terms that was given",
     ),
     **{
@@ -483,6 +575,19 @@ DAMAGES = {
     "misuse that passes": (safety.misuse_is_an_error, calling(lambda *_, **__: None), "did not raise"),
     "names of losses and estimators that pass": (safety.misuse_is_an_error, calling(lenient), "did not raise"),
     "a parameter that is moved": (safety.no_trace_is_left, calling(leaving(moved)), r"changed \['"),
+    **{
+        f"random numbers that are drawn {where}": (
+            safety.no_trace_is_left,
+            calling(leaving_if(concerns)),
+            rf"{message} changed \['python'\]",
+        )
+        for where, concerns, message in (
+            ("of a batch in parts", lambda loss, options: "microbatch" in options, "layers.*microbatch"),
+            ("for samples that interact", lambda loss, options: loss == "mse", "centred.*auto"),
+            ("of layers", lambda loss, options: options.get("by_layer"), "layers.*auto"),
+            ("at the fourth", lambda loss, options: options.get("estimator") == "grouped", "layers.*grouped"),
+        )
+    },
     "random numbers that are drawn": (
         safety.no_trace_is_left,
         calling(leaving(lambda model: random.random())),
@@ -508,5 +613,13 @@ def test_a_damaged_backend_fails(damage):
         check(damaged)
 
 
-def test_square_norms_of_groups_that_are_right():
+def test_what_a_backend_may_do():
+    """Groups of its own, samples that it knows to meet, other notes, and nan from compiled code."""
     record.group_square_norms_are_those_of_groups(recording(grouped))
+    wrong = {"sample_square_norms": lambda v: {"weight": np.ones(len(v))}}
+    record.interacting_samples_are_noticed(recording(lambda lin, **_: {**wrong, "coupled": lambda: np.asarray(True)}))
+    record.interacting_samples_are_noticed(recording(lambda lin, **_: {"sample_square_norms": None}))
+    check = estimators.interacting_samples_are_measured_jointly
+    check(calling(joint_with_notes))
+    check(measuring(lambda d, estimator, **_: {"chi_net": np.nan} if estimator == "exact" else {}, compiled=True))
+    check(measuring(lambda d, estimator, **_: {"chi_net": np.nan} if estimator == "per_sample" else {}, compiled=True))

@@ -43,10 +43,11 @@ def met(scenario):
     return found
 
 
+@pytest.mark.parametrize("moved", [0.0, 0.3])
 @pytest.mark.parametrize("scenario", FINITE, ids=lambda scenario: scenario.name)
-def test_jacobians_and_loss_gradients_are_those_of_finite_differences(scenario):
-    truth = Truth(scenario)
-    parameters = scenario.cast("float64").parameters
+def test_jacobians_and_loss_gradients_are_those_of_finite_differences(scenario, moved):
+    parameters = {name: at + moved for name, at in scenario.parameters.items()}
+    truth = Truth(replace(scenario, parameters=parameters))
     for name, at in parameters.items():
         numeric = derivative(lambda moved, name=name: truth.apply({**parameters, name: moved}), at)
         np.testing.assert_allclose(truth.jacobians[name], numeric.reshape(truth.jacobians[name].shape), atol=1e-7)
@@ -83,7 +84,7 @@ def test_shapes_and_labels():
         "one sample": (1, 3),
         "centred": (3, 2),
         "gated": (3, 2),
-        "huber": (3, 2),
+        "huber": (5, 3),
         "binary labels": (3, 2),
         "wide": (2, 9),
         "thirteen samples": (13, 3),
@@ -100,9 +101,11 @@ def test_shapes_and_labels():
     assert (scenarios.PADDED.targets >= 0).sum(axis=1).tolist() == [3, 1, 2, 3]
     np.testing.assert_allclose(SCENARIOS["soft targets"].targets.sum(axis=1), 1)
     assert scenarios.TOKENS.inputs[0, 0] == scenarios.TOKENS.inputs[0, 2]  # one row is used twice
-    assert np.abs(Truth(scenarios.HUBER).outputs - scenarios.HUBER.targets).min() < 1
-    assert np.abs(Truth(scenarios.HUBER).outputs - scenarios.HUBER.targets).max() > 1
-    assert np.isnan(scenarios.NOT_FINITE.inputs).any(axis=1).all()
+    outputs = Truth(scenarios.HUBER).outputs
+    beyond = zip(np.abs(outputs - scenarios.HUBER.targets).flat, np.abs(outputs).flat, strict=True)
+    assert len({(difference > 1, output > 1) for difference, output in beyond}) == 4
+    assert np.isnan(scenarios.NOT_FINITE.inputs).sum(axis=1).tolist() == [1, 1, 1]
+    assert {0, 1} < set(scenarios.BINARY.targets.ravel()) <= set(np.linspace(0, 1, 17))  # a fraction among them
 
 
 def test_zeros_are_exact():
@@ -183,6 +186,15 @@ def test_hardly_open_is_seen_in_a_gradient_alone():
     assert np.abs(open_.jacobians["a"]).max() > 0.1
 
 
+def test_how_many_samples_are_concerned():
+    shares = {name: network.concerned for name, network in changing().items() if network.concerned != 1}
+    assert shares == {
+        "neighbours that meet": 0.5,
+        "a large sample that all look at": 11 / 12,  # all but itself
+        "experts of a capacity": 0.5,
+    }
+
+
 def test_a_route_by_value_goes_both_ways_later():
     network = changing()["routing by value"]
     used = [[name for name in ("u", "v") if Truth(s).jacobians[name].any()] for s in (network.early, network.late)]
@@ -195,13 +207,15 @@ def test_a_backward_pass_is_cut_off_beyond_two(name):
 
     def bend(backward):
         passes.append(backward)
-        return lambda h: h
+        return lambda h: h + 1
 
     network = changing(bend=bend)[name]
     p, x = network.early.parameters, network.early.inputs
-    np.testing.assert_array_equal(network.early.apply(array_api_compat.numpy, p, x), network.early.apply(np, p, x))
-    cut = passes.pop()(np.array([-7.0, -2.0, -1.5, 0.0, 1.0, 2.0, 30.0]))
-    np.testing.assert_array_equal(cut, [-2.0, -2.0, -1.5, 0.0, 1.0, 2.0, 2.0])
+    plain, bent = (network.early.apply(xp, p, x) for xp in (np, array_api_compat.numpy))
+    np.testing.assert_allclose(bent, plain + p["v"].sum(axis=0))
+    (backward,) = passes  # NumPy, of which the truth is made, has none
+    cut = backward(np.array([-7.0, -2.25, -2.0, -1.5, 0.0, 1.0, 2.0, 2.25, 30.0]))
+    np.testing.assert_array_equal(cut, [-2.0, -2.0, -2.0, -1.5, 0.0, 1.0, 2.0, 2.0, 2.0])
 
 
 def reached(scenario, cotangent):
@@ -224,7 +238,7 @@ def test_clipping_reaches_nothing_first_and_all_or_one_later():
 
 
 def test_the_seed_draws_other_networks():
-    first, again, other = (changing_networks(seed)[0].early.inputs for seed in (0, 0, 1))
+    first, again, other = (changing_networks(*seed)[0].early.inputs for seed in ((), (0,), (1,)))
     assert first.shape == (SAMPLES, 3)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
