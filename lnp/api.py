@@ -161,11 +161,9 @@ def decompose(
         return decompose_stream(model, batch, batches, streamed, options)
     if preconditioner is None:
         computation = Decompose(estimator, rtol, max_probes, by_layer, population, sample_losses)
-        return explained(evaluate(computation, model, (batch,), options), rtol=rtol)
+        return explained(evaluate(computation, model, (batch,), options))
     preconditioned = DecomposePreconditioned(estimator, rtol, max_probes, by_layer, population, sample_losses)
-    return explained(
-        evaluate(preconditioned, model, (batch,), joint_options(options), update=preconditioner), rtol=rtol
-    )
+    return explained(evaluate(preconditioned, model, (batch,), joint_options(options), update=preconditioner))
 
 
 @parameters_of(decompose)

@@ -106,8 +106,9 @@ class Decomposition(Shown):
         elsewhere.
     sample_losses:
         What each sample adds to the loss, where it was asked for and the loss is a sum over samples; else None.
-    magnitude, least, evidence, contributions:
-        Of the computation; 1, 0, empty and None in what is returned. See `lnp.results.finished`, `lnp.results.merged`.
+    magnitude, least, rtol, evidence, contributions:
+        Of the computation; 1, 0, 0, empty and None in what is returned. See `lnp.results.finished` and
+        `lnp.results.merged`.
     """
 
     loss: float
@@ -131,6 +132,7 @@ class Decomposition(Shown):
     sample_losses: SampleLosses | None = field(default=None, repr=False, compare=False)
     magnitude: Any = field(default=1.0, repr=False)
     least: Any = field(default=0.0, repr=False)
+    rtol: Any = field(default=0.0, repr=False)
     way: Any = field(default=0, repr=False)
     evidence: Mapping[str, tuple[Array, ...]] = field(default_factory=dict, repr=False, compare=False)
     contributions: Contributions | None = field(default=None, repr=False, compare=False)
@@ -234,6 +236,7 @@ def decomposed(
         contributions=samples if part else None,
         magnitude=found.magnitude,
         least=float(info.smallest_normal) / float(info.eps),
+        rtol=rtol,
         way=estimate.way,
     ), found
 

@@ -43,16 +43,16 @@ def finished(d: Decomposition) -> Decomposition:
         population=None if d.population is None else scaled(d.population),
         magnitude=1.0,
         least=0.0,
+        rtol=0.0,
         evidence={},
         contributions=None,
     )
 
 
-def explained(d: Decomposition, unscaled: bool = False, rtol: float = 0.0) -> Decomposition:
+def explained(d: Decomposition, unscaled: bool = False) -> Decomposition:
     """The decomposition that is returned to the user, with notes on numbers that are nan or cannot be.
 
-    `unscaled` says that the gradient was squared as it is, `rtol` how certain chi_net was to be. Arrays inside a
-    compiled function have no value yet.
+    `unscaled` says that the gradient was squared as it is. Arrays inside a compiled function have no value yet.
     """
     if not isinstance(d.loss, float):
         return finished(d)
@@ -81,10 +81,10 @@ def explained(d: Decomposition, unscaled: bool = False, rtol: float = 0.0) -> De
             "chi_pos is above 1 by more than its error, which cannot be: the kernel's trace is too small for the "
             "gradient, by rounding or by chance of the probes"
         )
-    if rtol and d.probes >= MANY and d.chi_net_stderr > 2 * rtol * d.chi_net:
+    if d.rtol and d.probes >= MANY and d.chi_net_stderr > 2 * d.rtol * d.chi_net:
         notes.append(
-            f"chi_net is less certain than rtol={rtol:g} asks for, after {d.probes} probes: a larger batch, or samples "
-            "that do not interact, would need fewer"
+            f"chi_net is less certain than rtol={d.rtol:g} asks for, after {d.probes} probes: a larger batch, or "
+            "samples that do not interact, would need fewer"
         )
     used = WAYS[int(d.way)] if d.way else d.estimator
     return replace(done, estimator=used, way=0, notes=(*d.notes, *notes))

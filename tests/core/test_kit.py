@@ -7,8 +7,10 @@ import pytest
 
 import lnp_numpy
 from contract.test_numpy import kit
-from lnp.testing import check_change, scenarios
+from lnp.testing import CHECKS, COMPILED_CHECKS, check_change, scenarios
+from lnp.testing.batches import BATCH_CHECKS
 from lnp.testing.changing import ATTEMPTS, Changing
+from lnp.testing.record import RECORD_CHECKS
 
 DOUBLE, SINGLE = kit.cases(scenarios.LINEAR)
 
@@ -175,3 +177,15 @@ def test_the_dtype_and_the_tolerance_are_the_networks():
 def test_a_change_needs_a_kit_that_moves_models():
     with pytest.raises(TypeError, match=r"kit numpy cannot move.*Kit\(moved="):
         check_change(kit, Changing(NEAR, FAR))
+
+
+def test_compiled_checks_are_those_that_decompose():
+    left_out = {check.__name__ for check in {*CHECKS} - {*COMPILED_CHECKS}}
+    assert left_out == {
+        *(check.__name__ for check in (*RECORD_CHECKS, *BATCH_CHECKS)),
+        "enumerated_signs_give_trace_and_variance",
+        "cross_response_is_the_dense_one",
+        "loss_changes_are_those_of_the_step",
+        "spectrum_is_the_dense_measure",
+    }
+    assert len(COMPILED_CHECKS) == len(CHECKS) - len(left_out)

@@ -320,3 +320,8 @@ def test_probes_that_were_not_enough_are_told_of():
         "interact, would need fewer"
     ]
     assert said(rtol=1e-4, max_probes=63) == said(rtol=0.1) == said(rtol=0.0) == []
+    response = lnp.cross_response(model, batch, batch, estimator="joint", rtol=1e-4)
+    spectrum = lnp.spectrum(model, batch, estimator="joint", rtol=1e-4)
+    for d in (response.trained, response.measured, spectrum.decomposition):
+        assert "less certain than rtol=0.0001" in d.notes[-1]
+        assert d.rtol == 0

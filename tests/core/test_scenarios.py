@@ -178,6 +178,23 @@ def test_jacobians_by_differences(name):
             np.testing.assert_allclose(dense, own.reshape(dense.shape), atol=1e-8 * max(1, np.abs(dense).max()))
 
 
+def test_one_open_gate_of_two_lets_no_samples_meet():
+    network = changing()["a threshold behind a threshold"]
+    for opened in "a", "b":
+        parameters = {**network.early.parameters, opened: network.late.parameters[opened]}
+        assert not any(met(replace(network.early, parameters=parameters)))
+
+
+@pytest.mark.parametrize("name", changing())
+def test_batches_and_parameters_keep_their_shapes(name):
+    early, late = changing()[name].early, changing()[name].late
+    assert early.inputs.shape == late.inputs.shape == (SAMPLES, 3)
+    assert early.targets.shape == late.targets.shape == (SAMPLES, 2)
+    assert {key: value.shape for key, value in early.parameters.items()} == {
+        key: value.shape for key, value in late.parameters.items()
+    }
+
+
 def test_hardly_open_is_seen_in_a_gradient_alone():
     network = changing()["a gate that is open by hardly anything"]
     apart, open_ = Truth(network.early), Truth(network.late)
