@@ -384,8 +384,12 @@ class Check:
         data.read()
         found: dict[str, dict[int, set[str]]] = defaultdict(dict)
         for module in {mutant.module for mutant in self.mutants}:
-            lines = data.contexts_by_lineno(sys.modules[module].__file__)
+            file = sys.modules[module].__file__
+            lines = data.contexts_by_lineno(file)
             found[module] = {line: {name for name in names if name} for line, names in lines.items()}
+            if not any(found[module].values()):  # it runs at import alone: the tests of what lies beside it
+                beside = [data.contexts_by_lineno(other) for other in data.measured_files() if in_folder(other, file)]
+                found[module][0] = {name for lines in beside for names in lines.values() for name in names if name}
         return found, json.loads((folder / "durations").read_text())
 
     def record(self, folder: Path) -> None:
@@ -398,6 +402,10 @@ class Check:
         watched.stop()
         watched.save()
         (folder / "durations").write_text(json.dumps(self.durations))
+
+
+def in_folder(file: str, of: str) -> bool:
+    return Path(file).is_relative_to(Path(of).parent)
 
 
 def run_at_import(modules: list[str]) -> dict[str, set[int]]:
