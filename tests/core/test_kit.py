@@ -189,3 +189,15 @@ def test_compiled_checks_are_those_that_decompose():
         "spectrum_is_the_dense_measure",
     }
     assert len(COMPILED_CHECKS) == len(CHECKS) - len(left_out)
+
+
+def test_compiled_checks_measure_by_what_the_kit_compiles():
+    class Measured(Exception):
+        pass
+
+    def decompose(*args, **options):
+        raise Measured
+
+    for check in COMPILED_CHECKS:
+        with pytest.raises(Measured):
+            check(replace(kit, decompose=decompose))
