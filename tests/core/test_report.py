@@ -26,7 +26,7 @@ def test_dictionary():
     assert (flat["samples"], flat["outputs"], flat["estimator"]) == (4, 3, "joint")
     assert "notes" not in flat
     others = ("layers", "population", "notes", "total", "sample_losses")
-    others += ("magnitude", "least", "way", "evidence", "contributions")  # of the computation
+    others += ("magnitude", "least", "rtol", "way", "evidence", "contributions")  # of the computation
     fields = {name for name in D.__dataclass_fields__ if name not in others}
     assert fields | {"preference"} == {name for name in flat if "/" not in name}
     assert flat["preference"] == pytest.approx(0.1 * 4 * 3)
