@@ -107,7 +107,7 @@ def test_what_is_not_set_is_an_error_of_one_percent_with_64_probes_at_most(shape
 
 def test_what_belongs_to_the_computation_is_not_shown():
     shown = repr(decompose(record(JACOBIAN, GRADIENT)))
-    inner = ("sample_losses", "magnitude", "least", "way", "evidence", "contributions")
+    inner = ("sample_losses", "magnitude", "least", "rtol", "way", "evidence", "contributions")
     assert "chi_pos=" in shown
     assert not [name for name in inner if f"{name}=" in shown]
 
