@@ -4,7 +4,7 @@
 
 A mutant is one module with one change: another operator, constant or comparison, a term or a root left out, a condition
 turned round. The tests are collected once and run once under coverage, so that a mutant is given to those tests only
-that run its line, the fastest first, until one of them fails. Each mutant lives in a process of its own, forked after
+that run its line, first those that are fast and run little else, until one of them fails. Each mutant lives in a process of its own, forked after
 collection: a function's code is replaced in memory, no file is touched. Code that runs at import (constants, defaults,
 and functions that these call) is imported anew. Survivors are printed as they are found; those in
 tests/equivalent_mutants.txt, which change no result, are left out.
@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 import types
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -288,6 +288,8 @@ class Check:
         self.equivalent = known_equivalents()
         self.survivors: list[Mutant] = []
         self.durations: dict[str, float] = {}
+        self.lines: Counter[str] = Counter()
+        self.known_costs: dict[str, dict[str, float]] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
@@ -303,7 +305,8 @@ class Check:
             mutant = replace(mutant, at_import=mutant.at_import or mutant.line in imported[mutant.module])
             ran = None if mutant.at_import else tests[mutant.module].get(mutant.line)
             ran = ran or set().union(*tests[mutant.module].values())
-            given = limited(sorted(ran, key=lambda name: durations.get(name, 0.0)), durations, self.longest)
+            cost = self.costs(mutant.module, tests, durations)
+            given = limited(sorted(ran, key=cost.__getitem__), durations, self.longest)
             while len(running) >= self.jobs:
                 done += self.finished(running)
             running[self.start(mutant, given)] = mutant
@@ -312,6 +315,17 @@ class Check:
         while running:
             self.finished(running)
         return True
+
+    def costs(
+        self, module: str, tests: dict[str, dict[int, set[str]]], durations: dict[str, float]
+    ) -> dict[str, float]:
+        """{test: its duration over the share of the lines it runs that lie in this module}."""
+        if module not in self.known_costs:
+            inside = Counter(name for names in tests[module].values() for name in names)
+            self.known_costs[module] = {
+                name: (durations.get(name, 0.0) + 1e-3) * self.lines[name] / inside[name] for name in inside
+            }
+        return self.known_costs[module]
 
     def refuse_failing_tests(self, tests: dict[str, dict[int, set[str]]], durations: dict[str, float]) -> None:
         """Code without a change has to pass, or each mutant of it would count as noticed."""
@@ -382,6 +396,8 @@ class Check:
             os.waitpid(pid, 0)
         data = coverage.CoverageData(str(folder / "data"))
         data.read()
+        for file in data.measured_files():
+            self.lines.update(name for names in data.contexts_by_lineno(file).values() for name in names if name)
         found: dict[str, dict[int, set[str]]] = defaultdict(dict)
         for module in {mutant.module for mutant in self.mutants}:
             file = sys.modules[module].__file__

@@ -117,7 +117,7 @@ def scaled_up(xp: Namespace, values: Array, some: Array) -> Array:
 
     The noise of a sample grows with its trace: one that is much larger than those with two probes is not forgotten.
     """
-    largest = _or_one(xp, xp.max(xp.abs(values)))
+    largest = _or_one(xp, xp.max(values))
     every, few = (xp.sum((x / largest) ** 2, axis=1) for x in (values, some))
     return every / _or_one(xp, few)
 
@@ -126,7 +126,7 @@ def no_freer_than(xp: Namespace, error: Error, values: Array, f: Any) -> Error:
     """The error, with no more degrees of freedom than noise in proportion to the values x (R, G) would have: where one
     sample is much larger than all others, its noise is what counts, even if it happens to be small so far.
     """
-    sizes = values[0, :] / _or_one(xp, xp.max(xp.abs(values[0, :])))
+    sizes = values[0, :] / _or_one(xp, xp.max(values[0, :]))
     squares = sizes * sizes
     fourths = xp.sum(squares * squares)
     limit = f * xp.sum(squares) ** 2 / _or_one(xp, fourths)

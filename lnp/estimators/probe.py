@@ -100,8 +100,8 @@ class ProbeAverage:
 def pilot_size(samples: int) -> int:
     """M: an eighth of the samples, but as many as an error asks for, in pairs; all where that is more than half.
 
-    >>> [pilot_size(samples) for samples in (8, 31, 32, 64, 128, 808)]
-    [8, 31, 16, 16, 16, 102]
+    >>> [pilot_size(samples) for samples in (8, 31, 32, 64, 128, 728, 808)]
+    [8, 31, 16, 16, 16, 92, 102]
     """
     size = max(samples // 8 + samples // 8 % 2, PILOT)
     return size if 2 * size <= samples else samples

@@ -22,6 +22,8 @@ def test_across_groups():
     limit = 3 / 4 * 18**2 / (1 + 16 + 81 + 16)  # noise in proportion to the values
     assert found.freedom == pytest.approx(min(nu([1, 0, 1, 0], 1), limit))
     assert np.isnan(errors.across_groups(np, X[:, :1]).variance).all()
+    one_apart = errors.across_groups(np, np.array([[10.0] * 11 + [13.0]]))
+    assert one_apart.freedom == pytest.approx(nu([1 / 16] * 11 + [2.75**2], 1))
 
 
 def test_within_groups():
@@ -69,3 +71,23 @@ def test_without_noise_freedom_is_large():
     bounded = errors.no_freer_than(np, errors.Error(np.ones(1), none), np.zeros((1, 3)), 1)
     assert bounded.freedom == errors.LARGE
     assert errors.no_freer_than(np, errors.Error(np.ones(1), none), np.ones((1, 3)), 2).freedom == pytest.approx(6)
+
+
+def test_one_sample_has_the_freedom_of_one():
+    none = errors.freedom(np, np.zeros((1, 3)), 1)
+    assert errors.freedom(np, np.array([[0.0, 4.0, 0.0]]), 3) == pytest.approx(3)
+    bounded = errors.no_freer_than(np, errors.Error(np.ones(1), none), np.array([[0.0, 4.0, 0.0]]), 0.75)
+    assert bounded.freedom == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_squares_of_traces_stay_in_the_range_of_float32(scale):
+    def single(*values):
+        return (scale * np.array([values])).astype("float32")
+
+    with np.errstate(all="raise"):
+        assert errors.scaled_up(np, single(3.0, 4.0), single(4.0)) == pytest.approx([25 / 16])
+        assert errors.freedom(np, single(0.0, 1.0, 3.0), 4) == pytest.approx(nu([1, 3], 4))
+        error = errors.Error(np.ones(1), np.asarray(1e3))
+        assert errors.no_freer_than(np, error, single(0.0, 1.0, 2.0), 1).freedom == pytest.approx(25 / 17)
+    assert errors.scaled_up(np, single(1e-12, 4.0), single(4.0)) == pytest.approx([1.0])

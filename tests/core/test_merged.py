@@ -345,3 +345,9 @@ def test_digits_that_one_part_has_lost_are_noted(place):
     assert merged(made, WEIGHTS, dict.fromkeys(JACOBIAN, 1.0), True).notes == ()
     made[place] = dataclasses.replace(made[place], least=1e9)
     assert "lost digits" in merged(made, WEIGHTS, dict.fromkeys(JACOBIAN, 1.0), True).notes[0]
+
+
+def test_a_part_of_one_sample_or_two_tells_no_errors():
+    """Leaving out one leaves no pair."""
+    own = [part(lin).decomposition.contributions.errors for lin in of_parts()]
+    assert [bool(np.isnan(errors).all()) for errors in own] == [size <= 2 for size in SIZES]

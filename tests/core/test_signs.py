@@ -134,6 +134,16 @@ def test_vectors_of_a_samples_positions_are_orthogonal(positions, width, last):
                 assert np.array_equal(block, m * np.eye(width))
 
 
+def test_blocks_of_a_samples_positions_are_drawn_on_their_own():
+    """Of two numbers at each position, the sign of their product is one of two in a block, in either order."""
+    signs = Signs(np, seed_words(0), (2, 16), 2, False, np.float64)
+    drawn = np.stack([signs(index) for index in range(200)]).reshape(200, 2, 8, 2).prod(axis=-1)
+    first = drawn[:, :, ::2]  # of the first position of each of four blocks
+    np.testing.assert_array_equal(drawn[:, :, 1::2], -first)
+    pairs = first.reshape(200, 8).T @ first.reshape(200, 8)
+    assert np.abs(np.triu(pairs, k=1)).max() < 5 * 200**0.5
+
+
 @pytest.mark.parametrize("shape", [((6, 20), 5), ((3, 7), 0), ((8, 8), 0), ((5, 1), 0), ((2, 9), 3)])
 def test_no_two_outputs_are_correlated(shape):
     """Sums of 2,000 products of signs: none beyond 6 of their standard deviations."""
