@@ -4,10 +4,10 @@
 
 A mutant is one module with one change: another operator, constant or comparison, a term or a root left out, a condition
 turned round. The tests are collected once and run once under coverage, so that a mutant is given to those tests only
-that run its line, first those that are fast and run little else, until one of them fails. Each mutant lives in a process of its own, forked after
-collection: a function's code is replaced in memory, no file is touched. Code that runs at import (constants, defaults,
-and functions that these call) is imported anew. Survivors are printed as they are found; those in
-tests/equivalent_mutants.txt, which change no result, are left out.
+that run its line, first those that are fast and run little else, until one of them fails. Each mutant lives in a
+process of its own, forked after collection: a function's code is replaced in memory, no file is touched. Code that runs
+at import (constants, defaults, and functions that these call) is imported anew. Survivors are printed as they are
+found; those in tests/equivalent_mutants.txt, which change no result, are left out.
 """
 
 from __future__ import annotations

@@ -221,8 +221,8 @@ def layout(shapes: Sequence[Sequence[int]], channels_first: bool = False) -> tup
 
     >>> layout([(8, 128, 5000)]), layout([(8, 10)]), layout([(8, 3, 32, 32)], channels_first=True)
     ((5000, False), (0, False), (3, True))
-    >>> layout([(8, 3, 32)], channels_first=True), layout([(8, 128, 1)])  # a sequence, and single numbers
-    ((32, False), (0, False))
+    >>> layout([(8, 3, 32)], channels_first=True), layout([(8, 128, 2)]), layout([(8, 128, 1)])  # sequences
+    ((32, False), (2, False), (0, False))
     """
     if len(shapes) != 1 or len(shapes[0]) < 3:
         return 0, False

@@ -16,7 +16,7 @@ from lnp.contract.linearization import while_loop
 from lnp.estimators import trace
 from lnp.estimators.errors import Error
 from lnp.estimators.independent import TRUSTED, Independent
-from lnp.estimators.probe import Exact, Probe
+from lnp.estimators.probe import Exact, Probe, compute_if
 from lnp.estimators.swapped import Swapped
 
 SEEDS = 400
@@ -303,6 +303,29 @@ def test_the_error_of_pairs_that_swap_by_hand():
     assert error.freedom == pytest.approx(0.5 * 4 * (81 + 6) ** 2 / (6561 + 6))
     partly = found.error((6, mean, squares, own))  # 24 places are whole blocks too
     assert partly.variance == pytest.approx([7 / 6 * (6 / 7) * 7 / 8 * 18 / (8 * 9)])
+
+
+@pytest.mark.parametrize(("condition", "found", "times"), [(True, (2,), 1), (False, (1,), 0)])
+def test_what_depends_on_a_condition_is_computed_once(condition, found, times):
+    made = []
+
+    def compute():
+        made.append(1)
+        return (2,)
+
+    assert compute_if(SimpleNamespace(while_loop=while_loop), np.asarray(condition), compute, (1,)) == found
+    assert len(made) == times
+
+
+@pytest.mark.parametrize(("rounds", "used"), [(1, 6), (2, 4), (3, 2), (4, 0)])
+def test_the_common_noise_of_a_block_that_is_not_full(rounds, used):
+    """Six samples in blocks of eight, which go on from round to round."""
+    lin = SimpleNamespace(xp=np, signs=balanced((6, 5)), outputs=np.zeros((6, 5)))
+    squares, own = np.array([[2.0, 2.0, 3.0, 3.0, 4.0, 4.0]]), np.array([[11.0, 12.0, 13.0, 14.0, 15.0, 16.0]])
+    error = Swapped(lin, SimpleNamespace(groups=6), 0.1, 64).error((2 * rounds, np.ones((1, 6)), squares, own))
+    residual, whole = (7 / 8 * squares.sum() / (8 * 3 * rounds), 7 / 8 * own.sum() / (2 * 6 * rounds))
+    expected = 6 / (2 * rounds) * (6 / 7) * residual + used * (8 - used) / 7 / rounds**2 * (whole - residual)
+    assert error.variance == pytest.approx([expected])
 
 
 def test_probes_that_were_not_enough_are_told_of():

@@ -11,6 +11,9 @@ from core.dense import balanced
 from lnp.estimators import signs as designs
 from lnp.estimators.signs import Signs, layout, product, seed_words, sylvester
 
+SHAPES = {(7, 16): False, (8, 16): True, (3, 4): False, (4, 4): True, (8, 1): False, (8, 2): True, (4, 9): False}
+"""{(samples, outputs): whether signs are balanced}; a block is as long as the next power of two."""
+
 
 def kernels(samples, outputs, common=0.7, seed=0):
     """(N, K, K) blocks of a kernel whose samples have a part in common."""
@@ -157,6 +160,18 @@ def test_no_two_outputs_are_correlated(shape):
     assert np.array_equal(signs(1), balanced((samples, outputs), width=width)(1))
 
 
+def test_blocks_run_over_samples_where_these_fill_at_least_half_of_one():
+    balanced = {shape: Signs(np, seed_words(0), shape, 0, False, np.float64).balanced for shape in SHAPES}
+    assert balanced == SHAPES
+
+
+def test_a_shift_to_the_right_knows_no_sign():
+    words = np.array([-1, -(2**31), 5], dtype=np.int32)
+    assert designs._shifted(np, words, 0).tolist() == words.tolist()
+    assert designs._shifted(np, words, 31).tolist() == [1, 1, 0]
+    assert designs._shifted(np, words, 1).tolist() == [2**31 - 1, 2**30, 2]
+
+
 def test_words_are_spread():
     """Bits of successive counters, seeds and probes are as many ones as zeros, and go with no other one."""
     words = [balanced((4, 4), seed)._keys(index) for seed in range(300) for index in range(5)]
@@ -194,6 +209,7 @@ def test_long_rows_are_cut():
         ((40, 3), {}, "9fdcc041ae938541"),
         ((9, 12), {"width": 4}, "a01b29233c978622"),
         ((9, 12), {"width": 4, "positions_last": True}, "4d6d14c4b6204ab1"),
+        ((3, 24), {"width": 4}, "8698406b521376a6"),  # two blocks
         ((3, 700), {}, "141d927b6f5fbc66"),
         ((2, 1), {}, "982b5c88b0eb0ad2"),
         ((40, 3), {"seed": 2**33 + 5}, "6228dd2ffde67042"),
