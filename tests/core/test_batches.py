@@ -34,6 +34,8 @@ def test_outputs():
         ([(4, 3), (5, 3)], r"\(4, 3\), \(5, 3\). Expected one sample axis"),
         ([(0, 3)], "batch is empty"),
         ([(4, 0)], "batch is empty"),
+        ([(4, 3), (4, 0)], "batch is empty"),
+        ([(4, 3), ()], r"\(4, 3\), \(\). Expected one sample axis"),
     ],
 )
 def test_outputs_errors(shapes, words):
@@ -90,3 +92,7 @@ def test_long_lists_of_names_are_cut():
     with pytest.raises(ValueError, match=r"layer7, \.\.\.") as error:
         validation.select([f"layer{i}" for i in range(30)], "none")
     assert "layer8" not in str(error.value)
+    with pytest.raises(ValueError, match=r"layer7\b(?!,)"):
+        validation.select([f"layer{i}" for i in range(8)], "none")
+    with pytest.raises(ValueError, match=r"layer7, \.\.\."):
+        validation.select([f"layer{i}" for i in range(9)], "none")

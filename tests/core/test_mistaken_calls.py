@@ -132,6 +132,13 @@ def test_what_numpy_makes_of_integers_is_taken():
     assert lnp.schedule.log_windows(width=np.int64(3))(2)
 
 
+def test_limits_that_are_just_allowed():
+    measured = lnp.decompose(MODEL, BATCH, microbatch=1, rtol=1, max_probes=1)
+    assert measured.samples == 6
+    with pytest.raises(ValueError, match=r"rtol is 1\.5"):
+        lnp.decompose(MODEL, BATCH, rtol=1.5)
+
+
 def test_names_that_can_be_gone_through_once_serve_every_measurement():
     options = lnp.Options(parameters=iter(["weight"]))
     assert list(options.parameters) == list(options.parameters) == ["weight"]

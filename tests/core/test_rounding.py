@@ -45,6 +45,17 @@ def test_known_texts(case):
     assert with_error(*case) == CASES[case]
 
 
+def test_an_error_that_is_rounded_up_to_the_next_power_of_ten():
+    assert rounded(1.0, 0.0996) == ("1.00", "0.10")
+    assert rounded(1.0, 0.96) == ("1.00", "0.96")
+
+
+@pytest.mark.parametrize(("stderr", "texts"), [(2e-7, ("2.3456784", "0.0000002")), (2e-8, ("2.3456784", "2e-08"))])
+def test_an_error_far_below_its_value(stderr, texts):
+    """Both have its last digit up to eight digits, and each its own beyond."""
+    assert rounded(2.34567841, stderr) == texts
+
+
 def test_arrays_are_printed_as_they_are():
     assert with_error(np.ones(()), np.zeros(())) == "1.0 ± 0.0"
 
