@@ -128,3 +128,12 @@ def test_a_greedy_backend_of_others_is_asked_last(others):
     assert lnp.load("numpy") is lnp_numpy
     assert registry.find(object()).__name__ == "others_backend"
     assert lnp.decompose(MODEL, (np.eye(2), np.ones((2, 1)))).samples == 2
+
+
+def test_keras_is_asked_first_and_numpy_last(monkeypatch):
+    """Models of Keras are those of another framework, too, and others may hold NumPy's arrays."""
+    entries = [SimpleNamespace(name=name) for name in ("numpy", "torch", "keras", "jax")]
+    monkeypatch.setattr(registry, "_is_own", lambda entry: entry.name != "others")
+    assert [entry.name for entry in sorted(entries, key=registry._turn)] == ["keras", "torch", "jax", "numpy"]
+    others = SimpleNamespace(name="others")
+    assert [entry.name for entry in sorted([others, *entries], key=registry._turn)][-1] == "others"

@@ -1,5 +1,6 @@
 """The factors against the dense kernel and against numbers by hand."""
 
+import inspect
 from dataclasses import fields, replace
 from functools import partial
 
@@ -103,6 +104,8 @@ def test_what_is_not_set_is_an_error_of_one_percent_with_64_probes_at_most(shape
     settings = {"estimator": "auto", "rtol": 0.01, "max_probes": 64, "by_layer": False, "population": False}
     assert decompose(lin) == decompose(lin, **settings)
     assert decompose(lin).sample_losses is None
+    given = inspect.signature(decomposed).parameters
+    assert {name: given[name].default for name in settings} == settings
 
 
 def test_what_belongs_to_the_computation_is_not_shown():

@@ -104,6 +104,8 @@ class TestVectorsByName:
 
     def test_some_names_or_all_in_order(self):
         assert update_by_name({"b": [1.0]}, SHAPES, list, "it") == {"b": [1.0]}
+        every = {"a": np.ones(2), "b": np.zeros(1)}
+        assert update_by_name(every, SHAPES, list, "it") == every
         whole = update_by_name([np.ones(2), np.zeros(1)], SHAPES, list, "it")
         assert {name: part.shape for name, part in whole.items()} == SHAPES
 
