@@ -137,3 +137,11 @@ def test_keras_is_asked_first_and_numpy_last(monkeypatch):
     assert [entry.name for entry in sorted(entries, key=registry._turn)] == ["keras", "torch", "jax", "numpy"]
     others = SimpleNamespace(name="others")
     assert [entry.name for entry in sorted([others, *entries], key=registry._turn)][-1] == "others"
+
+
+def test_a_backend_of_others_takes_no_place_of_lnps_own(monkeypatch):
+    own, others = (SimpleNamespace(name="numpy", load=lambda who=who: who) for who in ("own", "others"))
+    monkeypatch.setattr(registry, "_is_own", lambda entry: entry is own)
+    for entries in ([own, others], [others, own]):
+        monkeypatch.setattr(registry, "_entries", lambda entries=entries: entries)
+        assert lnp.load("numpy") == "own"

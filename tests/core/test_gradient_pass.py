@@ -8,6 +8,9 @@ import pytest
 from core.dense import network, record
 from lnp.contract.gradient_pass import gradient, gradient_pass
 from lnp.contract.linearization import GradientPass, Linearization
+from lnp.results.computations import Respond
+from lnp.results.merged import DecomposePart
+from lnp.results.two_losses import DecomposeWithGradient
 
 JACOBIAN, GRADIENT = network(4, 2)
 PLAIN = record(JACOBIAN, GRADIENT)
@@ -72,6 +75,24 @@ def test_the_gradient_is_asked_of_the_backend(of_loss_gradient):
     assert asked == [(False, 0, True)]
     whole = PLAIN.vjp(GRADIENT)
     assert same({name: float(magnitude) * part for name, part in vector.items()}, whole)
+
+
+SETTINGS = ("exact", 0.01, 64, False, False, False)
+
+
+@pytest.mark.parametrize("computation", [DecomposeWithGradient(*SETTINGS), DecomposePart(*SETTINGS)], ids=repr)
+def test_computations_that_need_the_gradient_ask_for_it(computation):
+    lin, asked = offering(False, "vector")
+    found = computation(lin)
+    assert asked == [(False, 0, True)]
+    assert same({name: float(found.magnitude) * part for name, part in found.vector.items()}, PLAIN.vjp(GRADIENT))
+
+
+def test_a_cross_response_asks_for_both_gradients():
+    trained, asked = offering(False, "vector")
+    found = Respond(*SETTINGS)(trained, trained)
+    assert {vector for _, _, vector in asked} == {True}
+    assert float(found.rate) == pytest.approx(float(found.trained.rate))
 
 
 def test_a_record_says_what_is_special_about_it():

@@ -174,3 +174,13 @@ def test_losses_that_were_summed_in_another_order_are_of_the_same_batch(loss, sa
 def test_different_batches_for_one_part_are_an_error_in_every_process(monkeypatch):
     found = measured((0, 0), [slice(0, 6), slice(6, 12)], monkeypatch)
     assert all(told.startswith("Processes 0 and 1 of the group have different batches: 6 samples") for told, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [(["a", "a", "dcba"], r"0 and 2 .*\['b', 'c', 'd'\]"), (["ab", "ac", "a"], r"0 and 1 .*\['b', 'c'\]")],
+)
+def test_other_parameters_are_named(names, told):
+    every = [{"names": list(own), "samples": 3, "loss": 1.0} for own in names]
+    with pytest.raises(ValueError, match=f"Processes {told}"):
+        in_group._check_alike(every, range(3))

@@ -18,6 +18,7 @@ from lnp.estimators.errors import Error
 from lnp.estimators.independent import TRUSTED, Independent
 from lnp.estimators.probe import Exact, Probe, compute_if
 from lnp.estimators.swapped import Swapped
+from lnp.spectral.eager import compile_products
 
 SEEDS = 400
 ROWS = [("layer0.weight", "layer1.weight"), ("layer1.weight",)]
@@ -315,6 +316,14 @@ def test_what_depends_on_a_condition_is_computed_once(condition, found, times):
 
     assert compute_if(SimpleNamespace(while_loop=while_loop), np.asarray(condition), compute, (1,)) == found
     assert len(made) == times
+
+
+def test_products_are_made_once():
+    made = []
+    lin = SimpleNamespace(while_loop=while_loop, xp=np, outputs=np.zeros((2, 3)))
+    double = compile_products(lin, lambda v: made.append(1) or 2 * v)
+    assert np.array_equal(double(np.ones((2, 3))), np.full((2, 3), 2.0))
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(("rounds", "used"), [(1, 6), (2, 4), (3, 2), (4, 0)])

@@ -226,3 +226,56 @@ def test_groups_cover_the_batch_once(samples):
     assert np.array_equal(sum(parts), np.ones((samples, 1)))
     assert sizes.max() - sizes.min() <= 1
     assert all(np.count_nonzero(np.diff(part[:, 0])) <= 2 for part in parts)
+
+
+def test_norms_of_micro_batches_are_used_where_these_are_the_groups():
+    """With one group, the whole batch, for the joint estimator; with several for the grouped one."""
+    asked = []
+
+    def norms(groups):
+        def group_square_norms(v):
+            asked.append(groups)
+            return {name: np.full(groups, 7.0) for name in JACOBIAN}
+
+        return record(JACOBIAN, GRADIENT, group_square_norms=group_square_norms, groups=groups)
+
+    v = np.ones_like(GRADIENT)
+    for lin, probe, groups in (
+        (norms(1), trace.joint_probe, 1),
+        (norms(3), trace.grouped_probe, 3),
+    ):
+        asked.clear()
+        made = probe(lin, ROWS)
+        assert made.groups == groups
+        assert made.square_norms(v).tolist() == [[14.0] * groups, [7.0] * groups]
+        assert asked == [groups]
+    asked.clear()
+    assert trace.grouped_probe(norms(1), ROWS).groups == trace.GROUPS
+    own = trace.joint_probe(record(JACOBIAN, GRADIENT), ROWS).square_norms(v)
+    np.testing.assert_allclose(trace.joint_probe(norms(3), ROWS).square_norms(v), own)
+    assert asked == []
+    with_groups = record(JACOBIAN, GRADIENT, groups=3)
+    assert trace.grouped_probe(with_groups, ROWS).groups == trace.GROUPS
+
+
+def test_probes_that_a_tolerance_of_one_or_none_is_likely_to_ask_for():
+    assert weighing.expected_probes(16, 0.0, 64) == 64
+    assert weighing.expected_probes(16, 1.0, 64) == 2
+    assert weighing.expected_probes(1000, 0.001, 64) == pytest.approx(10)
+
+
+def weighed(samples, rtol, sample_cost, **changes):
+    """How the trace was estimated where "per_sample" may give way."""
+    jacobian, gradient = network(samples, 4, sizes=(20, 10))
+    lin = record(jacobian, gradient, sample_cost=sample_cost, **changes)
+    found = weighing.estimate_chosen(lin, ROWS, weighing.Choice("per_sample", weighed=True), rtol, 64)
+    return trace.WAYS[int(found.way)] if found.way else found.estimator
+
+
+def test_the_whole_batch_is_tried_where_single_samples_are_dear():
+    def never(*_):
+        raise AssertionError("the whole batch was tried")
+
+    assert weighed(200, 0.01, 10.0, vjp=never) == "per_sample"  # 2 probes of 200 samples, at 10 pull-backs each
+    assert weighed(40, 0.5, 1e4) == "joint"
+    assert weighed(40, 0.01, 1e4) == "exact"  # the whole batch would need more than the 64 probes there are
