@@ -357,3 +357,19 @@ def test_probes_that_were_not_enough_are_told_of():
     for d in (response.trained, response.measured, spectrum.decomposition):
         assert "less certain than rtol=0.0001" in d.notes[-1]
         assert d.rtol == 0
+
+
+def test_a_pilot_without_the_largest_sample_has_no_more_freedom_than_that_one():
+    jacobian, gradient = network(64, 5, sizes=(30, 10))
+    signs = balanced(gradient.shape)
+    missed = next(n for n in range(64) if n not in signs.drawn(32))
+    jacobian = {name: array.copy() for name, array in jacobian.items()}
+    for array in jacobian.values():
+        array[missed] *= 30
+    lin = record(jacobian, gradient, subset=drawn(jacobian))
+    probe = trace.per_sample_probe(lin, ROWS)
+    pair = lin.signs.pairs(0)
+    values = probe.square_norms(pair.first)
+    error = Swapped(lin, probe, 0.1, 64)._by_pilot(values, pair.second)
+    assert error.freedom == pytest.approx(np.sum(values[0] ** 2) ** 2 / np.sum(values[0] ** 4))
+    assert error.freedom < 1.01

@@ -83,3 +83,13 @@ def test_pandas_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"needs pandas, which is not installed. Run: pip install pandas"):
         D.to_pandas()
+
+
+def test_a_data_frame_has_a_row_for_the_whole_and_one_for_each_layer():
+    pytest.importorskip("pandas")
+    frame = D.to_pandas()
+    assert list(frame.index) == ["", *D.layers]
+    assert not [name for name in frame.columns if name.startswith("layer/")]
+    assert frame.loc["", "chi_net"] == D.chi_net
+    assert frame.loc["<head>", "chi_net"] == D.layers["<head>"].chi_net
+    assert list(replace(D, layers=None).to_pandas().index) == [""]
