@@ -75,6 +75,11 @@ def test_what_has_something_else_first_is_named_by_its_parts_or_not_at_all(input
     assert said is None or said.startswith("The inputs are a str")
 
 
+def test_rows_that_are_not_all_lists_are_named_one_by_one():
+    said = why_foreign((([[1, 2], X], Y),), None, RuntimeError("mine"))
+    assert said.startswith("The inputs are a list of 2 numbers, and measuring them failed")
+
+
 def test_arrays_of_numpy_are_foreign_where_a_backend_says_how_to_convert_them():
     backend = types.SimpleNamespace(CONVERSION="framework.array(values)")
     said = why_foreign(((X, Y),), backend, RuntimeError("mine"))

@@ -98,4 +98,4 @@ def test_a_cross_response_asks_for_both_gradients():
 def test_a_record_says_what_is_special_about_it():
     names = ("xp", "outputs", "loss", "loss_gradient", "loss_terms", "vjp", "inner_products", "signs")
     plain = Linearization(**dict.fromkeys(names))
-    assert (plain.groups, plain.separable, plain.subset_pays) == (1, False, True)
+    assert (plain.groups, plain.separable, plain.subset_pays, plain.cheap) == (1, False, True, False)
