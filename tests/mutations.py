@@ -67,6 +67,8 @@ LOOKS = {"alpha", "fontsize", "linewidth", "markersize", "markeredgewidth", "xyt
 """Arguments that say how a figure looks, which people judge by looking at it."""
 AMOUNTS = {"dtypes"}
 """Arguments that say how much is checked."""
+GUARDS = {"strict"}
+"""Arguments that guard as an assertion does."""
 SPLIT = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 
 
@@ -138,11 +140,7 @@ def walk(node: ast.AST, path: tuple, where: str, at_import: bool = True) -> Iter
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.JoinedStr | ast.Assert):
                 continue
-            if isinstance(child, ast.keyword) and child.arg in {
-                "strict",
-                *LOOKS,
-                *AMOUNTS,
-            }:  # strict: a guard, as assert
+            if isinstance(child, ast.keyword) and child.arg in (LOOKS | AMOUNTS | GUARDS):
                 continue
             key = node.keys[index] if isinstance(node, ast.Dict) and name == "values" else None
             if isinstance(key, ast.Constant) and key.value in LOOKS:
