@@ -75,8 +75,8 @@ def tridiagonalize(lin: Linearization, start: Array, steps: int) -> Tridiagonal:
         for _ in range(PASSES):
             w = w - xp.reshape(xp.reshape(basis @ w, (1, -1)) @ basis, (-1, 1))
         beta = xp.sqrt(xp.sum(w * w))
-        entry = abs(alpha) + beta
-        scale = xp.where(entry > scale, entry, scale)
+        # T is positive semi-definite, as Theta is: its largest entry is on the diagonal
+        scale = xp.where(alpha > scale, alpha, scale)
         # what rounding leaves of a direction inside of the space is no new direction: T ends there
         outside = beta > tolerance * scale
         beta = xp.where(outside, beta, xp.zeros_like(beta))
@@ -130,7 +130,7 @@ def quadrature(diagonal: Sequence[float], off_diagonal: Sequence[float], size: i
     beta = np.asarray(off_diagonal[:size], dtype=float)
     if not (np.all(np.isfinite(alpha)) and np.all(np.isfinite(beta))):
         return Quadrature(*(np.full(size, math.nan) for _ in range(3)))
-    dense = np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1)
-    nodes, vectors = np.linalg.eigh(dense)
+    lower = np.diag(alpha) + np.diag(beta[:-1], -1)  # the triangle that eigh reads
+    nodes, vectors = np.linalg.eigh(lower)
     falling = slice(None, None, -1)
     return Quadrature(nodes[falling], vectors[0, falling] ** 2, beta[-1] * abs(vectors[-1, falling]))

@@ -102,8 +102,8 @@ def entropy(kernel: KernelLike) -> Any:
     1.386294
     """
     p = _shares(_matrix(kernel))
-    terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), p)  # p is nan where the trace is zero
-    return _number(np.abs(np.sum(terms, axis=-1)))
+    logs = np.log(np.where(p > 0, p, 1.0))  # p log p is 0 for p = 0; p is nan where the trace is zero
+    return _number(np.abs(np.sum(p * logs, axis=-1)))
 
 
 def effective_rank(kernel: KernelLike) -> Any:

@@ -237,6 +237,25 @@ def test_target_alignment():
         lnp.target_alignment(k, labels[:5])
 
 
+def test_labels_against_a_full_kernel_of_few_rows():
+    """One sample; one output, whose only class is 0; none of the targets is taken for more classes than outputs."""
+    one_sample, one_output = psd(3, 1), psd(4, 1)
+    norm = np.linalg.norm(one_sample)
+    assert lnp.target_alignment(one_sample, [2]) == pytest.approx(one_sample[2, 2] / norm, rel=1e-12)
+    expected = one_output.sum() / np.linalg.norm(one_output) / 4
+    assert lnp.target_alignment(one_output, [0, 0, 0, 0]) == pytest.approx(expected, rel=1e-12)
+    two_outputs = psd(4, 2)
+    picked = two_outputs[[0, 0, 3, 3], [0, 3, 0, 3]].sum()
+    assert lnp.target_alignment(two_outputs, [0, 1]) == pytest.approx(picked / np.linalg.norm(two_outputs) / 2)
+
+
+@pytest.mark.parametrize("targets", [[0.5, 2.0, -1.0, 1.5], [[0, 1], [2, 5], [1, 1], [0, 3]]])
+def test_targets_that_are_no_labels_are_taken_as_they_are(targets):
+    k, y = psd(4, 0), np.asarray(targets, dtype=float).reshape(4, -1)
+    expected = np.sum(k * (y @ y.T)) / np.linalg.norm(k) / np.linalg.norm(y @ y.T)
+    assert lnp.target_alignment(k, targets) == pytest.approx(expected, rel=1e-12)
+
+
 def test_entropy_and_ranks():
     values = np.array([4.0, 3.0, 2.99, 0.01, 0.0])
     q = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
@@ -248,6 +267,7 @@ def test_entropy_and_ranks():
     one = np.outer(q[0], q[0])
     assert (entropy(one), effective_rank(one), participation_ratio(one)) == pytest.approx((0, 1, 1), abs=1e-10)
     assert effective_rank(np.stack([k, one])) == pytest.approx([effective_rank(k), 1])
+    assert participation_ratio(np.stack([k, one])) == pytest.approx([participation_ratio(k), 1])
     full = lnp.kernel(MODEL, BATCH)
     assert full.entropy == pytest.approx(entropy(THETA), rel=1e-12)
     assert full.effective_rank == pytest.approx(effective_rank(THETA), rel=1e-12)
@@ -257,6 +277,7 @@ def test_entropy_and_ranks():
 def test_eigenvalues_below_a_share_of_the_largest_are_rounding():
     assert entropy(np.diag([1.0, 0.9e-12])) == 0
     assert entropy(np.diag([1.0, 1.1e-12])) > 0
+    assert entropy(1e-20 * np.eye(2)) == pytest.approx(np.log(2))
 
 
 def test_kernel_velocity():

@@ -263,7 +263,7 @@ def test_probes_that_end_early_are_filled_up():
 def test_zero_gradient():
     model, (inputs, targets), _, _ = operator(SPECTRA["wide"])
     s = lnp.spectrum(model, (inputs, np.zeros_like(targets)), probes=2)
-    assert all(np.all(np.isnan(a)) for a in (s.eigenvalues, s.weights, s.shares, s.residuals))
+    assert all(np.isnan(a).tolist() == [True] for a in (s.eigenvalues, s.weights, s.shares, s.residuals))
     assert np.isnan(s.chi_pos)
     assert np.isnan(s.first_moment)
     assert any("gradient is zero" in note for note in s.notes)
@@ -274,7 +274,7 @@ def test_zero_kernel():
     model = lnp_numpy.OperatorModel(np.zeros((SAMPLES, OUTPUTS)), np.zeros((SIZE, PARAMETERS)))
     s = lnp.spectrum(model, (None, np.ones((SAMPLES, OUTPUTS))))
     assert (s.eigenvalues.tolist(), s.weights.tolist(), s.exhausted) == ([0], [1], True)
-    assert np.isnan(s.chi_pos)
+    assert np.isnan([s.chi_pos, *s.shares]).all()
 
 
 def test_values_that_are_not_finite():
@@ -293,12 +293,13 @@ def test_a_backend_whose_products_do_not_belong_together_is_noticed():
     assert any("off by 0.01" in note for note in s.notes)
 
 
-@pytest.mark.parametrize(("factor", "noted"), [(1.0009, False), (1.0011, True)])
+@pytest.mark.parametrize(("factor", "noted"), [(1.0009, False), (1.0011, True), (0.9991, False), (0.9989, True)])
 def test_a_mean_that_is_off_by_more_than_a_thousandth_is_noted(factor, noted):
     jacobian, g = network()
     lin = lin_as_floats(record(jacobian, g))
     s = from_lanczos(RunLanczos("exact", 0.0, 1, 5, 0)(replace(lin, jvp=lambda u: factor * lin.jvp(u))))
     assert bool(s.notes) is noted
+    assert s.moment_error == pytest.approx(abs(factor - 1), rel=1e-6)
 
 
 @pytest.mark.parametrize(("left", "steps"), [(31, 1), (33, 2)])
@@ -355,8 +356,38 @@ def test_float32_keeps_single_precision():
     assert narrow.weights == pytest.approx(wide.weights, abs=1e-5)
 
 
-@pytest.mark.parametrize("entries", [([1.0, np.nan], [0.5, 0.0]), ([1.0, 1.0], [np.nan, 0.0])])
+@pytest.mark.parametrize("entries", [([1.0, np.nan], [0.5, 0.0]), ([1.0, 1.0], [np.nan, 0.0]), ([1.0, 1.0], [0.5, np.nan])])
 def test_one_entry_that_is_not_finite_makes_the_quadrature_nan(entries):
     found = quadrature(*entries, 2)
-    assert np.isnan([found.nodes, found.weights]).all()
+    assert np.isnan([found.nodes, found.weights, found.residuals]).all()
     assert found.nodes.shape == (2,)
+
+
+def test_residuals_are_those_of_the_ritz_vectors():
+    """||Theta y - theta y|| for y = Q s, of a basis that is formed anew here."""
+    jacobian, g = network()
+    lin = record(jacobian, g)
+    theta = kernel(jacobian)
+    steps = 4
+    vectors = np.linalg.qr(np.stack([np.linalg.matrix_power(theta, k) @ g.reshape(-1) for k in range(steps)], axis=1))[0]
+    values, inner = np.linalg.eigh(vectors.T @ theta @ vectors)
+    ritz = vectors @ inner
+    t = tridiagonalize(lin, lin.loss_gradient, steps)
+    found = quadrature(t.diagonal, t.off_diagonal, steps)
+    assert found.nodes == pytest.approx(values[::-1], rel=1e-9)
+    distances = np.linalg.norm(theta @ ritz - ritz * values, axis=0)[::-1]
+    assert found.residuals == pytest.approx(distances, rel=1e-6)
+    assert distances.min() > 1e-3 * values.max()
+
+
+def test_no_more_steps_than_were_asked_for():
+    jacobian, g = network()
+    assert tridiagonalize(record(jacobian, g), g, 3).size == 3
+
+
+def test_sums_over_the_population_are_not_paid_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lnp.spectral.spectrum, "evaluate", lambda run, model, batches, options: asked.append(options))
+    monkeypatch.setattr(lnp.spectral.spectrum, "from_lanczos", lambda result: None)
+    lnp.spectrum(*operator(SPECTRA["wide"])[:2])
+    assert [options.population for options in asked] == [False]
