@@ -356,7 +356,9 @@ def test_float32_keeps_single_precision():
     assert narrow.weights == pytest.approx(wide.weights, abs=1e-5)
 
 
-@pytest.mark.parametrize("entries", [([1.0, np.nan], [0.5, 0.0]), ([1.0, 1.0], [np.nan, 0.0]), ([1.0, 1.0], [0.5, np.nan])])
+@pytest.mark.parametrize(
+    "entries", [([1.0, np.nan], [0.5, 0.0]), ([1.0, 1.0], [np.nan, 0.0]), ([1.0, 1.0], [0.5, np.nan])]
+)
 def test_one_entry_that_is_not_finite_makes_the_quadrature_nan(entries):
     found = quadrature(*entries, 2)
     assert np.isnan([found.nodes, found.weights, found.residuals]).all()
@@ -369,7 +371,8 @@ def test_residuals_are_those_of_the_ritz_vectors():
     lin = record(jacobian, g)
     theta = kernel(jacobian)
     steps = 4
-    vectors = np.linalg.qr(np.stack([np.linalg.matrix_power(theta, k) @ g.reshape(-1) for k in range(steps)], axis=1))[0]
+    powers = [np.linalg.matrix_power(theta, k) @ g.reshape(-1) for k in range(steps)]
+    vectors, _ = np.linalg.qr(np.stack(powers, axis=1))
     values, inner = np.linalg.eigh(vectors.T @ theta @ vectors)
     ritz = vectors @ inner
     t = tridiagonalize(lin, lin.loss_gradient, steps)
