@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lnp.user_warnings import warn
+
 
 def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """The diagonal M of the optimizer's next update, -eta M (its average of gradients), for each of the model's
@@ -19,9 +21,10 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
         Adagrad              1 / (sqrt(s) + eps)                        s: sum of squared gradients
         SGD                  1
 
-    Adam's like are AdamW, NAdam, SparseAdam and optimizers of other libraries that keep `exp_avg_sq`. Before the first
-    update of an adaptive optimizer there is no average yet, and M is 1. A parameter that the optimizer does not train
-    has 0. Learning rates that differ between parameter groups are part of M, relative to the first group's.
+    Adam's like are AdamW, NAdam, SparseAdam and optimizers of other libraries that keep `exp_avg_sq`. Where an adaptive
+    optimizer has updated a parameter never yet there is no average, M is 1, and a warning says so. A parameter that the
+    optimizer does not train has 0. Learning rates that differ between parameter groups are part of M, relative to the
+    first one that is not 0.
 
     Raises
     ------
@@ -40,17 +43,26 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     optimizer = _unwrapped(optimizer)
     _check(optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
-    first = float(optimizer.param_groups[0]["lr"])
+    first = next((rate for group in optimizer.param_groups if (rate := float(group["lr"]))), 0.0)
     found: dict[str, torch.Tensor] = {}
+    without: list[str] = []
     for group in optimizer.param_groups:
         scale = float(group["lr"]) / first if first else 1.0
         for p in group["params"]:
             if id(p) in names:
-                found[names[id(p)]] = scale * _diagonal(optimizer.state.get(p, {}), group, p)
+                state = optimizer.state.get(p, {})
+                found[names[id(p)]] = scale * _diagonal(state, group, p)
+                without += [] if _was_updated(state) else [names[id(p)]]
     if not found:
         raise ValueError(
             f"This {type(optimizer).__name__} trains none of the model's parameters. Expected the optimizer of the "
             "model."
+        )
+    if without and not isinstance(optimizer, torch.optim.SGD):
+        warn(
+            f"lnp: {type(optimizer).__name__} has not updated {len(without)} of its {len(found)} parameters yet "
+            f"({without[0]}...): the preconditioner is 1 there, which the next update's is not. Measure after the "
+            "first update."
         )
     return {name: found.get(name, torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad}
 
@@ -80,6 +92,11 @@ def _persistence(group: Mapping[str, Any]) -> float:
     """How much of a gradient arrives in the sum of all updates to come."""
     momentum = float(group.get("momentum", 0.0))
     return (1 - float(group.get("dampening", 0.0))) / (1 - momentum) if 0 < momentum < 1 else 1.0
+
+
+def _was_updated(state: Mapping[str, Any]) -> bool:
+    """Whether the averages hold a gradient; Adagrad has them from the start."""
+    return bool(state) and float(state.get("step", 1)) > 0
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

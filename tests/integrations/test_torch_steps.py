@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -143,6 +145,44 @@ def test_the_preconditioner_is_the_one_of_the_update(name):
     # an average over three gradients before, over four in the update
     exact = ("adagrad", "sgd")
     assert taken.predicted == pytest.approx(-1e-2 * d.rate, rel=1e-6 if name in exact else 0.25)
+
+
+@pytest.mark.parametrize("name", PRECONDITIONED)
+def test_parameters_without_an_update_are_told_of(name):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    optimizer = PRECONDITIONED[name](model.parameters())
+    adaptive = name != "sgd"
+
+    def warnings_of_preconditioner():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = preconditioner(optimizer, model)
+        return made, [str(warning.message) for warning in caught]
+
+    made, told = warnings_of_preconditioner()
+    assert all(torch.equal(m, torch.ones_like(m)) for m in made.values())
+    assert ["not updated 4 of its 4 parameters yet (0.weight...)" in text for text in told] == [True] * adaptive
+    model[0].requires_grad_(False)
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    model[0].requires_grad_(True)
+    _, told = warnings_of_preconditioner()
+    assert ["not updated 2 of its 4 parameters yet (0.weight...)" in text for text in told] == [True] * adaptive
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    _, told = warnings_of_preconditioner()
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("rates", "scales"), [((0.0, 0.1, 0.2), (0, 1, 2)), ((0.2, 0.1, 0.0), (1, 0.5, 0)), ((0, 0, 0), (1, 1, 1))]
+)
+def test_learning_rates_of_groups_are_relative_to_the_first_that_is_not_zero(rates, scales):
+    model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in rates))
+    optimizer = torch.optim.SGD(
+        [{"params": layer.parameters(), "lr": rate} for layer, rate in zip(model, rates, strict=True)]
+    )
+    assert [m.item() for m in preconditioner(optimizer, model).values()] == pytest.approx(scales)
 
 
 def test_another_optimizer_is_refused():
