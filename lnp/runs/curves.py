@@ -276,14 +276,12 @@ def summary(history: History) -> Summary:
 
 def is_frozen(run: History) -> bool:
     """Whether the run says by its tag `frozen` that features were not trained."""
-    values = run.get("frozen")
-    return bool(len(values)) and values[-1] in (True, 1)
+    return run.numbers("frozen")[-1:].tolist() == [1.0]
 
 
 def size(history: History) -> float:
     """Trained parameters of the run, the tag `parameters`; nan if it has none."""
-    values = history.get("parameters")
-    return float(values[-1]) if len(values) and isinstance(values[-1], np.number | int | float) else float("nan")
+    return float(history.numbers("parameters")[-1]) if len(history) else float("nan")
 
 
 def compute(history: History) -> float:
@@ -293,7 +291,6 @@ def compute(history: History) -> float:
     2 N for each, a backward pass twice that (Kaplan et al., arXiv 2001.08361); convolutions, which use a parameter at
     many places, cost more.
     """
-    tokens = history.numbers("tokens_per_step")
-    if not len(tokens) or not isinstance(tokens[-1], np.number | int | float):
+    if not len(history):
         return float("nan")
-    return 6 * size(history) * float(tokens[-1]) * float(history["step"][-1])
+    return 6 * size(history) * float(history.numbers("tokens_per_step")[-1]) * float(history["step"][-1])

@@ -150,10 +150,15 @@ class _Points:
 
 def _points(sizes: Sequence, values: Sequence, stderrs: Sequence | None, limits: Sequence | None) -> _Points:
     """What was given, checked."""
-    if len(values) and all(isinstance(value, Reach) for value in values):
-        limits = [not found.resolved for found in values]
-        stderrs = [found.stderr for found in values]
-        values = [found.chi_pos if found.resolved else found.limit for found in values]
+    if reaches := [value for value in values if isinstance(value, Reach)]:
+        if len(reaches) < len(values) or stderrs is not None or limits is not None:
+            raise ValueError(
+                "Received lnp.Reach objects beside numbers, stderrs= or limits=. Expected them alone: they have their "
+                "errors, and are limits where they are not resolved. Give numbers for all values instead."
+            )
+        limits = [not found.resolved for found in reaches]
+        stderrs = [found.stderr for found in reaches]
+        values = [found.chi_pos if found.resolved else found.limit for found in reaches]
         stderrs = None if np.all(np.isnan(stderrs) | (np.array(stderrs) == 0)) else stderrs
     x, y = np.asarray(sizes, dtype=float), np.asarray(values, dtype=float)
     e = np.ones_like(y) if stderrs is None else np.asarray(stderrs, dtype=float)

@@ -59,7 +59,7 @@ def ends(runs: RunSources) -> dict[str, dict[str, End]]:
     >>> ends({"a": run})["rate"]["a"].chi_pos
     3.0
     """
-    named = {name: run for name, run in open_runs(runs).items() if len(run) and _end(run, "rate") is not None}
+    named = {name: run for name, run in open_runs(runs).items() if _end(run, "rate") is not None}
     found = {column: {name: _end(run, column) for name, run in named.items()} for column in RATES}
     known = {column: {name: end for name, end in of.items() if end} for column, of in found.items()}
     whole = {column: of for column, of in known.items() if of and len(of) == len(named)}

@@ -63,6 +63,18 @@ def test_windows_of_the_same_samples_have_the_error_of_those():
     assert in_windows(1 + 0.5 * scatter, 0.5).stderr == pytest.approx(np.r_[0, 0, 0, 0.5 * spread[3:]])
 
 
+@pytest.mark.parametrize(("size", "count"), [(2, 12), (3, 1)])
+def test_any_windows_of_the_same_samples_have_the_error_of_those(size, count):
+    """Of two rows, or one window alone; of a fifth of the errors' size, whose square is below a tenth."""
+    scatter = np.resize([-0.1, 0.1, 0.1], (count, size))
+    rows = [
+        {"step": s, "window": s // size, "population/rate": float(v), "population/rate_stderr": 0.5}
+        for s, v in enumerate(1 + scatter.reshape(-1))
+    ]
+    spread = scatter.std(axis=1, ddof=1) / size**0.5
+    assert curve(History(rows), "population/rate").stderr == pytest.approx(np.hypot(0.5, spread))
+
+
 def test_rows_without_the_value_are_left_out():
     rows = [{"step": 0, "a": 1.0}, {"step": 1}, {"step": 2, "a": math.nan}, {"step": 3, "a": 5.0}]
     assert curve(History(rows), "a").step.tolist() == [0, 3]
@@ -109,8 +121,22 @@ def test_a_rate_below_zero_without_an_error_has_no_noise_scale():
     assert line.mean.tolist() == [math.inf]
 
 
+def test_the_error_of_rows_that_scatter_is_that_of_their_spread():
+    rows = np.array([1.0, 1.4, 0.6])
+    without, having = (
+        curve(noisy(rows, 8 / rows, [0, 0, 0], **more), "population/noise_scale")
+        for more in ({}, {"population/rate_stderr": 0.1})
+    )
+    assert (having.low[0], having.high[0]) == (without.low[0], without.high[0])
+
+
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+def test_a_noise_scale_of_any_size(scale):
+    assert curve(noisy([2.0], [scale], [0]), "population/noise_scale").mean[0] == pytest.approx(scale)
+
+
 def test_files_without_the_gradient_noise():
-    rows = [{"step": 0, "population/rate": 1.0, "population/noise_scale": 8.0, "population/rate_stderr": 0.1}]
+    rows = [{"step": 0, "population/rate": 2.0, "population/noise_scale": 8.0, "population/rate_stderr": 0.1}]
     assert curve(History(rows), "population/noise_scale").mean[0] == pytest.approx(8.0)
 
 
@@ -134,11 +160,21 @@ def test_long_histories_become_few_points():
     assert np.average(line.mean, weights=line.last - line.first + 1) == pytest.approx(24_999.5)
 
 
+def test_stretches_are_even_in_the_logarithm_of_the_step():
+    steps = [*range(500), 10**6]
+    line = curve(History([{"step": step, "loss": 1.0} for step in steps]), "loss")
+    places = [int(MOST_POINTS * math.log1p(step) / math.log1p(10**6)) for step in steps]
+    firsts = [step for i, step in enumerate(steps) if i == 0 or places[i] > places[i - 1]]
+    assert line.first.tolist() == firsts
+    assert MOST_POINTS / 4 < len(firsts) < MOST_POINTS
+
+
 def test_reach_is_that_of_the_population_where_it_is_known():
     values = [1.0, 0.5, 0.0, 0.4, 0.3, 0.9, 1.0]
     both = history("population/chi_pos", values, chi_pos=7.0, **{"population/chi_pos_stderr": 0.3})
     assert reach(both) == lnp.reach(range(7), values, [0.3] * 7)
     assert reach(history("chi_pos", [0.5, 0.2])).chi_pos == pytest.approx(0.35)
+    assert reach(history("loss", [1.0])).window == 0
     assert math.isnan(reach(history("loss", [1.0])).chi_pos)
 
 
@@ -153,6 +189,9 @@ def test_compute_is_six_n_d():
     assert compute(run) == 6 * 1000 * 50 * 2
     assert math.isnan(compute(history("loss", [1.0], parameters=1000)))
     assert math.isnan(compute(history("loss", [1.0], tokens_per_step=50)))
+    assert math.isnan(compute(history("loss", [1.0], parameters=1000, tokens_per_step="many")))
+    assert math.isnan(compute(history("loss", [1.0], parameters="many", tokens_per_step=50)))
+    assert math.isnan(compute(History()))
 
 
 def test_a_factor_stalls_where_it_stops_changing():
@@ -161,7 +200,9 @@ def test_a_factor_stalls_where_it_stops_changing():
     settled = np.where(np.arange(40) < 10, moving, moving[10])
     # within 25% of the end from step 10 on; averaged over three points, one step later
     assert stall_step(history("chi_loss", settled), "chi_loss") in (9, 10, 11)
+    assert stall_step(history("chi_loss", 1 / settled), "chi_loss") in (9, 10, 11)
     assert stall_step(history("chi_loss", np.ones(40)), "chi_loss") == 1
+    assert stall_step(history("chi_loss", np.ones(4)), "chi_loss") == 1  # two points, where three are averaged
     late = np.where(np.arange(40) < 30, np.exp(-np.arange(40) / 20.0), np.exp(-1.5))
     assert math.isnan(stall_step(history("chi_loss", late), "chi_loss"))  # seen for less than half as long again
     assert math.isnan(stall_step(history("chi_loss", [1.0]), "chi_loss"))
@@ -174,6 +215,10 @@ def test_a_run_says_by_its_tag_that_it_is_frozen():
     assert not is_frozen(history("loss", [1.0], frozen=False))
     assert not is_frozen(history("loss", [1.0]))
     assert is_frozen(History([{"step": 0, "frozen": 0}, {"step": 1, "frozen": 1}]))
+    assert not is_frozen(History([{"step": 0, "frozen": 1}, {"step": 1, "frozen": 0}]))
+    assert not is_frozen(history("loss", [1.0], frozen=2))
+    assert not is_frozen(history("loss", [1.0], frozen="yes"))
+    assert not is_frozen(History())
 
 
 def test_summary():
@@ -189,8 +234,11 @@ def test_summary():
 def test_numbers_as_people_read_them():
     values = (0.0, 1.5, 1234.5, 2.93e-5, 1e9, -0.25, math.nan, math.inf)
     assert [number(v) for v in values] == ["0", "1.5", "1,234", "2.9e-05", "1.0e+09", "-0.25", "-", "-"]
+    values = (-5000.0, 1.2e7, 0.0012, -2e-4)
+    assert [number(v) for v in values] == ["-5,000", "1.2e+07", "0.0012", "-2.0e-04"]
     assert with_error(0.5, 0.01) == "0.500 ± 0.010"
     assert with_error(0.5, math.nan) == "0.5"
+    assert with_error(1234.5, 0.0) == "1,234"
 
 
 def write(folder, *names):

@@ -246,8 +246,11 @@ def test_a_loss_is_called_as_its_library_offers_it(monkeypatch):
     """Not by the module in which it is defined, where that is the library's own."""
     public, private = ModuleType("made.losses"), ModuleType("made.src.losses.all")
     private.Loss = type("Loss", (), {"__module__": "made.src.losses.all", "__call__": lambda self: 0.0})
-    for module in (ModuleType("made"), public, private):
+    package, below = ModuleType("made"), ModuleType("made.losses.all")
+    for module in (package, public, below, private):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert in_words(private.Loss()) == "made.src.losses.all.Loss"
-    public.Loss = private.Loss
-    assert in_words(private.Loss()) == "made.losses.Loss"
+    for module in (below, public, package):  # the shorter, the rather
+        module.Loss = private.Loss
+        assert in_words(private.Loss()) == f"{module.__name__}.Loss"
+    assert in_words(str.join) == "str.join"  # of no module

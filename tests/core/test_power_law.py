@@ -21,8 +21,11 @@ def test_a_power_law_is_found():
     assert np.isnan(law.chi_square)
     value, error = law.predict(1e6)
     assert value == pytest.approx(3e6**-0.4 * 3**1.4, rel=1e-9)
+    assert law.predict(0.5)[0] == pytest.approx(3 * 0.5**-0.4, rel=1e-9)
     assert error < 1e-9
     assert "size^(-0.4 " in str(law)
+    assert law.offset_stderr == 0
+    assert lnp.power_law([1.0, 1.1, 1.2], [1.0, 0.9, 0.8]).r_squared > 0.9  # of logarithms whose variance is below one
 
 
 def test_errors_are_those_of_the_line():
@@ -146,6 +149,13 @@ def test_reaches_are_taken_as_they_are():
     exact = lnp.power_law(SIZES, [lnp.Reach(v, 0.0, 10.0, 5) for v in values])
     assert exact.exponent == pytest.approx(-0.4)
     assert np.isnan(exact.chi_square)
+    for mixed, options in (
+        ([*reaches[:-1], 0.1], {}),
+        (reaches, {"stderrs": 0.1 * values}),
+        (reaches, {"limits": [False] * 7}),
+    ):
+        with pytest.raises(ValueError, match="Reach objects beside numbers, stderrs= or limits="):
+            lnp.power_law(SIZES, mixed, **options)
     with pytest.raises(ValueError, match="not positive and finite"):  # errors of some alone are not left out in silence
         lnp.power_law(SIZES, [lnp.Reach(v, 0.1 * v if v < 0.3 else np.nan, 10.0, 5) for v in values])
 

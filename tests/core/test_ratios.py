@@ -32,10 +32,10 @@ def test_the_ratio_of_rates_is_the_product_of_three():
 
 
 def test_the_population_s_rate_stands_for_the_batch_s_where_all_runs_have_it():
-    one, other = run(1.0, 2.0, 9.0, **of_population(4.0, 0.4)), run(1.0, 1.0, 9.0, **of_population(1.0, 0.3))
+    one, other = run(1.0, 2.0, 9.0, **of_population(8.0, 0.8)), run(1.0, 1.0, 9.0, **of_population(2.0, 0.6))
     (column,) = found = ends({"one": one, "other": other})
     assert column == "population/rate"
-    assert [end.chi_pos for end in found[column].values()] == [2.0, 1.0]
+    assert [end.chi_pos for end in found[column].values()] == [4.0, 2.0]
     error = 0.25 * (0.1**2 + 0.3**2) ** 0.5
     assert f"other / one:  rate {0.25:.2f} ± {error:.2f} = chi_loss 1 x chi_net 0.5 x chi_pos 0.5" in to_text(
         {"one": one, "other": other}
@@ -59,9 +59,14 @@ def test_a_rate_within_two_errors_of_zero_has_no_ratio(error, known):
     assert ("no ratio, a rate is within two standard errors of zero" in text) != known
 
 
+def test_a_rate_of_zero_has_no_ratio():
+    assert "no ratio, a rate is within" in to_text({"a": run(1.0, 8.0, 0.0), "b": run(1.0, 8.0, 0.0)})
+
+
 def test_runs_without_factors_are_left_out():
     assert to_text({"a": lnp.History([{"step": 0, "rate": 1.0}]), "b": lnp.History()}) == ""
-    assert list(ends({"a": run(1.0, 1.0, 0.5), "b": lnp.History()})["rate"]) == ["a"]
+    for other in (lnp.History(), lnp.History([{"step": 0, "rate": 1.0}])):
+        assert list(ends({"a": run(1.0, 1.0, 0.5), "b": other})["rate"]) == ["a"]
 
 
 def test_the_command_prints_both_tables(tmp_path, capsys):

@@ -55,7 +55,8 @@ def test_errors_are_raised_where_neighbours_scatter_more():
     scattered = lnp.reach(STEPS, y, [0.1] * 6, window=6)
     assert scattered.stderr == pytest.approx((square / 6 / 6) ** 0.5)
     assert lnp.reach(STEPS, y, window=6).stderr == pytest.approx((square / 6 / 6) ** 0.5)
-    assert lnp.reach(STEPS, y, [0.1, 0.1, np.nan, 0.1, 0.1, 0.1], window=6).stderr == scattered.stderr
+    for unknown in (np.nan, 0.0):
+        assert lnp.reach(STEPS, y, [0.1, 0.1, unknown, 0.1, 0.1, 0.1], window=6).stderr == scattered.stderr
     line, zigzag = np.arange(6.0, 0.0, -1.0), 0.05 * np.array([1, -1, 1, -1, 1, -1])
     assert lnp.reach(STEPS, line + zigzag, [0.1] * 6, window=6).stderr == pytest.approx(0.1 / 6**0.5)  # no trend's
 
@@ -205,10 +206,20 @@ def test_runs():
     assert lnp.reach_of_runs(unknown).stderr == pytest.approx(0.005)
 
 
+def test_three_positions_without_errors_have_that_of_their_second_difference():
+    assert lnp.reach([1, 10, 100], [1.0, 3.0, 2.0], window=3).stderr == pytest.approx(abs(1 - 6 + 2) / 18**0.5)
+
+
+def test_a_reach_without_an_error_is_printed_without():
+    assert str(lnp.Reach(0.12345, 0.0, 10.0, 5)) == "0.123"
+
+
 def test_bad_runs():
     for arguments, options, words in (
         ((STEPS, [1, 2]), {}, "one position for each step"),
         (([1, 3, 2], [1, 2, 3]), {"window": 2}, "do not rise"),
+        (([1, 2, 2], [1, 2, 3]), {"window": 2}, "do not rise"),
+        (([], []), {"window": 1}, "window is 1 for 0 measurements"),
         ((STEPS, [1] * 6), {"window": 7}, "window is 7 for 6"),
         ((STEPS, [1] * 6), {"window": 2.5}, r"window is 2\.5"),
         ((STEPS, [1] * 6), {"window": 1}, "both choose the window and be averaged"),

@@ -210,6 +210,7 @@ def test_verdicts_of_two_sets_of_parameters_are_joined():
     one = Verdict(general=(("a", "no rule"),))
     other = Verdict(general=(("b", "no rule"),), bent=True, sure=False)
     assert one.joined(other) == Verdict("", (("b", "no rule"), ("a", "no rule")), True, False)
+    assert one.joined(one) == Verdict("", (("a", "no rule"),), False, True)
     assert one.joined(Verdict("they interact")).reason == "they interact"
     assert hash(one) == hash(Verdict(general=(("a", "no rule"),)))
 
