@@ -98,7 +98,7 @@ def mutations(session: nox.Session) -> None:
     `nox -s mutations -- lnp/estimators --every 10`.
     """
     # editable: coverage and doctests name files of the checkout
-    session.install("--constraint", str(ROOT / "constraints.txt"), "--editable", ".[test]", "coverage")
+    session.install("--constraint", str(ROOT / "constraints.txt"), "--editable", ".[spectrum,pandas,test]", "coverage")
     session.run("python", "tests/mutations.py", *session.posargs)
 
 

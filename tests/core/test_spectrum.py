@@ -386,11 +386,3 @@ def test_residuals_are_those_of_the_ritz_vectors():
 def test_no_more_steps_than_were_asked_for():
     jacobian, g = network()
     assert tridiagonalize(record(jacobian, g), g, 3).size == 3
-
-
-def test_sums_over_the_population_are_not_paid_for(monkeypatch):
-    asked = []
-    monkeypatch.setattr(lnp.spectral.spectrum, "evaluate", lambda run, model, batches, options: asked.append(options))
-    monkeypatch.setattr(lnp.spectral.spectrum, "from_lanczos", lambda result: None)
-    lnp.spectrum(*operator(SPECTRA["wide"])[:2])
-    assert [options.population for options in asked] == [False]
