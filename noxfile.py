@@ -36,6 +36,9 @@ PyTorch's has all, and so has `nox -s keras`.
 """
 FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras")
 JAX_LIBRARIES = ("flax", "equinox", "dm-haiku", "optax")
+EXTRAS = ("scipy", "pandas", "orjson")
+OF_EXTRAS = [f"tests/core/test_{name}.py" for name in ("power_law", "foreign", "report", "damage")]
+"""Tests of the core, some of which are skipped without those libraries: PyTorch's environment has them."""
 
 
 @nox.session
@@ -123,8 +126,9 @@ def torch(session: nox.Session) -> None:
 def whole_of_torch(session: nox.Session) -> None:
     """All tests of the PyTorch backend."""
     refuse(session, "jax", "tensorflow", "keras")
+    session.run("python", "-c", f"import {', '.join(EXTRAS)}")
     session.env["OMP_NUM_THREADS"] = "1"  # small products wait for each other on more threads than there are cores
-    pytest(session, "torch", *PARALLEL, "--pyargs", "lnp_torch", *suite("torch"))
+    pytest(session, "torch", *PARALLEL, "--pyargs", "lnp_torch", *suite("torch"), *OF_EXTRAS)
 
 
 @nox.session(default=False)
