@@ -19,6 +19,11 @@ from lnp.optional import import_optional
 from lnp.results.rounding import with_error
 from lnp.runs.spectral_reach import RESOLVED, Reach
 
+STARTS = (0.0, 0.5, 0.9, 0.99)
+"""Offsets at which the search begins, as shares of the lowest value: from one alone, one fit in a hundred ends where
+another fits better.
+"""
+
 
 @dataclass(frozen=True)
 class PowerLaw:
@@ -126,10 +131,8 @@ def power_law(
             f"Received values at the sizes {points.size[~points.limit].tolist()}. Expected at least {needed} different "
             f"ones{', besides upper limits' if points.limit.any() else ''}."
         )
-    line = _line(points, 0.0)
-    if offset or points.limit.any():
-        return _law(points, *_bent(points, line[0], offset))
-    return _law(points, *line)
+    fitted = _bent(points, offset) if offset or points.limit.any() else _line(points, 0.0)
+    return _law(points, *fitted)
 
 
 @dataclass(frozen=True)
@@ -185,25 +188,35 @@ def _line(points: _Points, offset: float) -> tuple[np.ndarray, np.ndarray]:
     return fitted[::-1], covariance[::-1, ::-1]  # of which the slope is the first
 
 
-def _bent(points: _Points, start: np.ndarray, offset: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The fit with an offset, with limits, or with both, by SciPy; begun at the best of some offsets."""
+def _bent(points: _Points, offset: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The fit with an offset, with limits, or with both, by SciPy: the best of those that some offsets lead to."""
     optimize = import_optional("scipy.optimize", "A power law with an offset or limits", install="'lnp[spectrum]'")
     special = import_optional("scipy.special", "A power law with an offset or limits", install="'lnp[spectrum]'")
+    lowest = float(points.value[~points.limit].min())
+    logs = np.log(points.size)
+    middle, half = (logs.max() + logs.min()) / 2, (logs.max() - logs.min()) / 2
+    # the search is for the law in the middle of the sizes, its rise over half of them and the share of the lowest value
+    # that is offset: numbers of order one, which hardly depend on each other
+    back = np.array([[1.0, -middle / half, 0.0], [0.0, 1 / half, 0.0], [0.0, 0.0, lowest]])
+    back = back if offset else back[:2, :2]
 
-    def residuals(solution: np.ndarray) -> np.ndarray:
-        off = (np.log(points.value) - np.log(_value(points.size, solution))) * points.weight
-        z = (points.value - _value(points.size, solution)) / points.stderr - RESOLVED
-        return np.where(points.limit, np.sqrt(-2 * special.log_ndtr(z)), off)
+    def residuals(sought: np.ndarray) -> np.ndarray:
+        law = _value(points.size, back @ sought)
+        z = (points.value - law) / points.stderr - RESOLVED
+        return np.where(
+            points.limit, np.sqrt(-2 * special.log_ndtr(z)), (np.log(points.value) - np.log(law)) * points.weight
+        )
 
-    starts = [start]
-    if offset:
-        lowest = float(points.value[~points.limit].min())
-        starts = [np.append(_line(points, share * lowest)[0], share * lowest) for share in np.linspace(0, 0.98, 25)]
-    best = min(starts, key=lambda solution: float(np.sum(residuals(solution) ** 2)))
-    bounds = [-np.inf, -np.inf, 0.0][: best.size], np.inf
-    scale = np.array([1.0, 0.1, lowest])[: best.size] if offset else np.array([1.0, 0.1])
-    found = optimize.least_squares(residuals, best, bounds=bounds, x_scale=scale, xtol=1e-12, ftol=1e-12, gtol=1e-12)
-    return found.x, np.linalg.pinv(found.jac.T @ found.jac)
+    found = []
+    for share in STARTS if offset else STARTS[:1]:
+        start = np.append(_line(points, share * lowest)[0], share * lowest)[: len(back)]
+        bounds = [-np.inf, -np.inf, 0.0][: len(back)], np.inf
+        sought = np.linalg.solve(back, start)
+        found.append(optimize.least_squares(residuals, sought, bounds=bounds, xtol=1e-12, ftol=1e-12, gtol=1e-12))
+    best = min(found, key=lambda fit: float(fit.cost))
+    # nothing is cut off, so that what the points hardly tell has an error as large as that
+    error = back @ np.linalg.pinv(best.jac, rcond=0.0)
+    return back @ best.x, error @ error.T
 
 
 def _value(size: np.ndarray, solution: np.ndarray) -> np.ndarray:

@@ -176,6 +176,20 @@ def test_an_offset_is_found():
 
 
 @scipy
+@pytest.mark.parametrize("values", [(1.69, 1.65, 1.64, 1.62, 1.69, 1.65, 1.65), (4.7, 4.64, 4.67, 4.63, 4.66, 4.69)])
+def test_of_noise_the_best_law_is_a_constant_beside_the_first_value_and_has_no_exponent(values):
+    """A search from one offset ends at a power that is nearly flat, which fits worse; what is no more than one point's
+    has an error that says so."""
+    values = np.array(values)
+    law = lnp.power_law(np.geomspace(1e2, 1e6, len(values)), values, 0.02 * values, offset=True)
+    logs = np.log(values[1:])
+    assert law.chi_square == pytest.approx(np.sum((logs - logs.mean()) ** 2) / 0.02**2, rel=1e-5)
+    assert law.offset == pytest.approx(np.exp(logs.mean()), rel=1e-5)
+    assert law.offset_stderr == pytest.approx(0.02 * law.offset / len(logs) ** 0.5, rel=0.15)
+    assert law.exponent_stderr > 10 * abs(law.exponent)
+
+
+@scipy
 def test_coverage_with_an_offset():
     """Exponent and offset lie within one standard error in 58% to 80% of draws, within two in 88% or more."""
     rng, hits = np.random.default_rng(6), []
