@@ -241,7 +241,7 @@ def test_labels_against_a_full_kernel_of_few_rows():
     """One sample; one output, whose only class is 0; none of the targets is taken for more classes than outputs."""
     one_sample, one_output = psd(3, 1), psd(4, 1)
     norm = np.linalg.norm(one_sample)
-    assert lnp.target_alignment(one_sample, [2]) == pytest.approx(one_sample[2, 2] / norm, rel=1e-12)
+    assert lnp.target_alignment(one_sample, [1]) == pytest.approx(one_sample[1, 1] / norm, rel=1e-12)
     expected = one_output.sum() / np.linalg.norm(one_output) / 4
     assert lnp.target_alignment(one_output, [0, 0, 0, 0]) == pytest.approx(expected, rel=1e-12)
     two_outputs = psd(4, 2)
