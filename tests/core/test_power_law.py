@@ -190,6 +190,21 @@ def test_of_noise_the_best_law_is_a_constant_beside_the_first_value_and_has_no_e
 
 
 @scipy
+@pytest.mark.parametrize("exponent", [-0.5, -0.95, -1.5])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_laws_over_many_decades_are_found_in_any_unit(exponent, unit, share):
+    """Four digits of each value, of which an offset is a share of the lowest."""
+    sizes = np.geomspace(1e2, 1e8, 7)
+    law = unit * (sizes / 1e2) ** exponent
+    values = np.array([float(f"{value:.4g}") for value in law + share * law[-1]])
+    found = lnp.power_law(sizes, values, 1e-3 * values, offset=True)
+    assert found.chi_square < 1
+    assert abs(found.exponent - exponent) < 2 * found.exponent_stderr < 1e-2
+    assert abs(found.offset - share * law[-1]) < 2 * found.offset_stderr < 0.2 * law[-1]
+
+
+@scipy
 def test_coverage_with_an_offset():
     """Exponent and offset lie within one standard error in 58% to 80% of draws, within two in 88% or more."""
     rng, hits = np.random.default_rng(6), []
