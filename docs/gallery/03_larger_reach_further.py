@@ -83,7 +83,7 @@ def main():
         loss, error = losses[-1]
         print(f"width {width}, {sizes[-1]} parameters: loss {loss:.4f} ± {error:.4f}; reach: {told}", flush=True)
     for kind, color in KINDS.items():
-        fitted(axes[1, 1], sizes, reaches[kind], label=kind, color=color, offset=kind == "net position")
+        fitted(axes[1, 1], sizes, reaches[kind], label=kind, color=color)
     fitted(axes[1, 2], sizes, *zip(*losses, strict=True), label="loss", offset=True)
     finish(axes)
     save(figure, "03_larger_reach_further")
