@@ -22,7 +22,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
         SGD                  1
 
     Adam's like are AdamW, NAdam, SparseAdam and optimizers of other libraries that keep `exp_avg_sq`. Where an adaptive
-    optimizer has updated a parameter never yet there is no average, M is 1, and a warning says so. A parameter that the
+    optimizer has not updated a parameter yet there is no average, M is 1, and a warning says so. A parameter that the
     optimizer does not train has 0. Learning rates that differ between parameter groups are part of M, relative to the
     first one that is not 0.
 
@@ -42,7 +42,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     """
     optimizer = _unwrapped(optimizer)
     _check(optimizer)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     first = next((rate for group in optimizer.param_groups if (rate := float(group["lr"]))), 0.0)
     found: dict[str, torch.Tensor] = {}
     without: list[str] = []

@@ -20,8 +20,8 @@ from lnp.results.rounding import with_error
 from lnp.runs.spectral_reach import RESOLVED, Reach
 
 STARTS = (0.0, 0.5, 0.9, 0.99)
-"""Offsets at which the search begins, as shares of the lowest value: from one alone, one fit in a hundred ends where
-another fits better.
+"""Offsets at which the search begins, as shares of the lowest value: from a single one some fits end where another fits
+better.
 """
 
 
@@ -214,7 +214,7 @@ def _bent(points: _Points, offset: bool) -> tuple[np.ndarray, np.ndarray]:
         sought = np.linalg.solve(back, start)
         found.append(optimize.least_squares(residuals, sought, bounds=bounds, xtol=1e-12, ftol=1e-12, gtol=1e-12))
     best = min(found, key=lambda fit: float(fit.cost))
-    # nothing is cut off, so that what the points hardly tell has an error as large as that
+    # no small singular value is cut off: what the points hardly tell has a large error
     error = back @ np.linalg.pinv(best.jac, rcond=0.0)
     return back @ best.x, error @ error.T
 

@@ -165,6 +165,8 @@ def test_parameters_without_an_update_are_told_of(name):
     model[0].requires_grad_(False)
     model(torch.ones(2, 2)).sum().backward()
     optimizer.step()
+    _, told = warnings_of_preconditioner()
+    assert told == []  # what is frozen is not trained
     model[0].requires_grad_(True)
     _, told = warnings_of_preconditioner()
     assert ["not updated 2 of its 4 parameters yet (0.weight...)" in text for text in told] == [True] * adaptive
