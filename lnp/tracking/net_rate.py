@@ -205,6 +205,7 @@ class _Windows:
 
     def __init__(self) -> None:
         self._window: int | None = None
+        self._window_before: int | None = None
         self._now: list[Ends] = []
         self._before: list[Ends] = []
 
@@ -212,7 +213,7 @@ class _Windows:
     def of(cls, rows: Mapping[str, Any]) -> _Windows:
         """From what `rows` has returned."""
         made = cls()
-        made._window = rows["window"]
+        made._window, made._window_before = rows["window"], rows.get("window_before")
         made._now, made._before = (
             [Ends(**{**end, "mark": Mark(*end["mark"])}) for end in rows[name]] for name in ("now", "before")
         )
@@ -224,12 +225,14 @@ class _Windows:
         def listed(ends: list[Ends]) -> list[dict[str, Any]]:
             return [{**asdict(end), "mark": list(end.mark)} for end in ends]
 
-        return {"window": self._window, "now": listed(self._now), "before": listed(self._before)}
+        windows = {"window": self._window, "window_before": self._window_before}
+        return {**windows, "now": listed(self._now), "before": listed(self._before)}
 
     def pair(self, window: int, after: Ends) -> Ends | None:
         """Keep a measurement, and return that of the same place in the window before; None where there is none."""
         if window != self._window:
-            self._window, self._before, self._now = window, self._now, []
+            self._window, self._window_before = window, self._window
+            self._now, self._before = [], self._now
         place = len(self._now)
         self._now.append(after)
         return self._at(place)
@@ -249,6 +252,7 @@ class _Windows:
     def go_back(self, step: int) -> None:
         self._now, self._before = ([end for end in ends if end.mark.step < step] for ends in (self._now, self._before))
         if not self._now:
+            self._window, self._window_before = self._window_before, None
             self._now, self._before = self._before, []
 
 

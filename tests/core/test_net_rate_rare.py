@@ -10,8 +10,8 @@ import pytest
 
 import lnp
 import lnp_numpy
-from lnp.tracking.learning_rate import Mark
-from lnp.tracking.net_rate import end_of, position
+from lnp.tracking.learning_rate import LearningRates, Mark
+from lnp.tracking.net_rate import NetRates, end_of, per_predicted, position
 
 X, Y = np.array([[1.0], [2.0]]), np.array([[1.0], [3.0]])
 
@@ -34,6 +34,51 @@ def test_scales_below_one_are_kept():
     end = end_of(Mark(0, 0, 0.0), d)
     assert end.scales == 0.125
     assert position(0.5, 0.25, end, end) == pytest.approx((4.0, 2.0))
+
+
+def ends(*steps):
+    d = lnp.decompose(model(0.1), (X, Y), sample_losses=True)
+    return [end_of(Mark(step, 0, 0.0), d) for step in steps]
+
+
+def test_updates_that_promise_nothing_have_no_share_that_arrives():
+    found = per_predicted(*ends(0, 4), [0.0, 0.0], [0.0])
+    assert found == {"net/predicted_fall": 0.0, "net/predicted_fall_stderr": 0.0}
+
+
+def test_there_is_no_rate_between_a_step_and_itself():
+    rates = NetRates(LearningRates(0.1))
+    d = lnp.decompose(model(0.1), (X, Y), sample_losses=True)
+    assert [bool(rates.values(window, 5, "a", d, False)[0]) for window in (None, 4, 6)] == [False, False, False]
+    assert rates.values(None, 9, "a", d, False)[0]["net/loss_fall"] == 0
+
+
+@pytest.mark.parametrize("back", [0, 1, 2, 9, 10, 11, 12])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_that_goes_back_measures_what_it_did_before(back, kept):
+    """Two windows of three steps, also where what was seen comes from a checkpoint."""
+    windows = {0: 0, 1: 0, 2: 0, 9: 10, 10: 10, 11: 10}
+    measured = {step: lnp.decompose(model(step / 10), (X, Y), sample_losses=True) for step in windows}
+
+    def falls(rates, first):
+        made = {
+            step: rates.values(window, step, "a", measured[step], False)[0]
+            for step, window in windows.items()
+            if step >= first
+        }
+        return {step: columns.get("net/loss_fall") for step, columns in made.items()}
+
+    rates = NetRates(LearningRates(0.1))
+    expected = falls(rates, 0)
+    losses = {step: d.loss for step, d in measured.items()}
+    assert expected == {0: None, 1: None, 2: None} | {
+        step: pytest.approx(losses[step - 9] - losses[step]) for step in (9, 10, 11)
+    }
+    if kept:
+        rates, state = NetRates(LearningRates(0.1)), rates.state_dict()
+        rates.load_state_dict(state)
+    rates.go_back(back)
+    assert falls(rates, back) == {step: fall for step, fall in expected.items() if step >= back}
 
 
 def test_an_optimizer_is_read_at_every_step(monkeypatch):
