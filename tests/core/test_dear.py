@@ -15,7 +15,7 @@ quiet = pytest.fixture(recorded)
 
 def run_of(monkeypatch, cost, pace, steps=100):
     """A tracker of a run on a clock that measuring moves by `cost` and a step by `pace` seconds."""
-    clock = types.SimpleNamespace(now=0.0)
+    clock = types.SimpleNamespace(now=1000.0)
     monkeypatch.setattr("lnp.tracking.step_selection.time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     tracker = lnp.Tracker(schedule=1)
     record = tracker._selection.record_cost
@@ -41,6 +41,12 @@ def test_measuring_that_takes_half_of_the_time_is_told_once(monkeypatch, quiet):
 def test_measuring_that_takes_a_fifth_of_the_time_is_not(monkeypatch, quiet):
     run_of(monkeypatch, cost=1.0, pace=4.0)
     assert not quiet
+
+
+@pytest.mark.parametrize(("pace", "dear"), [(2.0, True), (2.5, False)])
+def test_measuring_that_takes_more_than_three_tenths_is(monkeypatch, quiet, pace, dear):
+    run_of(monkeypatch, cost=1.0, pace=pace)
+    assert bool(quiet) is dear
 
 
 def test_measuring_that_takes_less_than_a_minute_is_not(monkeypatch, quiet):
