@@ -97,3 +97,12 @@ def test_a_row_of_the_last_step_again_says_that_the_run_went_back(tmp_path):
     lines = (tmp_path / "run.jsonl").read_text().splitlines()
     assert [json.loads(line).get(RESUMED) for line in lines] == [None, 5]
     assert lnp.History.read(tmp_path / "run.jsonl")["loss"].tolist() == [2.0]
+
+
+def test_a_run_that_goes_back_before_it_measures_replaces_what_the_file_has_from_there_on(tmp_path):
+    path = tmp_path / "run.jsonl"
+    lnp.History([{"step": step, "loss": 1.0} for step in range(7)]).to_jsonl(path)
+    with lnp.Tracker(path, schedule=lnp.schedule.at([3])) as tracker:
+        for step in (5, 2, 3):
+            tracker.observe(step, model(), BATCH)
+    assert lnp.History.read(path)["step"].tolist() == [0, 1, 3]

@@ -99,3 +99,8 @@ def test_a_learning_rate_that_fails_raises_where_that_is_wanted():
     tracker.observe(0, model(0.0))
     with pytest.raises(ZeroDivisionError):
         tracker.observe(1, model(0.1))
+
+
+def test_losses_of_samples_that_are_a_list_are_taken_too():
+    d = replace(lnp.decompose(model(0.1), (X, Y)), sample_losses=([1.0, 2.0], [0.5, 0.5]))
+    assert (end_of(Mark(0, 0, 0.0), d).parts, end_of(Mark(0, 0, 0.0), d).shares) == ([1.0, 2.0], [0.5, 0.5])

@@ -295,3 +295,12 @@ def write(path, steps):
     for step in steps:
         file.append({"step": step, "loss": 0.5})
     file.close()
+
+
+def test_closing_waits_for_the_disk(tmp_path, monkeypatch):
+    calls: list[int] = []
+    file = Appender(tmp_path / "run.jsonl")
+    file.append({"step": 0})
+    monkeypatch.setattr(os, "fsync", calls.append)
+    file.close()
+    assert len(calls) == 1
