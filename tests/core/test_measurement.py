@@ -14,6 +14,7 @@ import lnp_numpy
 from core.failing import recorded, told
 from lnp.tracking import measurement
 from lnp.tracking.names import RESUMED
+from lnp.tracking.storage import Appender
 
 quiet = pytest.fixture(recorded)
 RNG = np.random.default_rng(0)
@@ -84,9 +85,10 @@ def test_values_that_options_have_the_names_of_are_columns():
 
 def test_a_step_that_is_recorded_twice_has_one_row():
     tracker = lnp.Tracker(schedule=1, on_error="raise")
-    for _ in range(2):
-        tracker.record(4, lnp.decompose(model(), BATCH))
-    assert len(tracker.history) == 1
+    first, second = (lnp.decompose(model(scale), BATCH) for scale in (1.0, 2.0))
+    for decomposition in (first, second):
+        tracker.record(4, decomposition)
+    assert tracker.history["loss"].tolist() == [first.loss]
 
 
 def test_a_row_of_the_last_step_again_says_that_the_run_went_back(tmp_path):
@@ -99,10 +101,19 @@ def test_a_row_of_the_last_step_again_says_that_the_run_went_back(tmp_path):
     assert lnp.History.read(tmp_path / "run.jsonl")["loss"].tolist() == [2.0]
 
 
-def test_a_run_that_goes_back_before_it_measures_replaces_what_the_file_has_from_there_on(tmp_path):
-    path = tmp_path / "run.jsonl"
+def test_a_run_that_goes_back_before_its_file_opens_replaces_what_it_has_from_there_on(tmp_path, monkeypatch, quiet):
+    path, tried = tmp_path / "run.jsonl", []
+
+    def opened(*arguments):
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise BlockingIOError("another process is writing")
+        return Appender(*arguments)
+
+    monkeypatch.setattr("lnp.tracking.recorder.Appender", opened)
     lnp.History([{"step": step, "loss": 1.0} for step in range(7)]).to_jsonl(path)
     with lnp.Tracker(path, schedule=lnp.schedule.at([3])) as tracker:
         for step in (5, 2, 3):
             tracker.observe(step, model(), BATCH)
     assert lnp.History.read(path)["step"].tolist() == [0, 1, 3]
+    assert any("another process is writing" in text for text in told(quiet))
