@@ -115,5 +115,6 @@ def test_a_run_that_goes_back_before_its_file_opens_replaces_what_it_has_from_th
     with lnp.Tracker(path, schedule=lnp.schedule.at([3])) as tracker:
         for step in (5, 2, 3):
             tracker.observe(step, model(), BATCH)
+        assert tracker.history["step"].tolist() == [0, 1, 3]
     assert lnp.History.read(path)["step"].tolist() == [0, 1, 3]
     assert any("another process is writing" in text for text in told(quiet))
