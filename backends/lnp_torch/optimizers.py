@@ -51,8 +51,9 @@ def preconditioner(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
         for p in group["params"]:
             if id(p) in names:
                 state = optimizer.state.get(p, {})
-                found[names[id(p)]] = scale * _diagonal(state, group, p)
-                without += [] if _was_updated(state) else [names[id(p)]]
+                updates = float(state.get("step", 1)) if state else 0.0
+                found[names[id(p)]] = scale * _diagonal(state, group, p, updates)
+                without += [] if updates else [names[id(p)]]
     if not found:
         raise ValueError(
             f"This {type(optimizer).__name__} trains none of the model's parameters. Expected the optimizer of the "
@@ -94,11 +95,6 @@ def _persistence(group: Mapping[str, Any]) -> float:
     return (1 - float(group.get("dampening", 0.0))) / (1 - momentum) if 0 < momentum < 1 else 1.0
 
 
-def _was_updated(state: Mapping[str, Any]) -> bool:
-    """Whether the averages hold a gradient; Adagrad has them from the start."""
-    return bool(state) and float(state.get("step", 1)) > 0
-
-
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer that Accelerate or Lightning have wrapped."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
@@ -122,17 +118,19 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _diagonal(state: Mapping[str, Any], group: Mapping[str, Any], p: torch.Tensor) -> torch.Tensor:
+def _diagonal(state: Mapping[str, Any], group: Mapping[str, Any], p: torch.Tensor, updates: float) -> torch.Tensor:
     """1 / (sqrt(v) + eps), or 1 for an optimizer or a parameter without squared gradients."""
+    if not updates:  # Adagrad has a sum from the start, and fused Adam a state after an update that a scaler skipped
+        return torch.ones_like(p)
     epsilon = group.get("eps", 0.0)
     if "exp_avg_sq" in state:
         squares = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-        return 1 / ((squares / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + epsilon)
+        return 1 / ((squares / (1 - group["betas"][1] ** updates)).sqrt() + epsilon)
     if "acc_delta" in state:
         return ((state["acc_delta"] + epsilon) / (state["square_avg"] + epsilon)).sqrt()
     if "square_avg" in state:
         squares = state["square_avg"] - (state["grad_avg"] ** 2 if group.get("centered") else 0)
         return 1 / (squares.sqrt() + epsilon)
     if "sum" in state:
-        return 1 / (state["sum"].sqrt() + epsilon) if float(state["step"]) else torch.ones_like(p)
+        return 1 / (state["sum"].sqrt() + epsilon)
     return torch.ones_like(p)

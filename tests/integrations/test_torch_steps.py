@@ -176,6 +176,19 @@ def test_parameters_without_an_update_are_told_of(name):
     assert told == []
 
 
+def test_an_update_that_a_scaler_skipped_is_none():
+    """Fused Adam then has averages of zero, and has made no update."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    assert [float(state["step"]) for state in optimizer.state.values()] == [0, 0]
+    with pytest.warns(UserWarning, match="not updated 2 of its 2 parameters"):
+        made = preconditioner(optimizer, model)
+    assert all(torch.equal(m, torch.ones_like(m)) for m in made.values())
+
+
 @pytest.mark.parametrize(
     ("rates", "scales"), [((0.0, 0.1, 0.2), (0, 1, 2)), ((0.2, 0.1, 0.0), (1, 0.5, 0)), ((0, 0, 0), (1, 1, 1))]
 )
